@@ -1,0 +1,1 @@
+"""What pruning methods share: roles, plans, selection, adapters, cost, provenance. Knows no method."""

@@ -1,0 +1,37 @@
+"""Adapters know one model family each: where its sites are and how tokens leave it. They know no method.
+
+An adapter is found by the class of the model. Modules in this package import no model library at the top, so that
+looking one up stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from torch import nn
+
+from common.adapters.base import Adapter
+from common.errors import PrunelabError
+
+
+@cache
+def adapters() -> dict[str, type[Adapter]]:
+    """All adapters by family, discovered in this package."""
+    found: dict[str, type[Adapter]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, type) and issubclass(value, Adapter) and value is not Adapter:
+                found[value.family] = value
+    return found
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of the model's class or of a parent class of it."""
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
+    for adapter in adapters().values():
+        if names & set(adapter.model_classes):
+            return adapter(model)
+    supported = ", ".join(c for a in adapters().values() for c in a.model_classes)
+    raise PrunelabError(f"no adapter for {type(model).__module__}.{type(model).__qualname__}; supported: {supported}")

@@ -1,0 +1,261 @@
+"""timm's VisionTransformer family: ViT, DeiT, DeiT-III, CLIP, DINOv2 with registers, MAE, AugReg, SigLIP.
+
+Attention stays fused: signals are computed beside it from the block's own qkv. Sites:
+`input` (what enters block l), `after_attention` (residual stream before the MLP), `block_output`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import attention
+from common.adapters.base import Adapter, Application, Trace
+from common.errors import PrunelabError
+from common.roles import Signals
+from common.types import Gather, ModelInfo, Plan, Site
+
+_ATTENTION = frozenset(
+    {"queries", "keys", "values", "attention", "attention_logits", "cls_row", "last_row", "received"}
+)
+_ALWAYS = frozenset({"hidden", "sizes"})
+
+
+@dataclass
+class _Stream:
+    """State of one forward pass: per token its size, its bias as a key, and which outputs are padding."""
+
+    sizes: Tensor | None = None  # [B, N], None while all are 1
+    bias: Tensor | None = None  # [B, N] added to attention logits
+    valid: Tensor | None = None  # [B, N] bool, None while nothing is padded
+    origin: Tensor | None = None  # [B, N] place of each token in the full sequence, None once tokens were mixed
+    pruned: bool = False
+
+    def attention_bias(self) -> Tensor | None:
+        """The bias over keys with padding masked out."""
+        if self.valid is None:
+            return self.bias
+        base = torch.zeros_like(self.valid, dtype=torch.float32) if self.bias is None else self.bias
+        return base.masked_fill(~self.valid, float("-inf"))
+
+    def reduce(self, plan: Plan, total: int) -> _Stream:
+        """The state after a plan that saw `total` tokens."""
+        if isinstance(plan.reduce, Gather):
+            move = plan.reduce.apply
+            sizes = None if self.sizes is None else move(self.sizes)
+            bias = None if self.bias is None else move(self.bias)
+            origin = move(_places(plan.reduce.index, total) if self.origin is None else self.origin)
+        else:
+            ones = torch.ones_like(plan.reduce.source, dtype=torch.float32)
+            full = ones[:, :1].expand(-1, total) if self.sizes is None else self.sizes
+            sizes = replace(plan.reduce, weight=ones).apply(full.unsqueeze(-1)).squeeze(-1)
+            bias, origin = None, None
+        return _Stream(sizes, bias if plan.key_bias is None else plan.key_bias, plan.reduce.valid, origin, True)
+
+
+def _places(like: Tensor, total: int) -> Tensor:
+    return torch.arange(total, device=like.device).expand(like.shape[0], -1)
+
+
+class TimmViT(Adapter):
+    family = "timm_vit"
+    model_classes = ("timm.models.vision_transformer.VisionTransformer",)
+    signals = {
+        "input": _ALWAYS,
+        "after_attention": _ALWAYS | _ATTENTION,
+        "block_output": _ALWAYS | _ATTENTION,
+    }
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.blocks: Any = model.blocks
+        self.stream = _Stream()
+        self.qkv: dict[int, Tensor] = {}
+
+    @property
+    def info(self) -> ModelInfo:
+        model: Any = self.model
+        return ModelInfo(
+            family=self.family,
+            depth=len(self.blocks),
+            heads=self.blocks[0].attn.num_heads,
+            width=model.embed_dim,
+            tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
+            special=model.num_prefix_tokens,
+            class_token=getattr(model, "cls_token", None) is not None,
+            grid=tuple(model.patch_embed.grid_size),
+        )
+
+    def example(self) -> Tensor:
+        embed: Any = self.model.patch_embed
+        weight = embed.proj.weight
+        return torch.empty(1, weight.shape[1], *embed.img_size, dtype=weight.dtype, device="meta")
+
+    def install(self, application: Application) -> Callable[[], None]:
+        removers: list[Callable[[], Any]] = []
+        self.stream, self.qkv = _Stream(), {}
+        method, sites = application.method, application.sites
+        try:
+            removers.append(self.blocks[0].register_forward_pre_hook(self._begin, prepend=True).remove)
+            first = min((site.layer for site in sites), default=len(self.blocks))
+            for layer, block in enumerate(self.blocks):
+                removers.append(block.attn.register_forward_pre_hook(self._count(application, layer, "attention")).remove)
+                removers.append(block.mlp.register_forward_pre_hook(self._count(application, layer, "mlp")).remove)
+                if layer >= first:
+                    hook = block.attn.register_forward_pre_hook(self._bias_attention, with_kwargs=True)
+                    removers.append(hook.remove)
+            for site in sites:
+                if method.requires(site) & _ATTENTION:
+                    attn = self.blocks[site.layer].attn
+                    if not hasattr(attn, "qkv"):
+                        raise PrunelabError(f"block {site.layer} has no fused qkv to read attention signals from")
+                    removers.append(attn.qkv.register_forward_hook(self._keep_qkv(site.layer)).remove)
+                removers.append(self._install_site(application, site))
+            if getattr(self.model, "global_pool", "token") != "token" or getattr(self.model, "attn_pool", None):
+                removers.append(self.model.norm.register_forward_hook(self._weigh_for_pooling).remove)  # type: ignore[union-attr]
+        except BaseException:
+            _run(removers)
+            raise
+        return lambda: _run(removers)
+
+    def _install_site(self, application: Application, site: Site) -> Callable[[], Any]:
+        block = self.blocks[site.layer]
+        if site.where == "input":
+            return block.register_forward_pre_hook(lambda _, args: (self._reduce(application, site, args[0]), *args[1:])).remove
+        if site.where == "block_output":
+            return block.register_forward_hook(lambda _, __, out: self._reduce(application, site, out)).remove
+
+        if type(block).__name__ != "Block" or "forward" in vars(block):
+            raise PrunelabError(f"'after_attention' needs timm's plain Block, block {site.layer} is {type(block).__name__}")
+
+        # The residual cannot shrink inside the block's own forward, so its two halves are called one by one.
+        def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+            branch = block.attn(block.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+            x = self._reduce(application, site, x + block.drop_path1(block.ls1(branch)))
+            return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+        block.forward = forward
+        return lambda: vars(block).pop("forward", None)
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.stream, self.qkv = _Stream(), {}
+
+    def _count(self, application: Application, layer: int, part: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            trace, x = application.trace, args[0]
+            if layer == 0 and part == "attention":
+                trace.samples += x.shape[0]
+                trace.origins.clear()
+            valid = None if x.device.type == "meta" else self.stream.valid
+            getattr(trace, part)[layer] += x.shape[0] * x.shape[1] if valid is None else int(valid.sum())
+
+        return hook
+
+    def _bias_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bias = self.stream.attention_bias()
+        if bias is None:
+            return None
+        mask = bias[:, None, None, :].to(args[0].dtype)
+        given = kwargs.get("attn_mask")
+        return args, kwargs | {"attn_mask": mask if given is None else given + mask}
+
+    def _keep_qkv(self, layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            self.qkv[layer] = output
+
+        return hook
+
+    def _weigh_for_pooling(self, module: nn.Module, args: Any, x: Tensor) -> Tensor | None:
+        """Make average pooling weigh tokens by size and skip padding; other pools cannot be weighed."""
+        stream = self.stream
+        if stream.valid is None and stream.sizes is None:
+            return None
+        if self.model.global_pool != "avg":
+            raise PrunelabError("merged tokens and per-sample counts need 'token' or 'avg' pooling in the model")
+        weight = torch.ones(x.shape[:2], device=x.device) if stream.sizes is None else stream.sizes.clone()
+        if stream.valid is not None:
+            weight = weight * stream.valid
+        pooled = weight[:, 0 if self.model.pool_include_prefix else self.info.special :]  # type: ignore[misc]
+        weight = weight * pooled.shape[1] / pooled.sum(1, keepdim=True)
+        return x * weight.unsqueeze(-1).to(x.dtype)
+
+    # -- one site ------------------------------------------------------------------------------------------------
+
+    def _reduce(self, application: Application, site: Site, x: Tensor) -> Tensor:
+        trace, method = application.trace, application.method
+        with trace.scoring(), torch.no_grad():
+            plan = method.plan(site, self._signals(application, site, x), application.budget.at(site.index))
+            self.check_plan(plan)
+        self.qkv.pop(site.layer, None)
+        if trace.measured is not None:
+            plan = replace(plan, reduce=plan.reduce.narrow(_behind(trace.measured, site)), key_bias=None)
+        total = x.shape[1]
+        x = plan.reduce.apply(x)
+        self.stream = self.stream.reduce(plan, total)
+        if self.stream.origin is not None:
+            origin = self.stream.origin
+            if self.stream.valid is not None:
+                origin = origin.masked_fill(~self.stream.valid, -1)
+            trace.origins.append((site, origin))
+        return x
+
+    def _signals(self, application: Application, site: Site, x: Tensor) -> Signals:
+        info, stream = self.info, self.stream
+        special = info.special
+        total, layer = x.shape[1], site.layer
+        scale = self.blocks[layer].attn.scale
+        prunable = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        prunable[:, :special] = False
+        if stream.valid is not None:
+            prunable &= stream.valid
+
+        def part(which: int) -> Tensor:
+            attn = self.blocks[layer].attn
+            out = self.qkv[layer].unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)[which]
+            return attn.q_norm(out) if which == 0 else attn.k_norm(out) if which == 1 else out
+
+        def logits() -> Tensor:
+            return attention.logits(part(0), part(1), scale, bias=stream.attention_bias())
+
+        sources: dict[str, Callable[[], Tensor]] = {
+            "hidden": lambda: x,
+            "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32) if stream.sizes is None else stream.sizes,
+            "queries": lambda: part(0),
+            "keys": lambda: part(1),
+            "values": lambda: part(2),
+            "attention_logits": logits,
+            "attention": lambda: logits().softmax(-1),
+            "cls_row": lambda: attention.row(part(0), part(1), scale, 0, stream.attention_bias()),
+            "last_row": lambda: attention.row(part(0), part(1), scale, -1, stream.attention_bias()),
+            "received": lambda: attention.received(logits().softmax(-1), stream.valid),
+        }
+        return Signals(
+            sources,
+            prunable=prunable,
+            units=total - special,
+            info=info,
+            valid=stream.valid,
+            rng=application.rng(x.device),
+            required=application.method.requires(site),
+        )
+
+
+def _behind(trace: Trace, site: Site) -> int:
+    """Mean tokens measured behind a site."""
+    if site.where == "after_attention":
+        total = trace.mlp[site.layer]
+    else:
+        layer = site.layer + (site.where == "block_output")
+        total = trace.attention[layer] if layer < len(trace.attention) else trace.mlp[-1]
+    return max(1, round(total / trace.samples))
+
+
+def _run(removers: list[Callable[[], Any]]) -> None:
+    while removers:
+        removers.pop()()

@@ -1,0 +1,127 @@
+"""Apply a token method to a model for the length of a `with` block, and report what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import cost
+from common.adapters import adapter_for
+from common.adapters.base import Adapter, Application, Trace
+from common.errors import PrunelabError
+from common.roles import Method, TokenPruner
+from common.types import Budget, Report, Site
+
+
+class Handle:
+    """A method at work on a model. `report()` may be read inside the `with` block or after it."""
+
+    def __init__(self, adapter: Adapter, application: Application) -> None:
+        self.adapter = adapter
+        self.application = application
+        self._remove: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        """Put the hooks in."""
+        self._remove = self.adapter.install(self.application)
+
+    def stop(self) -> None:
+        """Take every hook out; harmless where none is in."""
+        remove, self._remove = self._remove, None
+        if remove is not None:
+            remove()
+
+    def kept(self) -> list[tuple[Site, Tensor]]:
+        """For the last batch: at each site the places [B, K] in the full sequence of the tokens that went on
+        (-1 marks padding). Sites behind a merge are left out, since their tokens have no single place."""
+        return list(self.application.trace.origins)
+
+    def report(self, example: Tensor | None = None) -> Report:
+        """Tokens a layer and MACs a sample. Needs no forward pass, except for methods whose counts depend on the
+        input, which are costed at the mean counts seen so far. `example` replaces the model's standard input."""
+        seen, method, model = self.application.trace, self.application.method, self.adapter.model
+        if method.adaptive and not seen.samples:
+            raise PrunelabError(f"{method.name} keeps as many tokens as the input asks for; run the model first")
+        example = self.adapter.example() if example is None else example.to("meta")
+        active = self._remove is not None
+        self.stop()
+        try:
+            dense = cost.flops(lambda: cost.on_meta(model, example))
+            meter = Trace([0.0] * len(seen.mlp), [0.0] * len(seen.mlp), measured=seen if method.adaptive else None)
+            remove = self.adapter.install(replace(self.application, trace=meter))
+            try:
+                pruned = cost.flops(lambda: cost.on_meta(model, example), meter)
+            finally:
+                remove()
+        finally:
+            if active:
+                self.start()
+        counted = seen if seen.samples else meter
+        return Report(
+            tokens=tuple((a / counted.samples, m / counted.samples) for a, m in zip(counted.attention, counted.mlp, strict=True)),
+            macs=pruned / 2,
+            scoring_macs=meter.scoring_flops / 2,
+            dense_macs=dense / 2,
+            samples=seen.samples,
+        )
+
+
+def _seeded(seed: int) -> Callable[[torch.device], torch.Generator | None]:
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def rng(device: torch.device) -> torch.Generator | None:
+        if device.type == "meta":
+            return None
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        return generators[device]
+
+    return rng
+
+
+@contextmanager
+def apply(
+    method: Method,
+    model: nn.Module,
+    budget: Budget | float,
+    *,
+    services: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Iterator[Handle]:
+    """Prune the model's tokens by `method` under `budget` inside the `with` block.
+
+    The model's weights and forward stay as they are: hooks go in, and all come out at the end, also after an
+    exception. `seed` starts the draws of random methods. Raises PrunelabError, before any work, where the model has
+    no adapter, a site or signal cannot be had there, a service is missing, or the method is already applied.
+    """
+    if not isinstance(method, TokenPruner):
+        raise PrunelabError(f"{method.name} is a {method.role}, which is not applied to a model's tokens")
+    missing = set(method.services) - set(services or {})
+    if missing:
+        raise PrunelabError(f"{method.name} needs the services {', '.join(sorted(missing))}; pass services={{...}}")
+    budget = budget if isinstance(budget, Budget) else Budget(budget)
+    adapter = adapter_for(model)
+    info = adapter.info
+    sites = [replace(site, index=i) for i, site in enumerate(method.sites(info))]
+    adapter.check(method, sites)
+    for site in sites:
+        budget.at(site.index)
+    if len(budget.amounts) > max(1, len(sites)):
+        raise PrunelabError(f"the budget names {len(budget.amounts)} amounts but {method.name} has {len(sites)} sites")
+    if getattr(model, "_prunelab_method", None):
+        raise PrunelabError(f"this model already runs {model._prunelab_method}; leave that `with` block first")
+    trace = Trace([0.0] * info.depth, [0.0] * info.depth)
+    application = Application(method, budget, sites, trace, _seeded(seed), services or {})
+    handle = Handle(adapter, application)
+    handle.start()
+    object.__setattr__(model, "_prunelab_method", method.name)
+    try:
+        yield handle
+    finally:
+        handle.stop()
+        object.__delattr__(model, "_prunelab_method")

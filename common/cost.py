@@ -1,0 +1,94 @@
+"""Costs: multiply-accumulates counted on the meta device, and the papers' own formulas by name.
+
+One MAC is one multiply-add, so FLOPs = 2 MACs. Counted are matrix products, convolutions and attention; softmax,
+norms, activations and sorting are not, as in every counter the field uses. On the meta device attention
+decomposes into its two products, which the counters miss in the fused CPU kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.adapters.base import Trace
+from common.errors import PrunelabError
+from common.types import Budget
+
+
+def on_meta(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Any:
+    """Run the model's own forward, hooks included, with shapes only: no weight is copied and nothing computed."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    with torch.no_grad():
+        return functional_call(model, meta, tuple(x.to("meta") for x in inputs), kwargs)
+
+
+def flops(run: Callable[[], Any], trace: Trace | None = None) -> int:
+    """FLOPs of `run()`; a trace books those of scoring apart."""
+    with FlopCounterMode(display=False) as counter:
+        if trace is not None:
+            trace.counter = counter
+        run()
+    return counter.get_total_flops()
+
+
+def macs(model: nn.Module, example: Tensor) -> float:
+    """MACs of one forward pass of the example, a batch of 1."""
+    return flops(lambda: on_meta(model, example)) / 2
+
+
+def norm_elements(model: nn.Module, example: Tensor) -> int:
+    """Elements that pass through LayerNorm in one forward pass."""
+    total = 0
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal total
+        total += args[0].numel()
+
+    hooks = [m.register_forward_pre_hook(hook) for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    try:
+        on_meta(model, example)
+    finally:
+        for h in hooks:
+            h.remove()
+    return total
+
+
+def fvcore(model: nn.Module, example: Tensor) -> float:
+    """fvcore's count, which calls a MAC a FLOP and adds 5 per LayerNorm element. Prints DeiT-B as 17.58 G."""
+    return macs(model, example) + 5 * norm_elements(model, example)
+
+
+FORMULAS: Mapping[str, Callable[[nn.Module, Tensor], float]] = {"macs": macs, "fvcore": fvcore}
+
+
+def fit(
+    budget_at: Callable[[float], Budget], cost_at: Callable[[Budget], float], target: float, *, tolerance: float = 0.002
+) -> Budget:
+    """The budget of a one-parameter family whose cost comes nearest to `target`, by bisection.
+
+    budget_at maps a level in [0, 1] (1 keeps all) to a budget, cost_at a budget to its cost, which must not fall as
+    the level rises. Raises where the target lies outside the family's range.
+    """
+    low, high = 0.0, 1.0
+    most, least = cost_at(budget_at(high)), cost_at(budget_at(low))
+    if not least * (1 - tolerance) <= target <= most * (1 + tolerance):
+        raise PrunelabError(
+            f"a cost of {target / 1e9:.3f} G is out of reach: this method spans {least / 1e9:.3f} to {most / 1e9:.3f} G"
+        )
+    best, best_error = budget_at(high), abs(most - target)
+    for _ in range(24):
+        middle = (low + high) / 2
+        budget = budget_at(middle)
+        value = cost_at(budget)
+        if abs(value - target) < best_error:
+            best, best_error = budget, abs(value - target)
+        if best_error <= tolerance * target / 10:
+            break
+        low, high = (middle, high) if value < target else (low, middle)
+    return best

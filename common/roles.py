@@ -1,0 +1,302 @@
+"""The seven roles. A method is a frozen dataclass whose fields are its hyper-parameters; its constructor only stores.
+
+One sentence holds for all of them: score units, plan under a budget, apply to a model. The roles differ in what
+a unit is. Methods read signals, return plans, and never meet a model; adapters do the rest.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from common import selection
+from common.errors import PrunelabError
+from common.types import Budget, Gather, ModelInfo, Plan, Reduction, Site
+
+
+class Signals:
+    """What a site lets a method see. Every signal is computed when it is first read, and only if it was required.
+
+    Always at hand: `prunable` [B, N] bool (False for class, register and padding tokens), `units` (how many are
+    prunable, the same for all samples unless `valid` says otherwise), `valid` [B, N] bool or None (False marks
+    padding), `rng` for methods that draw, `info` of the model.
+
+    Signals by name: `hidden` [B, N, D], `queries` / `keys` / `values` [B, H, N, d] (keys as attention uses them),
+    `attention_logits` [B, H, N, N] (scaled, with biases; padding columns at -inf), `attention` (their softmax),
+    `cls_row` [B, H, N] (attention of the class token), `last_row` (of the last token), `received` [B, H, N]
+    (column sums of attention), `sizes` [B, N] (original units each unit stands for).
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Callable[[], Tensor]],
+        *,
+        prunable: Tensor,
+        units: int,
+        info: ModelInfo,
+        valid: Tensor | None = None,
+        rng: torch.Generator | None = None,
+        required: frozenset[str] | None = None,
+    ) -> None:
+        self._sources = dict(sources)
+        self._required = frozenset(sources) if required is None else required
+        self.prunable = prunable
+        self.units = units
+        self.info = info
+        self.valid = valid
+        self.rng = rng
+        missing = self._required - set(self._sources)
+        if missing:
+            raise PrunelabError(f"this site cannot give the signals {', '.join(sorted(missing))} that the method reads")
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("_") or name not in self._sources or name not in self._required:
+            raise AttributeError(f"signal '{name}' was not required at this site; name it in requires()")
+        value = self._sources[name]()
+        if value.device.type != "meta" and not _bounded(value, name):
+            raise PrunelabError(f"the signal '{name}' holds NaN or infinite values; check the input and the weights")
+        setattr(self, name, value)
+        return value
+
+
+def _bounded(value: Tensor, name: str) -> bool:
+    """No NaN and no infinity; logits may be -inf where a column is masked."""
+    size = value if name == "attention_logits" else value.abs()
+    return bool((size < float("inf")).all())
+
+
+class Method(ABC):
+    """A pruning method of any role.
+
+    name: registry name. exempt: contract invariants that the faithful method breaks, each with the reason; the
+    contract suite asserts that they really fail. services: names of second models the method needs, handed to
+    `apply(..., services=...)`.
+    """
+
+    name: ClassVar[str]
+    role: ClassVar[str]
+    exempt: ClassVar[Mapping[str, str]] = {}
+    services: ClassVar[tuple[str, ...]] = ()
+
+    def build(self, info: ModelInfo) -> nn.Module | None:
+        """The method's learned parts for a model of this size, or None. Trained by the paper's own rule."""
+        return None
+
+
+class TokenPruner(Method):
+    """Prunes tokens at sites of a network. Fill in `score`, or override `plan` where score-select-merge does not fit."""
+
+    role: ClassVar[str] = "token_pruner"
+    ascending: ClassVar[bool] = True  # kept units come out in their original order
+    adaptive: ClassVar[bool] = False  # how many units stay depends on the input, the budget is an upper bound
+
+    @abstractmethod
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        """Where the method acts in a model of this size, in forward order."""
+
+    @abstractmethod
+    def requires(self, site: Site) -> frozenset[str]:
+        """Names of the signals read at a site. The adapter computes these and no others."""
+
+    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+        """Decide what goes on from here. `budget` is already the one of this site."""
+        kept = self.select(self.score(site, signals), signals, budget)
+        return Plan(self.merge(kept, signals))
+
+    def score(self, site: Site, signals: Signals) -> Tensor:
+        """Importance [B, N] of every unit, larger is better. Values at protected units are ignored."""
+        raise TypeError(f"{type(self).__name__} fills in neither score() nor plan()")
+
+    def select(self, scores: Tensor, signals: Signals, budget: Budget) -> Gather:
+        """The best-scored units under the budget and every protected one, in original order."""
+        return selection.top_k_units(scores, signals.prunable, signals.units, budget, signals.valid)
+
+    def merge(self, kept: Gather, signals: Signals) -> Reduction:
+        """What becomes of the units not kept; by default nothing does."""
+        return kept
+
+    def family(self, level: float, sites: int, info: ModelInfo) -> Budget:
+        """The method's budgets as one curve: level 1 keeps all, level 0 the least. Used to match costs."""
+        return Budget(level)
+
+
+class CachePruner(Method):
+    """Prunes entries of a key-value cache, per layer and head."""
+
+    role: ClassVar[str] = "cache_pruner"
+    when: ClassVar[str] = "prefill"  # prefill | decode | both
+
+    @abstractmethod
+    def requires(self, site: Site) -> frozenset[str]:
+        """Names of the signals read at a layer."""
+
+    @abstractmethod
+    def score(self, site: Site, signals: Signals) -> Tensor:
+        """Importance [B, H, N] of every cache entry; H counts key-value heads."""
+
+    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+        """Entries that stay, [B, H, K] in original order."""
+        scores = self.score(site, signals)
+        index, valid = selection.top_k(scores, budget.count(scores.shape[-1]))
+        return Plan(Gather(index, valid))
+
+    def compress(self, keys: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Apply the plan to [B, H, N, d] keys and values. Methods that thin entries out override this."""
+        return plan.reduce.apply(keys), plan.reduce.apply(values)
+
+
+class WeightPruner(Method):
+    """Prunes weights, rows, heads, experts or layers from calibration statistics."""
+
+    role: ClassVar[str] = "weight_pruner"
+
+    def requires(self, target: str) -> frozenset[str]:
+        """Statistics read for a target: `input_norm`, `second_moment`, `gradient`, `fluctuation`, `router` ..."""
+        return frozenset()
+
+    @abstractmethod
+    def score(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Importance of every element of the [out, in] weight (or of every structure, [n])."""
+
+    def allocate(self, scores: Sequence[Tensor], budget: Budget) -> Sequence[Budget]:
+        """The budget of every target; by default the same for all."""
+        return [budget] * len(scores)
+
+    def mask(self, scores: Tensor, budget: Budget) -> Tensor:
+        """Boolean mask of what stays, of the scores' shape; by default the best of each row."""
+        index, _ = selection.top_k(scores, budget.count(scores.shape[-1]))
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
+
+    def update(self, weight: Tensor, mask: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+        """The pruned weight. Methods that compensate the error override this."""
+        return weight * mask
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Draft tokens [T] with the index of each one's parent [T], -1 for children of the last accepted token.
+    Parents come before their children."""
+
+    tokens: Tensor
+    parents: Tensor
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Tokens [A] to emit and the draft nodes [A - 1] (or fewer) whose cache entries stay."""
+
+    tokens: Tensor
+    nodes: Tensor
+
+
+class DraftDecoder(Method):
+    """Drafts a tree of tokens, keeps the part the target model confirms, and learns from what it saw."""
+
+    role: ClassVar[str] = "draft_decoder"
+
+    @abstractmethod
+    def start(self, vocabulary: int) -> Any:
+        """A fresh decoding state."""
+
+    @abstractmethod
+    def draft(self, state: Any, tokens: Tensor, budget: Budget) -> DraftTree:
+        """A tree of at most `budget` nodes that may follow the tokens [N]."""
+
+    @abstractmethod
+    def accept(self, tree: DraftTree, logits: Tensor, rng: torch.Generator | None = None) -> Accepted:
+        """What the target's logits [T + 1, V] (row 0: after the last accepted token) confirm."""
+
+    def observe(self, state: Any, tokens: Tensor, logits: Tensor) -> None:
+        """Learn from tokens [T] and the logits [T, V] that followed them."""
+
+
+class ConstrainedSampler(Method):
+    """Samples the next token under a constraint that is costly to check."""
+
+    role: ClassVar[str] = "constrained_sampler"
+
+    @abstractmethod
+    def sample(
+        self, logits: Tensor, allows: Callable[[int], bool], budget: Budget, rng: torch.Generator | None = None
+    ) -> tuple[int, float]:
+        """A token that `allows` accepts and its log importance weight; `budget` counts constraint calls."""
+
+
+class SampleSelector(Method):
+    """Chooses training samples or training tokens."""
+
+    role: ClassVar[str] = "sample_selector"
+
+    @abstractmethod
+    def score(self, features: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Importance [n] of every sample from its features [n, D]."""
+
+    def plan(self, features: Tensor, budget: Budget, rng: torch.Generator | None = None) -> Plan:
+        """Samples that stay, [1, K] in original order."""
+        scores = self.score(features, rng).unsqueeze(0)
+        index, valid = selection.top_k(scores, budget.count(scores.shape[-1]))
+        return Plan(Gather(index, valid))
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Sentences to rank: their texts, the document each belongs to and its place there.
+
+    document and position are [n] lists; a single list of sentences is one document in reading order.
+    """
+
+    sentences: tuple[str, ...]
+    document: tuple[int, ...] = field(default=())
+    position: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.sentences or not any(s.strip() for s in self.sentences):
+            raise PrunelabError("there is no sentence to rank; give at least one that is not empty")
+        if not self.document:
+            object.__setattr__(self, "document", (0,) * len(self.sentences))
+        if not self.position:
+            seen: dict[int, int] = {}
+            places = []
+            for document in self.document:
+                places.append(seen.get(document, 0))
+                seen[document] = places[-1] + 1
+            object.__setattr__(self, "position", tuple(places))
+        if not len(self.sentences) == len(self.document) == len(self.position):
+            raise PrunelabError("sentences, document and position differ in length")
+
+    @classmethod
+    def of(cls, documents: Sequence[Sequence[str]]) -> Passage:
+        """A cluster of documents, each a list of sentences."""
+        return cls(
+            tuple(s for d in documents for s in d),
+            tuple(i for i, d in enumerate(documents) for _ in d),
+            tuple(j for d in documents for j, _ in enumerate(d)),
+        )
+
+
+class Ranker(Method):
+    """Ranks sentences, prompt tokens or vocabulary entries, and keeps the best under a budget."""
+
+    role: ClassVar[str] = "ranker"
+
+    @abstractmethod
+    def rank(self, passage: Passage) -> Tensor:
+        """Scores [n], larger is better."""
+
+    def plan(self, passage: Passage, budget: Budget) -> Plan:
+        """Units that stay, [1, K] in original order: best first while the budget lasts, ties to the earlier one."""
+        scores = self.rank(passage)
+        sizes = selection.text_sizes(passage.sentences, budget.unit)
+        order = selection.descending(scores).tolist()
+        chosen = selection.fill(order, sizes, budget)
+        return Plan(Gather(torch.tensor([sorted(chosen)], dtype=torch.long)))
+
+    def summarise(self, sentences: Sequence[str] | Passage, budget: Budget) -> list[str]:
+        """The sentences that `plan` keeps, in document order."""
+        passage = sentences if isinstance(sentences, Passage) else Passage(tuple(sentences))
+        return [passage.sentences[i] for i in self.plan(passage, budget).reduce.index[0].tolist()]  # type: ignore[union-attr]

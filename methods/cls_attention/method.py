@@ -1,0 +1,31 @@
+"""Class-attention top-k: keep the patches that the class token attends to most (EViT's criterion, Liang et al.,
+ICLR 2022, equation 3), without training and without fusing the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from common.roles import Signals, TokenPruner
+from common.types import ModelInfo, Site
+
+
+@dataclass(frozen=True)
+class ClassAttention(TokenPruner):
+    """Scores a patch by the class token's attention to it, averaged over heads, behind the blocks in `layers`."""
+
+    layers: tuple[int, ...] = (2, 5, 8)
+
+    name: ClassVar[str] = "cls_attention"
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        return [Site(layer, "block_output") for layer in self.layers]
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"cls_row"})
+
+    def score(self, site: Site, signals: Signals) -> Tensor:
+        return signals.cls_row.mean(1)

@@ -1,0 +1,78 @@
+"""ToMe (Bolya et al., ICLR 2023): merge the most similar tokens in every block, between attention and MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from common.errors import PrunelabError
+from common.roles import Signals, TokenPruner
+from common.selection import Matching, bipartite_matching
+from common.types import Budget, ModelInfo, Plan, Site
+
+
+def schedule(blocks: int, removed: int | Sequence[int], inflection: float = 0.0) -> list[int]:
+    """Tokens to remove in each block. A number is spread evenly; inflection -1 decreases from 2r to 0, +1 the other
+    way round. A list is used as it is, padded with zeros."""
+    if not isinstance(removed, int):
+        return (list(removed) + [0] * blocks)[:blocks]
+    low = int(removed * (1 - inflection))
+    high = 2 * removed - low
+    return [int(low + (high - low) / max(blocks - 1, 1) * i) for i in range(blocks)]
+
+
+@dataclass(frozen=True)
+class ToMe(TokenPruner):
+    """Token merging. Its natural budget is `Budget(13, "removed")`: r tokens fewer after every block.
+
+    proportional: tokens attract attention in proportion to their size (section 3.2); the paper switches it off for
+    MAE models used off the shelf. inflection bends a single number over the depth.
+    """
+
+    proportional: bool = True
+    inflection: float = 0.0
+
+    name: ClassVar[str] = "tome"
+    ascending: ClassVar[bool] = False
+    exempt = {"budget": "at most half of the unprotected tokens of a block can be merged (the official clamp)"}
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.inflection <= 1:
+            raise PrunelabError(f"tome: inflection {self.inflection:g} is out of range: it must be between -1 and 1")
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        return [Site(layer, "after_attention") for layer in range(info.depth)]
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"keys", "sizes"})
+
+    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+        if self.inflection and budget.unit == "removed":
+            every = schedule(signals.info.depth, int(budget.amounts[0]), self.inflection)
+            budget = Budget(every[site.index], "removed")
+        total = signals.prunable.shape[1]
+        special = total - signals.units
+        # float32 keeps the choice reproducible in half precision, where similarities tie
+        metric = signals.keys.float().mean(1)  # [B, N, d]
+        matching = self.match(metric, signals.units - budget.count(signals.units), special)
+        mix = matching.mix(signals.sizes)
+        bias = matching.total(signals.sizes).log() if self.proportional else None
+        return Plan(mix, key_bias=bias)
+
+    def match(self, metric: Tensor, removed: int, special: int) -> Matching:
+        """The released code knows a class and a distillation token, which take part in the even-odd split; longer
+        prefixes (registers) are set apart before it."""
+        if special <= 2:
+            return bipartite_matching(metric, removed, class_token=special > 0, distill_token=special > 1)
+        rest = bipartite_matching(metric[:, special:], removed)
+        prefix = torch.arange(special, device=metric.device).expand(metric.shape[0], -1)
+        return Matching(torch.cat([prefix, rest.slot + special], 1), rest.outputs + special)
+
+    def family(self, level: float, sites: int, info: ModelInfo) -> Budget:
+        """The same share of (1 - level) of the patches leaves in every block, whole tokens spread evenly."""
+        each = (1 - level) * (info.tokens - info.special) / sites
+        return Budget(tuple(round((i + 1) * each) - round(i * each) for i in range(sites)), "removed")
