@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.adapters.base import Trace
 from common.errors import PrunelabError
+from common.roles import TokenPruner
 from common.types import Budget
 
 
@@ -92,3 +93,29 @@ def fit(
             break
         low, high = (middle, high) if value < target else (low, middle)
     return best
+
+
+def match(method: TokenPruner, model: nn.Module, budget: Budget, calibration: Tensor | None = None) -> Budget:
+    """A budget in `macs` or `cost` (share of the dense MACs) as one the method plans with; others pass unchanged.
+
+    The MACs matched include the method's scoring. Methods whose counts depend on the input are run on the
+    `calibration` batch for every trial.
+    """
+    from common.apply import apply  # apply reports costs itself; imported late to keep the arrow one way
+
+    if budget.unit not in ("macs", "cost"):
+        return budget
+    with apply(method, model, 1.0) as handle:
+        info, sites = handle.adapter.info, len(handle.application.sites)
+        dense = macs(model, handle.adapter.example())
+    target = budget.amounts[0] * (dense if budget.unit == "cost" else 1)
+
+    def cost_at(trial: Budget) -> float:
+        with apply(method, model, trial) as handle, torch.no_grad():
+            if method.adaptive:
+                if calibration is None:
+                    raise PrunelabError(f"{method.name} needs calibration inputs to match a cost")
+                model(calibration)
+            return handle.report().macs
+
+    return fit(lambda level: method.family(level, sites, info), cost_at, target)

@@ -9,13 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import selection
+from common import selection, text
 from common.errors import PrunelabError
+from common.text import Background, Similarity
 from common.types import Budget, Gather, ModelInfo, Plan, Reduction, Site
 
 
@@ -247,14 +250,20 @@ class SampleSelector(Method):
 class Passage:
     """Sentences to rank: their texts, the document each belongs to and its place there.
 
-    document and position are [n] lists; a single list of sentences is one document in reading order.
+    document and position are [n] tuples; a single list of sentences is one document in reading order. background
+    is the corpus that idf comes from, for methods that weigh words; see `FeatureRanker` where it is None.
     """
 
     sentences: tuple[str, ...]
     document: tuple[int, ...] = field(default=())
     position: tuple[int, ...] = field(default=())
+    background: Background | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.sentences, str):
+            raise PrunelabError("a passage is a list of sentences; split the text with common.text.sentences first")
+        for name in ("sentences", "document", "position"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.sentences or not any(s.strip() for s in self.sentences):
             raise PrunelabError("there is no sentence to rank; give at least one that is not empty")
         if not self.document:
@@ -267,16 +276,22 @@ class Passage:
                 seen[document] = places[-1] + 1
             object.__setattr__(self, "position", tuple(places))
         if not len(self.sentences) == len(self.document) == len(self.position):
-            raise PrunelabError("sentences, document and position differ in length")
+            raise PrunelabError("sentences, document and position differ in length; give one entry a sentence")
 
     @classmethod
-    def of(cls, documents: Sequence[Sequence[str]]) -> Passage:
+    def of(cls, documents: Sequence[Sequence[str]], background: Background | None = None) -> Passage:
         """A cluster of documents, each a list of sentences."""
         return cls(
             tuple(s for d in documents for s in d),
             tuple(i for i, d in enumerate(documents) for _ in d),
             tuple(j for d in documents for j, _ in enumerate(d)),
+            background,
         )
+
+    @cached_property
+    def words(self) -> list[list[str]]:
+        """The words of each sentence."""
+        return [text.words(s) for s in self.sentences]
 
 
 class Ranker(Method):
@@ -288,15 +303,85 @@ class Ranker(Method):
     def rank(self, passage: Passage) -> Tensor:
         """Scores [n], larger is better."""
 
+    def order(self, passage: Passage) -> list[int]:
+        """Units from the best to the worst, ties to the earlier one. What is left out here is never chosen."""
+        return selection.descending(self.rank(passage)).tolist()  # type: ignore[no-any-return]
+
+    def redundant(self, passage: Passage) -> Callable[[int, list[int]], bool] | None:
+        """Tells whether a unit repeats those already taken; None where the method does not ask."""
+        return None
+
     def plan(self, passage: Passage, budget: Budget) -> Plan:
-        """Units that stay, [1, K] in original order: best first while the budget lasts, ties to the earlier one."""
-        scores = self.rank(passage)
+        """Units that stay, [1, K] in original order: best first while the budget lasts."""
         sizes = selection.text_sizes(passage.sentences, budget.unit)
-        order = selection.descending(scores).tolist()
-        chosen = selection.fill(order, sizes, budget)
+        chosen = selection.fill(self.order(passage), sizes, budget, self.redundant(passage))
         return Plan(Gather(torch.tensor([sorted(chosen)], dtype=torch.long)))
 
     def summarise(self, sentences: Sequence[str] | Passage, budget: Budget) -> list[str]:
         """The sentences that `plan` keeps, in document order."""
-        passage = sentences if isinstance(sentences, Passage) else Passage(tuple(sentences))
+        passage = sentences if isinstance(sentences, Passage) else Passage(sentences)  # type: ignore[arg-type]
         return [passage.sentences[i] for i in self.plan(passage, budget).reduce.index[0].tolist()]  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureRanker(Ranker):
+    """Sentence extraction in MEAD's frame: a salience feature, Position, a length cut-off and a re-ranker.
+
+    weight, position: weights of the salience feature and of Position, both scaled to [0, 1] over the passage.
+        With position=0 the salience itself is the score.
+    min_words: LengthCutoff; sentences with fewer words are never chosen (unless all are that short).
+    max_cosine: a sentence whose cosine with one already chosen exceeds it is skipped; None chooses all.
+    without_background: idf for a passage that brings no background corpus: `sentences` counts each of its
+        sentences as a document, `uniform` gives every word the weight 1, `error` refuses.
+    """
+
+    weight: float = 1.0
+    position: float = 0.0
+    min_words: int = 0
+    max_cosine: float | None = None
+    without_background: Literal["sentences", "uniform", "error"] = "sentences"
+
+    @classmethod
+    def mead(cls, weight: float = 1.0, **options: Any) -> Self:
+        """With MEAD's policy: Position 1, LengthCutoff 9, and the re-ranker at cosine 0.5."""
+        return cls(**{"weight": weight, "position": 1.0, "min_words": 9, "max_cosine": 0.5, **options})
+
+    @abstractmethod
+    def salience(self, passage: Passage) -> Tensor:
+        """The feature [n] that the method contributes, larger is better."""
+
+    def rank(self, passage: Passage) -> Tensor:
+        salience = self.salience(passage)
+        if self.position == 0:
+            return salience
+        features = [(self.weight, salience), (self.position, selection.leading(passage.document, passage.position))]
+        return sum((w * selection.min_max(f) for w, f in features), torch.zeros(()))
+
+    def order(self, passage: Passage) -> list[int]:
+        lengths = [len(w) for w in passage.words]
+        scores = self.rank(passage)
+        scores = (scores / scores.abs().max().clamp_min(1e-300)).round(decimals=9)  # closer ones are ties
+        order: list[int] = selection.descending(scores).tolist()
+        order = [i for i in order if lengths[i]] + [i for i in order if not lengths[i]]  # wordless sentences last
+        return [i for i in order if lengths[i] >= self.min_words] or order
+
+    def redundant(self, passage: Passage) -> Callable[[int, list[int]], bool] | None:
+        if self.max_cosine is None:
+            return None
+        similarity, limit = self.similarity(passage), self.max_cosine
+        return lambda unit, taken: bool(taken) and bool((similarity.cosines(unit, taken) > limit).any())
+
+    def similarity(self, passage: Passage) -> Similarity:
+        """The idf-modified cosine of the passage's sentences, as a linear operator."""
+        counts, vocabulary = text.term_counts(passage.words)
+        return Similarity.of(counts, self.idf(passage, vocabulary))
+
+    def idf(self, passage: Passage, vocabulary: Sequence[str]) -> text.Array:
+        """Weights [V] of the words, from the passage's background corpus or as `without_background` says."""
+        if passage.background is not None:
+            return passage.background.idf(vocabulary)
+        if self.without_background == "error":
+            raise PrunelabError("idf needs a background corpus; set Passage.background, or without_background")
+        if self.without_background == "uniform":
+            return np.ones(len(vocabulary))
+        return Background.of(w for w in passage.words if w).idf(vocabulary) if vocabulary else np.ones(0)

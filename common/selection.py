@@ -128,11 +128,11 @@ def inverse_transform_sampling(weights: Tensor, samples: int) -> tuple[Tensor, T
 def power_iteration(
     step: Callable[[Tensor], Tensor], start: Tensor, iterations: int, tolerance: float | None = None
 ) -> Tensor:
-    """Apply `step` until the L2 change falls below `tolerance`, or `iterations` times where that is None."""
+    """Apply `step` until the L2 change is at most `tolerance`, or `iterations` times where that is None."""
     state = start
     for _ in range(iterations):
         state, previous = step(state), state
-        if tolerance is not None and float((state - previous).norm()) < tolerance:
+        if tolerance is not None and float((state - previous).norm()) <= tolerance:
             break
     return state
 
@@ -141,6 +141,14 @@ def min_max(values: Tensor) -> Tensor:
     """Values [n] scaled linearly so that the largest is 1 and the smallest 0; all 1 where they are equal."""
     low, high = values.min(), values.max()
     return torch.ones_like(values) if bool(high == low) else (values - low) / (high - low)
+
+
+def leading(document: Sequence[int], position: Sequence[int]) -> Tensor:
+    """MEAD's Position feature [n]: 1 for the first sentence of a document, 0 for its last, linear in between."""
+    last: dict[int, int] = {}
+    for d, p in zip(document, position, strict=True):
+        last[d] = max(last.get(d, 0), p)
+    return torch.tensor([1 - p / max(last[d], 1) for d, p in zip(document, position, strict=True)], dtype=torch.float64)
 
 
 def text_sizes(sentences: Sequence[str], unit: str) -> list[int]:
@@ -161,10 +169,13 @@ def fill(
     """Take units in `order` while the budget lasts, skipping those that are `redundant` given the ones taken.
 
     A unit that no longer fits ends the summary, except that the first one is always taken, so that a budget
-    in words or bytes never gives an empty text; cutting to length is left to the metric, as in ROUGE.
+    in words or bytes never gives an empty text; cutting to length is left to the metric, as in ROUGE. The newline
+    behind the last sentence is not counted: the sentences joined by newlines have at most that many bytes.
     """
+    if len(budget.amounts) != 1:
+        raise PrunelabError("a summary has one budget; give a single amount")
     if budget.unit in ("words", "bytes"):
-        limit = float(budget.amounts[0])
+        limit = float(budget.amounts[0]) + (budget.unit == "bytes" and budget.amounts[0] > 0)
     elif budget.unit in ("ratio", "count", "removed"):
         limit = float(budget.count(len(sizes)))
     else:

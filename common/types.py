@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import PrunelabError
 
-Unit = Literal["ratio", "count", "removed", "words", "bytes", "macs"]
+Unit = Literal["ratio", "count", "removed", "words", "bytes", "macs", "cost"]
 Where = Literal["input", "after_attention", "block_output", "projected", "packed"]
 Rest = Literal["drop", "bypass", "halt", "defer"]
 Positions = Literal["original", "renumber", "hold", "decay"]
@@ -28,7 +28,8 @@ class Budget:
     """How much may stay: one amount for every site, or one amount a site.
 
     unit: `ratio` keeps that share of the units, `count` keeps that many, `removed` takes that many away,
-    `words` and `bytes` limit text, `macs` limits multiply-accumulates (resolved by `common.cost.fit`).
+    `words` and `bytes` limit text, `macs` names multiply-accumulates and `cost` a share of the dense ones (both are
+    turned into one of the first three by `common.cost.match`).
     """
 
     amount: float | tuple[float, ...]
@@ -42,8 +43,8 @@ class Budget:
         for value in self.amounts:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise PrunelabError(f"budget amount {value!r} is not a finite number")
-            if value < 0 or (self.unit == "ratio" and value > 1):
-                allowed = "between 0 and 1" if self.unit == "ratio" else "at least 0"
+            if value < 0 or (self.unit in ("ratio", "cost") and value > 1):
+                allowed = "between 0 and 1" if self.unit in ("ratio", "cost") else "at least 0"
                 raise PrunelabError(f"budget {value:g} {self.unit} is out of range: it must be {allowed}")
         if not self.amounts:
             raise PrunelabError("a budget needs at least one amount")
@@ -79,8 +80,8 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read `0.7`, `0.9,0.8,0.7`, `13removed`, `64count`, `665bytes`, `100words` or `2.97e9macs`."""
-        match = re.fullmatch(r"\s*([-+.,eE\d\s]+?)\s*([a-z]*)\s*", text)
+        """Read `0.7`, `0.9,0.8,0.7`, `13removed`, `64count`, `665bytes`, `100words`, `0.75cost` or `2.97e9macs`."""
+        match = re.fullmatch(r"\s*([-+.,\d\s]+(?:e\d+)?)\s*([a-z]*)\s*", text)
         try:
             if match is None:
                 raise ValueError
@@ -89,7 +90,7 @@ class Budget:
             raise PrunelabError(
                 f"cannot read the budget '{text}'; write 0.7, 0.9,0.8,0.7, 13removed, 64count, 665bytes or 100words"
             ) from None
-        plain = tuple(int(a) if a.is_integer() and match[2] not in ("", "ratio") else a for a in amounts)
+        plain = tuple(int(a) if a.is_integer() and match[2] not in ("", "ratio", "cost") else a for a in amounts)
         return cls(plain if len(plain) > 1 else plain[0], match[2] or "ratio")  # type: ignore[arg-type]
 
     def __str__(self) -> str:

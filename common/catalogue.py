@@ -1,0 +1,110 @@
+"""The catalogue of models and data sets: what a name in a paper's tables means at each scale. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import PrunelabError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCALES = ("smoke", "testbed", "assets", "paper")
+
+
+@cache
+def _read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "configs" / name).read_text())
+
+
+def settings(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """configs/default.yaml, then PRUNELAB_<KEY> variables, then overrides; empty values do not override."""
+    values = dict(_read("default.yaml"))
+    for key in values:
+        values[key] = os.environ.get(f"PRUNELAB_{key.upper()}") or values[key]
+    for key, value in (overrides or {}).items():
+        if key not in values:
+            raise PrunelabError(f"there is no setting '{key}'; known: {', '.join(values)}")
+        values[key] = value if value not in (None, "") else values[key]
+    if values["scale"] not in SCALES:
+        raise PrunelabError(f"there is no scale '{values['scale']}'; use one of {', '.join(SCALES)}")
+    if values["assets"] and not Path(values["assets"]).is_dir():
+        raise PrunelabError(f"the assets folder {values['assets']} does not exist; give --config assets=DIR an existing one")
+    return values
+
+
+def _entry(file: str, kind: str, name: str) -> dict[str, Any]:
+    entries = _read(file)
+    if name not in entries:
+        raise PrunelabError(f"there is no {kind} '{name}' in configs/{file}; known: {', '.join(entries)}")
+    return entries[name]
+
+
+def model(name: str) -> dict[str, Any]:
+    """A model's catalogue entry."""
+    return _entry("models.yaml", "model", name)
+
+
+def dataset(name: str) -> dict[str, Any]:
+    """A data set's catalogue entry."""
+    return _entry("datasets.yaml", "data set", name)
+
+
+def missing(model_name: str | None, data_name: str | None, scale: str, config: Mapping[str, Any]) -> str | None:
+    """What a run at this scale needs that is not at hand, in words; None where it can run."""
+    scale = "testbed" if scale == "smoke" else scale
+    if model_name is not None and scale not in model(model_name):
+        return f"{model_name}, which has no entry at {scale} scale"
+    if data_name is not None:
+        entry = dataset(data_name).get(scale)
+        if entry is None:
+            return f"{data_name}, which has no entry at {scale} scale"
+        if "setting" in entry and not config.get(entry["setting"]):
+            return str(entry["needs"])
+        if "folder" in entry and not (Path(config["assets"] or "/nonexistent") / entry["folder"]).exists():
+            return f"the assets folder with {entry['folder']} (--config assets=DIR)"
+    return None
+
+
+def identity(model_name: str | None, data_name: str | None, scale: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What names the model and the data exactly: it goes into a run's address."""
+    scale = "testbed" if scale == "smoke" else scale
+    out: dict[str, Any] = {}
+    if model_name is not None:
+        entry = model(model_name).get(scale)
+        if scale == "testbed":
+            out["model"] = {"testbed": entry, "sha256": _testbed_hash(str(entry))}
+        elif scale == "assets":
+            out["model"] = {"assets": entry, "sha256": _assets_hash(config, str(entry))}
+        else:
+            out["model"] = entry
+    if data_name is not None:
+        out["data"] = dataset(data_name).get(scale)
+        if scale == "assets":
+            out["data"] = {**out["data"], "sha256": _assets_hash(config, out["data"]["folder"])}
+    return out
+
+
+@cache
+def _testbed_hash(name: str) -> str:
+    path = ROOT / "common" / "testbeds" / "weights" / name / "training.json"
+    if not path.exists():
+        raise PrunelabError(f"the testbed {name} has no trained weights; run `python -m common train {name}`")
+    return str(json.loads(path.read_text())["sha256"])
+
+
+def _assets_hash(config: Mapping[str, Any], entry: str) -> str:
+    return _assets_catalogue(str(config["assets"])).get(entry, "unlisted")
+
+
+@cache
+def _assets_catalogue(folder: str) -> dict[str, str]:
+    path = Path(folder) / "catalogue.json"
+    if not path.exists():
+        return {}
+    return {entry["name"]: entry["sha256"] for entry in json.loads(path.read_text())}

@@ -1,0 +1,213 @@
+"""`python -m common ...`: list, show, cost, apply, run one table row, train a testbed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common import catalogue, papers
+from common.errors import PrunelabError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+Options = Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeat for more")]
+Settings = Annotated[list[str] | None, typer.Option("--config", help="setting of configs/default.yaml, key=value")]
+
+
+def _pairs(items: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    out: dict[str, Any] = {}
+    for item in items or []:
+        key, sign, value = item.partition("=")
+        if not sign:
+            raise PrunelabError(f"write '{item}' as key=value")
+        out[key] = yaml.safe_load(value)
+    return out
+
+
+@app.command("list")
+def list_methods(
+    role: Annotated[str, typer.Option(help="only this role, such as token_pruner")] = "",
+    family: Annotated[str, typer.Option(help="only papers of this family, such as vit")] = "",
+    tag: Annotated[str, typer.Option(help="only papers with this taxonomy value, or axis=value")] = "",
+) -> None:
+    """List the methods, by role, family or taxonomy tag."""
+    from common import registry
+
+    table = Table("method", "role", "family", "paper", "taxonomy")
+    shown = 0
+    for name, cls in registry.load().items():
+        paper = papers.load(registry.slug(cls))
+        axis, sign, value = tag.partition("=")
+        tags = paper.taxonomy.get(axis, []) if sign else [v for values in paper.taxonomy.values() for v in values]
+        if (role and cls.role != role) or (family and paper.family != family) or (tag and (value if sign else tag) not in tags):
+            continue
+        taxonomy = " ".join(f"{a}={'/'.join(v)}" for a, v in paper.taxonomy.items())
+        table.add_row(name, cls.role, paper.family, f"{paper.title} ({paper.venue})", taxonomy)
+        shown += 1
+    if not shown:
+        raise PrunelabError("no method matches; run `python -m common list` for all of them")
+    console.print(table)
+
+
+@app.command()
+def show(name: str) -> None:
+    """Show one method: its paper, defaults and tables."""
+    from common import registry
+
+    cls = registry.get(name)
+    paper = papers.load(registry.slug(cls))
+    console.print(f"[bold]{name}[/bold]  {cls.role}\n{paper.title}\n{', '.join(paper.authors)}, {paper.venue}")
+    console.print(f"status: {paper.status}")
+    for label, link in paper.links.items():
+        console.print(f"{label}: {link}")
+    console.print((cls.__doc__ or "").strip(), style="dim")
+    defaults = Table("option", "default", title="defaults")
+    for f in fields(cls):  # type: ignore[arg-type]
+        defaults.add_row(f.name, "required" if f.default is MISSING else repr(f.default))
+    console.print(defaults)
+    tables = Table("table", "reported numbers", title="tables")
+    for table in paper.tables:
+        tables.add_row(table.name, str(sum(r.table == table.name for r in papers.reported(paper.slug))))
+    console.print(tables)
+
+
+@app.command()
+def cost(
+    method: str,
+    model: Annotated[str, typer.Argument(help="a model of configs/models.yaml, or any timm ViT name")],
+    budget: Annotated[str, typer.Argument(help="0.7 | 0.9,0.8,0.7 | 13removed | 64count")],
+    options: Options = None,
+) -> None:
+    """Count what a method costs and saves on a model, on the meta device: no weights are needed."""
+    import torch
+
+    from common import models, registry
+    from common.apply import apply
+    from common.types import Budget
+
+    net = _architecture(model)
+    with apply(registry.create(method, **_pairs(options)), net, Budget.parse(budget)) as handle, torch.no_grad():
+        console.print(str(handle.report()), highlight=False)
+    del models
+
+
+def _architecture(name: str) -> Any:
+    import timm
+
+    from common import models
+
+    try:
+        entry = catalogue.model(name)["architecture"]
+    except PrunelabError:
+        if name not in timm.list_models():
+            raise PrunelabError(f"'{name}' is neither in configs/models.yaml nor a timm model") from None
+        entry = {"library": "timm", "name": name}
+    return models.architecture(entry)
+
+
+@app.command()
+def apply(
+    method: str,
+    file: Annotated[Path, typer.Argument(help="an image (PNG, JPEG) or a text file of your own")],
+    budget: Annotated[str, typer.Argument(help="0.7 or 0.9,0.8,0.7 for an image; 3count, 100words or 665bytes for a text")],
+    out: Annotated[Path | None, typer.Option(help="where the picture goes; default: beside the file")] = None,
+    model: Annotated[str, typer.Option(help="testbed model or timm name (random weights unless --weights)")] = "deit_tiny",
+    weights: Annotated[Path | None, typer.Option(help="safetensors file for the model")] = None,
+    options: Options = None,
+) -> None:
+    """Apply a method to an image or a text of your own and see what it keeps."""
+    from common import demo
+
+    demo.run(method, file, budget, out, model, weights, _pairs(options), console)
+
+
+@app.command()
+def run(
+    paper: str,
+    table: str,
+    row: str,
+    column: Annotated[str, typer.Option(help="only this column")] = "",
+    config: Settings = None,
+) -> None:
+    """Run one row of a paper's table and print it beside what the paper reports."""
+    from common import provenance, runner
+
+    values = catalogue.settings(_pairs(config))
+    wanted = [
+        c
+        for c in papers.cells(paper, values)
+        if c.reported.table == table and c.reported.row == row and column in ("", c.reported.column)
+    ]
+    if not wanted:
+        papers.load(paper)
+        known = sorted({(r.table, r.row) for r in papers.reported(paper)})
+        tables = ", ".join(f"'{t}'" for t in dict.fromkeys(t for t, _ in known))
+        rows = ", ".join(f"'{r}'" for t, r in known if t == table)
+        raise PrunelabError(f"no reported row '{row}' in table '{table}' of {paper}; " + (f"rows: {rows}" if rows else f"tables: {tables}"))
+    shown = Table("column", "reported", "scale", "value", "status")
+    for cell in wanted:
+        for scale, job in cell.runs.items():
+            value, status = "", f"needs {job}" if isinstance(job, str) else ""
+            if isinstance(job, papers.Run):
+                path = job.path(Path(values["results"]))
+                provenance.reject_damaged(path)
+                if not path.exists():
+                    runner.execute(job, values)
+                metric = provenance.read(path)["metrics"][cell.metric]
+                value = f"{metric['value']:g}" + (f" ± {metric['stderr']:g}" if metric.get("stderr") else "")
+                status = cell.status if scale == "paper" else scale
+            shown.add_row(cell.reported.column, f"{cell.reported.text} {cell.reported.unit}", scale if job else "", value, status)
+    console.print(shown)
+
+
+@app.command("run-record", hidden=True)
+def run_record(address: str, config: Settings = None) -> None:
+    """Make the record of that address (the workflow's entry point)."""
+    from common import runner
+
+    values = catalogue.settings(_pairs(config))
+    job = papers.jobs(values).get(address)
+    if job is None:
+        raise PrunelabError(f"no run has the address {address}; the sources changed meanwhile, start again")
+    runner.execute(job, values)
+
+
+@app.command()
+def train(
+    testbed: str,
+    out: Annotated[Path, typer.Option(help="folder for weights, log and checkpoint")] = Path("results/training"),
+    seed: int = 0,
+    threads: int = 2,
+) -> None:
+    """Train a testbed model anew; resumes where an earlier start stopped."""
+    from common import testbeds
+
+    testbeds.train(testbed, out, seed=seed, threads=threads)
+
+
+def main() -> None:
+    """Entry point: a mistake in the input is one line and exit code 2, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except PrunelabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (typer.Exit, typer.Abort) as stop:
+        sys.exit(getattr(stop, "exit_code", 1))
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):  # usage errors print themselves as one line
+            print(f"error: {getattr(error, 'format_message', lambda: error)()}", file=sys.stderr)
+            sys.exit(2)
+        if os.environ.get("PRUNELAB_DEBUG"):
+            raise
+        raise

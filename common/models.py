@@ -1,0 +1,61 @@
+"""Load what a run's identity names: a testbed, a small real checkpoint, a hub checkpoint, or an architecture alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from common.errors import PrunelabError
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+def architecture(entry: Mapping[str, Any]) -> nn.Module:
+    """The architecture on the meta device, without weights: enough for every cost that shapes decide."""
+    if entry["library"] != "timm":
+        raise PrunelabError(f"architectures of the library {entry['library']} are not supported yet; use timm")
+    import timm
+
+    with torch.device("meta"):
+        return timm.create_model(entry["name"], pretrained=False, **entry.get("arguments", {})).eval()
+
+
+def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Module, Transform | None]:
+    """A model in eval mode and the transform its images need (None for testbeds, whose data need none)."""
+    if "testbed" in identity:
+        from common import testbeds
+
+        return testbeds.load(identity["testbed"])[0], None
+    if "assets" in identity:
+        return _vit_tiny(Path(config["assets"]) / identity["assets"])
+    if "hub" in identity:
+        return _hub(identity["hub"])
+    raise PrunelabError(f"cannot load a model from {dict(identity)}; see configs/models.yaml")
+
+
+def _vit_tiny(folder: Path) -> tuple[nn.Module, Transform]:
+    import safetensors.torch
+    import timm
+
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise PrunelabError(f"{path} is missing; give --config assets=DIR a folder that holds {folder.name}")
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    model.load_state_dict(safetensors.torch.load_file(path))
+    transform = timm.data.create_transform(224, interpolation="bicubic", crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return model, transform  # type: ignore[return-value]
+
+
+def _hub(name: str) -> tuple[nn.Module, Transform]:
+    import timm
+
+    try:
+        model = timm.create_model(f"hf_hub:{name}", pretrained=True).eval()
+    except Exception as error:  # hub clients raise many kinds; all mean that the checkpoint is not to be had
+        raise PrunelabError(f"the checkpoint {name} cannot be had ({type(error).__name__}); download it first") from error
+    return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))

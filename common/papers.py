@@ -1,0 +1,406 @@
+"""Papers: what `methods/<slug>/paper.yaml` and `reported.csv` say, and the runs that follow from them.
+
+Jobs are runs, not cells: a reported cell names a run and a metric of it, many cells share one run, and equal runs of
+different papers are one. Imports no torch, so that a workflow can be planned in no time.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common import catalogue, provenance
+from common.errors import PrunelabError
+
+ROOT = provenance.ROOT
+METHODS = ROOT / "methods"
+ANYWHERE: Mapping[str, str] = {"macs": "analytic", "function": "measured"}  # kinds that need no scale, and their status
+ARCHITECTURE_ONLY = ("macs", "latency")  # kinds that need no weights
+NEEDS: Mapping[str, tuple[str, str]] = {"latency": ("gpu", "a CUDA GPU (--profile configs/profiles/gpu)")}
+SMOKE_SAMPLES = 32
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Configuration(_Strict):
+    """A method with its options and budget; without a method it is the unpruned model."""
+
+    method: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    budget: str | None = None
+
+
+class Column(_Strict):
+    """How the cells of a column are made: the kind of run, its data set, and the metric to show."""
+
+    kind: str
+    metric: str = ""
+    data: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    scales: tuple[str, ...] = ("paper", "assets", "testbed")
+    tolerance: float = 0.0  # half a unit of the printed figure, or the sampling error of the paper's own data set
+
+
+class Row(_Strict):
+    """What a row of a table runs; `needs` says what it takes where nothing here can run it."""
+
+    configuration: str | None = None
+    model: str | None = None
+    budget: str | None = None
+    needs: str | None = None
+    columns: dict[str, Column] = Field(default_factory=dict)
+
+
+class Table(_Strict):
+    """One table of the paper, named as in reported.csv."""
+
+    name: str
+    caption: str = ""
+    note: str = ""
+    model: str | None = None
+    columns: dict[str, Column] = Field(default_factory=dict)
+    rows: dict[str, Row | str] = Field(default_factory=dict)
+    needs: str | None = None
+    smoke: bool = False
+
+    def row(self, name: str) -> Row:
+        """The entry of a reported row; a bare string names a configuration, `*` stands for all others."""
+        entry = self.rows.get(name, self.rows.get("*"))
+        if entry is None:
+            return Row(needs=self.needs) if self.needs else Row()
+        return Row(configuration=entry) if isinstance(entry, str) else entry
+
+
+class Board(_Strict):
+    """A comparison of our own: several configurations under several budgets on one model, shown as table and curve."""
+
+    name: str
+    caption: str = ""
+    kind: str
+    data: str
+    model: str | None = None
+    metric: str
+    baseline: str = "dense"
+    entries: dict[str, str]
+    budgets: tuple[str, ...]
+    settings: dict[str, Any] = Field(default_factory=dict)
+    scales: tuple[str, ...] = ("paper", "assets", "testbed")
+    smoke: bool = False
+
+
+class Paper(_Strict):
+    """paper.yaml."""
+
+    slug: str
+    title: str
+    authors: list[str]
+    venue: str
+    year: int
+    links: dict[str, str] = Field(default_factory=dict)
+    bibtex: str
+    family: str
+    taxonomy: dict[str, list[str]]
+    status: str
+    configurations: dict[str, Configuration] = Field(default_factory=dict)
+    tables: list[Table] = Field(default_factory=list)
+    boards: list[Board] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _configurations_exist(self) -> Paper:
+        known = {"dense", *self.configurations}
+        for table in self.tables:
+            for name in table.rows:
+                used = table.row(name).configuration
+                if used is not None and used not in known:
+                    raise ValueError(f"table '{table.name}', row '{name}' names the unknown configuration '{used}'")
+        for board in self.boards:
+            for used in (*board.entries.values(), board.baseline):
+                if used not in known:
+                    raise ValueError(f"board '{board.name}' names the unknown configuration '{used}'")
+        return self
+
+    def configuration(self, name: str) -> Configuration:
+        """A configuration by name; `dense` always exists."""
+        return self.configurations.get(name, Configuration())
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A number that a paper printed, with where it stands."""
+
+    table: str
+    row: str
+    column: str
+    value: float
+    text: str
+    unit: str
+    source: str
+    quality: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job: everything that decides its outcome, resolved. `scale` is '' where the outcome has none."""
+
+    kind: str
+    scale: str
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    budget: str | None = None
+    model: str | None = None
+    data: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    ids: Mapping[str, Any] = field(default_factory=dict)
+    entries: tuple[str, ...] = ()
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what is run."""
+        return provenance.digest({k: v for k, v in asdict(self).items() if k != "entries"})[:20]
+
+    @cached_property
+    def sources(self) -> str:
+        """Hash of the code that runs it."""
+        return provenance.sources(ROOT / entry for entry in self.entries)[:12]
+
+    @property
+    def address(self) -> str:
+        """Name of the record."""
+        return f"{self.identity}-{self.sources}"
+
+    def path(self, results: Path) -> Path:
+        """Where the record lies."""
+        return results / "records" / f"{self.address}.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A reported number and, per scale, the run that reproduces it, or what that run would need."""
+
+    reported: Reported
+    metric: str
+    status: Literal["analytic", "measured"]
+    tolerance: float
+    runs: Mapping[str, Run | str]
+
+
+def slugs() -> list[str]:
+    """Folders below methods/ that hold a paper.yaml."""
+    return sorted(path.parent.name for path in METHODS.glob("*/paper.yaml"))
+
+
+@cache
+def load(slug: str) -> Paper:
+    """A paper, validated; errors name file and field."""
+    path = METHODS / slug / "paper.yaml"
+    if not path.exists():
+        raise PrunelabError(f"there is no paper '{slug}'; known: {', '.join(slugs())}")
+    try:
+        return Paper.model_validate({"slug": slug, **yaml.safe_load(path.read_text())})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PrunelabError(f"methods/{slug}/paper.yaml, {where or 'top level'}: {first['msg']}") from None
+    except yaml.YAMLError as error:
+        raise PrunelabError(f"methods/{slug}/paper.yaml is not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+@cache
+def reported(slug: str) -> tuple[Reported, ...]:
+    """Every number of reported.csv, in file order."""
+    path = METHODS / slug / "reported.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        try:
+            return tuple(
+                Reported(r["table"], r["row"], r["column"], float(r["value"]), r["value"], r["unit"], r["source"], r["quality"])
+                for r in csv.DictReader(file)
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PrunelabError(f"methods/{slug}/reported.csv: every line needs a number under 'value' ({error})") from None
+
+
+def _samples(scale: str, data: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(given)
+    entry = catalogue.dataset(data).get("testbed" if scale == "smoke" else scale) if data else None
+    if entry and "samples" in entry:
+        values.setdefault("samples", entry["samples"])
+    if scale == "smoke" and data:
+        values["samples"] = SMOKE_SAMPLES
+    return values
+
+
+def _adapter(model: str | None) -> tuple[str, ...]:
+    return (f"common/adapters/{catalogue.model(model)['adapter']}.py",) if model else ()
+
+
+def resolve(
+    kind: str,
+    scale: str,
+    config: Mapping[str, Any],
+    configuration: Configuration,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    budget: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Run | str:
+    """The run of a configuration at a scale, or what it needs in words."""
+    settings = settings or {}
+    method_files = (f"methods/{_folder(configuration.method)}/method.py",) if configuration.method else ()
+    entries = (f"common/tasks/{kind}.py", *method_files, *_adapter(model))
+    budget = budget or configuration.budget if configuration.method else None
+    if kind == "function":
+        module = str(settings["call"]).split(":")[0].replace(".", "/") + ".py"
+        return Run(kind, "", settings=settings, entries=(entries[0], module), ids=_data_files(module))
+    setting, what = NEEDS.get(kind, ("", ""))
+    if setting and not config[setting]:
+        return what
+    if kind in ARCHITECTURE_ONLY:
+        assert model is not None
+        ids = {"model": catalogue.model(model)["architecture"]}
+        where = "" if kind in ANYWHERE else scale
+        return Run(kind, where, configuration.method, configuration.options, budget, None, None, settings, ids, entries)
+    lacking = catalogue.missing(model, data, scale, config)
+    if lacking:
+        return lacking
+    settings = _samples(scale, data, settings)
+    ids = catalogue.identity(model, data, scale, config)
+    # Names of the paper's models do not enter: two papers' models that share a stand-in share its runs.
+    return Run(kind, scale, configuration.method, configuration.options, budget, None, None, settings, ids, entries)
+
+
+def _data_files(module: str) -> dict[str, Any]:
+    """Hashes of the CSV files beside a paper's own table function."""
+    folder = (ROOT / module).parent
+    return {"files": {p.name: provenance.digest(p.read_text()) for p in sorted(folder.glob("*.csv")) if p.name != "reported.csv"}}
+
+
+@cache
+def _folder(method: str) -> str:
+    """The folder whose method.py registers a name; read from the text, so that torch stays out."""
+    for path in sorted(METHODS.glob("*/method.py")):
+        if f'name: ClassVar[str] = "{method}"' in path.read_text():
+            return path.parent.name
+    raise PrunelabError(f"no methods/*/method.py registers the name '{method}'")
+
+
+def scales(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The scales that run: the one asked for, and assets where a folder is given."""
+    return (config["scale"], *(("assets",) if config["assets"] and config["scale"] in ("testbed", "paper") else ()))
+
+
+def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
+    """Every reported number of a paper with its runs at the scales asked for; `paper` always has an entry."""
+    paper = load(slug)
+    tables = {table.name: table for table in paper.tables}
+    for number in reported(slug):
+        table = tables.get(number.table)
+        if table is None:
+            raise PrunelabError(f"methods/{slug}/paper.yaml says nothing of the reported table '{number.table}'")
+        row = table.row(number.row)
+        column = row.columns.get(number.column) or table.columns.get(number.column) or table.columns.get("*")
+        needs = row.needs or (None if column else table.needs)
+        if needs is None and (column is None or (row.configuration is None and column.kind != "function")):
+            raise PrunelabError(
+                f"methods/{slug}/paper.yaml does not say how '{number.table}', row '{number.row}', column"
+                f" '{number.column}' is run; add it, or say under `needs` what it takes"
+            )
+        if needs is not None or column is None:
+            yield Cell(number, "", "measured", 0.0, {"paper": needs or ""})
+            continue
+        place = {"table": number.table, "row": number.row, "column": number.column}
+        metric = (column.metric or "{table}/{row}/{column}").format(**place)
+        runs: dict[str, Run | str] = {}
+        for scale in dict.fromkeys(("paper", *scales(config))):
+            asked = "testbed" if scale == "smoke" else scale
+            if column.kind in ANYWHERE and scale != "paper":
+                continue
+            if asked not in column.scales:
+                runs[scale] = f"nothing: this column is not run at {asked} scale"
+            elif scale == "smoke" and not table.smoke:
+                runs[scale] = "more than the smoke scale runs"
+            else:
+                runs[scale] = resolve(
+                    column.kind,
+                    scale,
+                    config,
+                    paper.configuration(row.configuration or "dense"),
+                    model=row.model or table.model,
+                    data=column.data,
+                    budget=row.budget,
+                    settings=column.settings,
+                )
+            if scale == "paper" and config["scale"] != "paper" and column.kind not in ANYWHERE and isinstance(runs[scale], Run):
+                continue  # at hand, but not asked for: shown if a record exists, never started
+        status = ANYWHERE.get(column.kind, "measured")
+        yield Cell(number, metric, status, column.tolerance, runs)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class BoardPoint:
+    """One entry of a board under one budget (None for the baseline) at one scale."""
+
+    board: Board
+    entry: str
+    budget: str | None
+    scale: str
+    run: Run | str
+
+
+def points(slug: str, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
+    """Every point of a paper's boards at the scales asked for."""
+    paper = load(slug)
+    for board in paper.boards:
+        for scale in scales(config):
+            asked = "testbed" if scale == "smoke" else scale
+            if asked not in board.scales or (scale == "smoke" and not board.smoke):
+                continue
+            options = {"model": board.model, "data": board.data, "settings": board.settings}
+            base = resolve(board.kind, scale, config, paper.configuration(board.baseline), **options)  # type: ignore[arg-type]
+            yield BoardPoint(board, board.baseline, None, scale, base)
+            for entry, name in board.entries.items():
+                for budget in board.budgets[:1] if scale == "smoke" else board.budgets:
+                    run = resolve(board.kind, scale, config, paper.configuration(name), budget=budget, **options)  # type: ignore[arg-type]
+                    yield BoardPoint(board, entry, budget, scale, run)
+
+
+def selected(config: Mapping[str, Any]) -> list[str]:
+    """The papers a configuration asks for."""
+    asked = config["papers"]
+    if asked == "all":
+        return slugs()
+    names = [part.strip() for part in asked.split(",")] if isinstance(asked, str) else list(asked)
+    for name in names:
+        load(name)
+    return names
+
+
+def jobs(config: Mapping[str, Any]) -> dict[str, Run]:
+    """Every run that the tables need at the scales asked for, by address."""
+    wanted = scales(config)
+    found: dict[str, Run] = {}
+    for slug in selected(config):
+        for cell in cells(slug, config):
+            for scale, run in cell.runs.items():
+                if isinstance(run, Run) and (scale in wanted or run.scale == ""):
+                    found[run.address] = run
+        for point in points(slug, config):
+            if isinstance(point.run, Run):
+                found[point.run.address] = point.run
+    results = Path(config["results"])
+    # A paper-scale record that only the code has left behind is shown as stale, and made anew on request alone.
+    return {a: r for a, r in found.items() if r.scale != "paper" or r.path(results).exists() or not stale(r, results)}
+
+
+def stale(run: Run, results: Path) -> Path | None:
+    """A record of the same run made by other sources, if there is one."""
+    return next(iter(sorted((results / "records").glob(f"{run.identity}-*.json"))), None)

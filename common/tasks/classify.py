@@ -1,0 +1,58 @@
+"""Top-1 accuracy of a classifier, pruned or not, with the MACs it really used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from common import cost, metrics, models, registry
+from common.adapters import adapter_for
+from common.apply import apply
+from common.data import images
+from common.papers import Run
+from common.roles import TokenPruner
+from common.types import Budget
+
+BATCH = 50
+CALIBRATION = 32  # images that methods with input-dependent counts are matched on
+
+
+def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics: `top1` in percent with per-image bits, `gmacs` and `scoring_gmacs` an image, `saving` in percent, and
+    the `budget` that a matched cost came to."""
+    device = "cuda" if run.scale == "paper" and torch.cuda.is_available() else "cpu"
+    model, transform = models.load(run.ids["model"], config)
+    model = model.to(device)
+    samples, seed = int(run.settings["samples"]), int(run.settings.get("seed", 0))
+
+    def data(count: int) -> Any:
+        return images.batches(run.ids["data"], config, transform, count, BATCH)
+
+    out: dict[str, Any] = {}
+    context: Any = nullcontext()
+    if run.method is not None:
+        method = registry.create(run.method, **run.options)
+        assert isinstance(method, TokenPruner)
+        calibration = next(iter(data(CALIBRATION)))[0].to(device) if method.adaptive else None
+        budget = cost.match(method, model, Budget.parse(str(run.budget)), calibration)
+        out["budget"] = {"text": str(budget)}
+        context = apply(method, model, budget, seed=seed)
+    correct = []
+    with context as handle, torch.inference_mode():
+        for x, y in track(data(samples), "classifying", total=-(-samples // BATCH), transient=True):
+            correct.append(model(x.to(device)).argmax(-1).cpu() == y)
+        if handle is not None:
+            report = handle.report()
+            used, scoring = report.macs, report.scoring_macs
+        else:
+            used, scoring = cost.macs(model, adapter_for(model).example()), 0.0
+        dense = cost.macs(model, adapter_for(model).example()) if handle is None else report.dense_macs
+    out["top1"] = metrics.share(torch.cat(correct))
+    out["gmacs"] = {"value": round(used / 1e9, 6)}
+    out["scoring_gmacs"] = {"value": round(scoring / 1e9, 6)}
+    out["saving"] = {"value": round(100 * (1 - used / dense), 3)}
+    return out

@@ -1,0 +1,79 @@
+"""Small models that we trained ourselves: what methods are measured on where no real checkpoint is at hand.
+
+One module defines one testbed, found by discovery. The weights of `<name>` lie in `weights/<name>/`: the model, the log
+of its training with its sha256, and `seeds.json`, which tells how much the seed matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import pkgutil
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from common.errors import PrunelabError
+from common.testbeds.base import LOG, WEIGHTS, Testbed, fit, read_log
+
+SHIPPED = Path(__file__).resolve().parent / "weights"
+
+
+@cache
+def testbeds() -> dict[str, type[Testbed]]:
+    """All testbeds by name, discovered in this package."""
+    found: dict[str, type[Testbed]] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for value in vars(module).values():
+            if inspect.isclass(value) and issubclass(value, Testbed) and value.__module__ == module.__name__:
+                if not inspect.isabstract(value):
+                    found[value.name] = value
+    return found
+
+
+def get(name: str) -> type[Testbed]:
+    """The testbed of that name, or an error that suggests the nearest names."""
+    known = testbeds()
+    if name not in known:
+        near = get_close_matches(name, known, 3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+        raise PrunelabError(f"there is no testbed '{name}'; {hint}")
+    return known[name]
+
+
+def load(name: str, folder: Path | str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained model in eval mode, and the log of its training.
+
+    folder: what `train` wrote, None for the weights that ship with Prunelab. Nothing is unpickled, and the weights
+    must have the sha256 that the log names.
+    """
+    import safetensors
+    from safetensors.torch import load as read_tensors
+
+    cls = get(name)
+    folder = SHIPPED / name if folder is None else Path(folder)
+    log = read_log(folder)
+    if log["testbed"] != name:
+        raise PrunelabError(f"{folder} holds the testbed '{log['testbed']}', not '{name}'")
+    try:
+        weights = (folder / WEIGHTS).read_bytes()
+    except OSError:
+        raise PrunelabError(f"the weights {folder / WEIGHTS} are missing; restore them or train the testbed again") from None
+    if hashlib.sha256(weights).hexdigest() != log["sha256"]:
+        raise PrunelabError(f"the weights {folder / WEIGHTS} are not those of {LOG} (sha256 differs); restore them or train again")
+    try:
+        model = cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in log["recipe"].items()}).build()
+        model.load_state_dict(read_tensors(weights), strict=True)
+    except (TypeError, RuntimeError, safetensors.SafetensorError):
+        raise PrunelabError(f"{folder} was trained with another version of {name}; train the testbed again") from None
+    return model.eval(), log
+
+
+def train(name: str, out: Path | str, seed: int = 0, threads: int = 1) -> dict[str, Any]:
+    """Train a testbed by its recipe into the folder `out`, or go on where an interrupted training stopped."""
+    return fit(get(name)(), Path(out), seed, threads)  # type: ignore[call-arg]

@@ -1,0 +1,69 @@
+"""The vision transformer that names a digit in a scene (`common.data.digits`): plain timm, 12 blocks, class token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.data import digits
+from common.testbeds.base import Testbed
+
+QUICK, FULL, BATCH, TEST_SEED = 500, 4000, 250, 1
+
+
+@dataclass(frozen=True)
+class DigitsViT(Testbed):
+    """As deep as DeiT, so that block numbers mean the same, and as narrow as the task allows.
+
+    ramp: share of the training over which clutter grows from none to full contrast; with all of it from the start
+    the model takes several times as long to find the digit. smoothing: of the labels.
+    """
+
+    steps: int = 1500
+    batch: int = 64
+    rate: float = 2e-3
+    width: int = 48
+    heads: int = 3
+    depth: int = 12
+    mlp_ratio: float = 2.0
+    ramp: float = 0.5
+    smoothing: float = 0.05
+
+    name: ClassVar[str] = "digits_vit"
+    needs: ClassVar[tuple[str, ...]] = ("torch", "timm", "scikit-learn")
+
+    def build(self) -> nn.Module:
+        from timm.models.vision_transformer import VisionTransformer
+
+        model = VisionTransformer(
+            img_size=digits.GRID * digits.CELL, patch_size=digits.CELL, in_chans=1, num_classes=10,
+            embed_dim=self.width, depth=self.depth, num_heads=self.heads, mlp_ratio=self.mlp_ratio,
+            weight_init="jax",  # Xavier: timm's default deviation of 0.02 is too small at this width
+        )  # fmt: skip
+        with torch.no_grad():  # learned from here on; starting from sines saves the time to find out who neighbours whom
+            model.pos_embed[:, 1:] = 0.5 * sines(self.width, digits.GRID)
+            model.pos_embed[:, 0] = 0
+        return model
+
+    def loss(self, model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
+        clutter = min(1.0, progress / self.ramp) if self.ramp else 1.0
+        x, y = digits.scenes("train", self.batch, generator, clutter, deformed=True)
+        return F.cross_entropy(model(x), y, label_smoothing=self.smoothing)
+
+    def evaluate(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
+        count = QUICK if quick else FULL
+        x, y = digits.scenes("test", count, TEST_SEED)
+        right = sum(int((model(x[i : i + BATCH]).argmax(1) == y[i : i + BATCH]).sum()) for i in range(0, count, BATCH))
+        return {"accuracy": right / count, "scenes": count}
+
+
+def sines(width: int, side: int) -> Tensor:
+    """Sines and cosines of column and row [side * side, width], at wavelengths from 6 cells to several scenes."""
+    rates = 100.0 ** (-torch.arange(width // 4) / (width // 4))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [place.reshape(-1, 1) * rates for place in (columns, rows)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1)

@@ -1,0 +1,169 @@
+"""The join: every reported number beside what we obtained, with how it was obtained or what it needs.
+
+Tables read only reported.csv and run records. Nothing is computed here but differences and intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import metrics, papers, provenance
+from common.errors import PrunelabError
+
+ON_REQUEST = "--config scale=paper; the data are at hand"
+
+
+@dataclass(frozen=True)
+class Value:
+    """What one scale gives for a cell. status: measured, analytic, testbed, assets, stale, or `not run: ...`."""
+
+    status: str
+    value: float | None = None
+    stderr: float | None = None
+    samples: int | None = None
+    record: str | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A reported number with its reproduction at paper scale and its stand-ins, by scale."""
+
+    reported: papers.Reported
+    reproduced: Value
+    difference: float | None
+    within: bool | None  # inside the stated tolerance; None where nothing was reproduced
+    tolerance: float
+    others: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table of a paper."""
+
+    name: str
+    caption: str
+    note: str
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a board. difference and interval are paired with the baseline over the same samples."""
+
+    entry: str
+    budget: str | None
+    scale: str
+    value: Value
+    cost: float | None = None
+    saving: float | None = None
+    difference: float | None = None
+    interval: float | None = None
+
+
+@dataclass(frozen=True)
+class BoardTable:
+    """One comparison of our own at one scale; the first point is the unpruned baseline."""
+
+    name: str
+    caption: str
+    metric: str
+    scale: str
+    points: tuple[Point, ...]
+
+
+class Records:
+    """Verified run records of one results folder."""
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+        self._read: dict[Path, dict[str, Any]] = {}
+
+    def get(self, run: papers.Run) -> tuple[dict[str, Any] | None, bool]:
+        """The run's record and whether it is stale; (None, False) where there is none."""
+        path = run.path(self.results)
+        old = False
+        if not path.exists():
+            found = papers.stale(run, self.results) if run.scale == "paper" else None
+            if found is None:
+                return None, False
+            path, old = found, True
+        if path not in self._read:
+            self._read[path] = provenance.read(path)
+        return self._read[path], old
+
+    def value(self, run: papers.Run | str, metric: str, status: str) -> Value:
+        """A cell's value, or the reason why there is none."""
+        if isinstance(run, str):
+            return Value(f"not run: needs {run}")
+        record, old = self.get(run)
+        if record is None:
+            return Value(f"not run: needs {ON_REQUEST}" if run.scale == "paper" else "not run: its job failed, see the log")
+        if metric not in record["metrics"]:
+            return Value(f"not run: the record {run.address} has no metric '{metric}'")
+        found = record["metrics"][metric]
+        address = f"{record['identity']}-{record['sources']}"
+        return Value("stale" if old else status, found["value"], found.get("stderr"), found.get("n"), address)
+
+
+def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[PaperTable]:
+    """Every reported table of a paper, line by line."""
+    paper = papers.load(slug)
+    lines: dict[str, list[Line]] = {}
+    for cell in papers.cells(slug, config):
+        runs = dict(cell.runs)
+        reproduced = records.value(runs.pop("paper", ON_REQUEST), cell.metric, cell.status)
+        others = {scale: records.value(run, cell.metric, scale) for scale, run in runs.items()}
+        difference = within = None
+        if reproduced.value is not None:
+            difference = reproduced.value - cell.reported.value
+            within = abs(difference) <= cell.tolerance + 1e-9
+        lines.setdefault(cell.reported.table, []).append(
+            Line(cell.reported, reproduced, difference, within, cell.tolerance, others)
+        )
+    described = {table.name: table for table in paper.tables}
+    return [PaperTable(n, described[n].caption, described[n].note, tuple(rows)) for n, rows in lines.items()]
+
+
+def boards(slug: str, config: Mapping[str, Any], records: Records) -> list[BoardTable]:
+    """Every board of a paper at every scale that ran."""
+    groups: dict[tuple[str, str], list[papers.BoardPoint]] = {}
+    for point in papers.points(slug, config):
+        groups.setdefault((point.board.name, point.scale), []).append(point)
+    return [_board(points, records) for points in groups.values()]
+
+
+def _board(points: list[papers.BoardPoint], records: Records) -> BoardTable:
+    board, scale = points[0].board, points[0].scale
+    base = records.get(points[0].run)[0] if isinstance(points[0].run, papers.Run) else None
+    rows = []
+    for point in points:
+        value = records.value(point.run, board.metric, scale)
+        record = records.get(point.run)[0] if isinstance(point.run, papers.Run) else None
+        if record is None:
+            rows.append(Point(point.entry, point.budget, scale, value))
+            continue
+        figures = record["metrics"]
+        paired = metrics.paired_difference(figures[board.metric], base["metrics"][board.metric]) if base and point.budget else None
+        rows.append(
+            Point(
+                point.entry,
+                point.budget,
+                scale,
+                value,
+                figures.get("gmacs", {}).get("value"),
+                figures.get("saving", {}).get("value"),
+                *(paired or (None, None)),
+            )
+        )
+    return BoardTable(board.name, board.caption, board.metric, scale, tuple(rows))
+
+
+def record(records: Records, address: str) -> dict[str, Any]:
+    """A record by its address."""
+    path = records.results / "records" / f"{address}.json"
+    if not path.exists():
+        raise PrunelabError(f"there is no record {address} in {records.results}")
+    return provenance.read(path)
