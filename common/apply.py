@@ -63,7 +63,9 @@ class Handle:
                 self.start()
         counted = seen if seen.samples else meter
         return Report(
-            tokens=tuple((a / counted.samples, m / counted.samples) for a, m in zip(counted.attention, counted.mlp, strict=True)),
+            tokens=tuple(
+                (a / counted.samples, m / counted.samples) for a, m in zip(counted.attention, counted.mlp, strict=True)
+            ),
             macs=pruned / 2,
             scoring_macs=meter.scoring_flops / 2,
             dense_macs=dense / 2,

@@ -34,7 +34,9 @@ def settings(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     if values["scale"] not in SCALES:
         raise PrunelabError(f"there is no scale '{values['scale']}'; use one of {', '.join(SCALES)}")
     if values["assets"] and not Path(values["assets"]).is_dir():
-        raise PrunelabError(f"the assets folder {values['assets']} does not exist; give --config assets=DIR an existing one")
+        raise PrunelabError(
+            f"the assets folder {values['assets']} does not exist; give --config assets=DIR an existing one"
+        )
     return values
 
 

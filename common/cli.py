@@ -49,7 +49,11 @@ def list_methods(
         paper = papers.load(registry.slug(cls))
         axis, sign, value = tag.partition("=")
         tags = paper.taxonomy.get(axis, []) if sign else [v for values in paper.taxonomy.values() for v in values]
-        if (role and cls.role != role) or (family and paper.family != family) or (tag and (value if sign else tag) not in tags):
+        if (
+            (role and cls.role != role)
+            or (family and paper.family != family)
+            or (tag and (value if sign else tag) not in tags)
+        ):
             continue
         taxonomy = " ".join(f"{a}={'/'.join(v)}" for a, v in paper.taxonomy.items())
         table.add_row(name, cls.role, paper.family, f"{paper.title} ({paper.venue})", taxonomy)
@@ -119,9 +123,13 @@ def _architecture(name: str) -> Any:
 def apply(
     method: str,
     file: Annotated[Path, typer.Argument(help="an image (PNG, JPEG) or a text file of your own")],
-    budget: Annotated[str, typer.Argument(help="0.7 or 0.9,0.8,0.7 for an image; 3count, 100words or 665bytes for a text")],
+    budget: Annotated[
+        str, typer.Argument(help="0.7 or 0.9,0.8,0.7 for an image; 3count, 100words or 665bytes for a text")
+    ],
     out: Annotated[Path | None, typer.Option(help="where the picture goes; default: beside the file")] = None,
-    model: Annotated[str, typer.Option(help="testbed model or timm name (random weights unless --weights)")] = "deit_tiny",
+    model: Annotated[
+        str, typer.Option(help="testbed model or timm name (random weights unless --weights)")
+    ] = "deit_tiny",
     weights: Annotated[Path | None, typer.Option(help="safetensors file for the model")] = None,
     options: Options = None,
 ) -> None:
@@ -153,7 +161,10 @@ def run(
         known = sorted({(r.table, r.row) for r in papers.reported(paper)})
         tables = ", ".join(f"'{t}'" for t in dict.fromkeys(t for t, _ in known))
         rows = ", ".join(f"'{r}'" for t, r in known if t == table)
-        raise PrunelabError(f"no reported row '{row}' in table '{table}' of {paper}; " + (f"rows: {rows}" if rows else f"tables: {tables}"))
+        raise PrunelabError(
+            f"no reported row '{row}' in table '{table}' of {paper}; "
+            + (f"rows: {rows}" if rows else f"tables: {tables}")
+        )
     shown = Table("column", "reported", "scale", "value", "status")
     for cell in wanted:
         for scale, job in cell.runs.items():
@@ -166,7 +177,9 @@ def run(
                 metric = provenance.read(path)["metrics"][cell.metric]
                 value = f"{metric['value']:g}" + (f" ± {metric['stderr']:g}" if metric.get("stderr") else "")
                 status = cell.status if scale == "paper" else scale
-            shown.add_row(cell.reported.column, f"{cell.reported.text} {cell.reported.unit}", scale if job else "", value, status)
+            shown.add_row(
+                cell.reported.column, f"{cell.reported.text} {cell.reported.unit}", scale if job else "", value, status
+            )
     console.print(shown)
 
 

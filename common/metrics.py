@@ -1,11 +1,12 @@
-"""Metrics with their uncertainty. A metric in a record is {value, n, stderr[, samples]}."""
+"""Metrics with their uncertainty. A metric in a record is {value, n, stderr[, samples]}. Imports no torch."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def share(correct: Tensor) -> dict[str, Any]:

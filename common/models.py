@@ -57,5 +57,7 @@ def _hub(name: str) -> tuple[nn.Module, Transform]:
     try:
         model = timm.create_model(f"hf_hub:{name}", pretrained=True).eval()
     except Exception as error:  # hub clients raise many kinds; all mean that the checkpoint is not to be had
-        raise PrunelabError(f"the checkpoint {name} cannot be had ({type(error).__name__}); download it first") from error
+        raise PrunelabError(
+            f"the checkpoint {name} cannot be had ({type(error).__name__}); download it first"
+        ) from error
     return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))

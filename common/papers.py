@@ -97,6 +97,21 @@ class Board(_Strict):
     smoke: bool = False
 
 
+class FigureTask(_Strict):
+    """A picture that needs a run of its own; `methods/<slug>/figures.py` draws it from the record."""
+
+    name: str
+    caption: str = ""
+    kind: str
+    configuration: str = "dense"
+    model: str | None = None
+    data: str | None = None
+    budget: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    scales: tuple[str, ...] = ("testbed",)
+    smoke: bool = False
+
+
 class Paper(_Strict):
     """paper.yaml."""
 
@@ -113,6 +128,7 @@ class Paper(_Strict):
     configurations: dict[str, Configuration] = Field(default_factory=dict)
     tables: list[Table] = Field(default_factory=list)
     boards: list[Board] = Field(default_factory=list)
+    figures: list[FigureTask] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _configurations_exist(self) -> Paper:
@@ -126,6 +142,9 @@ class Paper(_Strict):
             for used in (*board.entries.values(), board.baseline):
                 if used not in known:
                     raise ValueError(f"board '{board.name}' names the unknown configuration '{used}'")
+        for figure in self.figures:
+            if figure.configuration not in known:
+                raise ValueError(f"figure '{figure.name}' names the unknown configuration '{figure.configuration}'")
         return self
 
     def configuration(self, name: str) -> Configuration:
@@ -221,11 +240,22 @@ def reported(slug: str) -> tuple[Reported, ...]:
     with path.open(newline="", encoding="utf-8") as file:
         try:
             return tuple(
-                Reported(r["table"], r["row"], r["column"], float(r["value"]), r["value"], r["unit"], r["source"], r["quality"])
+                Reported(
+                    r["table"],
+                    r["row"],
+                    r["column"],
+                    float(r["value"]),
+                    r["value"],
+                    r["unit"],
+                    r["source"],
+                    r["quality"],
+                )
                 for r in csv.DictReader(file)
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise PrunelabError(f"methods/{slug}/reported.csv: every line needs a number under 'value' ({error})") from None
+            raise PrunelabError(
+                f"methods/{slug}/reported.csv: every line needs a number under 'value' ({error})"
+            ) from None
 
 
 def _samples(scale: str, data: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,7 +311,11 @@ def resolve(
 def _data_files(module: str) -> dict[str, Any]:
     """Hashes of the CSV files beside a paper's own table function."""
     folder = (ROOT / module).parent
-    return {"files": {p.name: provenance.digest(p.read_text()) for p in sorted(folder.glob("*.csv")) if p.name != "reported.csv"}}
+    return {
+        "files": {
+            p.name: provenance.digest(p.read_text()) for p in sorted(folder.glob("*.csv")) if p.name != "reported.csv"
+        }
+    }
 
 
 @cache
@@ -339,7 +373,12 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
                     budget=row.budget,
                     settings=column.settings,
                 )
-            if scale == "paper" and config["scale"] != "paper" and column.kind not in ANYWHERE and isinstance(runs[scale], Run):
+            if (
+                scale == "paper"
+                and config["scale"] != "paper"
+                and column.kind not in ANYWHERE
+                and isinstance(runs[scale], Run)
+            ):
                 continue  # at hand, but not asked for: shown if a record exists, never started
         status = ANYWHERE.get(column.kind, "measured")
         yield Cell(number, metric, status, column.tolerance, runs)  # type: ignore[arg-type]
@@ -373,6 +412,37 @@ def points(slug: str, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
                     yield BoardPoint(board, entry, budget, scale, run)
 
 
+@dataclass(frozen=True)
+class FigureRun:
+    """A figure's run at one scale, or what it needs in words."""
+
+    figure: FigureTask
+    scale: str
+    run: Run | str
+
+
+def figures(slug: str, config: Mapping[str, Any]) -> Iterator[FigureRun]:
+    """Every figure of a paper that needs a run, at the scales asked for."""
+    paper = load(slug)
+    for figure in paper.figures:
+        for scale in scales(config):
+            if ("testbed" if scale == "smoke" else scale) not in figure.scales or (
+                scale == "smoke" and not figure.smoke
+            ):
+                continue
+            run = resolve(
+                figure.kind,
+                scale,
+                config,
+                paper.configuration(figure.configuration),
+                model=figure.model,
+                data=figure.data,
+                budget=figure.budget,
+                settings=figure.settings,
+            )
+            yield FigureRun(figure, scale, run)
+
+
 def selected(config: Mapping[str, Any]) -> list[str]:
     """The papers a configuration asks for."""
     asked = config["papers"]
@@ -396,6 +466,9 @@ def jobs(config: Mapping[str, Any]) -> dict[str, Run]:
         for point in points(slug, config):
             if isinstance(point.run, Run):
                 found[point.run.address] = point.run
+        for figure in figures(slug, config):
+            if isinstance(figure.run, Run):
+                found[figure.run.address] = figure.run
     results = Path(config["results"])
     # A paper-scale record that only the code has left behind is shown as stale, and made anew on request alone.
     return {a: r for a, r in found.items() if r.scale != "paper" or r.path(results).exists() or not stale(r, results)}

@@ -57,6 +57,11 @@ class Signals:
         if missing:
             raise PrunelabError(f"this site cannot give the signals {', '.join(sorted(missing))} that the method reads")
 
+    def one_length(self, method: str) -> None:
+        """Refuse padded samples, for methods that are defined on one length only."""
+        if self.valid is not None:
+            raise PrunelabError(f"{method} works on samples of one length only; run padded samples one by one")
+
     def __getattr__(self, name: str) -> Tensor:
         if name.startswith("_") or name not in self._sources or name not in self._required:
             raise AttributeError(f"signal '{name}' was not required at this site; name it in requires()")

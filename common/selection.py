@@ -22,9 +22,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, None]:
     return descending(scores)[..., :k].sort(-1).values, None
 
 
-def top_k_units(
-    scores: Tensor, prunable: Tensor, units: int, budget: Budget, valid: Tensor | None = None
-) -> Gather:
+def top_k_units(scores: Tensor, prunable: Tensor, units: int, budget: Budget, valid: Tensor | None = None) -> Gather:
     """The best prunable units under the budget, and every protected one, in original order.
 
     scores and prunable [B, N]; `units` of them are prunable in each sample, except where `valid` [B, N] marks
@@ -51,11 +49,9 @@ def keep_first(order: Tensor, counts: Tensor) -> Gather:
     return Gather(chosen.masked_fill(~valid, 0), None if bool(valid.all()) else valid)
 
 
-def compact(index: Tensor, valid: Tensor) -> Gather:
-    """A Gather of the valid entries [B, K] of ascending positions, padded to the largest count among samples."""
-    order = valid.int().argsort(dim=-1, descending=True, stable=True)[:, : int(valid.sum(-1).max())]
-    index, valid = index.gather(1, order), valid.gather(1, order)
-    return Gather(index.masked_fill(~valid, 0), None if bool(valid.all()) else valid)
+def compact(kept: Tensor) -> Gather:
+    """The True places of a mask [B, N] as a Gather, padded to the largest count among samples."""
+    return keep_first((~kept).int().argsort(dim=-1, stable=True), kept.sum(-1))
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,8 @@ def bipartite_matching(
     """
     batch, total, _ = metric.shape
     removed = max(0, min(removed, (total - class_token - distill_token) // 2))
+    if removed == 0:
+        return Matching(torch.arange(total, device=metric.device).expand(batch, -1), total)
     metric = metric / metric.norm(dim=-1, keepdim=True)
     similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # [B, ceil(N/2), floor(N/2)]
     if class_token:
@@ -111,18 +109,30 @@ def bipartite_matching(
     return Matching(slot, unmerged + odd)
 
 
-def inverse_transform_sampling(weights: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Distinct positions where `samples` evenly spaced quantiles fall in the distribution `weights` [B, N].
+def inverse_transform_sampling(weights: Tensor, quantiles: int, valid: Tensor | None = None) -> Tensor:
+    """Mask [B, N] of the units on which evenly spaced quantiles of their own weight distribution fall.
 
-    Returns (index [B, S] ascending, valid [B, S]); repeated positions count once, so fewer may be valid.
+    weights [B, N] are sorted and accumulated; quantiles run evenly from the first step above zero to 1, and each picks
+    the unit whose cumulative weight is nearest (ATS, section 3.2, in the released form). Units picked twice count
+    once, so at most `quantiles` stay. Where `valid` is False a unit has no weight and is never picked.
     """
-    cumulative = (weights / weights.sum(-1, keepdim=True)).cumsum(-1)
-    quantiles = (torch.arange(samples, device=weights.device, dtype=cumulative.dtype) + 0.5) / samples
-    index = torch.searchsorted(cumulative.contiguous(), quantiles.expand(weights.shape[0], -1).contiguous())
-    index = index.clamp(max=weights.shape[1] - 1)
-    first = torch.ones_like(index, dtype=torch.bool)
-    first[:, 1:] = index[:, 1:] != index[:, :-1]
-    return index, first
+    batch, units = weights.shape
+    valid = torch.ones_like(weights, dtype=torch.bool) if valid is None else valid
+    weights = weights.masked_fill(~valid, 0)
+    order = weights.masked_fill(~valid, -1).argsort(dim=-1, stable=True)  # padding first, then ascending weight
+    real = valid.gather(1, order)
+    total = weights.gather(1, order).cumsum(-1)
+    low = total.masked_fill(~real, float("inf")).amin(-1, keepdim=True)
+    share = (total - low) / (total[:, -1:] - low).clamp_min(1e-30)
+    share = share.masked_fill(~real, -1.0)
+    start = share.masked_fill(share <= 0, 1.0).amin(-1, keepdim=True)
+    steps = torch.arange(quantiles, device=weights.device, dtype=weights.dtype) / max(quantiles - 1, 1)
+    marks = (start + (1 - start) * steps).contiguous()  # [B, Q]
+    right = torch.searchsorted(share.contiguous(), marks).clamp(max=units - 1)
+    left = (right - 1).clamp_min(0)
+    nearer = marks - share.gather(1, left) <= share.gather(1, right) - marks
+    picked = order.gather(1, torch.where(nearer, left, right))
+    return torch.zeros_like(valid).scatter(1, picked, True) & valid
 
 
 def power_iteration(

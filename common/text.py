@@ -27,11 +27,71 @@ _OPENING = "\"'“‘([{"
 _INNER_DOTS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
 # A full stop behind one of these never ends a sentence.
 _NEVER_LAST = frozenset(
-    "mr mrs ms dr prof rev hon gov sen rep gen col capt lt sgt st mt messrs mme mlle e.g i.e cf vs viz fig figs eq"
-    " eqs sec no nos vol pp ca approx resp".split()
+    [
+        "mr",
+        "mrs",
+        "ms",
+        "dr",
+        "prof",
+        "rev",
+        "hon",
+        "gov",
+        "sen",
+        "rep",
+        "gen",
+        "col",
+        "capt",
+        "lt",
+        "sgt",
+        "st",
+        "mt",
+        "messrs",
+        "mme",
+        "mlle",
+        "e.g",
+        "i.e",
+        "cf",
+        "vs",
+        "viz",
+        "fig",
+        "figs",
+        "eq",
+        "eqs",
+        "sec",
+        "no",
+        "nos",
+        "vol",
+        "pp",
+        "ca",
+        "approx",
+        "resp",
+    ]
 )
 # Behind initials such as U.S. only these words are taken for the start of the next sentence.
-_STARTERS = frozenset("The A An It He She They We In On At This That These Those But And If For As".split())
+_STARTERS = frozenset(
+    [
+        "The",
+        "A",
+        "An",
+        "It",
+        "He",
+        "She",
+        "They",
+        "We",
+        "In",
+        "On",
+        "At",
+        "This",
+        "That",
+        "These",
+        "Those",
+        "But",
+        "And",
+        "If",
+        "For",
+        "As",
+    ]
+)
 
 
 def words(text: str) -> list[str]:

@@ -8,23 +8,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common import metrics, papers, provenance
 from common.errors import PrunelabError
 
 ON_REQUEST = "--config scale=paper; the data are at hand"
+EXACT = "not needed: what this row runs is exact at paper scale"
+Z95 = 1.96
+
+Outcome = Literal["within", "off", "stale", "stand-in", "not run"]
 
 
 @dataclass(frozen=True)
 class Value:
-    """What one scale gives for a cell. status: measured, analytic, testbed, assets, stale, or `not run: ...`."""
+    """What one scale gives for a cell. status: measured, analytic, stale, the scale of a stand-in, or, where there is
+    no value, `not run: ...` or `not needed: ...`."""
 
     status: str
     value: float | None = None
     stderr: float | None = None
     samples: int | None = None
     record: str | None = None
+
+    @property
+    def needs(self) -> str:
+        """What it would take, where there is no value."""
+        return "" if self.value is not None else self.status.partition(": ")[2].removeprefix("needs ")
+
+    @property
+    def margin(self) -> float | None:
+        """Half width of the 95 % confidence interval, where the record has a standard error."""
+        return None if self.stderr is None else Z95 * self.stderr
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,16 @@ class Line:
     difference: float | None
     within: bool | None  # inside the stated tolerance; None where nothing was reproduced
     tolerance: float
-    others: Mapping[str, Value]
+    others: Mapping[str, Value]  # one entry for every other scale asked for
+
+    @property
+    def outcome(self) -> Outcome:
+        """The line in one word; a stand-in never counts as reproduced."""
+        if self.reproduced.status == "stale":
+            return "stale"
+        if self.within is not None:
+            return "within" if self.within else "off"
+        return "stand-in" if any(v.value is not None for v in self.others.values()) else "not run"
 
 
 @dataclass(frozen=True)
@@ -97,12 +121,17 @@ class Records:
     def value(self, run: papers.Run | str, metric: str, status: str) -> Value:
         """A cell's value, or the reason why there is none."""
         if isinstance(run, str):
-            return Value(f"not run: needs {run}")
+            nothing = run.removeprefix("nothing: ")
+            return Value(f"not run: {nothing}" if nothing != run else f"not run: needs {run}")
         record, old = self.get(run)
         if record is None:
-            return Value(f"not run: needs {ON_REQUEST}" if run.scale == "paper" else "not run: its job failed, see the log")
+            return Value(
+                f"not run: needs {ON_REQUEST}"
+                if run.scale == "paper"
+                else "not run: needs its record; make it with `snakemake paper_tables`"
+            )
         if metric not in record["metrics"]:
-            return Value(f"not run: the record {run.address} has no metric '{metric}'")
+            return Value(f"not run: needs the metric '{metric}', which the record {run.address} lacks")
         found = record["metrics"][metric]
         address = f"{record['identity']}-{record['sources']}"
         return Value("stale" if old else status, found["value"], found.get("stderr"), found.get("n"), address)
@@ -114,8 +143,12 @@ def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[Paper
     lines: dict[str, list[Line]] = {}
     for cell in papers.cells(slug, config):
         runs = dict(cell.runs)
-        reproduced = records.value(runs.pop("paper", ON_REQUEST), cell.metric, cell.status)
+        at_paper_scale = runs.pop("paper", ON_REQUEST)
+        reproduced = records.value(at_paper_scale, cell.metric, cell.status)
         others = {scale: records.value(run, cell.metric, scale) for scale, run in runs.items()}
+        for scale in papers.scales(config):
+            if scale != "paper" and scale not in others:  # an exact number has no stand-in, nor has what nothing runs
+                others[scale] = reproduced if isinstance(at_paper_scale, str) else Value(EXACT)
         difference = within = None
         if reproduced.value is not None:
             difference = reproduced.value - cell.reported.value
@@ -142,11 +175,13 @@ def _board(points: list[papers.BoardPoint], records: Records) -> BoardTable:
     for point in points:
         value = records.value(point.run, board.metric, scale)
         record = records.get(point.run)[0] if isinstance(point.run, papers.Run) else None
-        if record is None:
+        if record is None or board.metric not in record["metrics"]:
             rows.append(Point(point.entry, point.budget, scale, value))
             continue
         figures = record["metrics"]
-        paired = metrics.paired_difference(figures[board.metric], base["metrics"][board.metric]) if base and point.budget else None
+        paired = None
+        if point.budget and base and board.metric in base["metrics"]:
+            paired = metrics.paired_difference(figures[board.metric], base["metrics"][board.metric])
         rows.append(
             Point(
                 point.entry,

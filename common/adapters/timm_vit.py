@@ -103,7 +103,9 @@ class TimmViT(Adapter):
             removers.append(self.blocks[0].register_forward_pre_hook(self._begin, prepend=True).remove)
             first = min((site.layer for site in sites), default=len(self.blocks))
             for layer, block in enumerate(self.blocks):
-                removers.append(block.attn.register_forward_pre_hook(self._count(application, layer, "attention")).remove)
+                removers.append(
+                    block.attn.register_forward_pre_hook(self._count(application, layer, "attention")).remove
+                )
                 removers.append(block.mlp.register_forward_pre_hook(self._count(application, layer, "mlp")).remove)
                 if layer >= first:
                     hook = block.attn.register_forward_pre_hook(self._bias_attention, with_kwargs=True)
@@ -125,12 +127,16 @@ class TimmViT(Adapter):
     def _install_site(self, application: Application, site: Site) -> Callable[[], Any]:
         block = self.blocks[site.layer]
         if site.where == "input":
-            return block.register_forward_pre_hook(lambda _, args: (self._reduce(application, site, args[0]), *args[1:])).remove
+            return block.register_forward_pre_hook(
+                lambda _, args: (self._reduce(application, site, args[0]), *args[1:])
+            ).remove
         if site.where == "block_output":
             return block.register_forward_hook(lambda _, __, out: self._reduce(application, site, out)).remove
 
         if type(block).__name__ != "Block" or "forward" in vars(block):
-            raise PrunelabError(f"'after_attention' needs timm's plain Block, block {site.layer} is {type(block).__name__}")
+            raise PrunelabError(
+                f"'after_attention' needs timm's plain Block, block {site.layer} is {type(block).__name__}"
+            )
 
         # The residual cannot shrink inside the block's own forward, so its two halves are called one by one.
         def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -111,7 +111,14 @@ def fit(testbed: Testbed, out: Path, seed: int = 0, threads: int = 1) -> dict[st
 
 def _fit(testbed: Testbed, out: Path, run: dict[str, Any]) -> dict[str, Any]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from safetensors.torch import save
 
     torch.manual_seed(run["seed"])

@@ -11,47 +11,48 @@ from torch import Tensor
 
 from common import selection
 from common.roles import Signals, TokenPruner
-from common.types import Budget, Gather, ModelInfo, Plan, Site
+from common.types import Budget, Gather, ModelInfo, Site
 
 
 @dataclass(frozen=True)
 class AdaptiveTokenSampling(TokenPruner):
-    """ATS off the shelf: the budget is the number of quantiles sampled, an upper bound on the tokens that stay.
+    """ATS off the shelf. The budget counts quantiles, as a share or number of the model's patches; the tokens they
+    fall on stay, so it is an upper bound. The released models use one quantile a patch, `Budget(1.0)`.
 
-    layers: 0-based blocks that sample, None for block 3 on as in the paper's off-the-shelf models. Sampling happens
-    inside attention: a sampled token carries its row of the attention output on (section 3.2).
+    layers: 0-based blocks that sample, None for block 3 on as released. Sampling happens inside attention: a sampled
+    token carries its own row of the attention output on.
     """
 
     layers: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "ats"
     adaptive: ClassVar[bool] = True
-    exempt = {"budget": "quantiles that fall on the same token count once, so fewer tokens may stay than were asked"}
+    exempt = {
+        "keep_all": "with a quantile for every patch, patches of little weight are still missed: that is the method",
+        "budget": "quantiles that fall on the same token count once, so fewer tokens stay than quantiles were asked",
+    }
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
-        layers = range(3, info.depth) if self.layers is None else self.layers
+        layers = range(min(3, info.depth - 1), info.depth) if self.layers is None else self.layers
         return [Site(layer, "after_attention") for layer in layers]
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"cls_row", "values"})
 
     def score(self, site: Site, signals: Signals) -> Tensor:
-        """Attention of the class token times the norm of the value, summed over heads and normalised (eq. 3)."""
-        scores = (signals.cls_row * signals.values.norm(dim=-1)).float().sum(1)  # [B, N]
-        return scores.masked_fill(~signals.prunable, 0)
+        """Attention of the class token, summed over heads, times the norm of the whole value vector (eq. 3)."""
+        return signals.cls_row.float().sum(1) * signals.values.float().square().sum((1, 3)).sqrt()  # [B, N]
 
     def select(self, scores: Tensor, signals: Signals, budget: Budget) -> Gather:
-        special = signals.prunable.shape[1] - signals.units
-        asked = budget.count(signals.units)
-        if asked == signals.units:  # as many quantiles as tokens: nothing to prune, whatever falls where
-            return Gather(torch.arange(scores.shape[1], device=scores.device).expand_as(scores), signals.valid)
-        prefix = torch.arange(special, device=scores.device).expand(scores.shape[0], -1)
-        index, first = selection.inverse_transform_sampling(scores[:, special:], asked)
-        index = torch.cat([prefix, index + special], 1)
-        valid = torch.cat([torch.ones_like(prefix, dtype=torch.bool), first], 1)
-        if index.device.type == "meta":
-            return Gather(index)
-        return selection.compact(index, valid)
+        patches = signals.info.tokens - signals.info.special
+        quantiles = int(budget.amounts[0]) if budget.unit == "count" else budget.count(patches)
+        if scores.device.type == "meta":  # every quantile on a token of its own
+            kept = scores.shape[1] - signals.units + min(quantiles, signals.units)
+            return Gather(torch.arange(kept, device="meta").expand(scores.shape[0], -1))
+        sampled = selection.inverse_transform_sampling(scores, quantiles, signals.prunable)
+        protected = ~signals.prunable if signals.valid is None else ~signals.prunable & signals.valid
+        return selection.compact(sampled | protected)
 
     def family(self, level: float, sites: int, info: ModelInfo) -> Budget:
-        return Budget(max(1, round(level * (info.tokens - info.special))), "count")
+        """Up to four quantiles a patch, beyond which hardly a token is missed."""
+        return Budget(max(1, round(4 * level * (info.tokens - info.special))), "count")

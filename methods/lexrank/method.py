@@ -79,7 +79,9 @@ class LexRank(FeatureRanker):
         if self.centrality not in ("lexrank", "continuous", "degree"):
             raise PrunelabError(f"lexrank has no centrality '{self.centrality}'; use lexrank, continuous or degree")
         if not (0 <= self.jump <= 1 and 0 <= self.threshold < 1 and self.epsilon > 0):
-            raise PrunelabError("lexrank needs a jump from 0 to 1, a threshold from 0 to below 1 and an epsilon above 0")
+            raise PrunelabError(
+                "lexrank needs a jump from 0 to 1, a threshold from 0 to below 1 and an epsilon above 0"
+            )
         similarity = self.similarity(passage)
         if self.centrality == "continuous":
             return lexrank(similarity, self.jump, self.epsilon)

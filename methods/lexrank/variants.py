@@ -8,7 +8,7 @@ within each connected component, whose scores sum to the size of the component.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,7 +76,7 @@ class SumyLexRank(Ranker):
 # -- crabcamp --------------------------------------------------------------------------------------------------------
 
 _EMAIL = re.compile(r"[^\W_][\w.+-]*[\w+-]@[^\W_][\w.-]*\.[^\W\d_]+")
-_SEPARATORS = re.compile("[.,;:¡!¿?…⋯&‹›«»\"“”\\[\\]()⟨⟩}{/|\\\\\\s]+")
+_SEPARATORS = re.compile('[.,;:¡!¿?…⋯&‹›«»"“”\\[\\]()⟨⟩}{/|\\\\\\s]+')
 
 
 def crabcamp_words(text: str, stop_words: Collection[str] = (), keep_numbers: bool = False) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from common.errors import PrunelabError
 from common.roles import Signals, TokenPruner
 from common.selection import Matching, bipartite_matching
-from common.types import Budget, ModelInfo, Plan, Site
+from common.types import Budget, Gather, ModelInfo, Plan, Site
 
 
 def schedule(blocks: int, removed: int | Sequence[int], inflection: float = 0.0) -> list[int]:
@@ -38,7 +38,10 @@ class ToMe(TokenPruner):
 
     name: ClassVar[str] = "tome"
     ascending: ClassVar[bool] = False
-    exempt = {"budget": "at most half of the unprotected tokens of a block can be merged (the official clamp)"}
+    exempt = {
+        "budget": "at most half of the unprotected tokens of a block can be merged (the official clamp)",
+        "padding": "the even-odd split has no padded form; padded samples are refused",
+    }
 
     def __post_init__(self) -> None:
         if not -1 <= self.inflection <= 1:
@@ -51,6 +54,7 @@ class ToMe(TokenPruner):
         return frozenset({"keys", "sizes"})
 
     def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+        signals.one_length(self.name)
         if self.inflection and budget.unit == "removed":
             every = schedule(signals.info.depth, int(budget.amounts[0]), self.inflection)
             budget = Budget(every[site.index], "removed")
@@ -59,6 +63,8 @@ class ToMe(TokenPruner):
         # float32 keeps the choice reproducible in half precision, where similarities tie
         metric = signals.keys.float().mean(1)  # [B, N, d]
         matching = self.match(metric, signals.units - budget.count(signals.units), special)
+        if matching.outputs == total:  # nothing merged: sizes and biases stay as they are
+            return Plan(Gather(matching.slot))
         mix = matching.mix(signals.sizes)
         bias = matching.total(signals.sizes).log() if self.proportional else None
         return Plan(mix, key_bias=bias)

@@ -17,7 +17,7 @@ from torch import Tensor
 from common import selection
 from common.errors import PrunelabError
 from common.roles import Signals, TokenPruner
-from common.types import Budget, Gather, ModelInfo, Plan, Site
+from common.types import Budget, ModelInfo, Plan, Site
 
 Partition = Literal["sequential-U", "sequential-I", "alternating", "random", "none"]
 Feature = Literal["keys", "queries", "values", "hidden"]
@@ -162,6 +162,7 @@ class ZeroTPrune(TokenPruner):
     damping: float = 0.0
 
     name: ClassVar[str] = "zero_tprune"
+    exempt = {"padding": "the two halves of the S-stage and the votes count one graph size; padded samples are refused"}
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
         return [Site(layer, "block_output") for layer in self.layers]
@@ -179,6 +180,7 @@ class ZeroTPrune(TokenPruner):
 
     def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
         """The I'-S-I order: one vote for ranks, drop near copies, rank the surviving graph, drop the rest."""
+        signals.one_length(self.name)
         special, units = signals.prunable.shape[1] - signals.units, signals.units
         keep = budget.count(units)
         logits = signals.attention_logits
@@ -187,14 +189,14 @@ class ZeroTPrune(TokenPruner):
         attention = transition(logits, self.temperature)
         cls_weight = attention.shape[-1] ** 0.5 if self.cls_init and signals.info.class_token else 1.0
         initial = start(attention, cls_weight)
-        if signals.valid is not None:
-            initial = initial * signals.valid[:, None]
 
         alive = None
         removed = min(int(round(self.similar * (units - keep), 6)), units - units // 2)
-        if removed > 0 and signals.valid is None:
+        if removed > 0:
             ranks = self.importance(page_rank(attention, initial, 1, self.damping)[..., special:])
-            gone = similar_units(ranks, self.features(signals)[:, special:], removed, self.partition, self.metric, signals.rng)
+            gone = similar_units(
+                ranks, self.features(signals)[:, special:], removed, self.partition, self.metric, signals.rng
+            )
             alive = torch.cat([gone.new_ones(gone.shape[0], special), ~gone], 1)
         scores = page_rank(
             attention, initial, self.votes(site, signals.info), self.damping, None if alive is None else alive[:, None]

@@ -1,0 +1,32 @@
+# Two commands do everything: `make paper_tables` and `make test`. Both build the environment first.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: paper_tables test lint lock clean
+
+paper_tables: $(READY)
+	$(BIN)/snakemake paper_tables
+
+test: $(READY) lint
+	$(BIN)/pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(READY): pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Prunelab needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[test]"
+	touch $(READY)
+
+# Pins what is installed now. CUDA and Triton wheels exist for Linux alone.
+lock: $(READY)
+	$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check \
+	  | sed -E "/^(nvidia-|cuda-|triton==)/ s/$$/ ; sys_platform == 'linux'/" > requirements.lock
+
+clean:
+	rm -rf .venv results .snakemake build *.egg-info

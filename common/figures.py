@@ -1,0 +1,45 @@
+"""What a paper's own `methods/<slug>/figures.py` is given and gives back. Imports no torch.
+
+The module may define `figures(context) -> list[Figure]`, shown on the paper's page, and
+`curves(context) -> dict[str, Curves]`: by board name, the paper's own points to show beside the board.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common import papers
+from common.svg import Series
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One picture of the page. `html` is shown as it is, so escape what data brings; title and caption are text."""
+
+    title: str
+    html: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Points that a paper reports, with what its axes mean."""
+
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+
+
+@dataclass(frozen=True)
+class Context:
+    """A paper and what is known of it: its lines and boards (as paper_tables.join makes them), the runs of its
+    figures, and `record(run)` for the record of a run, None where it has not run."""
+
+    slug: str
+    config: Mapping[str, Any]
+    lines: Sequence[Any]
+    boards: Sequence[Any]
+    runs: Sequence[papers.FigureRun]
+    record: Callable[[papers.Run | str], Mapping[str, Any] | None]

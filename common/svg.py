@@ -1,0 +1,218 @@
+"""Inline SVG: charts and patch grids as text. Colours and fonts are the page's, through CSS classes.
+
+Whatever comes from data is escaped here. Numbers are rounded, so that the same data give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+STYLES = 8  # series that page.css and `marker` tell apart by colour and shape
+
+WIDTH, HEIGHT = 460.0, 340.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 14.0, 46.0
+LEGEND_ROW, LEGEND_COLUMNS = 20.0, 2
+
+
+def escape(text: object) -> str:
+    """Text for elements and attributes."""
+    return html.escape(str(text), quote=True)
+
+
+def number(value: float) -> str:
+    """A coordinate."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def element(tag: str, content: str = "", **attributes: object) -> str:
+    """One SVG element. `content` is markup; attribute values are escaped, `_` in names stands for `-`."""
+    pairs = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{number(v) if isinstance(v, float) else escape(v)}"'
+        for name, v in attributes.items()
+    )
+    return f"<{tag}{pairs}>{content}</{tag}>" if content else f"<{tag}{pairs}/>"
+
+
+def text(x: float, y: float, content: object, **attributes: object) -> str:
+    """A line of text, escaped."""
+    return element("text", escape(content), x=float(x), y=float(y), **attributes)
+
+
+def document(width: float, height: float, title: str, content: str, css: str) -> str:
+    """An SVG picture that scales with its column and says to screen readers what it shows."""
+    view = f"0 0 {number(width)} {number(height)}"
+    label = element("title", escape(title))
+    return element("svg", label + content, class_=css, viewBox=view, role="img", aria_label=title, width=float(width))
+
+
+# -- charts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point. `error` is the half width of its bar; hollow marks are less certain; `label` shows on hovering."""
+
+    x: float
+    y: float
+    error: float | None = None
+    hollow: bool = False
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one name, joined by a line where they form a curve. Equal names look alike."""
+
+    name: str
+    marks: tuple[Mark, ...]
+    joined: bool = True
+
+
+def styles(names: Iterable[str]) -> dict[str, int]:
+    """A style for each name, in order of first appearance."""
+    return {name: i % STYLES for i, name in enumerate(dict.fromkeys(names))}
+
+
+def marker(x: float, y: float, style: int, hollow: bool = False, label: str = "") -> str:
+    """The point's shape: circle, square, triangle, diamond, cross, down triangle, bar, star."""
+    corners = {
+        1: [(-4, -4), (4, -4), (4, 4), (-4, 4)],
+        2: [(0, -5.2), (5, 4), (-5, 4)],
+        3: [(0, -5.6), (5.6, 0), (0, 5.6), (-5.6, 0)],
+        4: [(-5, -2), (-2, -2), (-2, -5), (2, -5), (2, -2), (5, -2), (5, 2), (2, 2), (2, 5), (-2, 5), (-2, 2), (-5, 2)],
+        5: [(0, 5.2), (5, -4), (-5, -4)],
+        6: [(-5.5, -2.2), (5.5, -2.2), (5.5, 2.2), (-5.5, 2.2)],
+        7: [(-5, -4), (0, -1.4), (5, -4), (1.4, 0), (5, 4), (0, 1.4), (-5, 4), (-1.4, 0)],
+    }
+    tip = element("title", escape(label)) if label else ""
+    css = f"mark s{style}" + (" hollow" if hollow else "")
+    if style not in corners:
+        return element("circle", tip, class_=css, cx=float(x), cy=float(y), r=4.4)
+    points = " ".join(f"{number(x + dx)},{number(y + dy)}" for dx, dy in corners[style])
+    return element("polygon", tip, class_=css, points=points)
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers from `low` to `high`, about as many as wanted."""
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _span(values: Collection[float], share: float = 0.06) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = (high - low) * share or abs(high) * 0.05 or 1.0
+    return low - margin, high + margin
+
+
+def chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    level: tuple[str, float] | None = None,
+    look: Mapping[str, int] | None = None,
+) -> str:
+    """A chart of curves and points with its legend; `level` draws a named horizontal line. `look` fixes the style of
+    each name, so that two charts agree."""
+    series = [s for s in series if s.marks]
+    if not series:
+        return ""
+    look = look or styles(s.name for s in series)
+    marks = [m for s in series for m in s.marks]
+    x0, x1 = _span([m.x for m in marks])
+    reach = [m.y + sign * (m.error or 0.0) for m in marks for sign in (-1, 1)] + ([level[1]] if level else [])
+    y0, y1 = _span(reach)
+
+    def across(x: float) -> float:
+        return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+
+    def down(y: float) -> float:
+        return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+
+    out: list[str] = []
+    for y in ticks(y0, y1):
+        out.append(element("line", class_="rule", x1=LEFT, x2=WIDTH - RIGHT, y1=down(y), y2=down(y)))
+        out.append(text(LEFT - 8, down(y) + 4, f"{y:g}", class_="tick", text_anchor="end"))
+    base = HEIGHT - BOTTOM
+    out.append(element("line", class_="axis", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base))
+    for x in ticks(x0, x1):
+        out.append(element("line", class_="axis", x1=across(x), x2=across(x), y1=base, y2=base + 4))
+        out.append(text(across(x), base + 17, f"{x:g}", class_="tick", text_anchor="middle"))
+    out.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, class_="label", text_anchor="middle"))
+    turn = f"rotate(-90 13 {number((TOP + base) / 2)})"
+    out.append(text(13, (TOP + base) / 2, y_label, class_="label", text_anchor="middle", transform=turn))
+    if level:
+        out.append(element("line", class_="level", x1=LEFT, x2=WIDTH - RIGHT, y1=down(level[1]), y2=down(level[1])))
+        out.append(text(LEFT + 6, down(level[1]) + 15, level[0], class_="tick", text_anchor="start"))
+    for s in series:
+        style = look[s.name]
+        if s.joined and len(s.marks) > 1:
+            path = " ".join(f"{number(across(m.x))},{number(down(m.y))}" for m in sorted(s.marks, key=lambda m: m.x))
+            out.append(element("polyline", class_=f"curve s{style}", points=path))
+        for m in s.marks:
+            if m.error:
+                ends = {"y1": down(m.y - m.error), "y2": down(m.y + m.error)}
+                out.append(element("line", class_=f"error s{style}", x1=across(m.x), x2=across(m.x), **ends))
+    for s in series:  # marks last, so that no line covers them
+        out += [marker(across(m.x), down(m.y), look[s.name], m.hollow, m.label) for m in s.marks]
+    names = list(dict.fromkeys(s.name for s in series))
+    for i, name in enumerate(names):
+        x, y = (
+            LEFT + (i % LEGEND_COLUMNS) * (WIDTH - LEFT) / LEGEND_COLUMNS,
+            HEIGHT + 8 + i // LEGEND_COLUMNS * LEGEND_ROW,
+        )
+        out += [marker(x + 6, y, look[name]), text(x + 18, y + 4, name, class_="key")]
+    rows = -(-len(names) // LEGEND_COLUMNS)
+    return document(WIDTH, HEIGHT + rows * LEGEND_ROW, title, "".join(out), "chart")
+
+
+# -- images and patches ----------------------------------------------------------------------------------------------
+
+
+def png(rows: Sequence[str]) -> str:
+    """A greyscale image, one row of hexadecimal bytes a line, as a data URI."""
+    from PIL import Image
+
+    lines = [bytes.fromhex(row) for row in rows]
+    buffer = io.BytesIO()
+    Image.frombytes("L", (len(lines[0]), len(lines)), b"".join(lines)).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+PANEL, GAP, CAPTION = 100.0, 10.0, 18.0
+
+
+def stages(
+    rows: Sequence[str], grid: tuple[int, int], kept: Sequence[tuple[str, Collection[int]]], *, title: str
+) -> str:
+    """An image, then one panel a stage: patches it removed are hatched, those removed before are blank.
+
+    `kept` names each stage and the places of the patches that went on from it, counted row by row in the grid.
+    """
+    high, wide = PANEL / grid[0], PANEL / grid[1]
+    image, before, out = png(rows), set(range(grid[0] * grid[1])), []
+    for i, (name, places) in enumerate([("input", before), *kept]):
+        left = i * (PANEL + GAP)
+        out.append(element("image", class_="ink", href=image, x=left, y=CAPTION, width=PANEL, height=PANEL))
+        for place in range(grid[0] * grid[1]):
+            if place in places:
+                continue
+            x, y = left + place % grid[1] * wide, CAPTION + place // grid[1] * high
+            fresh = place in before
+            out.append(element("rect", class_="fresh" if fresh else "gone", x=x, y=y, width=wide, height=high))
+            if fresh:
+                out.append(element("line", class_="hatch", x1=x, y1=y + high, x2=x + wide, y2=y))
+        out.append(element("rect", class_="frame", x=left, y=CAPTION, width=PANEL, height=PANEL))
+        out.append(text(left + PANEL / 2, 11, name, class_="tick", text_anchor="middle"))
+        before = before & set(places)
+    width = (len(kept) + 1) * (PANEL + GAP) - GAP
+    return document(width, CAPTION + PANEL + 1, title, "".join(out), "stages")

@@ -1,0 +1,58 @@
+"""Which tokens a method removes, stage by stage, on the testbed's own scenes.
+
+Real images never enter a record: most data sets forbid passing them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from common import cost, models, registry
+from common.apply import apply
+from common.data import digits, images
+from common.errors import PrunelabError
+from common.papers import Run
+from common.roles import TokenPruner
+from common.types import Budget
+
+LOADER = "digit_scenes"
+
+
+def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Metric `scenes`: how many, the `grid` of patches, and in `items` for each scene its label, the dense and the
+    pruned prediction, the image (a row of hexadecimal bytes a line, 255 is full ink), and the patches kept at each
+    site."""
+    if run.ids["data"]["loader"] != LOADER:
+        raise PrunelabError("a gallery shows the testbed's scenes alone; set `scales: [testbed]` in paper.yaml")
+    if run.method is None:
+        raise PrunelabError("a gallery shows what a method removes; name one under `configuration` in paper.yaml")
+    model, transform = models.load(run.ids["model"], config)
+    method = registry.create(run.method, **run.options)
+    assert isinstance(method, TokenPruner)
+    count, seed = int(run.settings["samples"]), int(run.settings.get("seed", 0))
+    x, labels = next(images.batches(run.ids["data"], config, transform, count, count))
+    budget = cost.match(method, model, Budget.parse(str(run.budget)), x)
+    with torch.inference_mode():
+        dense = model(x).argmax(-1)
+        with apply(method, model, budget, seed=seed) as handle:
+            pruned = model(x).argmax(-1)
+            kept, info = handle.kept(), handle.adapter.info
+    ink = ((x[:, 0] * digits.SCALE + digits.SHIFT).clamp(0, 1) * 255).round().int()
+
+    def patches(places: torch.Tensor) -> list[int]:
+        return sorted((places[places >= info.special] - info.special).tolist())
+
+    items = [
+        {
+            "label": int(labels[i]),
+            "dense": int(dense[i]),
+            "pruned": int(pruned[i]),
+            "image": [bytes(row).hex() for row in ink[i].tolist()],
+            "sites": [{"layer": s.layer, "where": s.where, "kept": patches(places[i])} for s, places in kept],
+        }
+        for i in range(count)
+    ]
+    return {"scenes": {"value": count, "grid": list(info.grid or ()), "items": items}, "budget": {"text": str(budget)}}

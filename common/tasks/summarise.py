@@ -1,0 +1,37 @@
+"""ROUGE of the summaries that a method extracts from documents with references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.progress import track
+
+from common import metrics, rouge
+from common.data.documents import Document, background
+from common.errors import PrunelabError
+from common.roles import Passage, Ranker
+from common.types import Budget
+
+
+def run(
+    method: Ranker, documents: Sequence[Document], budget: Budget, progress: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Percentages `rouge1_recall`, `rouge1_f`, `rouge2_recall`, `rouge2_f` with n, standard error and samples, and the
+    mean length of the summaries in `bytes`.
+
+    idf comes from the documents themselves. Several references are averaged; words are not stemmed. A budget in
+    bytes also cuts the summary there, as the evaluations of the DUC years did.
+    """
+    if not documents:
+        raise PrunelabError("there is no document to summarise; check the data set and its limit")
+    corpus = background(documents)
+    limit = int(budget.amounts[0]) if budget.unit == "bytes" else None
+    columns: dict[str, list[float]] = {}
+    for document in track(documents, "summarising", transient=True, disable=not progress):
+        summary = "\n".join(method.summarise(Passage.of(document.documents, corpus), budget))
+        scores = rouge.score(summary, document.references, limit)
+        for name, value in vars(scores).items():
+            columns.setdefault(name, []).append(100 * value)
+        columns.setdefault("bytes", []).append(float(len(summary.encode("utf8", "replace"))))
+    return {name: metrics.mean(values) for name, values in columns.items()}

@@ -1,0 +1,85 @@
+"""The pictures of a paper's page: its boards as curves, and what its own `figures.py` adds."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from common import papers, svg
+from common.figures import Context, Curves, Figure
+from paper_tables import tables
+from paper_tables.join import BoardTable, Line, Records
+
+
+def hook(slug: str) -> ModuleType | None:
+    """The paper's own `figures.py`, where it has one."""
+    if not (papers.METHODS / slug / "figures.py").exists():
+        return None
+    return importlib.import_module(f"methods.{slug}.figures")
+
+
+def of(
+    slug: str, config: Mapping[str, Any], lines: Sequence[Line], boards: Sequence[BoardTable], records: Records
+) -> tuple[list[Figure], list[str]]:
+    """A paper's figures, and the addresses of the runs that were made for figures alone."""
+    runs = list(papers.figures(slug, config))
+
+    def record(run: papers.Run | str) -> Mapping[str, Any] | None:
+        return None if isinstance(run, str) else records.get(run)[0]
+
+    context = Context(slug, config, lines, boards, runs, record)
+    own = hook(slug)
+    curves: Mapping[str, Curves] = own.curves(context) if own and hasattr(own, "curves") else {}
+    found = trade_off(boards, curves)
+    if own and hasattr(own, "figures"):
+        found += own.figures(context)
+    made = [r for r in map(record, (job.run for job in runs)) if r is not None]
+    return found, [f"{r['identity']}-{r['sources']}" for r in made]
+
+
+def trade_off(boards: Sequence[BoardTable], reported: Mapping[str, Curves]) -> list[Figure]:
+    """Each board as curves of quality against cost; what the paper reports stands in a panel and on axes of its own."""
+    found = []
+    for name in dict.fromkeys(board.name for board in boards):
+        shown = [b for b in boards if b.name == name and any(p.value.value is not None and p.cost for p in b.points)]
+        if not shown and name not in reported:
+            continue
+        ours = [_curves(board) for board in shown]
+        theirs = reported.get(name)
+        look = svg.styles([s.name for curves, _ in ours for s in curves.series] + [s.name for s in theirs.series] if theirs else [])
+        panels = [_panel("Reported by the paper", theirs, None, look)] if theirs else []
+        for board, (curves, level) in zip(shown, ours, strict=True):
+            where = "Our run, paper scale" if board.scale == "paper" else f"Our run, {board.scale}: a stand-in, not the paper's data"
+            panels.append(_panel(where, curves, level, look))
+        caption = next(b.caption for b in boards if b.name == name)
+        if theirs and any(m.hollow for s in theirs.series for m in s.marks):
+            caption += " Hollow marks were read off the paper's figure by eye."
+        if shown:
+            caption += " Bars are 95 % intervals of each value alone; the table below has the paired differences."
+        if theirs and shown:
+            caption += " The panels have different models, data and axes and do not compare."
+        found.append(Figure(name, f'<div class="panels">{"".join(panels)}</div>', caption))
+    return found
+
+
+def _curves(board: BoardTable) -> tuple[Curves, tuple[str, float] | None]:
+    """A board's points by entry, and the level of its baseline."""
+    base = board.points[0]
+    points = [p for p in board.points[1:] if p.value.value is not None and p.cost]
+    millions = bool(points) and max(p.cost or 0.0 for p in points) < 0.1
+    by_entry: dict[str, list[svg.Mark]] = {}
+    for p in points:
+        assert p.value.value is not None and p.cost is not None
+        label = f"{p.entry} at {p.budget}: {tables.shown(p.value, 1)}, {tables.cost(p.cost)} MACs"
+        mark = svg.Mark(p.cost * (1000 if millions else 1), p.value.value, p.value.margin, label=label)
+        by_entry.setdefault(p.entry, []).append(mark)
+    series = [svg.Series(entry, tuple(marks)) for entry, marks in by_entry.items()]
+    level = None if base.value.value is None else (f"{base.entry} {base.value.value:.1f}", base.value.value)
+    return Curves(f"{'M' if millions else 'G'}MACs an image, scoring included", board.metric, series), level
+
+
+def _panel(title: str, curves: Curves, level: tuple[str, float] | None, look: Mapping[str, int]) -> str:
+    drawn = svg.chart(curves.series, title=title, x_label=curves.x_label, y_label=curves.y_label, level=level, look=look)
+    return f'<div class="panel"><h5>{svg.escape(title)}</h5>{drawn}</div>'

@@ -1,0 +1,209 @@
+"""The tables as CSV, for machines, and as Markdown, for readers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+
+from common.errors import PrunelabError
+from paper_tables.join import BoardTable, Line, Outcome, PaperTable, Value
+
+SHAPES: dict[Outcome, str] = {"within": "●", "off": "▲", "stale": "◌", "stand-in": "◇", "not run": "–"}
+WORDS: dict[Outcome, str] = {
+    "within": "within tolerance",
+    "off": "off",
+    "stale": "stale",
+    "stand-in": "stand-in only",
+    "not run": "not run",
+}
+STAND_IN = "stand-in"  # what a number of another scale is: never the paper's, whatever it comes to
+ANALYTIC = "counted exactly on the published architecture"
+
+_LINE = ["table", "row", "column", "reported", "unit", "source", "quality", "reproduced", "difference", "tolerance", "within_tolerance", "status", "needs", "record"]
+_SCALE = ("", "_stderr", "_samples", "_record", "_status")
+_POINT = ["entry", "budget", "scale", "value", "stderr", "samples", "gmacs", "saving", "difference", "interval", "status", "record"]
+
+
+def identifier(name: str) -> str:
+    """A table's or board's name as a file name and fragment."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "table"
+
+
+def file_names(tables: Iterable[PaperTable], boards: Iterable[BoardTable]) -> list[str]:
+    """Names without suffix, tables first. Two that fall together are an error, as one would overwrite the other."""
+    names = [identifier(t.name) for t in tables] + [f"{identifier(b.name)}-{b.scale}" for b in boards]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PrunelabError(f"two tables would be written to {twice[0]}.csv; give them names that differ in letters or digits")
+    return names
+
+
+def scales(table: PaperTable) -> list[str]:
+    """Scales beside the paper's, in order of appearance."""
+    return list(dict.fromkeys(scale for line in table.lines for scale in line.others))
+
+
+# -- CSV -------------------------------------------------------------------------------------------------------------
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{round(value, 6):.10g}" if isinstance(value, float) else str(value)
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return buffer.getvalue()
+
+
+def table_csv(table: PaperTable) -> str:
+    """One line a reported number; the stand-ins have columns of their own."""
+    others = scales(table)
+
+    def row(line: Line) -> list[object]:
+        r, own = line.reported, line.reproduced
+        tolerance = line.tolerance if own.value is not None else None
+        cells: list[object] = [r.table, r.row, r.column, r.text, r.unit, r.source, r.quality]
+        cells += [own.value, line.difference, tolerance, line.within, own.status, own.needs, own.record]
+        for scale in others:
+            v = line.others[scale]
+            cells += [v.value, v.stderr, v.samples, v.record, v.status if v.value is None else STAND_IN]
+        return cells
+
+    return _csv([*_LINE, *(f"{scale}{part}" for scale in others for part in _SCALE)], map(row, table.lines))
+
+
+def board_csv(board: BoardTable) -> str:
+    """One line a point; `interval` is the half width of the paired difference's 95 % interval."""
+    return _csv(
+        _POINT,
+        (
+            (
+                p.entry, p.budget or "none", p.scale, p.value.value, p.value.stderr, p.value.samples, p.cost, p.saving,
+                p.difference, p.interval, p.value.status if p.scale == "paper" or p.value.value is None else STAND_IN,
+                p.value.record,
+            )
+            for p in board.points
+        ),
+    )  # fmt: skip
+
+
+# -- shown numbers ---------------------------------------------------------------------------------------------------
+
+
+def decimals(text: str) -> int:
+    """Decimals of a printed number."""
+    return len(text.partition(".")[2])
+
+
+def shown(value: Value, places: int) -> str:
+    """A value with the half width of its 95 % interval."""
+    assert value.value is not None
+    return f"{value.value:.{places}f}" + (f" ± {value.margin:.{places}f}" if value.margin is not None else "")
+
+
+def signed(value: float, places: int) -> str:
+    """A difference with its sign, a true minus."""
+    text = f"{value:+.{places}f}"
+    return f"{0:.{places}f}" if float(text) == 0 else text.replace("-", "−")
+
+
+def places(line: Line) -> int:
+    """Decimals to show a reproduction with: one more than the paper prints, so that rounding can be judged."""
+    return min(decimals(line.reported.text) + 1, 4)
+
+
+def status(line: Line) -> str:
+    """The line's outcome in words, with the tolerance that it was held to."""
+    how = line.reproduced.status
+    if line.outcome in ("within", "off"):
+        return f"{how}, within ±{line.tolerance:g}" if line.within else f"{how}, off by more than ±{line.tolerance:g}"
+    if line.outcome == "stale":
+        return "stale: made by other sources than these"
+    return WORDS[line.outcome]
+
+
+def cost(value: float) -> str:
+    """MACs given in G, in a unit that leaves few zeros."""
+    return f"{value:.3f} G" if value >= 0.1 else f"{1000 * value:.2f} M"
+
+
+# -- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def _md(text: object) -> str:
+    """Text inside a Markdown table."""
+    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(str(text).split()))
+
+
+def _grid(header: Sequence[str], right: Sequence[bool], rows: Iterable[Sequence[str]]) -> list[str]:
+    rule = "|".join("--:" if r else "---" for r in right)
+    return [f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+class _Notes:
+    """Numbered notes below a table, each once."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, text: str) -> str:
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"({self.texts.index(text) + 1})"
+
+
+def table_markdown(slug: str, table: PaperTable) -> str:
+    """One line a reported number, sources and reasons below."""
+    others, notes = scales(table), _Notes()
+
+    def row(line: Line) -> list[str]:
+        r, own, digits = line.reported, line.reproduced, places(line)
+        reported = f"{_md(r.text)} {_md(r.unit)} {notes(f'{r.source} ({r.quality})')}"
+        cells = [_md(r.row), _md(r.column), reported]
+        cells.append(shown(own, digits) if own.value is not None else f"– {notes(own.status)}")
+        cells.append("–" if line.difference is None else signed(line.difference, digits))
+        cells.append(f"{SHAPES[line.outcome]} {status(line)}")
+        for scale in others:
+            v = line.others[scale]
+            cells.append(f"{shown(v, 1)} (n = {v.samples})" if v.value is not None else f"– {notes(v.status)}")
+        return cells
+
+    header = ["row", "column", "reported", "reproduced", "difference", "status"]
+    right = [False, False, True, True, True, False, *(True for _ in others)]
+    grid = _grid([*header, *(f"stand-in: {scale}" for scale in others)], right, map(row, table.lines))
+    legend = ["± is the 95 % half width. A stand-in is another model on other data: it is not the paper's number."] if others else []
+    listed = [f"{i}. {_md(text)}" for i, text in enumerate(notes.texts, 1)]
+    return _page([f"# {_md(slug)}: {_md(table.name)}", _md(table.caption), _md(table.note)], grid, legend, listed)
+
+
+def board_markdown(slug: str, board: BoardTable) -> str:
+    """One line a point of a board."""
+    rows, notes = [], _Notes()
+    for p in board.points:
+        value = shown(p.value, 2) if p.value.value is not None else f"– {notes(p.value.status)}"
+        saving = "–" if p.saving is None else f"{p.saving:.1f} %"
+        rows.append([_md(p.entry), p.budget or "none", value, "–" if p.cost is None else cost(p.cost), saving, gap(p.difference, p.interval)])
+    header = ["method", "budget", _md(board.metric), "MACs", "saved", f"difference to {_md(board.points[0].entry)}"]
+    legend = ["± is the 95 % half width; differences are paired over the same samples."]
+    listed = [f"{i}. {_md(text)}" for i, text in enumerate(notes.texts, 1)]
+    head = [f"# {_md(slug)}: {_md(board.name)}, {board.scale} scale", _md(board.caption)]
+    return _page(head, _grid(header, [False, False, True, True, True, True], rows), legend, listed)
+
+
+def gap(difference: float | None, interval: float | None) -> str:
+    """A paired difference with its interval."""
+    return "–" if difference is None or interval is None else f"{signed(difference, 2)} ± {interval:.2f}"
+
+
+def _page(head: Sequence[str], *blocks: Sequence[str]) -> str:
+    parts = [*(text for text in head if text), *("\n".join(block) for block in blocks if block)]
+    return "\n\n".join(parts) + "\n"

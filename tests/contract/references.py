@@ -1,0 +1,233 @@
+"""Tiny models, and a minimal reference method for every role, so that each role is exercised before its first paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from common import selection
+from common.roles import (
+    Accepted,
+    CachePruner,
+    ConstrainedSampler,
+    DraftDecoder,
+    DraftTree,
+    Method,
+    Passage,
+    Ranker,
+    SampleSelector,
+    Signals,
+    Site,
+    TokenPruner,
+    WeightPruner,
+)
+from common.types import Budget, ModelInfo
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 9, "num_heads": 3, "num_classes": 7}
+# The published variants of timm's ViT that differ in structure, each shrunk to a few thousand parameters.
+VITS = {
+    "plain": "vit_small_patch16_224.augreg_in21k_ft_in1k",
+    "deit": "deit_small_patch16_224",
+    "deit3": "deit3_small_patch16_224",  # LayerScale
+    "clip": "vit_base_patch16_clip_224",  # norm before the blocks
+    "dinov2": "vit_small_patch14_reg4_dinov2",  # LayerScale and four registers
+    "mae": "vit_base_patch16_224.mae",
+    "average": "vit_base_patch16_gap_224"
+    if "vit_base_patch16_gap_224" in timm.list_models()
+    else "vit_small_patch16_224",
+    "qk_norm": "vit_small_patch16_224",
+}
+_EXTRA: dict[str, dict[str, Any]] = {
+    "average": {"global_pool": "avg", "class_token": False, "fc_norm": True},
+    "qk_norm": {"qk_norm": True, "init_values": 1e-1},
+    "mae": {"global_pool": "token"},
+    "dinov2": {"global_pool": "token"},
+}
+
+
+def vit(family: str = "plain", **overrides: Any) -> nn.Module:
+    """A tiny random model of a family, with weights large enough for attention to be uneven."""
+    torch.manual_seed(0)
+    model = timm.create_model(VITS[family], **{**TINY, **_EXTRA.get(family, {}), **overrides}).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                p.copy_(torch.randn(p.shape) * (0.4 if "qkv" in name else 0.15))
+    return model
+
+
+def images(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def signals(
+    batch: int = 2, patches: int = 12, special: int = 1, heads: int = 3, seed: int = 0, pad: int = 0
+) -> tuple[Signals, dict[str, Tensor]]:
+    """Synthetic signals of one site with `pad` padding tokens behind the real ones; the tensors are returned too."""
+    g = torch.Generator().manual_seed(seed)
+    total, width = special + patches, 8
+    q, k, v = (torch.randn(batch, heads, total, width, generator=g) for _ in range(3))
+    hidden = torch.randn(batch, total, heads * width, generator=g)
+    if pad:
+        noise = torch.Generator().manual_seed(seed + 1)
+        q, k, v = (torch.cat([t, 9 * torch.randn(batch, heads, pad, width, generator=noise)], 2) for t in (q, k, v))
+        hidden = torch.cat([hidden, 9 * torch.randn(batch, pad, heads * width, generator=noise)], 1)
+    valid = (torch.arange(total + pad) < total).expand(batch, -1) if pad else None
+    return build(q, k, v, hidden, valid, special), {"q": q, "k": k, "v": v, "hidden": hidden}
+
+
+def build(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, valid: Tensor | None, special: int, seed: int = 0
+) -> Signals:
+    """Signals from raw tensors, for one sample or many."""
+    batch, heads, total, width = q.shape
+    logits = q @ k.transpose(-2, -1) * width**-0.5
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, None, None, :], float("-inf"))
+    prunable = torch.ones(batch, total, dtype=torch.bool)
+    prunable[:, :special] = False
+    units = total - special
+    if valid is not None:
+        prunable &= valid
+    sources: dict[str, Callable[[], Tensor]] = {
+        "hidden": lambda: hidden,
+        "queries": lambda: q,
+        "keys": lambda: k,
+        "values": lambda: v,
+        "attention_logits": lambda: logits,
+        "attention": lambda: logits.softmax(-1),
+        "cls_row": lambda: logits.softmax(-1)[:, :, 0],
+        "last_row": lambda: logits.softmax(-1)[:, :, -1],
+        "received": lambda: logits.softmax(-1).sum(-2),
+        "sizes": lambda: torch.ones(batch, total),
+    }
+    real = total - special if valid is None else int(valid[0].sum()) - special
+    info = ModelInfo("reference", 12, heads, heads * width, real + special, special, special > 0)
+    rng = torch.Generator().manual_seed(seed)
+    return Signals(sources, prunable=prunable, units=units, info=info, valid=valid, rng=rng)
+
+
+@contextmanager
+def invariant(name: str, method: type[Method] | Method) -> Iterator[None]:
+    """The body asserts an invariant. Where the method is exempt from it, the body must fail, so that no exemption
+    outlives its reason."""
+    if name not in method.exempt:
+        yield
+        return
+    try:
+        yield
+    except (AssertionError, ValueError):
+        return
+    raise AssertionError(f"{method} is exempt from '{name}' but fulfils it; delete the exemption")
+
+
+# -- reference methods, one a role -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormTokens(TokenPruner):
+    """Keeps the tokens of largest norm."""
+
+    layers: tuple[int, ...] = (1,)
+    name: ClassVar[str] = "reference_tokens"
+
+    def sites(self, info: ModelInfo) -> list[Site]:
+        return [Site(layer, "input") for layer in self.layers]
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"hidden"})
+
+    def score(self, site: Site, signals: Signals) -> Tensor:
+        return signals.hidden.norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class ReceivedCache(CachePruner):
+    """Keeps the cache entries that received most attention."""
+
+    name: ClassVar[str] = "reference_cache"
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"received"})
+
+    def score(self, site: Site, signals: Signals) -> Tensor:
+        return signals.received
+
+
+@dataclass(frozen=True)
+class MagnitudeWeights(WeightPruner):
+    """Keeps the largest weights of each row."""
+
+    name: ClassVar[str] = "reference_weights"
+
+    def score(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+        return weight.abs()
+
+
+@dataclass(frozen=True)
+class BigramDrafts(DraftDecoder):
+    """Drafts the chain of last seen successors, and accepts the longest greedy match."""
+
+    name: ClassVar[str] = "reference_drafts"
+
+    def start(self, vocabulary: int) -> Tensor:
+        return torch.zeros(vocabulary, dtype=torch.long)
+
+    def draft(self, state: Tensor, tokens: Tensor, budget: Budget) -> DraftTree:
+        chain, last = [], int(tokens[-1])
+        for _ in range(int(budget.amounts[0])):
+            last = int(state[last])
+            chain.append(last)
+        return DraftTree(torch.tensor(chain, dtype=torch.long), torch.arange(len(chain)) - 1)
+
+    def accept(self, tree: DraftTree, logits: Tensor, rng: torch.Generator | None = None) -> Accepted:
+        greedy = logits.argmax(-1)  # [T + 1]
+        agreed = int((tree.tokens == greedy[:-1]).long().cumprod(0).sum())
+        return Accepted(greedy[: agreed + 1], torch.arange(agreed))
+
+    def observe(self, state: Tensor, tokens: Tensor, logits: Tensor) -> None:
+        state[tokens] = logits.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Rejection(ConstrainedSampler):
+    """Draws without replacement until the constraint accepts; the weight is the mass not rejected before."""
+
+    name: ClassVar[str] = "reference_sampler"
+
+    def sample(
+        self, logits: Tensor, allows: Callable[[int], bool], budget: Budget, rng: torch.Generator | None = None
+    ) -> tuple[int, float]:
+        p = logits.softmax(-1).clone()
+        for _ in range(int(budget.amounts[0])):
+            token = int(torch.multinomial(p, 1, generator=rng))
+            if allows(token):
+                return token, float(p.sum().log())
+            p[token] = 0
+        raise ValueError("the constraint accepts no token within the budget")
+
+
+@dataclass(frozen=True)
+class NormSamples(SampleSelector):
+    """Keeps the samples of largest feature norm."""
+
+    name: ClassVar[str] = "reference_samples"
+
+    def score(self, features: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        return features.norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class LengthRanker(Ranker):
+    """Ranks long sentences first."""
+
+    name: ClassVar[str] = "reference_ranker"
+
+    def rank(self, passage: Passage) -> Tensor:
+        return torch.tensor([float(n) for n in selection.text_sizes(passage.sentences, "words")])
