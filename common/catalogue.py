@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,20 @@ SCALES = ("smoke", "testbed", "assets", "paper")
 @cache
 def _read(name: str) -> dict[str, Any]:
     return yaml.safe_load((ROOT / "configs" / name).read_text())
+
+
+def pairs(items: Iterable[str]) -> dict[str, Any]:
+    """`key=value` arguments as a mapping; values are read as YAML."""
+    out: dict[str, Any] = {}
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not sign:
+            raise PrunelabError(f"write '{item}' as key=value")
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise PrunelabError(f"the value of '{item}' is not valid YAML; quote it") from None
+    return out
 
 
 def settings(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:

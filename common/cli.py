@@ -183,16 +183,24 @@ def run(
     console.print(shown)
 
 
-@app.command("run-record", hidden=True)
-def run_record(address: str, config: Settings = None) -> None:
-    """Make the record of that address (the workflow's entry point)."""
+@app.command("run-records", hidden=True)
+def run_records(addresses: list[str], config: Settings = None) -> None:
+    """Make the records of these addresses (the workflow's entry point). One that fails does not stop the others."""
     from common import runner
 
     values = catalogue.settings(_pairs(config))
-    job = papers.jobs(values).get(address)
-    if job is None:
-        raise PrunelabError(f"no run has the address {address}; the sources changed meanwhile, start again")
-    runner.execute(job, values)
+    jobs = papers.jobs(values)
+    failures = []
+    for address in addresses:
+        if address not in jobs:
+            failures.append(f"no run has the address {address}; the sources changed meanwhile, start again")
+            continue
+        try:
+            runner.execute(jobs[address], values)
+        except PrunelabError as error:
+            failures.append(f"run {address} ({jobs[address].method or 'unpruned'}): {error}")
+    if failures:
+        raise PrunelabError("; ".join(failures))
 
 
 @app.command()

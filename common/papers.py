@@ -89,6 +89,7 @@ class Board(_Strict):
     data: str
     model: str | None = None
     metric: str
+    label: str = ""  # the metric in words, with its unit
     baseline: str = "dense"
     entries: dict[str, str]
     budgets: tuple[str, ...]
@@ -472,6 +473,15 @@ def jobs(config: Mapping[str, Any]) -> dict[str, Run]:
     results = Path(config["results"])
     # A paper-scale record that only the code has left behind is shown as stale, and made anew on request alone.
     return {a: r for a, r in found.items() if r.scale != "paper" or r.path(results).exists() or not stale(r, results)}
+
+
+def batches(runs: Mapping[str, Run], results: Path, size: int) -> list[list[str]]:
+    """Addresses of the runs that have no record yet, in batches of one kind: a job a batch saves start-up time."""
+    groups: dict[str, list[str]] = {}
+    for address, run in runs.items():
+        if not run.path(results).exists():
+            groups.setdefault(f"{run.kind} {run.scale}", []).append(address)
+    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
 def stale(run: Run, results: Path) -> Path | None:

@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 STYLES = 8  # series that page.css and `marker` tell apart by colour and shape
 
@@ -29,7 +30,7 @@ def number(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def element(tag: str, content: str = "", **attributes: object) -> str:
+def element(tag: str, content: str = "", /, **attributes: Any) -> str:
     """One SVG element. `content` is markup; attribute values are escaped, `_` in names stands for `-`."""
     pairs = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{number(v) if isinstance(v, float) else escape(v)}"'
@@ -38,7 +39,7 @@ def element(tag: str, content: str = "", **attributes: object) -> str:
     return f"<{tag}{pairs}>{content}</{tag}>" if content else f"<{tag}{pairs}/>"
 
 
-def text(x: float, y: float, content: object, **attributes: object) -> str:
+def text(x: float, y: float, content: object, **attributes: Any) -> str:
     """A line of text, escaped."""
     return element("text", escape(content), x=float(x), y=float(y), **attributes)
 
@@ -46,8 +47,8 @@ def text(x: float, y: float, content: object, **attributes: object) -> str:
 def document(width: float, height: float, title: str, content: str, css: str) -> str:
     """An SVG picture that scales with its column and says to screen readers what it shows."""
     view = f"0 0 {number(width)} {number(height)}"
-    label = element("title", escape(title))
-    return element("svg", label + content, class_=css, viewBox=view, role="img", aria_label=title, width=float(width))
+    attributes = {"class_": css, "viewBox": view, "role": "img", "aria_label": title, "width": float(width)}
+    return element("svg", content, **attributes)
 
 
 # -- charts ----------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def styles(names: Iterable[str]) -> dict[str, int]:
 
 def marker(x: float, y: float, style: int, hollow: bool = False, label: str = "") -> str:
     """The point's shape: circle, square, triangle, diamond, cross, down triangle, bar, star."""
-    corners = {
+    corners: Mapping[int, list[tuple[float, float]]] = {
         1: [(-4, -4), (4, -4), (4, 4), (-4, 4)],
         2: [(0, -5.2), (5, 4), (-5, 4)],
         3: [(0, -5.6), (5.6, 0), (0, 5.6), (-5.6, 0)],
@@ -101,7 +102,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers from `low` to `high`, about as many as wanted."""
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    step = min((m * power for m in (1, 2, 2.5, 5, 10)), key=lambda s: abs(math.log(s / rough)))
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -160,8 +161,8 @@ def chart(
             out.append(element("polyline", class_=f"curve s{style}", points=path))
         for m in s.marks:
             if m.error:
-                ends = {"y1": down(m.y - m.error), "y2": down(m.y + m.error)}
-                out.append(element("line", class_=f"error s{style}", x1=across(m.x), x2=across(m.x), **ends))
+                x, high, low = across(m.x), down(m.y + m.error), down(m.y - m.error)
+                out.append(element("line", class_=f"error s{style}", x1=x, x2=x, y1=high, y2=low))
     for s in series:  # marks last, so that no line covers them
         out += [marker(across(m.x), down(m.y), look[s.name], m.hollow, m.label) for m in s.marks]
     names = list(dict.fromkeys(s.name for s in series))

@@ -194,6 +194,9 @@ class Background:
 # -- similarity ------------------------------------------------------------------------------------------------------
 
 
+_BLOCK = 2**25  # cosines held at a time while a graph is made
+
+
 @dataclass(frozen=True)
 class Similarity:
     """The idf-modified cosine between all sentences, never stored as an [n, n] array.
@@ -251,7 +254,7 @@ class Similarity:
         dense = vectors[:, np.flatnonzero(common)].toarray()
         rare = vectors[:, np.flatnonzero(~common)]
         other = sparse.csr_array(rare.T)
-        block = max(1, 2**25 // sentences)
+        block = max(1, _BLOCK // sentences)
         counts = np.zeros(sentences + 1, np.int64)
         columns = []
         for start in range(0, sentences, block):

@@ -48,10 +48,16 @@ def trade_off(boards: Sequence[BoardTable], reported: Mapping[str, Curves]) -> l
             continue
         ours = [_curves(board) for board in shown]
         theirs = reported.get(name)
-        look = svg.styles([s.name for curves, _ in ours for s in curves.series] + [s.name for s in theirs.series] if theirs else [])
+        look = svg.styles(
+            s.name for c in [*(curves for curves, _ in ours), *([theirs] if theirs else [])] for s in c.series
+        )
         panels = [_panel("Reported by the paper", theirs, None, look)] if theirs else []
         for board, (curves, level) in zip(shown, ours, strict=True):
-            where = "Our run, paper scale" if board.scale == "paper" else f"Our run, {board.scale}: a stand-in, not the paper's data"
+            where = (
+                "Our run, paper scale"
+                if board.scale == "paper"
+                else f"Our run, {board.scale}: a stand-in, not the paper's data"
+            )
             panels.append(_panel(where, curves, level, look))
         caption = next(b.caption for b in boards if b.name == name)
         if theirs and any(m.hollow for s in theirs.series for m in s.marks):
@@ -81,5 +87,7 @@ def _curves(board: BoardTable) -> tuple[Curves, tuple[str, float] | None]:
 
 
 def _panel(title: str, curves: Curves, level: tuple[str, float] | None, look: Mapping[str, int]) -> str:
-    drawn = svg.chart(curves.series, title=title, x_label=curves.x_label, y_label=curves.y_label, level=level, look=look)
+    drawn = svg.chart(
+        curves.series, title=title, x_label=curves.x_label, y_label=curves.y_label, level=level, look=look
+    )
     return f'<div class="panel"><h5>{svg.escape(title)}</h5>{drawn}</div>'

@@ -93,7 +93,7 @@ class BoardTable:
 
     name: str
     caption: str
-    metric: str
+    metric: str  # in words
     scale: str
     points: tuple[Point, ...]
 
@@ -193,7 +193,7 @@ def _board(points: list[papers.BoardPoint], records: Records) -> BoardTable:
                 *(paired or (None, None)),
             )
         )
-    return BoardTable(board.name, board.caption, board.metric, scale, tuple(rows))
+    return BoardTable(board.name, board.caption, board.label or board.metric, scale, tuple(rows))
 
 
 def record(records: Records, address: str) -> dict[str, Any]:

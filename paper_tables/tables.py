@@ -19,11 +19,11 @@ WORDS: dict[Outcome, str] = {
     "not run": "not run",
 }
 STAND_IN = "stand-in"  # what a number of another scale is: never the paper's, whatever it comes to
-ANALYTIC = "counted exactly on the published architecture"
 
-_LINE = ["table", "row", "column", "reported", "unit", "source", "quality", "reproduced", "difference", "tolerance", "within_tolerance", "status", "needs", "record"]
+_LINE = ("table", "row", "column", "reported", "unit", "source", "quality")
+_OURS = ("reproduced", "difference", "tolerance", "within_tolerance", "status", "needs", "record")
 _SCALE = ("", "_stderr", "_samples", "_record", "_status")
-_POINT = ["entry", "budget", "scale", "value", "stderr", "samples", "gmacs", "saving", "difference", "interval", "status", "record"]
+_POINT = ("entry", "budget", "scale", "value", "stderr", "samples", "gmacs", "saving", "difference", "interval")
 
 
 def identifier(name: str) -> str:
@@ -36,7 +36,7 @@ def file_names(tables: Iterable[PaperTable], boards: Iterable[BoardTable]) -> li
     names = [identifier(t.name) for t in tables] + [f"{identifier(b.name)}-{b.scale}" for b in boards]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise PrunelabError(f"two tables would be written to {twice[0]}.csv; give them names that differ in letters or digits")
+        raise PrunelabError(f"two tables would be written to {twice[0]}.csv; give them names that differ in letters")
     return names
 
 
@@ -78,13 +78,13 @@ def table_csv(table: PaperTable) -> str:
             cells += [v.value, v.stderr, v.samples, v.record, v.status if v.value is None else STAND_IN]
         return cells
 
-    return _csv([*_LINE, *(f"{scale}{part}" for scale in others for part in _SCALE)], map(row, table.lines))
+    return _csv([*_LINE, *_OURS, *(f"{scale}{part}" for scale in others for part in _SCALE)], map(row, table.lines))
 
 
 def board_csv(board: BoardTable) -> str:
     """One line a point; `interval` is the half width of the paired difference's 95 % interval."""
     return _csv(
-        _POINT,
+        (*_POINT, "status", "record"),
         (
             (
                 p.entry, p.budget or "none", p.scale, p.value.value, p.value.stderr, p.value.samples, p.cost, p.saving,
@@ -180,7 +180,7 @@ def table_markdown(slug: str, table: PaperTable) -> str:
     header = ["row", "column", "reported", "reproduced", "difference", "status"]
     right = [False, False, True, True, True, False, *(True for _ in others)]
     grid = _grid([*header, *(f"stand-in: {scale}" for scale in others)], right, map(row, table.lines))
-    legend = ["± is the 95 % half width. A stand-in is another model on other data: it is not the paper's number."] if others else []
+    legend = ["± is the 95 % half width. A stand-in is another model on other data, not the paper's number."]
     listed = [f"{i}. {_md(text)}" for i, text in enumerate(notes.texts, 1)]
     return _page([f"# {_md(slug)}: {_md(table.name)}", _md(table.caption), _md(table.note)], grid, legend, listed)
 
@@ -191,7 +191,8 @@ def board_markdown(slug: str, board: BoardTable) -> str:
     for p in board.points:
         value = shown(p.value, 2) if p.value.value is not None else f"– {notes(p.value.status)}"
         saving = "–" if p.saving is None else f"{p.saving:.1f} %"
-        rows.append([_md(p.entry), p.budget or "none", value, "–" if p.cost is None else cost(p.cost), saving, gap(p.difference, p.interval)])
+        macs = "–" if p.cost is None else cost(p.cost)
+        rows.append([_md(p.entry), p.budget or "none", value, macs, saving, gap(p.difference, p.interval)])
     header = ["method", "budget", _md(board.metric), "MACs", "saved", f"difference to {_md(board.points[0].entry)}"]
     legend = ["± is the 95 % half width; differences are paired over the same samples."]
     listed = [f"{i}. {_md(text)}" for i, text in enumerate(notes.texts, 1)]

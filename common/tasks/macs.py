@@ -11,13 +11,15 @@ from common import cost, models, registry
 from common.adapters import adapter_for
 from common.apply import apply
 from common.papers import Run
+from common.roles import TokenPruner
 from common.types import Budget
 
 
 def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics in G (1e9), one image: `macs` (with scoring), `scoring`, `dense`, `saving` in percent, `fvcore` (the
     count of the papers' tool: MACs without scoring, 5 a LayerNorm element) and `blocks` (fvcore's without the patch
-    embedding). Methods whose counts depend on the input are costed at their bound, every quantile distinct."""
+    embedding). Methods whose counts depend on the input have no such cost: their MACs are
+    measured by the `classify` task."""
     model = models.architecture(run.ids["model"])
     example = adapter_for(model).example()
     embedding = cost.flops(lambda: cost.on_meta(model.patch_embed, example)) / 2  # type: ignore[arg-type]
@@ -25,7 +27,9 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     total, scoring, norms = dense, 0.0, 5 * cost.norm_elements(model, example)
     if run.method is not None:
         method = registry.create(run.method, **run.options)
-        with apply(method, model, Budget.parse(str(run.budget))) as handle, torch.no_grad():
+        assert isinstance(method, TokenPruner)
+        budget = cost.match(method, model, Budget.parse(str(run.budget)))
+        with apply(method, model, budget) as handle, torch.no_grad():
             norms = 5 * cost.norm_elements(model, example)
             report = handle.report()
             total, scoring = report.macs, report.scoring_macs

@@ -27,7 +27,8 @@ def schedule(blocks: int, removed: int | Sequence[int], inflection: float = 0.0)
 
 @dataclass(frozen=True)
 class ToMe(TokenPruner):
-    """Token merging. Its natural budget is `Budget(13, "removed")`: r tokens fewer after every block.
+    """Token merging. Its natural budget is `Budget(13, "removed")`: r tokens fewer after every block
+    (below 1, that share of the model's patches).
 
     proportional: tokens attract attention in proportion to their size (section 3.2); the paper switches it off for
     MAE models used off the shelf. inflection bends a single number over the depth.
@@ -55,6 +56,9 @@ class ToMe(TokenPruner):
 
     def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
         signals.one_length(self.name)
+        if budget.unit == "removed" and 0 < budget.amounts[0] < 1:  # a share of the patches: 13 of 196 is 0.0663
+            patches = signals.info.tokens - signals.info.special
+            budget = Budget(round(budget.amounts[0] * patches), "removed")
         if self.inflection and budget.unit == "removed":
             every = schedule(signals.info.depth, int(budget.amounts[0]), self.inflection)
             budget = Budget(every[site.index], "removed")

@@ -27,6 +27,9 @@ TOLERANCE = {
 NOT_APPLICABLE = {
     r"out_paper_centroid": "needs the words of DUC 2004 cluster d1003t, which are licensed",
 }
+# Orders that say nothing where scores tie (crabcamp's sort leaves ties to rounding): what must agree is the sequence
+# of the scores in the order given, read from this array of the same case.
+RANKED_BY = {r"(out_thr_.*)_summary_order": r"\1_scores"}
 
 
 def number(text: str) -> float:
