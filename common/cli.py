@@ -99,24 +99,9 @@ def cost(
     from common.apply import apply
     from common.types import Budget
 
-    net = _architecture(model)
+    net = models.architecture(models.entry(model))
     with apply(registry.create(method, **_pairs(options)), net, Budget.parse(budget)) as handle, torch.no_grad():
         console.print(str(handle.report()), highlight=False)
-    del models
-
-
-def _architecture(name: str) -> Any:
-    import timm
-
-    from common import models
-
-    try:
-        entry = catalogue.model(name)["architecture"]
-    except PrunelabError:
-        if name not in timm.list_models():
-            raise PrunelabError(f"'{name}' is neither in configs/models.yaml nor a timm model") from None
-        entry = {"library": "timm", "name": name}
-    return models.architecture(entry)
 
 
 @app.command()
@@ -132,11 +117,13 @@ def apply(
     ] = "deit_tiny",
     weights: Annotated[Path | None, typer.Option(help="safetensors file for the model")] = None,
     options: Options = None,
+    config: Settings = None,
 ) -> None:
     """Apply a method to an image or a text of your own and see what it keeps."""
     from common import demo
 
-    demo.run(method, file, budget, out, model, weights, _pairs(options), console)
+    values = catalogue.settings(_pairs(config))
+    demo.run(method, file, budget, out, model, weights, _pairs(options), values, console)
 
 
 @app.command()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from common import catalogue
 from common.errors import PrunelabError
 
 Transform = Callable[[Image.Image], Tensor]
@@ -23,6 +24,51 @@ def architecture(entry: Mapping[str, Any]) -> nn.Module:
 
     with torch.device("meta"):
         return timm.create_model(entry["name"], pretrained=False, **entry.get("arguments", {})).eval()
+
+
+def entry(name: str) -> Mapping[str, Any]:
+    """The architecture entry of a catalogue name, or of any timm model."""
+    import timm
+
+    try:
+        return catalogue.model(name)["architecture"]
+    except PrunelabError:
+        if name not in timm.list_models():
+            raise PrunelabError(f"'{name}' is neither in configs/models.yaml nor a timm model") from None
+        return {"library": "timm", "name": name}
+
+
+def named(name: str, weights: Path | None, config: Mapping[str, Any]) -> tuple[nn.Module, Transform]:
+    """A model for a user's own image: a testbed, a checkpoint of the assets folder, or a timm architecture with the
+    user's safetensors weights."""
+    import safetensors.torch
+    import timm
+    from torchvision import transforms
+
+    from common import testbeds
+
+    if name in testbeds.testbeds():
+        model = testbeds.load(name)[0]
+        side = model.patch_embed.img_size[0]  # type: ignore[union-attr,index]
+        steps = [transforms.Grayscale(), transforms.Resize((side, side)), transforms.ToTensor()]
+        return model, transforms.Compose(steps)
+    if config["assets"] and (Path(config["assets"]) / name / "model.safetensors").exists():
+        model, transform = load({"assets": name}, config)
+        assert transform is not None
+        return model, transform
+    if weights is None:
+        raise PrunelabError(
+            f"there are no weights for '{name}'; give --weights FILE.safetensors, or use the testbed digits_vit, or"
+            " vit_tiny_in1k with --config assets=DIR"
+        )
+    if not weights.exists():
+        raise PrunelabError(f"the weights file {weights} does not exist")
+    model = timm.create_model(entry(name)["name"], pretrained=False).eval()
+    try:
+        model.load_state_dict(safetensors.torch.load_file(weights))
+    except Exception as error:  # a damaged file or another architecture; both end here
+        raise PrunelabError(f"{weights} does not hold the weights of {name}: {str(error).splitlines()[0]}") from None
+    return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 
 
 def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Module, Transform | None]:

@@ -265,10 +265,6 @@ class Passage:
     background: Background | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.sentences, str):
-            raise PrunelabError("a passage is a list of sentences; split the text with common.text.sentences first")
-        for name in ("sentences", "document", "position"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.sentences or not any(s.strip() for s in self.sentences):
             raise PrunelabError("there is no sentence to rank; give at least one that is not empty")
         if not self.document:
@@ -324,7 +320,9 @@ class Ranker(Method):
 
     def summarise(self, sentences: Sequence[str] | Passage, budget: Budget) -> list[str]:
         """The sentences that `plan` keeps, in document order."""
-        passage = sentences if isinstance(sentences, Passage) else Passage(sentences)  # type: ignore[arg-type]
+        if isinstance(sentences, str):
+            raise PrunelabError("summarise takes a list of sentences; split the text with common.text.sentences first")
+        passage = sentences if isinstance(sentences, Passage) else Passage(tuple(sentences))
         return [passage.sentences[i] for i in self.plan(passage, budget).reduce.index[0].tolist()]  # type: ignore[union-attr]
 
 

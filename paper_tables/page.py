@@ -88,6 +88,7 @@ class Runs:
         record = join.record(self.records, address)
         run, made = record["run"], record["environment"]
         options = ", ".join(f"{k}={v!r}" for k, v in run["options"].items())
+        short = (f"{run['method']}({options})" if options else run["method"]) or "unpruned"
         settings = {k: v for k, v in run["settings"].items() if k not in ("samples", "seed")}
         commit, dirty = made.get("commit"), ", with changes not committed" if made.get("dirty") else ""
         rows = {
@@ -108,9 +109,7 @@ class Runs:
         return {
             "address": address,
             "kind": run["kind"],
-            "summary": " · ".join(
-                str(part) for part in (run["method"] or "unpruned", run["budget"], run["scale"]) if part
-            ),
+            "summary": " · ".join(str(part) for part in (short, run["budget"], run["scale"]) if part),
             "rows": [(k, v) for k, v in rows.items() if v not in (None, "")],
             "file": Path(os.path.relpath(self.records.results / "records" / f"{address}.json", self.folder)).as_posix(),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -121,6 +122,12 @@ def places(line: Line) -> int:
     return min(decimals(line.reported.text) + 1, 4)
 
 
+def fitting(value: Value) -> int:
+    """Decimals to show a stand-in with: three significant digits, one decimal at least."""
+    size = abs(value.value or 1.0)
+    return max(1, min(6, 2 - math.floor(math.log10(size))))
+
+
 def status(line: Line) -> str:
     """The line's outcome in words, with the tolerance that it was held to."""
     how = line.reproduced.status
@@ -174,7 +181,7 @@ def table_markdown(slug: str, table: PaperTable) -> str:
         cells.append(f"{SHAPES[line.outcome]} {status(line)}")
         for scale in others:
             v = line.others[scale]
-            cells.append(f"{shown(v, 1)} (n = {v.samples})" if v.value is not None else f"– {notes(v.status)}")
+            cells.append(f"{shown(v, fitting(v))} (n = {v.samples})" if v.value is not None else f"– {notes(v.status)}")
         return cells
 
     header = ["row", "column", "reported", "reproduced", "difference", "status"]

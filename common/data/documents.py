@@ -40,7 +40,7 @@ def background(documents: Sequence[Document]) -> Background:
 
 # -- testbed: API documentation --------------------------------------------------------------------------------------
 
-API_PACKAGES = ("matplotlib", "networkx", "numpy", "scipy", "sklearn")
+API_PACKAGES = ("networkx", "numpy", "scipy", "sklearn")
 _SKIPPED = re.compile(r"tests?|testing|_?vendored|externals|extern|_?generate\w*|benchmarks?")
 _MIN_SENTENCES, _MIN_SUMMARY = 8, 6
 _HEADING = re.compile(r"^(?P<title>\S[^\n]*)\n(?P<rule>([-=~^*])\3{2,})[ ]*$", re.MULTILINE)
@@ -83,7 +83,7 @@ def api_docs(limit: int | None = None, shuffled: bool = True) -> tuple[Document,
             if len(found) == limit:
                 return tuple(found)
     if not found:
-        raise PrunelabError("no documented package is installed; install scipy and scikit-learn, which we depend on")
+        raise PrunelabError(f"none of {', '.join(API_PACKAGES)} is installed; install this project's requirements")
     return tuple(found)
 
 
@@ -147,13 +147,16 @@ def _docstrings(package: str) -> Iterator[tuple[str, str]]:
             yield from sorted(_nodes(ast.parse(source), module))
 
 
-def _nodes(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[tuple[str, str]]:
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _nodes(node: _Documented, name: str) -> Iterator[tuple[str, str]]:
     docstring = ast.get_docstring(node)
     if docstring and len(docstring) > 900:
         yield name, docstring
     if isinstance(node, (ast.Module, ast.ClassDef)):
         for child in node.body:
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if isinstance(child, _Documented):
                 yield from _nodes(child, f"{name}.{child.name}")
 
 
@@ -161,7 +164,7 @@ def _nodes(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunction
 
 
 def opinosis(assets: Path) -> tuple[Document, ...]:
-    """Opinosis: 51 topics, each a list of sentences from reviews, with four or five short human summaries."""
+    """Opinosis: 51 topics, each a list of sentences from reviews, with three to five short human summaries."""
     with zipfile.ZipFile(_asset(assets, "opinosis/OpinosisDataset1.0_0.zip")) as archive:
         names = sorted(archive.namelist())
         found = []
@@ -238,7 +241,8 @@ def duc(folder: Path) -> tuple[Document, ...]:
         stories = tuple(_story(path) for path in sorted(cluster.iterdir()) if path.is_file())
         human = summaries.get(cluster.name.lower().rstrip("abcdefghijklmnopqrstuvwxyz"), [])
         if not human:
-            raise PrunelabError(f"{models} has no summary of cluster {cluster.name}, such as {_model_name(cluster.name)}")
+            expected = f"{cluster.name[:-1].upper()}.M.100.{cluster.name[-1:].upper()}.A"
+            raise PrunelabError(f"{models} has no summary of cluster {cluster.name}; expected files such as {expected}")
         if not any(stories):
             raise PrunelabError(f"{cluster} holds no story; expected SGML files with text between <TEXT> and </TEXT>")
         found.append(Document(cluster.name, stories, tuple(_plain(p.read_text("latin-1")) for p in human)))
@@ -256,7 +260,3 @@ def _story(path: Path) -> tuple[str, ...]:
 def _plain(raw: str, keep_blank_lines: bool = False) -> str:
     raw = html.unescape(re.sub(r"<[^>]*>", " ", raw))
     return raw if keep_blank_lines else _one_line(raw)
-
-
-def _model_name(cluster: str) -> str:
-    return f"{cluster[:-1].upper()}.M.100.{cluster[-1:].upper()}.A"

@@ -32,7 +32,8 @@ _STYLE = """
 .lexrank-graph circle{fill:var(--rest)}.lexrank-graph .kept circle{fill:var(--mark)}
 .lexrank-graph text{fill:#fff;font:600 11px system-ui,sans-serif;text-anchor:middle;dominant-baseline:central}
 .lexrank-graph ol{list-style:none;margin:.75rem 0 0;padding:0}
-.lexrank-graph li{display:grid;grid-template-columns:1.6rem 1fr 3.2rem;gap:.1rem .4rem;padding:.35rem 0;line-height:1.35}
+.lexrank-graph li{display:grid;grid-template-columns:1.6rem 1fr 3.2rem;gap:.1rem .4rem}
+.lexrank-graph li{padding:.35rem 0;line-height:1.35}
 .lexrank-graph li>*{min-width:0;overflow-wrap:anywhere}
 .lexrank-graph b,.lexrank-graph output{font-variant-numeric:tabular-nums}.lexrank-graph output{text-align:right}
 .lexrank-graph i{grid-column:2/-1;height:.3rem;border-radius:.15rem;background:var(--rest)}
@@ -73,7 +74,8 @@ def graph(
                 edges += 1
                 lines.append(
                     f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke-width="{1 + 5 * c:.1f}"'
-                    f' stroke-opacity="{min(0.2 + c, 0.9):.2f}"><title>{j + 1} and {i + 1}: cosine {c:.2f}</title></line>'
+                    f' stroke-opacity="{min(0.2 + c, 0.9):.2f}">'
+                    f"<title>{j + 1} and {i + 1}: cosine {c:.2f}</title></line>"
                 )
     nodes, rows = [], []
     for i, (sentence, (x, y)) in enumerate(zip(sentences, places, strict=True)):

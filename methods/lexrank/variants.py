@@ -27,12 +27,12 @@ from common.text import Array, Background, Similarity, term_counts, threshold_gr
 
 def sumy_frequencies(counts: Array) -> Array:
     """Counts [n, V] divided by the largest count of each sentence, which cancels in the cosine."""
-    return counts / np.maximum(counts.max(1, initial=0, keepdims=True), 1)
+    return np.asarray(counts / np.maximum(counts.max(1, initial=0, keepdims=True), 1))
 
 
 def sumy_idf(counts: Array) -> Array:
     """ln(n / (1 + sentences with the word)) [V]: 0 or negative for words of nearly every sentence."""
-    return np.log(counts.shape[0] / (1 + (counts > 0).sum(0)))
+    return np.asarray(np.log(counts.shape[0] / (1 + (counts > 0).sum(0))))
 
 
 def sumy_similarity(frequencies: Array, idf: Array) -> Array:
@@ -43,7 +43,7 @@ def sumy_similarity(frequencies: Array, idf: Array) -> Array:
 def sumy_transition(cosines: Array, threshold: float = 0.1) -> Array:
     """The thresholded graph with rows scaled to sum 1; a sentence without a link has a row of zeros."""
     graph = threshold_graph(cosines, threshold).toarray().astype(float)
-    return graph / np.maximum(graph.sum(1, keepdims=True), 1)
+    return np.asarray(graph / np.maximum(graph.sum(1, keepdims=True), 1))
 
 
 def sumy_scores(transition: Array, epsilon: float = 0.1) -> Tensor:
@@ -51,8 +51,7 @@ def sumy_scores(transition: Array, epsilon: float = 0.1) -> Tensor:
     reach = torch.from_numpy(transition.T.copy())
 
     def step(p: Tensor) -> Tensor:
-        p = reach @ p
-        return p / p.norm().clamp_min(torch.finfo(p.dtype).tiny)
+        return torch.nn.functional.normalize(reach @ p, dim=0, eps=torch.finfo(p.dtype).tiny)
 
     start = torch.full((len(transition),), 1 / len(transition), dtype=torch.float64)
     return selection.power_iteration(step, start, 10_000, epsilon)
@@ -98,7 +97,7 @@ def crabcamp_words(text: str, stop_words: Collection[str] = (), keep_numbers: bo
 def crabcamp_transition(cosines: Array, threshold: float | None = None) -> Array:
     """Rows scaled to sum 1, of the graph of cosines at or above the threshold, or of the cosines themselves."""
     weights = cosines if threshold is None else (cosines >= threshold).astype(float)
-    return weights / weights.sum(1, keepdims=True)
+    return np.asarray(weights / weights.sum(1, keepdims=True))
 
 
 def crabcamp_components(transition: Array) -> Array:

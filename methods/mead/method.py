@@ -64,6 +64,6 @@ class RandomSentences(FeatureRanker):
     name: ClassVar[str] = "random_sentences"
 
     def salience(self, passage: Passage) -> Tensor:
-        text_seed = zlib.crc32("\n".join(passage.sentences).encode("utf8", "replace"))
-        rng = torch.Generator().manual_seed((self.seed * 2**32 + text_seed) % 2**63)
+        drawn_from = "\n".join((str(self.seed), *passage.sentences)).encode("utf8", "replace")
+        rng = torch.Generator().manual_seed(zlib.crc32(drawn_from))
         return torch.rand(len(passage.sentences), generator=rng, dtype=torch.float64)

@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from common import rouge
 from common.errors import PrunelabError
 
-texts = st.lists(st.sampled_from("The cats, running ran runs a-b 3.5 dog!".split()), max_size=12).map(" ".join)
+texts = st.lists(st.sampled_from(["The", "cats,", "running", "ran", "runs", "a-b", "dog!"]), max_size=12).map(" ".join)
 
 
 @given(texts, texts, st.booleans())

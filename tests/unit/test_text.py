@@ -14,7 +14,7 @@ from common import text
 from common.errors import PrunelabError
 from common.text import Background, Similarity, threshold_graph
 
-corpora = st.lists(st.lists(st.sampled_from("a b c d e f".split()), max_size=8), min_size=1, max_size=9)
+corpora = st.lists(st.lists(st.sampled_from(list("abcdef")), max_size=8), min_size=1, max_size=9)
 
 
 @pytest.mark.parametrize(
