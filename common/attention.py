@@ -7,18 +7,26 @@ bias [B, N] over keys (-inf masks padding).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def logits(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """Scaled attention logits [B, H, M, N] of M query rows."""
-    out = (queries * scale) @ keys.transpose(-2, -1)
+    heads = queries.shape[:2]
+    out = ((queries * scale).flatten(0, 1) @ keys.flatten(0, 1).transpose(1, 2)).unflatten(0, heads)
     return out if bias is None else out + bias[:, None, None, :]
+
+
+def weights(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Attention [B, H, M, N] of M query rows; the softmax overwrites the logits, which halves the memory traffic."""
+    scores = logits(queries, keys, scale, bias)
+    return torch.softmax(scores, -1, out=scores)
 
 
 def row(queries: Tensor, keys: Tensor, scale: float, index: int, bias: Tensor | None = None) -> Tensor:
     """Attention [B, H, N] of the one query at `index`."""
-    return logits(queries[:, :, index, None], keys, scale, bias).softmax(-1).squeeze(2)
+    return weights(queries[:, :, index, None], keys, scale, bias).squeeze(2)
 
 
 def received(attention: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from common import metrics, papers, provenance
 from common.errors import PrunelabError
 
 ON_REQUEST = "--config scale=paper; the data are at hand"
+MISSING = "its record, which snakemake paper_tables makes"
 EXACT = "not needed: what this row runs is exact at paper scale"
 Z95 = 1.96
 
@@ -125,11 +126,7 @@ class Records:
             return Value(f"not run: {nothing}" if nothing != run else f"not run: needs {run}")
         record, old = self.get(run)
         if record is None:
-            return Value(
-                f"not run: needs {ON_REQUEST}"
-                if run.scale == "paper"
-                else "not run: needs its record; make it with `snakemake paper_tables`"
-            )
+            return Value(f"not run: needs {ON_REQUEST if run.scale == 'paper' else MISSING}")
         if metric not in record["metrics"]:
             return Value(f"not run: needs the metric '{metric}', which the record {run.address} lacks")
         found = record["metrics"][metric]

@@ -138,12 +138,13 @@ def markdown(source: str) -> Markup:
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(int(token.tag[1]) + 3, 6)}"
-        dead = False
-        for child in list(token.children or []):
+        kept, dead = [], False
+        for child in token.children or []:
             if child.type == "link_open":
                 dead = not str(child.attrs["href"]).startswith(("https://", "http://"))
-            if child.type in ("link_open", "link_close") and dead and token.children:
-                token.children.remove(child)
+            if not (dead and child.type in ("link_open", "link_close")):
+                kept.append(child)
+        token.children = kept
     return Markup(reader.renderer.render(tokens, reader.options, {}))
 
 

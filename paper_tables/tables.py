@@ -42,8 +42,15 @@ def file_names(tables: Iterable[PaperTable], boards: Iterable[BoardTable]) -> li
 
 
 def scales(table: PaperTable) -> list[str]:
-    """Scales beside the paper's, in order of appearance."""
-    return list(dict.fromkeys(scale for line in table.lines for scale in line.others))
+    """Scales beside the paper's at which a line of this table has a number, or lacks one for a reason of its own."""
+    return list(
+        dict.fromkeys(
+            scale
+            for line in table.lines
+            for scale, v in line.others.items()
+            if v.value is not None or (v.status.startswith("not run: needs") and v.status != line.reproduced.status)
+        )
+    )
 
 
 # -- CSV -------------------------------------------------------------------------------------------------------------
@@ -181,7 +188,8 @@ def table_markdown(slug: str, table: PaperTable) -> str:
         cells.append(f"{SHAPES[line.outcome]} {status(line)}")
         for scale in others:
             v = line.others[scale]
-            cells.append(f"{shown(v, fitting(v))} (n = {v.samples})" if v.value is not None else f"– {notes(v.status)}")
+            samples = f" (n = {v.samples})" if v.samples else ""
+            cells.append(shown(v, fitting(v)) + samples if v.value is not None else f"– {notes(v.status)}")
         return cells
 
     header = ["row", "column", "reported", "reproduced", "difference", "status"]

@@ -226,8 +226,8 @@ class TimmViT(Adapter):
             out = self.qkv[layer].unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)[which]
             return attn.q_norm(out) if which == 0 else attn.k_norm(out) if which == 1 else out
 
-        def logits() -> Tensor:
-            return attention.logits(part(0), part(1), scale, bias=stream.attention_bias())
+        def weights() -> Tensor:
+            return attention.weights(part(0), part(1), scale, stream.attention_bias())
 
         sources: dict[str, Callable[[], Tensor]] = {
             "hidden": lambda: x,
@@ -235,11 +235,11 @@ class TimmViT(Adapter):
             "queries": lambda: part(0),
             "keys": lambda: part(1),
             "values": lambda: part(2),
-            "attention_logits": logits,
-            "attention": lambda: logits().softmax(-1),
+            "attention_logits": lambda: attention.logits(part(0), part(1), scale, stream.attention_bias()),
+            "attention": weights,
             "cls_row": lambda: attention.row(part(0), part(1), scale, 0, stream.attention_bias()),
             "last_row": lambda: attention.row(part(0), part(1), scale, -1, stream.attention_bias()),
-            "received": lambda: attention.received(logits().softmax(-1), stream.valid),
+            "received": lambda: attention.received(weights(), stream.valid),
         }
         return Signals(
             sources,

@@ -30,9 +30,9 @@ def testbeds() -> dict[str, type[Testbed]]:
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         for value in vars(module).values():
-            if inspect.isclass(value) and issubclass(value, Testbed) and value.__module__ == module.__name__:
-                if not inspect.isabstract(value):
-                    found[value.name] = value
+            own = inspect.isclass(value) and issubclass(value, Testbed) and value.__module__ == module.__name__
+            if own and not inspect.isabstract(value):
+                found[value.name] = value
     return found
 
 
@@ -60,14 +60,16 @@ def load(name: str, folder: Path | str | None = None) -> tuple[nn.Module, dict[s
     log = read_log(folder)
     if log["testbed"] != name:
         raise PrunelabError(f"{folder} holds the testbed '{log['testbed']}', not '{name}'")
+    path = folder / WEIGHTS
     try:
-        weights = (folder / WEIGHTS).read_bytes()
+        weights = path.read_bytes()
     except OSError:
-        raise PrunelabError(f"the weights {folder / WEIGHTS} are missing; restore them or train the testbed again") from None
+        raise PrunelabError(f"the weights {path} are missing; restore them or train the testbed again") from None
     if hashlib.sha256(weights).hexdigest() != log["sha256"]:
-        raise PrunelabError(f"the weights {folder / WEIGHTS} are not those of {LOG} (sha256 differs); restore them or train again")
+        raise PrunelabError(f"the weights {path} are not those of {LOG} (sha256 differs); restore them or train again")
+    recipe: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in log["recipe"].items()}
     try:
-        model = cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in log["recipe"].items()}).build()
+        model = cls(**recipe).build()
         model.load_state_dict(read_tensors(weights), strict=True)
     except (TypeError, RuntimeError, safetensors.SafetensorError):
         raise PrunelabError(f"{folder} was trained with another version of {name}; train the testbed again") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pickle
 import platform
 import time
@@ -69,14 +68,19 @@ class Testbed(ABC):
             return (step + 1) / rise
         return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
 
+    def scale(self, parameter: str) -> float:
+        """Learning rate of a parameter, by its name in the model, as a share of the others'."""
+        return 1.0
+
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW; biases, norms and position tables do not decay."""
         spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            groups[parameter.dim() > 1 and name not in spared].append(parameter)
+            decay = self.decay if parameter.dim() > 1 and name not in spared else 0.0
+            groups.setdefault((self.scale(name), decay), []).append(parameter)
         return torch.optim.AdamW(
-            [{"params": groups[True], "weight_decay": self.decay}, {"params": groups[False], "weight_decay": 0.0}],
+            [{"params": members, "scale": scale, "weight_decay": decay} for (scale, decay), members in groups.items()],
             lr=self.rate,
             betas=self.betas,
         )
@@ -135,7 +139,8 @@ def _fit(testbed: Testbed, out: Path, run: dict[str, Any]) -> dict[str, Any]:
         torch.set_rng_state(saved["global_generator"])
         step, seconds, smooth, curve = saved["step"], saved["seconds"], saved["smooth"], saved["curve"]
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
     console = Console(stderr=True)
     if step:
         console.print(f"{testbed.name}: going on from step {step}")
@@ -144,7 +149,7 @@ def _fit(testbed: Testbed, out: Path, run: dict[str, Any]) -> dict[str, Any]:
         task = progress.add_task(testbed.name, total=testbed.steps, completed=step)
         while step < testbed.steps:
             for group in optimizer.param_groups:
-                group["lr"] = testbed.rate * testbed.factor(step)
+                group["lr"] = testbed.rate * group["scale"] * testbed.factor(step)
             loss = testbed.loss(model, step / testbed.steps, generator)
             if not bool(loss.isfinite()):
                 raise PrunelabError(f"{testbed.name}: the loss is no longer finite at step {step}; lower the rate")
@@ -205,7 +210,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside the file, then put it in place: an interruption leaves the old file or the new one, never half."""
     part = path.with_name(path.name + ".part")
     write(part)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _read_checkpoint(out: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -218,7 +223,7 @@ def _read_checkpoint(out: Path, run: Mapping[str, Any]) -> dict[str, Any] | None
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         raise PrunelabError(f"cannot read the checkpoint {path}; delete it to start again") from None
     if known != run:
-        raise PrunelabError(f"{path} belongs to a training with another recipe, seed or threads; choose an empty folder")
+        raise PrunelabError(f"{path} is of a training with another recipe, seed or threads; choose an empty folder")
     return saved
 
 

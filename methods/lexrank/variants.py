@@ -94,9 +94,13 @@ def crabcamp_words(text: str, stop_words: Collection[str] = (), keep_numbers: bo
     return found
 
 
-def crabcamp_transition(cosines: Array, threshold: float | None = None) -> Array:
-    """Rows scaled to sum 1, of the graph of cosines at or above the threshold, or of the cosines themselves."""
-    weights = cosines if threshold is None else (cosines >= threshold).astype(float)
+def crabcamp_weights(cosines: Array, threshold: float | None = None) -> Array:
+    """The graph [n, n]: 1 where the cosine is at or above the threshold; without one the cosines themselves."""
+    return cosines if threshold is None else (cosines >= threshold).astype(float)
+
+
+def crabcamp_transition(weights: Array) -> Array:
+    """Rows of the graph scaled to sum 1."""
     return np.asarray(weights / weights.sum(1, keepdims=True))
 
 
@@ -152,7 +156,7 @@ class CrabcampLexRank(Ranker):
             return torch.ones(len(tokens), dtype=torch.float64)
         background = passage.background or Background.of(tokens)
         cosines = Similarity.of(counts, background.idf(vocabulary, self.unseen)).dense()
-        return torch.from_numpy(crabcamp_scores(crabcamp_transition(cosines, self.threshold)))
+        return torch.from_numpy(crabcamp_scores(crabcamp_transition(crabcamp_weights(cosines, self.threshold))))
 
     def order(self, passage: Passage) -> list[int]:
         return [int(i) for i in crabcamp_order(self.rank(passage).numpy())]

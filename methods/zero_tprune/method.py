@@ -29,7 +29,7 @@ Metric = Literal["cosine", "dot", "l1", "l2"]
 
 def transition(logits: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """Attention logits [B, H, N, N] as the graph's row-stochastic matrix; `mask` [B, N] takes tokens out of it."""
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     return (logits if mask is None else logits.masked_fill(~mask[:, None, None, :], float("-inf"))).softmax(-1)
 
 
@@ -52,7 +52,7 @@ def page_rank(
     reach = None
     if alive is not None:  # assumption: rows of the sub-graph are renormalised (the paper does not say)
         live = alive.to(attention.dtype)
-        reach = live / (attention @ live.unsqueeze(-1)).squeeze(-1).clamp_min(1e-12)
+        reach = live / (live.unsqueeze(-2) @ attention.transpose(-2, -1)).squeeze(-2).clamp_min(1e-12)
         scores = scores * live
 
     def vote(s: Tensor) -> Tensor:
@@ -168,7 +168,8 @@ class ZeroTPrune(TokenPruner):
         return [Site(layer, "block_output") for layer in self.layers]
 
     def requires(self, site: Site) -> frozenset[str]:
-        return frozenset({"attention_logits"} | ({self.feature} if self.similar > 0 else set()))
+        plain = self.temperature == 1 and self.heads != "mean-logits"
+        return frozenset({"attention" if plain else "attention_logits"} | ({self.feature} if self.similar > 0 else set()))
 
     def votes(self, site: Site, info: ModelInfo) -> int:
         """Iterations at a site: 30 in the first three layers, 5 in the middle, 1 in the last three (section 3.2)."""
@@ -183,10 +184,7 @@ class ZeroTPrune(TokenPruner):
         signals.one_length(self.name)
         special, units = signals.prunable.shape[1] - signals.units, signals.units
         keep = budget.count(units)
-        logits = signals.attention_logits
-        if self.heads == "mean-logits":
-            logits = logits.mean(1, keepdim=True)
-        attention = transition(logits, self.temperature)
+        attention = self.graph(signals)
         cls_weight = attention.shape[-1] ** 0.5 if self.cls_init and signals.info.class_token else 1.0
         initial = start(attention, cls_weight)
 
@@ -204,6 +202,13 @@ class ZeroTPrune(TokenPruner):
         importance = self.importance(scores[..., special:], alive if alive is None else alive[:, special:])
         full = torch.nn.functional.pad(importance, (special, 0))
         return Plan(self.select(full, signals, budget))
+
+    def graph(self, signals: Signals) -> Tensor:
+        """The attention graph [B, H, N, N]; the paper's is the block's own attention."""
+        if "attention" in self.requires(Site(0)):
+            return signals.attention.float()
+        logits = signals.attention_logits
+        return transition(logits.mean(1, keepdim=True) if self.heads == "mean-logits" else logits, self.temperature)
 
     def importance(self, scores: Tensor, alive: Tensor | None = None) -> Tensor:
         """Head scores [B, H, n] of patches -> importance [B, n]; dropped patches come last."""

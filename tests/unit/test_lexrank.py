@@ -6,7 +6,7 @@ import csv
 import xml.dom.minidom
 from pathlib import Path
 
-import networkx
+import networkx  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_ties_go_to_the_earlier_sentence(method: Ranker) -> None:
 def test_centrality_finds_the_hub() -> None:
     hub = ["red fox", "blue whale", "red fox blue whale", "quick tiger"]
     for centrality in ("lexrank", "continuous", "degree"):
-        method = LexRank(centrality=centrality)  # type: ignore[arg-type]
+        method = LexRank(centrality=centrality)
         assert method.summarise(hub, Budget(1, "count")) == ["red fox blue whale"]
 
 

@@ -106,6 +106,11 @@ def test_empty_sentences_are_linked_to_themselves_alone() -> None:
     np.testing.assert_array_equal(Similarity.of(counts, idf, self_links=False).dense(), np.diag([0, 0, 0, 1]))
 
 
+def test_graph_is_strict() -> None:
+    counts, _ = text.term_counts([["a"], ["b"], ["a", "b"]])
+    assert Similarity.of(counts, np.ones(2)).graph(0.0).toarray().tolist() == [[1, 0, 1], [0, 1, 1], [1, 1, 1]]
+
+
 def test_threshold_is_strict_in_the_matrix_own_precision() -> None:
     printed = np.array([[1, 0.2], [0.2, 1]], np.float32)
     assert threshold_graph(printed, 0.2).nnz == 2

@@ -61,7 +61,8 @@ def prune_layer(inputs: Mapping[str, np.ndarray], tau: float, rate: float) -> di
     info = ModelInfo("golden", 1, heads, width, total, 1, True)
     prunable = torch.ones(batch, total, dtype=torch.bool)
     prunable[:, 0] = False
-    signals = Signals({"attention_logits": lambda: logits}, prunable=prunable, units=total - 1, info=info)
+    sources = {"attention_logits": lambda: logits, "attention": lambda: logits.softmax(-1)}
+    signals = Signals(sources, required=method.requires(Site(0)), prunable=prunable, units=total - 1, info=info)
     plan = method.plan(Site(0), signals, Budget(rate))
     kept = torch.zeros(batch, total, dtype=torch.bool).scatter(1, plan.reduce.index, True)  # type: ignore[union-attr]
     attention = transition(logits, tau)
