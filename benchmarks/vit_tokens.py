@@ -1,4 +1,4 @@
-"""Share of the theoretical saving that a token method realises: (1 - t_pruned / t_dense) / (1 - MACs_pruned / MACs_dense).
+"""Share of the theoretical saving that a method realises: (1 - t_pruned / t_dense) / (1 - MACs_pruned / MACs_dense).
 
 `python -m benchmarks.vit_tokens [--model deit_small_patch16_224] [--batch 8] [--rounds 15]`. Dense and pruned forwards
 are interleaved in one process and compared by medians, so that a drifting clock cancels. The MACs of the theoretical
@@ -44,7 +44,9 @@ def main() -> None:
         model(x)
         return time.perf_counter() - start
 
-    print(f"{arguments.model}, batch {arguments.batch}, {arguments.threads} threads, medians of {arguments.rounds} rounds")
+    print(
+        f"{arguments.model}, batch {arguments.batch}, {arguments.threads} threads, medians of {arguments.rounds} rounds"
+    )
     print(f"{'method':<14} {'budget':<13} {'t/t dense':>9} {'MAC ratio':>9} {'realised':>9}")
     with torch.inference_mode():
         for name, text, options in CASES:

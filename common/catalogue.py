@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -71,6 +72,12 @@ def dataset(name: str) -> dict[str, Any]:
     return _entry("datasets.yaml", "data set", name)
 
 
+def named(model_name: str | None, data_name: str | None, scale: str) -> bool:
+    """Whether the catalogue has entries for both at this scale, at hand or not."""
+    entries = ([model(model_name)] if model_name else []) + ([dataset(data_name)] if data_name else [])
+    return all(scale in entry for entry in entries)
+
+
 def missing(model_name: str | None, data_name: str | None, scale: str, config: Mapping[str, Any]) -> str | None:
     """What a run at this scale needs that is not at hand, in words; None where it can run."""
     scale = "testbed" if scale == "smoke" else scale
@@ -100,7 +107,9 @@ def identity(model_name: str | None, data_name: str | None, scale: str, config: 
         else:
             out["model"] = entry
     if data_name is not None:
-        out["data"] = dataset(data_name).get(scale)
+        out["data"] = dict(dataset(data_name)[scale])
+        for package in out["data"].get("packages", ()):  # data cut from installed packages change with their versions
+            out["data"].setdefault("versions", {})[package] = importlib.metadata.version(package)
         if scale == "assets":
             out["data"] = {**out["data"], "sha256": _assets_hash(config, out["data"]["folder"])}
     return out

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -20,18 +19,6 @@ console = Console()
 
 Options = Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeat for more")]
 Settings = Annotated[list[str] | None, typer.Option("--config", help="setting of configs/default.yaml, key=value")]
-
-
-def _pairs(items: list[str] | None) -> dict[str, Any]:
-    import yaml
-
-    out: dict[str, Any] = {}
-    for item in items or []:
-        key, sign, value = item.partition("=")
-        if not sign:
-            raise PrunelabError(f"write '{item}' as key=value")
-        out[key] = yaml.safe_load(value)
-    return out
 
 
 @app.command("list")
@@ -100,7 +87,10 @@ def cost(
     from common.types import Budget
 
     net = models.architecture(models.entry(model))
-    with apply(registry.create(method, **_pairs(options)), net, Budget.parse(budget)) as handle, torch.no_grad():
+    with (
+        apply(registry.create(method, **catalogue.pairs(options or [])), net, Budget.parse(budget)) as handle,
+        torch.no_grad(),
+    ):
         console.print(str(handle.report()), highlight=False)
 
 
@@ -122,8 +112,8 @@ def apply(
     """Apply a method to an image or a text of your own and see what it keeps."""
     from common import demo
 
-    values = catalogue.settings(_pairs(config))
-    demo.run(method, file, budget, out, model, weights, _pairs(options), values, console)
+    values = catalogue.settings(catalogue.pairs(config or []))
+    demo.run(method, file, budget, out, model, weights, catalogue.pairs(options or []), values, console)
 
 
 @app.command()
@@ -137,7 +127,7 @@ def run(
     """Run one row of a paper's table and print it beside what the paper reports."""
     from common import provenance, runner
 
-    values = catalogue.settings(_pairs(config))
+    values = catalogue.settings(catalogue.pairs(config or []))
     wanted = [
         c
         for c in papers.cells(paper, values)
@@ -155,8 +145,8 @@ def run(
     shown = Table("column", "reported", "scale", "value", "status")
     for cell in wanted:
         for scale, job in cell.runs.items():
-            value, status = "", f"needs {job}" if isinstance(job, str) else ""
-            if isinstance(job, papers.Run):
+            value, status = "", f"needs {job if isinstance(job, str) else job.needs}"
+            if isinstance(job, papers.Run) and not job.needs:
                 path = job.path(Path(values["results"]))
                 provenance.reject_damaged(path)
                 if not path.exists():
@@ -175,7 +165,7 @@ def run_records(addresses: list[str], config: Settings = None) -> None:
     """Make the records of these addresses (the workflow's entry point). One that fails does not stop the others."""
     from common import runner
 
-    values = catalogue.settings(_pairs(config))
+    values = catalogue.settings(catalogue.pairs(config or []))
     jobs = papers.jobs(values)
     failures = []
     for address in addresses:
@@ -208,14 +198,15 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except PrunelabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_complain(error))
     except (typer.Exit, typer.Abort) as stop:
         sys.exit(getattr(stop, "exit_code", 1))
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")):  # usage errors print themselves as one line
-            print(f"error: {getattr(error, 'format_message', lambda: error)()}", file=sys.stderr)
-            sys.exit(2)
-        if os.environ.get("PRUNELAB_DEBUG"):
-            raise
-        raise
+        if not type(error).__module__.startswith(("click", "typer")):
+            raise  # a defect of ours: the traceback is wanted
+        sys.exit(_complain(error.format_message() if hasattr(error, "format_message") else error))
+
+
+def _complain(error: object) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2

@@ -102,8 +102,8 @@ def match(method: TokenPruner, model: nn.Module, budget: Budget, calibration: Te
     if budget.unit not in ("macs", "cost"):
         return budget
     with apply(method, model, 1.0) as handle:
-        info, sites = handle.adapter.info, len(handle.application.sites)
-        dense = macs(model, handle.adapter.example())
+        info, sites, example = handle.adapter.info, len(handle.application.sites), handle.adapter.example()
+    dense = macs(model, example)
     target = budget.amounts[0] * (dense if budget.unit == "cost" else 1)
 
     def cost_at(trial: Budget) -> float:

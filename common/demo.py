@@ -85,7 +85,9 @@ def _image(
             report, kept, grid = handle.report(), handle.kept(), handle.adapter.info.grid
     before, after = int(dense.argmax()), int(pruned.argmax())
     console.print(f"model {name}: class {before} ({100 * float(dense.max()):.1f} %) without pruning,", highlight=False)
-    console.print(f"class {after} ({100 * float(pruned[0, after]):.1f} %) with {method.name} at {budget}", highlight=False)
+    console.print(
+        f"class {after} ({100 * float(pruned[0, after]):.1f} %) with {method.name} at {budget}", highlight=False
+    )
     console.print(str(report), highlight=False)
     if not kept:
         console.print("tokens were merged, so there is no picture of tokens kept")
@@ -119,4 +121,3 @@ def _panel(x: Tensor, grid: tuple[int, ...], kept: set[int] | None) -> Image.Ima
             box = (x0 * TILE // columns, y * TILE // rows, (x0 + 1) * TILE // columns - 1, (y + 1) * TILE // rows - 1)
             draw.rectangle(box, fill=215)
     return Image.composite(Image.new("RGB", image.size, (200, 200, 204)), image, veil)
-

@@ -94,7 +94,7 @@ def _vit_tiny(folder: Path) -> tuple[nn.Module, Transform]:
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
     model.load_state_dict(safetensors.torch.load_file(path))
     transform = timm.data.create_transform(224, interpolation="bicubic", crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
-    return model, transform  # type: ignore[return-value]
+    return model, transform
 
 
 def _hub(name: str) -> tuple[nn.Module, Transform]:

@@ -40,13 +40,15 @@ class Configuration(_Strict):
 
 
 class Column(_Strict):
-    """How the cells of a column are made: the kind of run, its data set, and the metric to show."""
+    """How the cells of a column are made: the kind of run, its data set, and the metric to show; `needs` says what it
+    takes where nothing here can make them."""
 
-    kind: str
+    kind: str = ""
+    needs: str | None = None
     metric: str = ""
     data: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
-    scales: tuple[str, ...] = ("paper", "assets", "testbed")
+    scales: tuple[str, ...] = ("paper", "testbed")
     tolerance: float = 0.0  # half a unit of the printed figure, or the sampling error of the paper's own data set
 
 
@@ -169,23 +171,25 @@ class Reported:
 
 @dataclass(frozen=True)
 class Run:
-    """One job: everything that decides its outcome, resolved. `scale` is '' where the outcome has none."""
+    """One job: everything that decides its outcome, resolved. `scale` is '' where the outcome has none.
+
+    needs: what is not at hand here, in words. Such a run is no job, but a record made elsewhere is shown.
+    """
 
     kind: str
     scale: str
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: str | None = None
-    model: str | None = None
-    data: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     ids: Mapping[str, Any] = field(default_factory=dict)
     entries: tuple[str, ...] = ()
+    needs: str = ""
 
     @cached_property
     def identity(self) -> str:
         """Hash of what is run."""
-        return provenance.digest({k: v for k, v in asdict(self).items() if k != "entries"})[:20]
+        return provenance.digest({k: v for k, v in asdict(self).items() if k not in ("entries", "needs")})[:20]
 
     @cached_property
     def sources(self) -> str:
@@ -293,20 +297,20 @@ def resolve(
         module = str(settings["call"]).split(":")[0].replace(".", "/") + ".py"
         return Run(kind, "", settings=settings, entries=(entries[0], module), ids=_data_files(module))
     setting, what = NEEDS.get(kind, ("", ""))
-    if setting and not config[setting]:
-        return what
+    needs = what if setting and not config[setting] else ""
+    # Names of the paper's models do not enter: two papers' models that share a stand-in share its runs.
     if kind in ARCHITECTURE_ONLY:
         assert model is not None
         ids = {"model": catalogue.model(model)["architecture"]}
-        where = "" if kind in ANYWHERE else scale
-        return Run(kind, where, configuration.method, configuration.options, budget, None, None, settings, ids, entries)
-    lacking = catalogue.missing(model, data, scale, config)
-    if lacking:
-        return lacking
-    settings = _samples(scale, data, settings)
-    ids = catalogue.identity(model, data, scale, config)
-    # Names of the paper's models do not enter: two papers' models that share a stand-in share its runs.
-    return Run(kind, scale, configuration.method, configuration.options, budget, None, None, settings, ids, entries)
+        scale = "" if kind in ANYWHERE else scale
+    else:
+        lacking = catalogue.missing(model, data, scale, config)
+        if lacking and (scale != "paper" or not catalogue.named(model, data, scale)):
+            return lacking
+        needs = lacking or needs
+        settings = _samples(scale, data, settings)
+        ids = catalogue.identity(model, data, scale, config)
+    return Run(kind, scale, configuration.method, configuration.options, budget, settings, ids, entries, needs)
 
 
 def _data_files(module: str) -> dict[str, Any]:
@@ -343,7 +347,7 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
             raise PrunelabError(f"methods/{slug}/paper.yaml says nothing of the reported table '{number.table}'")
         row = table.row(number.row)
         column = row.columns.get(number.column) or table.columns.get(number.column) or table.columns.get("*")
-        needs = row.needs or (None if column else table.needs)
+        needs = row.needs or (column.needs if column else table.needs)
         if needs is None and (column is None or (row.configuration is None and column.kind != "function")):
             raise PrunelabError(
                 f"methods/{slug}/paper.yaml does not say how '{number.table}', row '{number.row}', column"
@@ -374,20 +378,13 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
                     budget=row.budget,
                     settings=column.settings,
                 )
-            if (
-                scale == "paper"
-                and config["scale"] != "paper"
-                and column.kind not in ANYWHERE
-                and isinstance(runs[scale], Run)
-            ):
-                continue  # at hand, but not asked for: shown if a record exists, never started
         status = ANYWHERE.get(column.kind, "measured")
         yield Cell(number, metric, status, column.tolerance, runs)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class BoardPoint:
-    """One entry of a board under one budget (None for the baseline) at one scale."""
+    """One entry of a board under one budget (None: unpruned) at one scale; the first of a board is its baseline."""
 
     board: Board
     entry: str
@@ -405,8 +402,9 @@ def points(slug: str, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
             if asked not in board.scales or (scale == "smoke" and not board.smoke):
                 continue
             options = {"model": board.model, "data": board.data, "settings": board.settings}
-            base = resolve(board.kind, scale, config, paper.configuration(board.baseline), **options)  # type: ignore[arg-type]
-            yield BoardPoint(board, board.baseline, None, scale, base)
+            unpruned = paper.configuration(board.baseline)  # or a method, then under the first budget
+            base = resolve(board.kind, scale, config, unpruned, budget=board.budgets[0], **options)  # type: ignore[arg-type]
+            yield BoardPoint(board, board.baseline, board.budgets[0] if unpruned.method else None, scale, base)
             for entry, name in board.entries.items():
                 for budget in board.budgets[:1] if scale == "smoke" else board.budgets:
                     run = resolve(board.kind, scale, config, paper.configuration(name), budget=budget, **options)  # type: ignore[arg-type]
@@ -472,7 +470,8 @@ def jobs(config: Mapping[str, Any]) -> dict[str, Run]:
                 found[figure.run.address] = figure.run
     results = Path(config["results"])
     # A paper-scale record that only the code has left behind is shown as stale, and made anew on request alone.
-    return {a: r for a, r in found.items() if r.scale != "paper" or r.path(results).exists() or not stale(r, results)}
+    old = {a for a, r in found.items() if r.scale == "paper" and not r.path(results).exists() and stale(r, results)}
+    return {a: r for a, r in found.items() if a not in old and not r.needs}
 
 
 def batches(runs: Mapping[str, Run], results: Path, size: int) -> list[list[str]]:

@@ -111,7 +111,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -136,6 +136,6 @@ def reject_damaged(path: Path) -> bool:
     try:
         read(path)
     except PrunelabError:
-        os.replace(path, path.with_suffix(".rejected"))
+        path.replace(path.with_suffix(".rejected"))
         return True
     return False

@@ -99,7 +99,7 @@ class Method(ABC):
 
 
 class TokenPruner(Method):
-    """Prunes tokens at sites of a network. Fill in `score`, or override `plan` where score-select-merge does not fit."""
+    """Prunes tokens at sites of a network. Fill in `score`, or override `plan` where it does not fit."""
 
     role: ClassVar[str] = "token_pruner"
     ascending: ClassVar[bool] = True  # kept units come out in their original order

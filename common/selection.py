@@ -28,7 +28,7 @@ def top_k_units(scores: Tensor, prunable: Tensor, units: int, budget: Budget, va
     scores and prunable [B, N]; `units` of them are prunable in each sample, except where `valid` [B, N] marks
     padding: then each sample's budget counts its own units, and the result carries a validity mask.
     """
-    batch, total = scores.shape
+    total = scores.shape[1]
     ranked = scores.float().masked_fill(~prunable, float("inf"))
     if valid is None:
         index, _ = top_k(ranked, total - units + budget.count(units))
@@ -116,7 +116,7 @@ def inverse_transform_sampling(weights: Tensor, quantiles: int, valid: Tensor | 
     the unit whose cumulative weight is nearest (ATS, section 3.2, in the released form). Units picked twice count
     once, so at most `quantiles` stay. Where `valid` is False a unit has no weight and is never picked.
     """
-    batch, units = weights.shape
+    units = weights.shape[1]
     valid = torch.ones_like(weights, dtype=torch.bool) if valid is None else valid
     weights = weights.masked_fill(~valid, 0)
     order = weights.masked_fill(~valid, -1).argsort(dim=-1, stable=True)  # padding first, then ascending weight

@@ -81,7 +81,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read `0.7`, `0.9,0.8,0.7`, `13removed`, `64count`, `665bytes`, `100words`, `0.75cost` or `2.97e9macs`."""
-        match = re.fullmatch(r"\s*([-+.,\d\s]+(?:e\d+)?)\s*([a-z]*)\s*", text)
+        match = re.fullmatch(r"\s*([-+.,\d\s]+(?:e\+?\d+)?)\s*([a-z]*)\s*", text)
         try:
             if match is None:
                 raise ValueError
@@ -94,7 +94,7 @@ class Budget:
         return cls(plain if len(plain) > 1 else plain[0], match[2] or "ratio")  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return ",".join(f"{a:g}" for a in self.amounts) + ("" if self.unit == "ratio" else self.unit)
+        return ",".join(f"{a:.10g}" for a in self.amounts) + ("" if self.unit == "ratio" else self.unit)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Records:
             return Value(f"not run: {nothing}" if nothing != run else f"not run: needs {run}")
         record, old = self.get(run)
         if record is None:
-            return Value(f"not run: needs {ON_REQUEST if run.scale == 'paper' else MISSING}")
+            return Value(f"not run: needs {run.needs or (ON_REQUEST if run.scale == 'paper' else MISSING)}")
         if metric not in record["metrics"]:
             return Value(f"not run: needs the metric '{metric}', which the record {run.address} lacks")
         found = record["metrics"][metric]
@@ -177,7 +177,7 @@ def _board(points: list[papers.BoardPoint], records: Records) -> BoardTable:
             continue
         figures = record["metrics"]
         paired = None
-        if point.budget and base and board.metric in base["metrics"]:
+        if point is not points[0] and base and board.metric in base["metrics"]:
             paired = metrics.paired_difference(figures[board.metric], base["metrics"][board.metric])
         rows.append(
             Point(

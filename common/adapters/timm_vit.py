@@ -187,7 +187,7 @@ class TimmViT(Adapter):
         weight = torch.ones(x.shape[:2], device=x.device) if stream.sizes is None else stream.sizes.clone()
         if stream.valid is not None:
             weight = weight * stream.valid
-        pooled = weight[:, 0 if self.model.pool_include_prefix else self.info.special :]  # type: ignore[misc]
+        pooled = weight[:, 0 if self.model.pool_include_prefix else self.info.special :]
         weight = weight * pooled.shape[1] / pooled.sum(1, keepdim=True)
         return x * weight.unsqueeze(-1).to(x.dtype)
 

@@ -4,9 +4,9 @@ A scene is a grid of 10 x 10 cells of 4 x 4 pixels, the patches of a vision tran
 scikit-learn's set lies on four cells at a random place; 24 of the other cells hold faint quarters of other digits, and
 noise lies over everything. The label is the digit.
 
-Why this tells pruning methods apart: the label lives in 4 of 100 tokens. A method that loses them loses the answer,
-and no other token can make up for it; 72 tokens are empty and cheap to lose; 24 look like parts of an answer, so that
-mere contrast or novelty does not find the right ones.
+Why this tells pruning methods apart: the label lives in 4 of 100 tokens. A method that loses them early loses the
+answer, and no other token can make up for it; over 70 tokens are empty and cheap to lose; 24 look like parts of an
+answer, so that mere contrast or novelty does not find the right ones.
 
 The 1797 digits are split into training and test images before scenes are composed: no stroke of a test scene, be it
 digit or fragment, has been seen in training.

@@ -14,10 +14,11 @@ import re
 import tarfile
 import textwrap
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from common import text
 from common.errors import PrunelabError
@@ -31,6 +32,16 @@ class Document:
     id: str
     documents: tuple[tuple[str, ...], ...]
     references: tuple[str, ...]
+
+
+def load(entry: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Document, ...]:
+    """The documents of a catalogue entry."""
+    loader = entry["loader"]
+    if loader == "api_docs":
+        return api_docs(shuffled=bool(entry["shuffled"]))
+    if loader == "duc":
+        return duc(Path(config["duc"]))
+    return {"opinosis": opinosis, "bbc": bbc, "cnndm": cnndm}[loader](Path(config["assets"]))
 
 
 def background(documents: Sequence[Document]) -> Background:

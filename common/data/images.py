@@ -25,7 +25,9 @@ def read(path: Path, transform: Transform) -> Tensor:
     except FileNotFoundError:
         raise PrunelabError(f"the image {path} does not exist") from None
     except (UnidentifiedImageError, OSError):
-        raise PrunelabError(f"the image {path} cannot be decoded; give a PNG or JPEG file that opens elsewhere") from None
+        raise PrunelabError(
+            f"the image {path} cannot be decoded; give a PNG or JPEG file that opens elsewhere"
+        ) from None
 
 
 def batches(
@@ -56,5 +58,7 @@ def _folder(identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[tupl
     root = Path(config[identity["setting"]])
     classes = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
     if len(classes) != 1000:
-        raise PrunelabError(f"{root} must hold one folder for each of the 1000 ImageNet classes; it holds {len(classes)}")
+        raise PrunelabError(
+            f"{root} must hold one folder for each of the 1000 ImageNet classes; it holds {len(classes)}"
+        )
     return [(path, label) for label, folder in enumerate(classes) for path in sorted(folder.iterdir())]

@@ -36,7 +36,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     times = []
     torch.cuda.reset_peak_memory_stats()
     with context, torch.inference_mode():
-        for i in range(WARM_UP + REPEATS):
+        for _ in range(WARM_UP + REPEATS):
             torch.cuda.synchronize()
             start = time.perf_counter()
             model(x)

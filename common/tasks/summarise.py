@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.progress import track
 
-from common import metrics, rouge
-from common.data.documents import Document, background
+from common import metrics, registry, rouge
+from common.data.documents import Document, background, load
 from common.errors import PrunelabError
+from common.papers import Run
 from common.roles import Passage, Ranker
 from common.types import Budget
+
+
+def execute(job: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """ROUGE of the method on a catalogue entry's documents; see `run` for the metrics."""
+    method = registry.create(str(job.method), **job.options)
+    if not isinstance(method, Ranker):
+        raise PrunelabError(f"{method.name} is a {method.role}; only a ranker summarises")
+    found = load(job.ids["data"], config)[: job.settings.get("samples")]
+    return run(method, found, Budget.parse(str(job.budget)), progress=True)
 
 
 def run(

@@ -94,7 +94,7 @@ def fit(testbed: Testbed, out: Path, seed: int = 0, threads: int = 1) -> dict[st
     """
     if threads < 1:
         raise PrunelabError(f"cannot train with {threads} threads; give 1 or more")
-    run = {"testbed": testbed.name, "recipe": plain(asdict(testbed)), "seed": seed, "threads": threads}
+    run = {"testbed": testbed.name, "recipe": plain(asdict(testbed)), "seed": seed}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,12 +108,12 @@ def fit(testbed: Testbed, out: Path, seed: int = 0, threads: int = 1) -> dict[st
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(devices=[]):
-            return _fit(testbed, out, run)
+            return _fit(testbed, out, run, threads)
     finally:
         torch.set_num_threads(before)
 
 
-def _fit(testbed: Testbed, out: Path, run: dict[str, Any]) -> dict[str, Any]:
+def _fit(testbed: Testbed, out: Path, run: dict[str, Any], threads: int) -> dict[str, Any]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -176,6 +176,7 @@ def _fit(testbed: Testbed, out: Path, run: dict[str, Any]) -> dict[str, Any]:
 
     weights = save({name: value.contiguous() for name, value in model.state_dict().items()})
     log = run | {
+        "threads": threads,
         "seconds": round(seconds, 1),
         "steps": testbed.steps,
         "samples": testbed.steps * testbed.batch,
@@ -223,7 +224,7 @@ def _read_checkpoint(out: Path, run: Mapping[str, Any]) -> dict[str, Any] | None
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
         raise PrunelabError(f"cannot read the checkpoint {path}; delete it to start again") from None
     if known != run:
-        raise PrunelabError(f"{path} is of a training with another recipe, seed or threads; choose an empty folder")
+        raise PrunelabError(f"{path} belongs to a training with another recipe or seed; choose an empty folder")
     return saved
 
 

@@ -96,3 +96,8 @@ def graph(
         f"lines join sentences whose idf-weighted cosine is above {method.threshold:g}. The {len(kept)} marked "
         "sentences make the summary; scores are relative to the best.</figcaption></figure>"
     )
+
+
+def example() -> dict[str, dict[str, str]]:
+    """The figure of the example text, as a record keeps it."""
+    return {"graph": {"html": graph()}}

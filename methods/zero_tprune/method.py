@@ -169,7 +169,9 @@ class ZeroTPrune(TokenPruner):
 
     def requires(self, site: Site) -> frozenset[str]:
         plain = self.temperature == 1 and self.heads != "mean-logits"
-        return frozenset({"attention" if plain else "attention_logits"} | ({self.feature} if self.similar > 0 else set()))
+        return frozenset(
+            {"attention" if plain else "attention_logits"} | ({self.feature} if self.similar > 0 else set())
+        )
 
     def votes(self, site: Site, info: ModelInfo) -> int:
         """Iterations at a site: 30 in the first three layers, 5 in the middle, 1 in the last three (section 3.2)."""

@@ -2,7 +2,9 @@
 
 DIR holds `<slug>/*.npz`. Arrays named `(^|_)out_` or `^true_` are outputs, all others but `note` are inputs. Each
 `tests/golden/<slug>/replay.py` has `replay(case, inputs, wanted) -> outputs`, and may set `TOLERANCE` (name pattern ->
-(atol, rtol), the first that matches counts) and `NOT_APPLICABLE` (name pattern -> reason).
+(atol, rtol), the first that matches counts), `NOT_APPLICABLE` (name pattern -> reason) and `RANKED_BY` (name pattern of
+an order -> name of the stored scores that it sorts: orders agree where they put equal scores in the same places, since
+the order of ties is chance).
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ def check(path: Path) -> Verdict:
     reasons: dict[str, str] = getattr(module, "NOT_APPLICABLE", {})
     with np.load(path, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
+    orders: dict[str, str] = getattr(module, "RANKED_BY", {})
     outputs = {n: a for n, a in arrays.items() if OUTPUT.search(n)}
     inputs = {n: a for n, a in arrays.items() if n not in outputs and n != "note"}
     skipped = {n: r for n in outputs for pattern, r in reasons.items() if re.search(pattern, n)}
@@ -85,7 +88,11 @@ def check(path: Path) -> Verdict:
             problems.append(f"{name} was not computed")
             continue
         match = next((t for pattern, t in tolerances.items() if re.search(pattern, name)), DEFAULT)
-        error, problem = compare(name, got[name], outputs[name], match)
+        have, want = np.asarray(got[name]), outputs[name]
+        ranked = next((re.sub(p, scores, name) for p, scores in orders.items() if re.search(p, name)), None)
+        if ranked is not None and sorted(have.tolist()) == sorted(want.tolist()):
+            have, want = outputs[ranked][have], outputs[ranked][want]
+        error, problem = compare(name, have, want, match)
         worst, compared = max(worst, error), compared + 1
         if problem:
             problems.append(problem)

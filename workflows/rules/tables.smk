@@ -4,7 +4,9 @@ rule paper_tables:
     input:
         records=RECORDS,
         papers=[str(p) for p in sorted(papers.METHODS.glob("*/*")) if p.suffix in (".yaml", ".csv", ".md")],
-        code=[str(p) for p in sorted((papers.ROOT / "paper_tables").glob("*.py"))],
+        code=[str(p) for p in sorted(provenance.closure(papers.ROOT.glob("paper_tables/*.py")))],
+        figures=[str(p) for p in sorted(papers.METHODS.glob("*/figures.py"))],
+        page=[str(p) for p in sorted(papers.ROOT.glob("paper_tables/page.*"))],
     output:
         str(TABLES / "index.html"),
     log:

@@ -42,4 +42,3 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
         "out_unmerged": merged.gather(1, slot.unsqueeze(-1).expand_as(x)).numpy(),
         "out_merge_mean": matching.mix(ones).apply(x).numpy(),
     }
-

@@ -55,9 +55,7 @@ def prune_layer(inputs: Mapping[str, np.ndarray], tau: float, rate: float) -> di
     q, k, v = linear("qkv", x).view(batch, total, 3, heads, -1).permute(2, 0, 3, 1, 4)
     logits = q @ k.transpose(-2, -1) * (width // heads) ** -0.5
     out = linear("proj", (logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    method = ZeroTPrune(
-        layers=(0,), similar=0.0, iterations=(5,), cls_init=False, variance_range=None, temperature=tau
-    )
+    method = ZeroTPrune(layers=(0,), similar=0.0, iterations=(5,), cls_init=False, variance_range=None, temperature=tau)
     info = ModelInfo("golden", 1, heads, width, total, 1, True)
     prunable = torch.ones(batch, total, dtype=torch.bool)
     prunable[:, 0] = False
