@@ -41,36 +41,57 @@ class Handle:
         (-1 marks padding). Sites behind a merge are left out, since their tokens have no single place."""
         return list(self.application.trace.origins)
 
+    def macs(self, example: Tensor | None = None) -> float:
+        """MACs of one sample, scoring included; see `report`."""
+        return self._measure(self._example(example))[0]
+
     def report(self, example: Tensor | None = None) -> Report:
         """Tokens a layer and MACs a sample. Needs no forward pass, except for methods whose counts depend on the
         input, which are costed at the mean counts seen so far. `example` replaces the model's standard input."""
-        seen, method, model = self.application.trace, self.application.method, self.adapter.model
-        if method.adaptive and not seen.samples:
-            raise PrunelabError(f"{method.name} keeps as many tokens as the input asks for; run the model first")
-        example = self.adapter.example() if example is None else example.to("meta")
+        example, seen = self._example(example), self.application.trace
+        macs, meter = self._measure(example)
+        counted = seen if seen.samples else meter
+        n = counted.samples
+        return Report(
+            tokens=tuple((a / n, m / n) for a, m in zip(counted.attention, counted.mlp, strict=True)),
+            macs=macs,
+            scoring_macs=meter.scoring_flops / 2,
+            dense_macs=self._unhooked(lambda: cost.macs(self.adapter.model, example)),
+            samples=seen.samples,
+        )
+
+    def _example(self, given: Tensor | None) -> Tensor:
+        if self.application.method.adaptive and not self.application.trace.samples:
+            name = self.application.method.name
+            raise PrunelabError(f"{name} keeps as many tokens as the input asks for; run the model first")
+        return self.adapter.example() if given is None else given.to("meta")
+
+    def _measure(self, example: Tensor) -> tuple[float, Trace]:
+        """MACs on the meta device and the trace of that pass, with hooks of its own in place of the handle's."""
+        seen, model = self.application.trace, self.adapter.model
+        meter = Trace(
+            [0.0] * len(seen.mlp),
+            [0.0] * len(seen.mlp),
+            measured=seen if self.application.method.adaptive else None,
+        )
+
+        def count() -> float:
+            remove = self.adapter.install(replace(self.application, trace=meter))
+            try:
+                return cost.flops(lambda: cost.on_meta(model, example), meter) / 2
+            finally:
+                remove()
+
+        return self._unhooked(count), meter
+
+    def _unhooked(self, count: Callable[[], float]) -> float:
         active = self._remove is not None
         self.stop()
         try:
-            dense = cost.flops(lambda: cost.on_meta(model, example))
-            meter = Trace([0.0] * len(seen.mlp), [0.0] * len(seen.mlp), measured=seen if method.adaptive else None)
-            remove = self.adapter.install(replace(self.application, trace=meter))
-            try:
-                pruned = cost.flops(lambda: cost.on_meta(model, example), meter)
-            finally:
-                remove()
+            return count()
         finally:
             if active:
                 self.start()
-        counted = seen if seen.samples else meter
-        return Report(
-            tokens=tuple(
-                (a / counted.samples, m / counted.samples) for a, m in zip(counted.attention, counted.mlp, strict=True)
-            ),
-            macs=pruned / 2,
-            scoring_macs=meter.scoring_flops / 2,
-            dense_macs=dense / 2,
-            samples=seen.samples,
-        )
 
 
 def _seeded(seed: int) -> Callable[[torch.device], torch.Generator | None]:

@@ -181,6 +181,34 @@ def run_records(addresses: list[str], config: Settings = None) -> None:
 
 
 @app.command()
+def search(
+    method: str,
+    model: Annotated[str, typer.Argument(help="a model of configs/models.yaml, whose architecture sets the cost")],
+    gflops: Annotated[float, typer.Argument(help="cost to meet, in G as the papers' counter has it")],
+    trials: int = 24,
+    samples: int = 300,
+    seed: int = 0,
+    data: str = "imagenet",
+    out: Annotated[Path | None, typer.Option(help="JSON file for every trial")] = None,
+    config: Settings = None,
+) -> None:
+    """Search configurations of a method that meet a cost, judged on the model and data of the chosen scale."""
+    import json
+
+    from common import provenance
+    from common.search import monte_carlo
+
+    values = catalogue.settings(catalogue.pairs(config or []))
+    trial_list = monte_carlo(method, model, gflops, trials, samples, seed, data, values)
+    shown = Table("accuracy, %", "G", "configuration", "budget", title=f"best of {trials} configurations of {method}")
+    for trial in trial_list[:10]:
+        shown.add_row(f"{trial['accuracy']:.2f}", f"{trial['gflops']:.4f}", trial["method"], trial["budget"])
+    console.print(shown)
+    if out is not None:
+        provenance.write_text(out, json.dumps(trial_list, indent=1) + "\n")
+
+
+@app.command()
 def train(
     testbed: str,
     out: Annotated[Path, typer.Option(help="folder for weights, log and checkpoint")] = Path("results/training"),

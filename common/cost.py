@@ -79,13 +79,13 @@ def fit(
     low, high = 0.0, 1.0
     most = cost_at(budget_at(high))
     best, best_error = budget_at(high), abs(most - target)
-    for _ in range(24):
+    for _ in range(16):
         middle = (low + high) / 2
         budget = budget_at(middle)
         value = cost_at(budget)
         if abs(value - target) < best_error:
             best, best_error = budget, abs(value - target)
-        if best_error <= tolerance * target / 10:
+        if best_error <= tolerance * target:
             break
         low, high = (middle, high) if value < target else (low, middle)
     return best
@@ -112,6 +112,6 @@ def match(method: TokenPruner, model: nn.Module, budget: Budget, calibration: Te
                 if calibration is None:
                     raise PrunelabError(f"{method.name} needs calibration inputs to match a cost")
                 model(calibration)
-            return handle.report().macs
+            return handle.macs()
 
     return fit(lambda level: method.family(level, sites, info), cost_at, target)

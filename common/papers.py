@@ -363,7 +363,9 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
             asked = "testbed" if scale == "smoke" else scale
             if column.kind in ANYWHERE and scale != "paper":
                 continue
-            if asked not in column.scales:
+            if column.kind in ANYWHERE and config["scale"] == "smoke" and not table.smoke:
+                runs[scale] = "more than the smoke scale runs"
+            elif asked not in column.scales:
                 runs[scale] = f"nothing: this column is not run at {asked} scale"
             elif scale == "smoke" and not table.smoke:
                 runs[scale] = "more than the smoke scale runs"

@@ -34,14 +34,14 @@ class Document:
     references: tuple[str, ...]
 
 
-def load(entry: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Document, ...]:
-    """The documents of a catalogue entry."""
+def load(entry: Mapping[str, Any], config: Mapping[str, Any], limit: int | None = None) -> tuple[Document, ...]:
+    """The documents of a catalogue entry, or the first `limit` of them."""
     loader = entry["loader"]
     if loader == "api_docs":
-        return api_docs(shuffled=bool(entry["shuffled"]))
+        return api_docs(limit, shuffled=bool(entry["shuffled"]))
     if loader == "duc":
-        return duc(Path(config["duc"]))
-    return {"opinosis": opinosis, "bbc": bbc, "cnndm": cnndm}[loader](Path(config["assets"]))
+        return duc(Path(config["duc"]))[:limit]
+    return {"opinosis": opinosis, "bbc": bbc, "cnndm": cnndm}[loader](Path(config["assets"]))[:limit]
 
 
 def background(documents: Sequence[Document]) -> Background:

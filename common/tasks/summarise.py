@@ -20,7 +20,7 @@ def execute(job: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     method = registry.create(str(job.method), **job.options)
     if not isinstance(method, Ranker):
         raise PrunelabError(f"{method.name} is a {method.role}; only a ranker summarises")
-    found = load(job.ids["data"], config)[: job.settings.get("samples")]
+    found = load(job.ids["data"], config, job.settings.get("samples"))
     return run(method, found, Budget.parse(str(job.budget)), progress=True)
 
 

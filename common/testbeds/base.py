@@ -15,14 +15,18 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import PrunelabError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 WEIGHTS, LOG, CHECKPOINT = "model.safetensors", "training.json", "checkpoint.pt"
 
@@ -114,17 +118,6 @@ def fit(testbed: Testbed, out: Path, seed: int = 0, threads: int = 1) -> dict[st
 
 
 def _fit(testbed: Testbed, out: Path, run: dict[str, Any], threads: int) -> dict[str, Any]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from safetensors.torch import save
-
     torch.manual_seed(run["seed"])
     model = testbed.build().train()
     optimizer = testbed.optimizer(model)
@@ -138,26 +131,15 @@ def _fit(testbed: Testbed, out: Path, run: dict[str, Any], threads: int) -> dict
         generator.set_state(saved["generator"])
         torch.set_rng_state(saved["global_generator"])
         step, seconds, smooth, curve = saved["step"], saved["seconds"], saved["smooth"], saved["curve"]
-
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
-    console = Console(stderr=True)
-    if step:
-        console.print(f"{testbed.name}: going on from step {step}")
     started = time.monotonic() - seconds
-    with Progress(*columns, console=console) as progress:
+
+    with _progress() as progress:
+        if step:
+            progress.console.print(f"{testbed.name}: going on from step {step}")
         task = progress.add_task(testbed.name, total=testbed.steps, completed=step)
         while step < testbed.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = testbed.rate * group["scale"] * testbed.factor(step)
-            loss = testbed.loss(model, step / testbed.steps, generator)
-            if not bool(loss.isfinite()):
-                raise PrunelabError(f"{testbed.name}: the loss is no longer finite at step {step}; lower the rate")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), testbed.clip)
-            optimizer.step()
-            smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
+            loss = _step(testbed, model, optimizer, step, generator)
+            smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
             step += 1
             progress.update(task, completed=step)
             if step % testbed.check_every == 0 or step == testbed.steps:
@@ -171,13 +153,35 @@ def _fit(testbed: Testbed, out: Path, run: dict[str, Any], threads: int) -> dict
                     "generator": generator.get_state(), "global_generator": torch.get_rng_state(),
                     "step": step, "seconds": time.monotonic() - started, "smooth": smooth, "curve": curve,
                 }  # fmt: skip
-                _replace(out / CHECKPOINT, lambda path, state=state: torch.save(state, path))  # type: ignore[misc]
-    seconds = time.monotonic() - started
+                _replace(out / CHECKPOINT, partial(torch.save, state))
+    done = run | {"threads": threads, "seconds": round(time.monotonic() - started, 1)}
+    return _finish(testbed, model, out, done, curve)
+
+
+def _step(
+    testbed: Testbed, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, draws: torch.Generator
+) -> float:
+    """One optimiser step; its loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = testbed.rate * group["scale"] * testbed.factor(step)
+    loss = testbed.loss(model, step / testbed.steps, draws)
+    if not bool(loss.isfinite()):
+        raise PrunelabError(f"{testbed.name}: the loss is no longer finite at step {step}; lower the rate")
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), testbed.clip)
+    optimizer.step()
+    return loss.item()
+
+
+def _finish(
+    testbed: Testbed, model: nn.Module, out: Path, run: dict[str, Any], curve: list[dict[str, float]]
+) -> dict[str, Any]:
+    """Test the model and write weights and log."""
+    from safetensors.torch import save
 
     weights = save({name: value.contiguous() for name, value in model.state_dict().items()})
     log = run | {
-        "threads": threads,
-        "seconds": round(seconds, 1),
         "steps": testbed.steps,
         "samples": testbed.steps * testbed.batch,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -190,6 +194,20 @@ def _fit(testbed: Testbed, out: Path, run: dict[str, Any], threads: int) -> dict
     _replace(out / LOG, lambda path: path.write_text(_json(log)))
     (out / CHECKPOINT).unlink(missing_ok=True)
     return log
+
+
+def _progress() -> Progress:
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
 
 
 def _json(log: Mapping[str, Any]) -> str:

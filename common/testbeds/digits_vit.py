@@ -20,9 +20,11 @@ class DigitsViT(Testbed):
     """As deep as DeiT, so that block numbers mean the same, and as narrow as the task allows.
 
     ramp: share of the training over which clutter grows from none to full contrast, so that digits are found early.
-    smoothing: of the labels. layer_decay: learning rate of a block as a share of the next block's. It decides where the
-    class token reads the digit. With equal rates it does so in the first three blocks, and losing patches behind them at
-    random cost 5 points where it costs over 40 with slow early blocks, which leave the reading to late ones.
+    smoothing: of the labels.
+
+    layer_decay: learning rate of a block as a share of the next block's. It decides where the class token reads the
+    digit. With equal rates it does so in the first three blocks, and losing patches behind them at random costs 5
+    points where it costs over 40 with slow early blocks, which leave the reading to late ones.
     """
 
     steps: int = 2000

@@ -1,0 +1,161 @@
+"""Papers, runs and records: nothing reported goes missing, and a record is what its address says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common import catalogue, papers, provenance, registry
+from common.errors import PrunelabError
+
+SETTINGS = catalogue.settings({})
+TAXONOMY = {
+    "target": {"weights", "experts", "layers", "tokens", "kv_cache", "training_samples", "training_tokens", "sentences",
+               "peft_layers"},
+    "speedup": {"unstructured", "structured", "semi_structured"},
+    "when": {"before_training", "during_training", "after_training", "run_time"},
+    "criterion": {"magnitude", "lp_norm", "sensitivity_or_saliency", "loss_change", "none"},
+    "learn_to_prune": {"sparsity_regularization", "meta_learning", "graph_neural_network", "reinforcement_learning", "none"},
+    "fusion": {"quantization", "tensor_decomposition", "nas", "knowledge_distillation", "none"},
+    "data": {"data_free", "data_driven"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slug", papers.slugs())
+def test_every_reported_number_has_a_run_or_a_reason(slug):
+    found = list(papers.cells(slug, SETTINGS))
+    assert [c.reported for c in found] == list(papers.reported(slug))
+    for cell in found:
+        assert "paper" in cell.runs
+        assert all(run if isinstance(run, str) else run.kind for run in cell.runs.values())
+        assert cell.reported.source
+
+
+@pytest.mark.parametrize("slug", papers.slugs())
+def test_taxonomy_uses_the_surveys_terms(slug):
+    taxonomy = papers.load(slug).taxonomy
+    assert set(taxonomy) == set(TAXONOMY)
+    for axis, values in taxonomy.items():
+        assert values
+        assert set(values) <= TAXONOMY[axis], axis
+
+
+def test_every_folder_is_complete_and_every_method_has_a_paper():
+    for name, method in registry.load().items():
+        folder = papers.METHODS / registry.slug(method)
+        for file in ("method.py", "paper.yaml", "reported.csv", "README.md", "__init__.py"):
+            assert (folder / file).exists(), f"{name} lacks {file}"
+        assert papers._folder(name) == folder.name
+
+
+def test_methods_stay_small():
+    for path in papers.METHODS.glob("*/method.py"):
+        assert len(path.read_text().splitlines()) <= 300, path
+
+
+def run(slug: str = "zero_tprune") -> papers.Run:
+    return next(c.runs["paper"] for c in papers.cells(slug, SETTINGS) if c.status == "analytic")  # type: ignore[return-value]
+
+
+def test_address_names_what_is_run_and_what_runs_it():
+    base = run()
+    assert replace(base, budget="0.5").identity != base.identity
+    assert replace(base, needs="a GPU").address == base.address
+    fewer = replace(base, entries=("common/tasks/macs.py",))
+    assert fewer.identity == base.identity
+    assert fewer.sources != base.sources
+
+
+def test_sources_follow_imports():
+    files = {p.name for p in provenance.closure([papers.ROOT / "common/tasks/classify.py"])}
+    assert {"classify.py", "apply.py", "selection.py", "types.py", "digits.py"} <= files
+    assert "cli.py" not in files
+
+
+def test_planning_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from common import papers, catalogue; papers.jobs(catalogue.settings({})); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=papers.ROOT, check=False).returncode == 0
+
+
+def test_records_survive_a_round_trip_and_nothing_else(tmp_path):
+    base = run()
+    path = base.path(tmp_path)
+    provenance.write(path, {"identity": base.identity, "sources": base.sources, "metrics": {"macs": {"value": 1.0}}})
+    assert provenance.read(path)["metrics"]["macs"]["value"] == 1.0
+    assert not provenance.reject_damaged(path)
+    content = json.loads(path.read_text())
+    content["metrics"]["macs"]["value"] = 2.0
+    path.write_text(json.dumps(content))
+    with pytest.raises(PrunelabError, match="damaged"):
+        provenance.read(path)
+    assert provenance.reject_damaged(path)
+    assert not path.exists()
+    assert path.with_suffix(".rejected").exists()
+
+
+def test_a_record_under_another_name_is_refused(tmp_path):
+    base = run()
+    other = replace(base, budget="0.123").path(tmp_path)
+    provenance.write(other, {"identity": base.identity, "sources": base.sources, "metrics": {}})
+    with pytest.raises(PrunelabError, match="damaged"):
+        provenance.read(other)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        provenance.write(tmp_path / "a.json", {"identity": object()})
+    with pytest.raises(UnicodeEncodeError):
+        provenance.write_text(tmp_path / "b.txt", "\udc80")
+    assert not list(tmp_path.iterdir())
+
+
+def test_paper_records_of_older_sources_are_stale_and_not_rerun(tmp_path, monkeypatch):
+    monkeypatch.setitem(catalogue._read("datasets.yaml")["imagenet"]["paper"], "setting", "results")  # at hand
+    config = {**SETTINGS, "scale": "paper", "results": str(tmp_path)}
+    wanted = {a: r for a, r in papers.jobs(config).items() if r.scale == "paper"}
+    assert wanted
+    job = next(iter(wanted.values()))
+    old = tmp_path / "records" / f"{job.identity}-{'0' * 12}.json"
+    provenance.write(old, {"identity": job.identity, "sources": "0" * 12, "metrics": {"top1": {"value": 50.0}}})
+    assert papers.stale(job, tmp_path) == old
+    assert job.address not in papers.jobs(config)
+    from paper_tables.join import Records
+
+    value = Records(tmp_path).value(job, "top1", "measured")
+    assert (value.status, value.value) == ("stale", 50.0)
+
+
+BROKEN = [
+    ("tables:\n  - {name: T, rows: {a: nobody}}", "unknown configuration"),
+    ("colour: red", "colour"),
+    ("tables: [", "not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN)
+def test_a_broken_paper_is_named(tmp_path, monkeypatch, text, message):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    source = (papers.METHODS / "cls_attention" / "paper.yaml").read_text()
+    (folder / "paper.yaml").write_text(f"{source}\n{text}\n")
+    monkeypatch.setattr(papers, "METHODS", Path(tmp_path))
+    with pytest.raises(PrunelabError, match=message):
+        papers.load("broken")
+
+
+def test_missing_pieces_are_named():
+    with pytest.raises(PrunelabError, match="no paper 'nobody'"):
+        papers.load("nobody")
+    with pytest.raises(PrunelabError, match="no model 'nobody'"):
+        catalogue.model("nobody")
+    with pytest.raises(PrunelabError, match="no methods.* registers the name 'nobody'"):
+        papers._folder("nobody")
