@@ -102,9 +102,7 @@ def apply(
         str, typer.Argument(help="0.7 or 0.9,0.8,0.7 for an image; 3count, 100words or 665bytes for a text")
     ],
     out: Annotated[Path | None, typer.Option(help="where the picture goes; default: beside the file")] = None,
-    model: Annotated[
-        str, typer.Option(help="testbed model or timm name (random weights unless --weights)")
-    ] = "deit_tiny",
+    model: Annotated[str, typer.Option(help="a testbed, an assets checkpoint, or a timm model")] = "digits_vit",
     weights: Annotated[Path | None, typer.Option(help="safetensors file for the model")] = None,
     options: Options = None,
     config: Settings = None,

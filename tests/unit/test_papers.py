@@ -18,7 +18,8 @@ TAXONOMY = {
     "speedup": {"unstructured", "structured", "semi_structured"},
     "when": {"before_training", "during_training", "after_training", "run_time"},
     "criterion": {"magnitude", "lp_norm", "sensitivity_or_saliency", "loss_change", "none"},
-    "learn_to_prune": {"sparsity_regularization", "meta_learning", "graph_neural_network", "reinforcement_learning", "none"},
+    "learn_to_prune": {"sparsity_regularization", "meta_learning", "graph_neural_network", "reinforcement_learning",
+                       "none"},
     "fusion": {"quantization", "tensor_decomposition", "nas", "knowledge_distillation", "none"},
     "data": {"data_free", "data_driven"},
 }  # fmt: skip
@@ -157,5 +158,5 @@ def test_missing_pieces_are_named():
         papers.load("nobody")
     with pytest.raises(PrunelabError, match="no model 'nobody'"):
         catalogue.model("nobody")
-    with pytest.raises(PrunelabError, match="no methods.* registers the name 'nobody'"):
+    with pytest.raises(PrunelabError, match=r"no methods.* registers the name 'nobody'"):
         papers._folder("nobody")

@@ -19,7 +19,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def test_blocks_run(block, capsys):
     exec(compile(block, "README.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert "saved" in printed or "Sentences of a graph" in printed
+    assert "saved" in printed or ("Pruning" in printed and "weather" not in printed)
 
 
 def test_both_uses_are_shown():
@@ -46,8 +46,5 @@ def test_no_private_paths_are_committed():
     pattern = re.compile("|".join(["/" + "work/", "/" + "root/", "pypi" + r"\.org", "python" + "hosted"]))
     for name in tracked:
         path = ROOT / name
-        if (
-            path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".lock", ".smk", ".json", ".csv", ""}
-            and path.is_file()
-        ):
+        if path.is_file() and path.suffix not in {".npz", ".safetensors"}:
             assert not pattern.search(path.read_text(errors="ignore")), name
