@@ -9,7 +9,7 @@ paper_tables: $(READY)
 	$(BIN)/snakemake paper_tables
 
 test: $(READY) lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadscope
 
 lint: $(READY)
 	$(BIN)/ruff check .

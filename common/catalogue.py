@@ -48,10 +48,11 @@ def settings(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
         values[key] = value if value not in (None, "") else values[key]
     if values["scale"] not in SCALES:
         raise PrunelabError(f"there is no scale '{values['scale']}'; use one of {', '.join(SCALES)}")
-    if values["assets"] and not Path(values["assets"]).is_dir():
-        raise PrunelabError(
-            f"the assets folder {values['assets']} does not exist; give --config assets=DIR an existing one"
-        )
+    for key in ("assets", "imagenet", "duc"):
+        if values[key] and not Path(values[key]).is_dir():
+            raise PrunelabError(
+                f"the {key} folder {values[key]} does not exist; give --config {key}=DIR an existing one"
+            )
     return values
 
 
