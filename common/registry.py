@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ast
 import importlib
-import inspect
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common.discovery import choose, defined
 from common.errors import PrunelabError
 from common.roles import Method
 
@@ -25,24 +24,17 @@ def load() -> dict[str, type[Method]]:
     """All methods by name. Raises where two share a name."""
     found: dict[str, type[Method]] = {}
     for path in sorted(METHODS.glob("*/method.py")):
-        module = importlib.import_module(f"methods.{path.parent.name}.method")
-        for value in vars(module).values():
-            own = inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
-            if own and not inspect.isabstract(value) and "name" in vars(value):
-                if value.name in found:
-                    raise PrunelabError(f"two methods are named '{value.name}': {found[value.name]} and {value}")
-                found[value.name] = value
+        for cls in defined(importlib.import_module(f"methods.{path.parent.name}.method"), Method):
+            if "name" in vars(cls):
+                if cls.name in found:
+                    raise PrunelabError(f"two methods are named '{cls.name}': {found[cls.name]} and {cls}")
+                found[cls.name] = cls
     return found
 
 
 def get(name: str) -> type[Method]:
     """The method class of that name, or an error that suggests the nearest names."""
-    methods = load()
-    if name not in methods:
-        near = get_close_matches(name, methods, 3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(methods))}"
-        raise PrunelabError(f"there is no method '{name}'; {hint}")
-    return methods[name]
+    return choose(load(), name, "method")
 
 
 def create(name: str, **values: Any) -> Method:

@@ -153,7 +153,7 @@ def chart(
     out.append(text(13, (TOP + base) / 2, y_label, class_="label", text_anchor="middle", transform=turn))
     if level:
         out.append(element("line", class_="level", x1=LEFT, x2=WIDTH - RIGHT, y1=down(level[1]), y2=down(level[1])))
-        out.append(text(LEFT + 6, down(level[1]) + 15, level[0], class_="tick", text_anchor="start"))
+        out.append(text(LEFT + 6, down(level[1]) - 6, level[0], class_="tick", text_anchor="start"))
     for s in series:
         style = look[s.name]
         if s.joined and len(s.marks) > 1:

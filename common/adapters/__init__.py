@@ -13,18 +13,15 @@ from functools import cache
 from torch import nn
 
 from common.adapters.base import Adapter
+from common.discovery import defined
 from common.errors import PrunelabError
 
 
 @cache
 def adapters() -> dict[str, type[Adapter]]:
     """All adapters by family, discovered in this package."""
-    found: dict[str, type[Adapter]] = {}
-    for module in pkgutil.iter_modules(__path__):
-        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(value, type) and issubclass(value, Adapter) and value is not Adapter:
-                found[value.family] = value
-    return found
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    return {cls.family: cls for module in modules for cls in defined(module, Adapter)}  # type: ignore[type-abstract]
 
 
 def adapter_for(model: nn.Module) -> Adapter:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import pkgutil
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from common.discovery import choose, defined
 from common.errors import PrunelabError
 from common.testbeds.base import LOG, WEIGHTS, Testbed, fit, read_log
 
@@ -26,24 +25,13 @@ SHIPPED = Path(__file__).resolve().parent / "weights"
 @cache
 def testbeds() -> dict[str, type[Testbed]]:
     """All testbeds by name, discovered in this package."""
-    found: dict[str, type[Testbed]] = {}
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        for value in vars(module).values():
-            own = inspect.isclass(value) and issubclass(value, Testbed) and value.__module__ == module.__name__
-            if own and not inspect.isabstract(value):
-                found[value.name] = value
-    return found
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return {cls.name: cls for module in modules for cls in defined(module, Testbed)}  # type: ignore[type-abstract]
 
 
 def get(name: str) -> type[Testbed]:
     """The testbed of that name, or an error that suggests the nearest names."""
-    known = testbeds()
-    if name not in known:
-        near = get_close_matches(name, known, 3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
-        raise PrunelabError(f"there is no testbed '{name}'; {hint}")
-    return known[name]
+    return choose(testbeds(), name, "testbed")
 
 
 def load(name: str, folder: Path | str | None = None) -> tuple[nn.Module, dict[str, Any]]:
