@@ -13,6 +13,7 @@ from common import cost, metrics, models, registry
 from common.adapters import adapter_for
 from common.apply import apply
 from common.data import images
+from common.errors import PrunelabError
 from common.papers import Run
 from common.roles import TokenPruner
 from common.types import Budget
@@ -44,7 +45,10 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     correct = []
     with context as handle, torch.inference_mode():
         for x, y in track(data(samples), "classifying", total=-(-samples // BATCH), transient=True):
-            correct.append(model(x.to(device)).argmax(-1).cpu() == y)
+            logits = model(x.to(device))
+            if not bool(torch.isfinite(logits).all()):
+                raise PrunelabError("the model's output holds NaN or infinite values; check its weights and the images")
+            correct.append(logits.argmax(-1).cpu() == y)
         if handle is not None:
             report = handle.report()
             used, scoring = report.macs, report.scoring_macs
