@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from common import registry
 from common.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,11 +23,6 @@ def test_blocks_run(block, capsys):
 
 def test_both_uses_are_shown():
     assert len(BLOCKS) == 2
-
-
-def test_every_method_is_in_the_table():
-    for name in registry.load():
-        assert f"`{name}`" in README, name
 
 
 def test_commands_exist():
