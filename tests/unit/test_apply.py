@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from methods.cls_attention.method import ClassAttention
 from methods.random_drop.method import RandomDrop
 from methods.tome.method import ToMe
 from methods.zero_tprune.method import ZeroTPrune
-from tests.contract.references import images, vit
+from tests.contract.references import NormTokens, images, vit
 
 
 @pytest.mark.parametrize(
@@ -130,3 +132,44 @@ def test_unknown_names_suggest():
         registry.create("zero_tprune", layer=3)
     with pytest.raises(PrunelabError, match="cannot read the method"):
         registry.parse("ZeroTPrune(layers=__import__('os'))")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"rest": "bypass"}, {"positions": "decay"}, {"layout": torch.zeros(3, 17, 3)}],
+    ids=lambda a: next(iter(a)),
+)
+def test_a_plan_the_family_cannot_carry_out_is_refused(asked):
+    class Elsewhere(NormTokens):
+        def plan(self, site, signals, budget):
+            return replace(super().plan(site, signals, budget), **asked)
+
+    model = vit()
+    with torch.no_grad(), apply(Elsewhere(), model, 0.5), pytest.raises(PrunelabError, match="cannot carry out"):
+        model(images())
+
+
+def test_missing_services_and_signals_are_named():
+    class Guided(NormTokens):
+        services = ("frame_scorer",)
+
+    class Texts(NormTokens):
+        def requires(self, site):
+            return frozenset({"text_rows"})
+
+    with pytest.raises(PrunelabError, match="needs the services frame_scorer"), apply(Guided(), vit(), 0.5):
+        pass
+    with pytest.raises(PrunelabError, match="reads text_rows"), apply(Texts(), vit(), 0.5):
+        pass
+    with apply(Guided(), vit(), 0.5, services={"frame_scorer": object()}):
+        pass
+
+
+def test_a_signal_not_required_is_not_given():
+    class Curious(NormTokens):
+        def score(self, site, signals):
+            return signals.keys
+
+    model = vit()
+    with torch.no_grad(), apply(Curious(), model, 0.5), pytest.raises(AttributeError, match="was not required"):
+        model(images())
