@@ -150,7 +150,7 @@ class ZeroTPrune(TokenPruner):
     """
 
     layers: tuple[int, ...] = (2, 5, 8)
-    similar: float = 0.25  # assumption: the paper searched it per layer; this value was found on our testbed
+    similar: float = 0.25  # assumption: the paper searched it per layer; a moderate share, not tuned
     iterations: tuple[int, ...] | None = None
     cls_init: bool = True
     heads: Literal["rms", "mean", "mean-logits"] = "rms"
