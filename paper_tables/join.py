@@ -31,6 +31,7 @@ class Value:
     stderr: float | None = None
     samples: int | None = None
     record: str | None = None
+    ours: tuple[float, float] | None = None  # for a cost: our own count in G with scoring, and the scoring in it
 
     @property
     def needs(self) -> str:
@@ -131,7 +132,11 @@ class Records:
             return Value(f"not run: needs the metric '{metric}', which the record {run.address} lacks")
         found = record["metrics"][metric]
         address = f"{record['identity']}-{record['sources']}"
-        return Value("stale" if old else status, found["value"], found.get("stderr"), found.get("n"), address)
+        metrics_of = record["metrics"]
+        count = None
+        if run.kind == "macs" and {"macs", "scoring"} <= metrics_of.keys():
+            count = (metrics_of["macs"]["value"], metrics_of["scoring"]["value"])
+        return Value("stale" if old else status, found["value"], found.get("stderr"), found.get("n"), address, count)
 
 
 def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[PaperTable]:

@@ -19,10 +19,24 @@ WORDS: dict[Outcome, str] = {
     "stand-in": "stand-in only",
     "not run": "not run",
 }
+COUNTS = (
+    "A cost is reproduced as the paper counts it; our count has matrix products alone, with the method's scoring"
+    " included and named."
+)
 STAND_IN = "stand-in"  # what a number of another scale is: never the paper's, whatever it comes to
 
 _LINE = ("table", "row", "column", "reported", "unit", "source", "quality")
-_OURS = ("reproduced", "difference", "tolerance", "within_tolerance", "status", "needs", "record")
+_OURS = (
+    "reproduced",
+    "difference",
+    "tolerance",
+    "within_tolerance",
+    "status",
+    "needs",
+    "record",
+    "our_gmacs",
+    "our_scoring_gmacs",
+)
 _SCALE = ("", "_stderr", "_samples", "_record", "_status")
 _POINT = ("entry", "budget", "scale", "value", "stderr", "samples", "gmacs", "saving", "difference", "interval")
 
@@ -81,6 +95,7 @@ def table_csv(table: PaperTable) -> str:
         tolerance = line.tolerance if own.value is not None else None
         cells: list[object] = [r.table, r.row, r.column, r.text, r.unit, r.source, r.quality]
         cells += [own.value, line.difference, tolerance, line.within, own.status, own.needs, own.record]
+        cells += own.ours or (None, None)
         for scale in others:
             v = line.others[scale]
             cells += [v.value, v.stderr, v.samples, v.record, v.status if v.value is None else STAND_IN]
@@ -116,6 +131,11 @@ def shown(value: Value, places: int) -> str:
     """A value with the half width of its 95 % interval."""
     assert value.value is not None
     return f"{value.value:.{places}f}" + (f" ± {value.margin:.{places}f}" if value.margin is not None else "")
+
+
+def counted(value: Value) -> str:
+    """Our own count of a cost, with the method's scoring in it."""
+    return "–" if value.ours is None else f"{value.ours[0]:.4g} G ({value.ours[1]:.2g} scoring)"
 
 
 def signed(value: float, places: int) -> str:
@@ -184,6 +204,8 @@ def table_markdown(slug: str, table: PaperTable) -> str:
         reported = f"{_md(r.text)} {_md(r.unit)} {notes(f'{r.source} ({r.quality})')}"
         cells = [_md(r.row), _md(r.column), reported]
         cells.append(shown(own, digits) if own.value is not None else f"– {notes(own.status)}")
+        if any(other.reproduced.ours for other in table.lines):
+            cells.append(counted(own))
         cells.append("–" if line.difference is None else signed(line.difference, digits))
         cells.append(f"{SHAPES[line.outcome]} {status(line)}")
         for scale in others:
@@ -194,8 +216,13 @@ def table_markdown(slug: str, table: PaperTable) -> str:
 
     header = ["row", "column", "reported", "reproduced", "difference", "status"]
     right = [False, False, True, True, True, False, *(True for _ in others)]
+    if any(line.reproduced.ours for line in table.lines):
+        header.insert(4, "our count")
+        right.insert(4, True)
     grid = _grid([*header, *(f"stand-in: {scale}" for scale in others)], right, map(row, table.lines))
     legend = ["± is the 95 % half width. A stand-in is another model on other data, not the paper's number."]
+    if "our count" in header:
+        legend.append(COUNTS)
     listed = [f"{i}. {_md(text)}" for i, text in enumerate(notes.texts, 1)]
     return _page([f"# {_md(slug)}: {_md(table.name)}", _md(table.caption), _md(table.note)], grid, legend, listed)
 
