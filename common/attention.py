@@ -18,9 +18,21 @@ def logits(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = No
     return out if bias is None else out + bias[:, None, None, :]
 
 
-def weights(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Attention [B, H, M, N] of M query rows; the softmax overwrites the logits, which halves the memory traffic."""
-    scores = logits(queries, keys, scale, bias)
+def weights(
+    queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None, scratch: Tensor | None = None
+) -> Tensor:
+    """Attention [B, H, M, N] of M query rows; the softmax overwrites the logits, which halves the memory traffic.
+
+    scratch: a flat buffer of at least that many elements to work in. Fresh memory of this size costs the system more
+    time to hand out than the products take; the result then lives until the buffer is used again.
+    """
+    if scratch is None or bias is not None:
+        scores = logits(queries, keys, scale, bias)
+    else:
+        batch, heads, rows, _ = queries.shape
+        scores = scratch[: batch * heads * rows * keys.shape[2]].view(batch * heads, rows, keys.shape[2])
+        torch.bmm((queries * scale).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out=scores)
+        scores = scores.unflatten(0, (batch, heads))
     return torch.softmax(scores, -1, out=scores)
 
 

@@ -75,6 +75,7 @@ class TimmViT(Adapter):
         self.blocks: Any = model.blocks
         self.stream = _Stream()
         self.qkv: dict[int, Tensor] = {}
+        self.scratch: Tensor | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -211,6 +212,16 @@ class TimmViT(Adapter):
             trace.origins.append((site, origin))
         return x
 
+    def _scratch(self, queries: Tensor) -> Tensor | None:
+        """Memory for one attention matrix, shared by all sites since each is read before the next is made."""
+        if queries.device.type != "cpu":  # other devices cache their memory
+            return None
+        size = queries.shape[0] * queries.shape[1] * queries.shape[2] ** 2
+        if self.scratch is None or self.scratch.numel() < size or self.scratch.dtype != queries.dtype:
+            with torch.inference_mode(False):  # a normal tensor may be written in either mode
+                self.scratch = torch.empty(size, dtype=queries.dtype)
+        return self.scratch
+
     def _signals(self, application: Application, site: Site, x: Tensor) -> Signals:
         info, stream = self.info, self.stream
         special = info.special
@@ -227,7 +238,8 @@ class TimmViT(Adapter):
             return attn.q_norm(out) if which == 0 else attn.k_norm(out) if which == 1 else out
 
         def weights() -> Tensor:
-            return attention.weights(part(0), part(1), scale, stream.attention_bias())
+            q, k = part(0), part(1)
+            return attention.weights(q, k, scale, stream.attention_bias(), self._scratch(q))
 
         sources: dict[str, Callable[[], Tensor]] = {
             "hidden": lambda: x,

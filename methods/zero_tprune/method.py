@@ -17,7 +17,7 @@ from torch import Tensor
 from common import selection
 from common.errors import PrunelabError
 from common.roles import Signals, TokenPruner
-from common.types import Budget, ModelInfo, Plan, Site
+from common.types import Budget, ModelInfo, Plan, Site, take
 
 Partition = Literal["sequential-U", "sequential-I", "alternating", "random", "none"]
 Feature = Literal["keys", "queries", "values", "hidden"]
@@ -117,7 +117,7 @@ def similar_units(
     order = selection.descending(importance)
     half = units // 2  # the kept group where n is odd, as in the peers' re-implementation
     if partition == "none":
-        ranked = features.gather(1, order.unsqueeze(-1).expand_as(features))
+        ranked = take(features, order)
         later = torch.ones(units, units, dtype=torch.bool, device=features.device).tril(-1)
         best = similarity(ranked, ranked, metric).masked_fill(~later, float("-inf")).amax(-1)
         candidates = order
@@ -131,8 +131,11 @@ def similar_units(
             kept, candidates = order[:, units - half :], order[:, : units - half]
         else:
             kept, candidates = order[:, :half], order[:, half:]
-        side = [features.gather(1, i.unsqueeze(-1).expand(-1, -1, features.shape[-1])) for i in (candidates, kept)]
-        best = similarity(side[0], side[1], metric).amax(-1) if half else importance.new_zeros(batch, units)
+        best = (
+            similarity(take(features, candidates), take(features, kept), metric).amax(-1)
+            if half
+            else importance.new_zeros(batch, units)
+        )
     gone = candidates.gather(1, selection.descending(best)[:, :removed])
     return torch.zeros_like(importance, dtype=torch.bool).scatter(1, gone, True)
 
