@@ -92,6 +92,8 @@ def missing(model_name: str | None, data_name: str | None, scale: str, config: M
             return str(entry["needs"])
         if "folder" in entry and not (Path(config["assets"] or "/nonexistent") / entry["folder"]).exists():
             return f"the assets folder with {entry['folder']} (--config assets=DIR)"
+    if model_name is not None and scale == "paper" and "revision" not in model(model_name)["paper"]:
+        return f"a pinned revision of {model(model_name)['paper']['hub']} in configs/models.yaml (revision: COMMIT)"
     return None
 
 

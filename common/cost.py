@@ -1,4 +1,4 @@
-"""Costs: multiply-accumulates counted on the meta device, and the papers' own formulas by name.
+"""Costs: multiply-accumulates counted on the meta device, and budgets that meet a cost.
 
 One MAC is one multiply-add, so FLOPs = 2 MACs. Counted are matrix products, convolutions and attention; softmax,
 norms, activations and sorting are not, as in every counter the field uses. On the meta device attention
@@ -7,7 +7,7 @@ decomposes into its two products, which the counters miss in the fused CPU kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,14 +58,6 @@ def norm_elements(model: nn.Module, example: Tensor) -> int:
         for h in hooks:
             h.remove()
     return total
-
-
-def fvcore(model: nn.Module, example: Tensor) -> float:
-    """fvcore's count, which calls a MAC a FLOP and adds 5 per LayerNorm element. Prints DeiT-B as 17.58 G."""
-    return macs(model, example) + 5 * norm_elements(model, example)
-
-
-FORMULAS: Mapping[str, Callable[[nn.Module, Tensor], float]] = {"macs": macs, "fvcore": fvcore}
 
 
 def fit(

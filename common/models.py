@@ -80,7 +80,7 @@ def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Mod
     if "assets" in identity:
         return _vit_tiny(Path(config["assets"]) / identity["assets"])
     if "hub" in identity:
-        return _hub(identity["hub"])
+        return _hub(f"{identity['hub']}@{identity['revision']}")
     raise PrunelabError(f"cannot load a model from {dict(identity)}; see configs/models.yaml")
 
 

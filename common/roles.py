@@ -27,7 +27,7 @@ class Signals:
 
     Always at hand: `prunable` [B, N] bool (False for class, register and padding tokens), `units` (how many are
     prunable, the same for all samples unless `valid` says otherwise), `valid` [B, N] bool or None (False marks
-    padding), `rng` for methods that draw, `info` of the model.
+    padding), `rng` for methods that draw, `info` of the model, `services` handed to `apply`.
 
     Signals by name: `hidden` [B, N, D], `queries` / `keys` / `values` [B, H, N, d] (keys as attention uses them),
     `attention_logits` [B, H, N, N] (scaled, with biases; padding columns at -inf), `attention` (their softmax),
@@ -45,6 +45,7 @@ class Signals:
         valid: Tensor | None = None,
         rng: torch.Generator | None = None,
         required: frozenset[str] | None = None,
+        services: Mapping[str, Any] | None = None,
     ) -> None:
         self._sources = dict(sources)
         self._required = frozenset(sources) if required is None else required
@@ -53,6 +54,7 @@ class Signals:
         self.info = info
         self.valid = valid
         self.rng = rng
+        self.services = services or {}
         missing = self._required - set(self._sources)
         if missing:
             raise PrunelabError(f"this site cannot give the signals {', '.join(sorted(missing))} that the method reads")

@@ -261,6 +261,7 @@ class TimmViT(Adapter):
             valid=stream.valid,
             rng=application.rng(x.device),
             required=application.method.requires(site),
+            services=application.services,
         )
 
 

@@ -31,13 +31,14 @@ def read(path: Path, transform: Transform) -> Tensor:
 
 
 def batches(
-    identity: Mapping[str, Any], config: Mapping[str, Any], transform: Transform | None, samples: int, batch: int
+    identity: Mapping[str, Any], config: Mapping[str, Any], transform: Transform | None, samples: int | None, batch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images [B, C, H, W], labels [B]) of the first `samples` images of a catalogue entry, in its own order."""
+    """(images [B, C, H, W], labels [B]) of the first `samples` images of a catalogue entry (None: all), in order."""
     loader = identity["loader"]
     if loader == "digit_scenes":
         from common.data import digits
 
+        assert samples is not None, "scenes have no end; configs/datasets.yaml says how many"
         images, labels = digits.scenes("test", samples, SEED)
         yield from zip(images.split(batch), labels.split(batch), strict=True)
         return

@@ -28,9 +28,9 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     device = "cuda" if run.scale == "paper" and torch.cuda.is_available() else "cpu"
     model, transform = models.load(run.ids["model"], config)
     model = model.to(device)
-    samples, seed = int(run.settings["samples"]), int(run.settings.get("seed", 0))
+    samples, seed = run.settings.get("samples"), int(run.settings.get("seed", 0))  # no limit: the whole set
 
-    def data(count: int) -> Any:
+    def data(count: int | None) -> Any:
         return images.batches(run.ids["data"], config, transform, count, BATCH)
 
     out: dict[str, Any] = {}
@@ -44,7 +44,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         context = apply(method, model, budget, seed=seed)
     correct = []
     with context as handle, torch.inference_mode():
-        for x, y in track(data(samples), "classifying", total=-(-samples // BATCH), transient=True):
+        for x, y in track(data(samples), "classifying", total=samples and -(-samples // BATCH), transient=True):
             logits = model(x.to(device))
             if not bool(torch.isfinite(logits).all()):
                 raise PrunelabError("the model's output holds NaN or infinite values; check its weights and the images")

@@ -150,8 +150,14 @@ def test_a_plan_the_family_cannot_carry_out_is_refused(asked):
 
 
 def test_missing_services_and_signals_are_named():
+    heard = []
+
     class Guided(NormTokens):
         services = ("frame_scorer",)
+
+        def score(self, site, signals):
+            heard.append(signals.services["frame_scorer"])
+            return super().score(site, signals)
 
     class Texts(NormTokens):
         def requires(self, site):
@@ -161,8 +167,10 @@ def test_missing_services_and_signals_are_named():
         pass
     with pytest.raises(PrunelabError, match="reads text_rows"), apply(Texts(), vit(), 0.5):
         pass
-    with apply(Guided(), vit(), 0.5, services={"frame_scorer": object()}):
-        pass
+    model = vit()
+    with torch.no_grad(), apply(Guided(), model, 0.5, services={"frame_scorer": "a second model"}):
+        model(images())
+    assert heard == ["a second model"]
 
 
 def test_a_signal_not_required_is_not_given():

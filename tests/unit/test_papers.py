@@ -121,6 +121,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 def test_paper_records_of_older_sources_are_stale_and_not_rerun(tmp_path, monkeypatch):
     monkeypatch.setitem(catalogue._read("datasets.yaml")["imagenet"]["paper"], "setting", "results")  # at hand
+    monkeypatch.setitem(catalogue._read("models.yaml")["deit_small"]["paper"], "revision", "0" * 40)
     config = {**SETTINGS, "scale": "paper", "results": str(tmp_path)}
     wanted = {a: r for a, r in papers.jobs(config).items() if r.scale == "paper"}
     assert wanted
@@ -160,3 +161,14 @@ def test_missing_pieces_are_named():
         catalogue.model("nobody")
     with pytest.raises(PrunelabError, match=r"no methods.* registers the name 'nobody'"):
         papers._folder("nobody")
+
+
+def test_paper_scale_runs_the_whole_set_and_only_pinned_checkpoints(tmp_path, monkeypatch):
+    config = {**SETTINGS, "scale": "paper", "imagenet": str(tmp_path)}
+    assert not [r for r in papers.jobs(config).values() if r.kind == "classify"]
+    needs = [getattr(c.runs["paper"], "needs", "") for c in papers.cells("zero_tprune", config)]
+    assert any("a pinned revision of timm/deit_small" in reason for reason in needs)
+    monkeypatch.setitem(catalogue._read("models.yaml")["deit_small"]["paper"], "revision", "0" * 40)
+    (job, *_) = [r for r in papers.jobs(config).values() if r.kind == "classify"]
+    assert job.ids["model"]["revision"] == "0" * 40
+    assert "samples" not in job.settings
