@@ -164,7 +164,7 @@ def test_missing_pieces_are_named():
 
 
 def test_paper_scale_runs_the_whole_set_and_only_pinned_checkpoints(tmp_path, monkeypatch):
-    config = {**SETTINGS, "scale": "paper", "imagenet": str(tmp_path)}
+    config = {**SETTINGS, "scale": "paper", "imagenet": str(tmp_path), "assets": ""}
     assert not [r for r in papers.jobs(config).values() if r.kind == "classify"]
     needs = [getattr(c.runs["paper"], "needs", "") for c in papers.cells("zero_tprune", config)]
     assert any("a pinned revision of timm/deit_small" in reason for reason in needs)
