@@ -15,7 +15,9 @@ from common.adapters import adapter_for
 from common.adapters.base import Adapter, Application, Trace
 from common.errors import PrunelabError
 from common.roles import Method, TokenPruner
-from common.types import Budget, Report, Site
+from common.types import Budget, ModelInfo, Report, Site
+
+PARTS = "pruning_parts"  # name of the learned parts among the model's modules while a method is applied
 
 
 class Handle:
@@ -114,13 +116,17 @@ def apply(
     budget: Budget | float,
     *,
     services: Mapping[str, Any] | None = None,
+    parts: nn.Module | None = None,
     seed: int = 0,
 ) -> Iterator[Handle]:
     """Prune the model's tokens by `method` under `budget` inside the `with` block.
 
     The model's weights and forward stay as they are: hooks go in, and all come out at the end, also after an
-    exception. `seed` starts the draws of random methods. Raises PrunelabError, before any work, where the model has
-    no adapter, a site or signal cannot be had there, a service is missing, or the method is already applied.
+    exception. `seed` starts the draws of random methods. `parts` are the method's learned parts (`method.build`);
+    inside the block they belong to the model, so that one optimiser and one device serve both. A model that was
+    trained with the method carries them already, as `model.pruning_parts`. Raises PrunelabError, before any work,
+    where the model has no adapter, a site or signal cannot be had there, a service or learned part is missing, or the
+    method is already applied.
     """
     if not isinstance(method, TokenPruner):
         raise PrunelabError(f"{method.name} is a {method.role}, which is not applied to a model's tokens")
@@ -132,6 +138,8 @@ def apply(
     info = adapter.info
     sites = [replace(site, index=i) for i, site in enumerate(method.sites(info))]
     adapter.check(method, sites)
+    own = getattr(model, PARTS, None)
+    used = _parts(method, info, parts, own)
     for site in sites:
         budget.at(site.index)
     if len(budget.amounts) > max(1, len(sites)):
@@ -139,12 +147,39 @@ def apply(
     if getattr(model, "_prunelab_method", None):
         raise PrunelabError(f"this model already runs {model._prunelab_method}; leave that `with` block first")
     trace = Trace([0.0] * info.depth, [0.0] * info.depth)
-    application = Application(method, budget, sites, trace, _seeded(seed), services or {})
+    application = Application(method, budget, sites, trace, _seeded(seed), services or {}, used)
     handle = Handle(adapter, application)
     handle.start()
     object.__setattr__(model, "_prunelab_method", method.name)
+    if parts is not None:
+        model.add_module(PARTS, parts)
     try:
         yield handle
     finally:
         handle.stop()
         object.__delattr__(model, "_prunelab_method")
+        if own is not None:
+            model.add_module(PARTS, own)
+        else:
+            model._modules.pop(PARTS, None)
+
+
+def _parts(method: TokenPruner, info: ModelInfo, given: nn.Module | None, own: nn.Module | None) -> nn.Module | None:
+    """The learned parts to use: those given, else the model's own. Refuses parts that are missing or do not fit."""
+    with torch.device("meta"):
+        built = method.build(info)
+    if built is None:
+        if given is not None:
+            raise PrunelabError(f"{method.name} has no learned parts; leave `parts` out")
+        return None
+    parts = own if given is None else given
+    if parts is None:
+        raise PrunelabError(
+            f"{method.name} has learned parts; pass parts=method.build(info) with trained weights, see its README"
+        )
+    wanted = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in parts.state_dict().items()}
+    if wanted != found:
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise PrunelabError(f"the parts do not fit {method.name} on this model: {', '.join(wrong[:8])}")
+    return parts

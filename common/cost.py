@@ -1,24 +1,32 @@
 """Costs: multiply-accumulates counted on the meta device, and budgets that meet a cost.
 
-One MAC is one multiply-add, so FLOPs = 2 MACs. Counted are matrix products, convolutions and attention; softmax,
-norms, activations and sorting are not, as in every counter the field uses. On the meta device attention
-decomposes into its two products, which the counters miss in the fused CPU kernel.
+One MAC is one multiply-add, so FLOPs = 2 MACs. Counted are matrix products, convolutions, attention, selective scans
+(`common.scan`) and the sampling of deformable attention; softmax, norms, activations and sorting are not, as in every
+counter the field uses. On the meta device attention decomposes into its two products, which the counters miss in the
+fused CPU kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from common.adapters.base import Trace
 from common.errors import PrunelabError
 from common.roles import TokenPruner
 from common.types import Budget
+
+
+@register_flop_formula(torch.ops.aten.grid_sampler_2d)
+def _sampling_flops(*shapes: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
+    """Five MACs a sampled value: four weighted neighbours and the attention weight (Deformable DETR, appendix A.1)."""
+    return 2 * 5 * math.prod(out_shape)
 
 
 def on_meta(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Any:
@@ -41,6 +49,17 @@ def flops(run: Callable[[], Any], trace: Trace | None = None) -> int:
 def macs(model: nn.Module, example: Tensor) -> float:
     """MACs of one forward pass of the example, a batch of 1."""
     return flops(lambda: on_meta(model, example)) / 2
+
+
+def module_macs(model: nn.Module, example: Tensor, module: str) -> float:
+    """MACs of one submodule, by its path, in a forward pass of the whole model."""
+    with FlopCounterMode(display=False) as counter:
+        on_meta(model, example)
+    counts = counter.get_flop_counts()
+    path = f"{type(model).__name__}.{module}"
+    if path not in counts:
+        raise PrunelabError(f"{type(model).__name__} spends nothing in a module '{module}'; name one of its own")
+    return sum(counts[path].values()) / 2
 
 
 def norm_elements(model: nn.Module, example: Tensor) -> int:

@@ -82,7 +82,7 @@ def _image(
         dense = model(x).softmax(-1)
         with apply(method, model, budget) as handle:
             pruned = model(x).softmax(-1)
-            report, kept, grid = handle.report(), handle.kept(), handle.adapter.info.grid
+            report, kept, info = handle.report(), handle.kept(), handle.adapter.info
     before, after = int(dense.argmax()), int(pruned.argmax())
     console.print(f"model {name}: class {before} ({100 * float(dense.max()):.1f} %) without pruning,", highlight=False)
     console.print(
@@ -92,12 +92,9 @@ def _image(
     if not kept:
         console.print("tokens were merged, so there is no picture of tokens kept")
         return
-    assert grid is not None
-    special = handle.adapter.info.special
-    panels = [_panel(x[0], grid, None)]
-    for _, origin in kept:
-        places = origin[0][origin[0] >= special] - special
-        panels.append(_panel(x[0], grid, set(places.tolist())))
+    assert info.grid is not None
+    panels = [_panel(x[0], info.grid, None)]
+    panels += [_panel(x[0], info.grid, set(info.patches(places[0]).tolist())) for _, places in kept]
     picture = Image.new("RGB", (len(panels) * (TILE + 8) - 8, TILE), "white")
     for i, panel in enumerate(panels):
         picture.paste(panel, (i * (TILE + 8), 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,22 @@ Transform = Callable[[Image.Image], Tensor]
 
 def architecture(entry: Mapping[str, Any]) -> nn.Module:
     """The architecture on the meta device, without weights: enough for every cost that shapes decide."""
+    with torch.device("meta"):
+        return _create(entry).eval()
+
+
+def _create(entry: Mapping[str, Any]) -> nn.Module:
+    """A timm model by name, or one of our own: `library: backbones, name: vim:vim_tiny` is
+    `common.backbones.vim.vim_tiny()`."""
+    arguments = entry.get("arguments", {})
+    if entry["library"] == "backbones":
+        module, _, function = entry["name"].partition(":")
+        return getattr(importlib.import_module(f"common.backbones.{module}"), function)(**arguments)
     if entry["library"] != "timm":
-        raise PrunelabError(f"architectures of the library {entry['library']} are not supported yet; use timm")
+        raise PrunelabError(f"configs/models.yaml: the library {entry['library']} is unknown; use timm or backbones")
     import timm
 
-    with torch.device("meta"):
-        return timm.create_model(entry["name"], pretrained=False, **entry.get("arguments", {})).eval()
+    return timm.create_model(entry["name"], pretrained=False, **arguments)
 
 
 def entry(name: str) -> Mapping[str, Any]:

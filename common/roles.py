@@ -27,7 +27,10 @@ class Signals:
 
     Always at hand: `prunable` [B, N] bool (False for class, register and padding tokens), `units` (how many are
     prunable, the same for all samples unless `valid` says otherwise), `valid` [B, N] bool or None (False marks
-    padding), `rng` for methods that draw, `info` of the model, `services` handed to `apply`.
+    padding), `places` [B, N] of the units in the full sequence (None once units were mixed), `grids` (height and
+    width of every feature map of the unpruned input), `rng` for methods that draw, `info` of the model, `services`
+    and `parts` handed to `apply`, and `carry`, a dictionary that lives for one forward pass: what the method leaves
+    for its later sites.
 
     Signals by name: `hidden` [B, N, D], `queries` / `keys` / `values` [B, H, N, d] (keys as attention uses them),
     `attention_logits` [B, H, N, N] (scaled, with biases; padding columns at -inf), `attention` (their softmax),
@@ -46,6 +49,10 @@ class Signals:
         rng: torch.Generator | None = None,
         required: frozenset[str] | None = None,
         services: Mapping[str, Any] | None = None,
+        parts: nn.Module | None = None,
+        places: Tensor | None = None,
+        grids: Sequence[tuple[int, int]] = (),
+        carry: dict[str, Any] | None = None,
     ) -> None:
         self._sources = dict(sources)
         self._required = frozenset(sources) if required is None else required
@@ -55,6 +62,10 @@ class Signals:
         self.valid = valid
         self.rng = rng
         self.services = services or {}
+        self.parts: Any = parts
+        self.places = places
+        self.grids = tuple(grids)
+        self.carry: dict[str, Any] = {} if carry is None else carry
         missing = self._required - set(self._sources)
         if missing:
             raise PrunelabError(f"this site cannot give the signals {', '.join(sorted(missing))} that the method reads")
@@ -96,7 +107,8 @@ class Method(ABC):
     services: ClassVar[tuple[str, ...]] = ()
 
     def build(self, info: ModelInfo) -> nn.Module | None:
-        """The method's learned parts for a model of this size, or None. Trained by the paper's own rule."""
+        """The method's learned parts for a model of this size, or None. Trained by the paper's own rule and handed to
+        `apply(..., parts=...)`, which makes them part of the model for the length of its block."""
         return None
 
 
@@ -131,6 +143,10 @@ class TokenPruner(Method):
     def merge(self, kept: Gather, signals: Signals) -> Reduction:
         """What becomes of the units not kept; by default nothing does."""
         return kept
+
+    def refine(self, site: Site, hidden: Tensor, signals: Signals, plan: Plan) -> Tensor:
+        """What goes on, [B, K, D], before the model works on it; methods with learned layers change it here."""
+        return hidden
 
     def family(self, level: float, sites: int, info: ModelInfo) -> Budget:
         """The method's budgets as one curve: level 1 keeps all, level 0 the least. Used to match costs."""

@@ -113,7 +113,11 @@ class Site:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a method may know of a model: sizes only. `tokens` includes the `special` prefix tokens."""
+    """What a method may know of a model: sizes only.
+
+    `tokens` includes the `special` tokens, which come first; only a class token may sit elsewhere, at `class_place`
+    (vision Mamba puts it in the middle). `levels` counts the feature maps of a pyramid.
+    """
 
     family: str
     depth: int
@@ -122,7 +126,16 @@ class ModelInfo:
     tokens: int
     special: int = 0
     class_token: bool = False
+    class_place: int = 0
     grid: tuple[int, ...] | None = None
+    levels: int = 1
+
+    def patches(self, places: Tensor) -> Tensor:
+        """Patch numbers of those token places [K] that are patches, neither special nor padding (-1)."""
+        if self.class_place:
+            places = places[(places >= 0) & (places != self.class_place)]
+            return places - (places > self.class_place).long()
+        return places[places >= self.special] - self.special
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -210,9 +223,11 @@ class Plan:
 
     reduce:    which units, or which mixtures of them, go on;
     layout:    [B, K, 3] grid place (t, y, x) of each output, -1 where it has none; None if nothing was rearranged;
-    rest:      what becomes of the others: `drop`, `bypass` (scattered back unchanged later), `halt` (their result
-               is taken here), `defer` (kept aside, may return while decoding);
-    positions: how the outputs are numbered: `original`, `renumber`, or for scans `hold` / `decay` over the gap;
+    rest:      what becomes of the others: `drop`, `bypass` (scattered back unchanged behind the layer), `halt` (their
+               result is taken here), `defer` (kept aside, may return while decoding);
+    positions: how the outputs are numbered: `original` (they keep their places; convolutions see zeros in the gaps),
+               `renumber` (closed up, as if the others had never been), or for scans `hold` / `decay` (closed up, the
+               state is kept or decays over the gap);
     key_bias:  [B, K] added to the logits of attention to each output from here on (ToMe's log size); None leaves
                the bias the units already carry.
     """

@@ -1,11 +1,11 @@
-"""What every adapter offers, and the record it keeps of what was pruned."""
+"""What every adapter offers: hooks that carry out plans, and the record of what was pruned."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import PrunelabError
-from common.roles import TokenPruner
-from common.types import Budget, ModelInfo, Plan, Site
+from common.roles import Signals, TokenPruner
+from common.types import Budget, Gather, ModelInfo, Plan, Site
 
 
 @dataclass
@@ -28,6 +28,15 @@ class Trace:
     scoring_flops: int = 0
     counter: FlopCounterMode | None = None
     measured: Trace | None = None  # mean counts to cost at, for methods whose counts depend on the input
+
+    def behind(self, site: Site) -> int:
+        """Mean number of tokens behind a site."""
+        if site.where == "after_attention":
+            total = self.mlp[site.layer]
+        else:
+            layer = site.layer + (site.where == "block_output")
+            total = self.attention[layer] if layer < len(self.attention) else self.mlp[-1]
+        return max(1, round(total / self.samples))
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
@@ -48,6 +57,48 @@ class Application:
     trace: Trace
     rng: Callable[[torch.device], torch.Generator | None]
     services: Mapping[str, Any]
+    parts: nn.Module | None = None
+
+
+@dataclass
+class Stream:
+    """State of one forward pass: per token its size, its bias as a key, whether it counts, and where it came from."""
+
+    sizes: Tensor | None = None  # [B, N], None while all are 1
+    bias: Tensor | None = None  # [B, N] added to attention logits
+    valid: Tensor | None = None  # [B, N] bool, None while nothing is padded
+    origin: Tensor | None = None  # [B, N] place of each token in the full sequence, None until one was taken away
+    mixed: bool = False  # from here on tokens have no single place
+    carry: dict[str, Any] = field(default_factory=dict)  # what the method leaves for its later sites
+
+    def attention_bias(self) -> Tensor | None:
+        """The bias over keys with padding masked out."""
+        if self.valid is None:
+            return self.bias
+        base = torch.zeros_like(self.valid, dtype=torch.float32) if self.bias is None else self.bias
+        return base.masked_fill(~self.valid, float("-inf"))
+
+    def places(self, like: Tensor) -> Tensor | None:
+        """[B, N] place in the full sequence of each token of like [B, N, ...]; None once tokens were mixed."""
+        if self.mixed or self.origin is not None:
+            return self.origin
+        return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
+
+    def reduce(self, plan: Plan, x: Tensor) -> Stream:
+        """The state after a plan for the tokens x [B, N, ...]."""
+        if isinstance(plan.reduce, Gather):
+            move = plan.reduce.apply
+            sizes = None if self.sizes is None else move(self.sizes)
+            bias = None if self.bias is None else move(self.bias)
+            places = self.places(x)
+            origin, mixed = None if places is None else move(places), self.mixed
+        else:
+            ones = torch.ones_like(plan.reduce.source, dtype=torch.float32)
+            full = ones[:, :1].expand(-1, x.shape[1]) if self.sizes is None else self.sizes
+            sizes = replace(plan.reduce, weight=ones).apply(full.unsqueeze(-1)).squeeze(-1)
+            bias, origin, mixed = None, None, True
+        bias = bias if plan.key_bias is None else plan.key_bias
+        return Stream(sizes, bias, plan.reduce.valid, origin, mixed, self.carry)
 
 
 class Adapter(ABC):
@@ -74,6 +125,21 @@ class Adapter(ABC):
     @abstractmethod
     def install(self, application: Application) -> Callable[[], None]:
         """Put the hooks in; the returned function takes every one of them out."""
+
+    @abstractmethod
+    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
+        """What the method may see of the tokens x [B, N, D] at a site."""
+
+    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, Signals]:
+        """The method's plan for the tokens x [B, N, D] at a site, and the signals it was made from."""
+        trace, method = application.trace, application.method
+        with trace.scoring(), torch.no_grad():
+            signals = self.signals_at(application, site, x)
+            plan = method.plan(site, signals, application.budget.at(site.index))
+            self.check_plan(plan)
+        if trace.measured is not None:
+            plan = replace(plan, reduce=plan.reduce.narrow(trace.measured.behind(site)), key_bias=None)
+        return plan, signals
 
     def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
         """Refuse, before any work, a method whose sites or signals this family cannot give."""
@@ -102,3 +168,88 @@ class Adapter(ABC):
                 f"{self.family} cannot carry out a plan with {asked}; it knows rest={'/'.join(sorted(self.rest))},"
                 f" positions={'/'.join(sorted(self.positions))}"
             )
+
+
+class SequenceAdapter(Adapter):
+    """A family whose tokens flow as one sequence [B, N, D] through a list of blocks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.stream = Stream()
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Any:
+        """The blocks, in forward order."""
+
+    @abstractmethod
+    def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
+        """How each signal of a site is computed, by name; see `Signals`."""
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Hook before the first block: a new forward pass starts."""
+        self.stream = Stream()
+
+    def count(self, application: Application, layer: int, part: str) -> Callable[..., None]:
+        """Hook before a layer's `attention` or `mlp`: counts the tokens that each works on."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            trace, x = application.trace, args[0]
+            if layer == 0 and part == "attention":
+                trace.samples += x.shape[0]
+                trace.origins.clear()
+            valid = None if x.device.type == "meta" else self.stream.valid
+            getattr(trace, part)[layer] += x.shape[0] * x.shape[1] if valid is None else int(valid.sum())
+
+        return hook
+
+    def reduce(self, application: Application, site: Site, x: Tensor) -> Tensor:
+        """Carry out the method's plan on the tokens x [B, N, D]."""
+        plan, signals = self.decide(application, site, x)
+        self.follow(application, site, plan, x)
+        return application.method.refine(site, plan.reduce.apply(x), signals, plan)
+
+    def follow(self, application: Application, site: Site, plan: Plan, x: Tensor) -> None:
+        """Bring the stream up to date with a plan for the tokens x [B, N, D], and note what was kept."""
+        self.stream = self.stream.reduce(plan, x)
+        if self.stream.origin is not None:
+            origin = self.stream.origin
+            if self.stream.valid is not None:
+                origin = origin.masked_fill(~self.stream.valid, -1)
+            application.trace.origins.append((site, origin))
+
+    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
+        stream, info = self.stream, self.info
+        prunable = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        prunable[:, : info.special] = False
+        if stream.valid is not None:
+            prunable &= stream.valid
+        common: dict[str, Callable[[], Tensor]] = {
+            "hidden": lambda: x,
+            "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32) if stream.sizes is None else stream.sizes,
+        }
+        return Signals(
+            {**common, **self.sources(site, x)},
+            prunable=prunable,
+            units=x.shape[1] - info.special,
+            info=info,
+            valid=stream.valid,
+            rng=application.rng(x.device),
+            required=application.method.requires(site),
+            services=application.services,
+            parts=application.parts,
+            places=stream.places(x),
+            grids=self.grids(),
+            carry=stream.carry,
+        )
+
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of the input's patch grid."""
+        grid = self.info.grid
+        return () if grid is None else ((grid[0], grid[1]),)
+
+
+def run_all(removers: list[Callable[[], Any]]) -> None:
+    """Call every function of the list, the last first, and empty it."""
+    while removers:
+        removers.pop()()

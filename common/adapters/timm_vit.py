@@ -7,17 +7,16 @@ Attention stays fused: signals are computed beside it from the block's own qkv. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common import attention
-from common.adapters.base import Adapter, Application, Trace
+from common.adapters.base import Application, SequenceAdapter, Stream, run_all
 from common.errors import PrunelabError
 from common.roles import Signals
-from common.types import Gather, ModelInfo, Plan, Site
+from common.types import ModelInfo, Plan, Site
 
 _ATTENTION = frozenset(
     {"queries", "keys", "values", "attention", "attention_logits", "cls_row", "last_row", "received"}
@@ -25,43 +24,7 @@ _ATTENTION = frozenset(
 _ALWAYS = frozenset({"hidden", "sizes"})
 
 
-@dataclass
-class _Stream:
-    """State of one forward pass: per token its size, its bias as a key, and which outputs are padding."""
-
-    sizes: Tensor | None = None  # [B, N], None while all are 1
-    bias: Tensor | None = None  # [B, N] added to attention logits
-    valid: Tensor | None = None  # [B, N] bool, None while nothing is padded
-    origin: Tensor | None = None  # [B, N] place of each token in the full sequence, None once tokens were mixed
-    pruned: bool = False
-
-    def attention_bias(self) -> Tensor | None:
-        """The bias over keys with padding masked out."""
-        if self.valid is None:
-            return self.bias
-        base = torch.zeros_like(self.valid, dtype=torch.float32) if self.bias is None else self.bias
-        return base.masked_fill(~self.valid, float("-inf"))
-
-    def reduce(self, plan: Plan, total: int) -> _Stream:
-        """The state after a plan that saw `total` tokens."""
-        if isinstance(plan.reduce, Gather):
-            move = plan.reduce.apply
-            sizes = None if self.sizes is None else move(self.sizes)
-            bias = None if self.bias is None else move(self.bias)
-            origin = move(_places(plan.reduce.index, total) if self.origin is None else self.origin)
-        else:
-            ones = torch.ones_like(plan.reduce.source, dtype=torch.float32)
-            full = ones[:, :1].expand(-1, total) if self.sizes is None else self.sizes
-            sizes = replace(plan.reduce, weight=ones).apply(full.unsqueeze(-1)).squeeze(-1)
-            bias, origin = None, None
-        return _Stream(sizes, bias if plan.key_bias is None else plan.key_bias, plan.reduce.valid, origin, True)
-
-
-def _places(like: Tensor, total: int) -> Tensor:
-    return torch.arange(total, device=like.device).expand(like.shape[0], -1)
-
-
-class TimmViT(Adapter):
+class TimmViT(SequenceAdapter):
     family = "timm_vit"
     model_classes = ("timm.models.vision_transformer.VisionTransformer",)
     signals = {
@@ -72,10 +35,12 @@ class TimmViT(Adapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.blocks: Any = model.blocks
-        self.stream = _Stream()
         self.qkv: dict[int, Tensor] = {}
         self.scratch: Tensor | None = None
+
+    @property
+    def blocks(self) -> Any:
+        return self.model.blocks
 
     @property
     def info(self) -> ModelInfo:
@@ -98,16 +63,16 @@ class TimmViT(Adapter):
 
     def install(self, application: Application) -> Callable[[], None]:
         removers: list[Callable[[], Any]] = []
-        self.stream, self.qkv = _Stream(), {}
+        self.stream, self.qkv = Stream(), {}
         method, sites = application.method, application.sites
         try:
-            removers.append(self.blocks[0].register_forward_pre_hook(self._begin, prepend=True).remove)
+            removers.append(self.blocks[0].register_forward_pre_hook(self.begin, prepend=True).remove)
             first = min((site.layer for site in sites), default=len(self.blocks))
             for layer, block in enumerate(self.blocks):
                 removers.append(
-                    block.attn.register_forward_pre_hook(self._count(application, layer, "attention")).remove
+                    block.attn.register_forward_pre_hook(self.count(application, layer, "attention")).remove
                 )
-                removers.append(block.mlp.register_forward_pre_hook(self._count(application, layer, "mlp")).remove)
+                removers.append(block.mlp.register_forward_pre_hook(self.count(application, layer, "mlp")).remove)
                 if layer >= first:
                     hook = block.attn.register_forward_pre_hook(self._bias_attention, with_kwargs=True)
                     removers.append(hook.remove)
@@ -121,18 +86,18 @@ class TimmViT(Adapter):
             if getattr(self.model, "global_pool", "token") != "token" or getattr(self.model, "attn_pool", None):
                 removers.append(self.model.norm.register_forward_hook(self._weigh_for_pooling).remove)  # type: ignore[union-attr]
         except BaseException:
-            _run(removers)
+            run_all(removers)
             raise
-        return lambda: _run(removers)
+        return lambda: run_all(removers)
 
     def _install_site(self, application: Application, site: Site) -> Callable[[], Any]:
         block = self.blocks[site.layer]
         if site.where == "input":
             return block.register_forward_pre_hook(
-                lambda _, args: (self._reduce(application, site, args[0]), *args[1:])
+                lambda _, args: (self.reduce(application, site, args[0]), *args[1:])
             ).remove
         if site.where == "block_output":
-            return block.register_forward_hook(lambda _, __, out: self._reduce(application, site, out)).remove
+            return block.register_forward_hook(lambda _, __, out: self.reduce(application, site, out)).remove
 
         if type(block).__name__ != "Block" or "forward" in vars(block):
             raise PrunelabError(
@@ -142,7 +107,7 @@ class TimmViT(Adapter):
         # The residual cannot shrink inside the block's own forward, so its two halves are called one by one.
         def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
             branch = block.attn(block.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-            x = self._reduce(application, site, x + block.drop_path1(block.ls1(branch)))
+            x = self.reduce(application, site, x + block.drop_path1(block.ls1(branch)))
             return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
         block.forward = forward
@@ -150,19 +115,9 @@ class TimmViT(Adapter):
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.stream, self.qkv = _Stream(), {}
-
-    def _count(self, application: Application, layer: int, part: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            trace, x = application.trace, args[0]
-            if layer == 0 and part == "attention":
-                trace.samples += x.shape[0]
-                trace.origins.clear()
-            valid = None if x.device.type == "meta" else self.stream.valid
-            getattr(trace, part)[layer] += x.shape[0] * x.shape[1] if valid is None else int(valid.sum())
-
-        return hook
+    def begin(self, module: nn.Module, args: Any) -> None:
+        super().begin(module, args)
+        self.qkv = {}
 
     def _bias_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bias = self.stream.attention_bias()
@@ -194,23 +149,10 @@ class TimmViT(Adapter):
 
     # -- one site ------------------------------------------------------------------------------------------------
 
-    def _reduce(self, application: Application, site: Site, x: Tensor) -> Tensor:
-        trace, method = application.trace, application.method
-        with trace.scoring(), torch.no_grad():
-            plan = method.plan(site, self._signals(application, site, x), application.budget.at(site.index))
-            self.check_plan(plan)
+    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, Signals]:
+        decided = super().decide(application, site, x)
         self.qkv.pop(site.layer, None)
-        if trace.measured is not None:
-            plan = replace(plan, reduce=plan.reduce.narrow(_behind(trace.measured, site)), key_bias=None)
-        total = x.shape[1]
-        x = plan.reduce.apply(x)
-        self.stream = self.stream.reduce(plan, total)
-        if self.stream.origin is not None:
-            origin = self.stream.origin
-            if self.stream.valid is not None:
-                origin = origin.masked_fill(~self.stream.valid, -1)
-            trace.origins.append((site, origin))
-        return x
+        return decided
 
     def _scratch(self, queries: Tensor) -> Tensor | None:
         """Memory for one attention matrix, shared by all sites since each is read before the next is made."""
@@ -222,15 +164,9 @@ class TimmViT(Adapter):
                 self.scratch = torch.empty(size, dtype=queries.dtype)
         return self.scratch
 
-    def _signals(self, application: Application, site: Site, x: Tensor) -> Signals:
-        info, stream = self.info, self.stream
-        special = info.special
-        total, layer = x.shape[1], site.layer
+    def sources(self, site: Site, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+        stream, layer = self.stream, site.layer
         scale = self.blocks[layer].attn.scale
-        prunable = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        prunable[:, :special] = False
-        if stream.valid is not None:
-            prunable &= stream.valid
 
         def part(which: int) -> Tensor:
             attn = self.blocks[layer].attn
@@ -241,9 +177,7 @@ class TimmViT(Adapter):
             q, k = part(0), part(1)
             return attention.weights(q, k, scale, stream.attention_bias(), self._scratch(q))
 
-        sources: dict[str, Callable[[], Tensor]] = {
-            "hidden": lambda: x,
-            "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32) if stream.sizes is None else stream.sizes,
+        return {
             "queries": lambda: part(0),
             "keys": lambda: part(1),
             "values": lambda: part(2),
@@ -253,28 +187,3 @@ class TimmViT(Adapter):
             "last_row": lambda: attention.row(part(0), part(1), scale, -1, stream.attention_bias()),
             "received": lambda: attention.received(weights(), stream.valid),
         }
-        return Signals(
-            sources,
-            prunable=prunable,
-            units=total - special,
-            info=info,
-            valid=stream.valid,
-            rng=application.rng(x.device),
-            required=application.method.requires(site),
-            services=application.services,
-        )
-
-
-def _behind(trace: Trace, site: Site) -> int:
-    """Mean tokens measured behind a site."""
-    if site.where == "after_attention":
-        total = trace.mlp[site.layer]
-    else:
-        layer = site.layer + (site.where == "block_output")
-        total = trace.attention[layer] if layer < len(trace.attention) else trace.mlp[-1]
-    return max(1, round(total / trace.samples))
-
-
-def _run(removers: list[Callable[[], Any]]) -> None:
-    while removers:
-        removers.pop()()

@@ -42,16 +42,16 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
             kept, info = handle.kept(), handle.adapter.info
     ink = ((x[:, 0] * digits.SCALE + digits.SHIFT).clamp(0, 1) * 255).round().int()
 
-    def patches(places: torch.Tensor) -> list[int]:
-        return sorted((places[places >= info.special] - info.special).tolist())
-
     items = [
         {
             "label": int(labels[i]),
             "dense": int(dense[i]),
             "pruned": int(pruned[i]),
             "image": [bytes(row).hex() for row in ink[i].tolist()],
-            "sites": [{"layer": s.layer, "where": s.where, "kept": patches(places[i])} for s, places in kept],
+            "sites": [
+                {"layer": s.layer, "where": s.where, "kept": sorted(info.patches(places[i]).tolist())}
+                for s, places in kept
+            ],
         }
         for i in range(count)
     ]

@@ -9,7 +9,7 @@ import torch
 
 from common import cost, models, registry
 from common.adapters import adapter_for
-from common.apply import apply
+from common.apply import PARTS, apply
 from common.papers import Run
 from common.roles import TokenPruner
 from common.types import Budget
@@ -18,20 +18,29 @@ from common.types import Budget
 def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics in G (1e9), one image: `macs` (with scoring), `scoring`, `dense`, `saving` in percent, `fvcore` (the
     count of the papers' tool: MACs without scoring, 5 a LayerNorm element) and `blocks` (fvcore's without the patch
-    embedding). Methods whose counts depend on the input have no such cost: their MACs are
-    measured by the `classify` task."""
+    embedding). Methods whose counts depend on the input have no such cost: their MACs are measured on data.
+
+    Settings: `size` [height, width] of the image; `module`, the path of the submodule in which the method works, adds
+    `module_macs`, `module_dense` and `module_saving`, its cost alone with the scoring."""
     model = models.architecture(run.ids["model"])
     example = adapter_for(model).example()
-    embedding = cost.flops(lambda: cost.on_meta(model.patch_embed, example)) / 2  # type: ignore[arg-type]
+    if "size" in run.settings:
+        example = example.new_empty(*example.shape[:2], *run.settings["size"])
+    embed = getattr(model, "patch_embed", None)
+    embedding = 0.0 if embed is None else cost.flops(lambda: cost.on_meta(embed, example)) / 2
     dense = cost.macs(model, example)
     total, scoring, norms = dense, 0.0, 5 * cost.norm_elements(model, example)
     if run.method is not None:
         method = registry.create(run.method, **run.options)
         assert isinstance(method, TokenPruner)
+        with torch.device("meta"):
+            parts = method.build(adapter_for(model).info)
+        if parts is not None:
+            model.add_module(PARTS, parts)
         budget = cost.match(method, model, Budget.parse(str(run.budget)))
         with apply(method, model, budget) as handle, torch.no_grad():
             norms = 5 * cost.norm_elements(model, example)
-            report = handle.report()
+            report = handle.report(example)
             total, scoring = report.macs, report.scoring_macs
     figures = {
         "macs": total,
@@ -40,6 +49,10 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         "fvcore": total - scoring + norms,
         "blocks": total - scoring + norms - embedding,
     }
+    saving = {"saving": 1 - total / dense}
+    if "module" in run.settings:
+        inside = cost.module_macs(model, example, run.settings["module"])
+        figures |= {"module_macs": inside - (dense - total), "module_dense": inside}
+        saving["module_saving"] = (dense - total) / inside
     metrics: dict[str, Any] = {name: {"value": round(value / 1e9, 5)} for name, value in figures.items()}
-    metrics["saving"] = {"value": round(100 * (1 - total / dense), 3)}
-    return metrics
+    return metrics | {name: {"value": round(100 * value, 3)} for name, value in saving.items()}

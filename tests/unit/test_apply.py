@@ -11,7 +11,7 @@ from torch import nn
 from common import cost, registry
 from common.apply import apply
 from common.errors import PrunelabError
-from common.types import Budget
+from common.types import Budget, ModelInfo
 from methods.ats.method import AdaptiveTokenSampling
 from methods.cls_attention.method import ClassAttention
 from methods.random_drop.method import RandomDrop
@@ -181,3 +181,84 @@ def test_a_signal_not_required_is_not_given():
     model = vit()
     with torch.no_grad(), apply(Curious(), model, 0.5), pytest.raises(AttributeError, match="was not required"):
         model(images())
+
+
+class Learned(NormTokens):
+    """Keeps the largest norms, remembers the ranking for its later sites, and passes what stays through a layer."""
+
+    layers = (1, 4)
+
+    def build(self, info):
+        return nn.Linear(info.width, info.width)
+
+    def score(self, site, signals):
+        norm = signals.carry.setdefault("ranking", signals.hidden.norm(dim=-1))
+        return norm.gather(1, signals.places)
+
+    def refine(self, site, hidden, signals, plan):
+        return signals.parts(hidden)
+
+
+def test_learned_parts_belong_to_the_model_inside_the_block():
+    model, method = vit(), Learned((1, 4))
+    parts = method.build(ModelInfo("timm_vit", 9, 3, 24, 17))
+    names = set(dict(model.named_parameters()))
+    with apply(method, model, 0.5, parts=parts) as handle:
+        assert set(dict(model.named_parameters())) - names == {"pruning_parts.weight", "pruning_parts.bias"}
+        model(images()).sum().backward()
+        with_layer = handle.report().macs
+        first, second = (places for _, places in handle.kept())
+    assert float(parts.weight.grad.abs().sum()) > 0, "the layer is trained through the pruned model"
+    assert set(dict(model.named_parameters())) == names
+    assert all(set(b.tolist()) <= set(a.tolist()) for a, b in zip(first, second, strict=True)), "one ranking, two cuts"
+    with torch.no_grad(), apply(NormTokens((1, 4)), model, 0.5) as handle:
+        without = handle.report().macs
+    assert with_layer - without == 24 * 24 * (9 + 5), "17 tokens, then 9, then 5"
+
+
+def test_a_model_that_was_trained_with_a_method_brings_its_parts():
+    model, method = vit(), Learned()
+    model.add_module("pruning_parts", nn.Linear(24, 24))
+    with torch.no_grad(), apply(method, model, 0.5):
+        own = model(images())
+    with torch.no_grad(), apply(method, model, 0.5, parts=nn.Linear(24, 24)):
+        assert not torch.equal(model(images()), own)
+    with torch.no_grad(), apply(method, model, 0.5):
+        assert torch.equal(model(images()), own), "its own parts are back"
+
+
+def test_missing_and_unfit_parts_are_named():
+    small = nn.Linear(2, 2)
+    with pytest.raises(PrunelabError, match="has learned parts"), apply(Learned(), vit(), 0.5):
+        pass
+    with pytest.raises(PrunelabError, match=r"do not fit.*weight"), apply(Learned(), vit(), 0.5, parts=small):
+        pass
+    with (
+        pytest.raises(PrunelabError, match="leave `parts` out"),
+        apply(NormTokens(), vit(), 0.5, parts=nn.Linear(2, 2)),
+    ):
+        pass
+
+
+def test_sampling_is_counted_by_formula():
+    grid = torch.empty(2, 5, 4, 2, device="meta")
+    values = torch.empty(2, 8, 6, 6, device="meta")
+    counted = cost.flops(lambda: nn.functional.grid_sample(values, grid, align_corners=False))
+    assert counted == 2 * 5 * 2 * 8 * 5 * 4
+
+
+def test_cost_of_one_module():
+    model = vit()
+    x = torch.empty(1, 3, 32, 32)
+    parts = [cost.module_macs(model, x, f"blocks.{i}") for i in range(9)]
+    assert sum(parts) == cost.module_macs(model, x, "blocks") < cost.macs(model, x)
+    with pytest.raises(PrunelabError, match="spends nothing in a module 'encoder'"):
+        cost.module_macs(model, x, "encoder")
+
+
+def test_patch_numbers_leave_out_the_class_token_wherever_it_is():
+    places = torch.tensor([0, 1, 3, 4, 5, -1])
+    prefix = ModelInfo("a", 1, 1, 8, 9, special=1, class_token=True)
+    middle = ModelInfo("b", 1, 1, 8, 9, special=1, class_token=True, class_place=4)
+    assert prefix.patches(places).tolist() == [0, 2, 3, 4]
+    assert middle.patches(places).tolist() == [0, 1, 3, 4]

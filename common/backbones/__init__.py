@@ -1,0 +1,1 @@
+"""Architectures that no library we build on has, under the names of their official checkpoints. They know no method."""
