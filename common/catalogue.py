@@ -16,6 +16,7 @@ from common.errors import PrunelabError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALES = ("smoke", "testbed", "assets", "paper")
+KEYS = ("papers", "scale", "results", "batch", "gpu")  # settings that are no folders of the user's
 
 
 @cache
@@ -48,8 +49,8 @@ def settings(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
         values[key] = value if value not in (None, "") else values[key]
     if values["scale"] not in SCALES:
         raise PrunelabError(f"there is no scale '{values['scale']}'; use one of {', '.join(SCALES)}")
-    for key in ("assets", "imagenet", "duc"):
-        if values[key] and not Path(values[key]).is_dir():
+    for key in values:
+        if key not in KEYS and values[key] and not Path(values[key]).is_dir():
             raise PrunelabError(
                 f"the {key} folder {values[key]} does not exist; give --config {key}=DIR an existing one"
             )
@@ -92,8 +93,13 @@ def missing(model_name: str | None, data_name: str | None, scale: str, config: M
             return str(entry["needs"])
         if "folder" in entry and not (Path(config["assets"] or "/nonexistent") / entry["folder"]).exists():
             return f"the assets folder with {entry['folder']} (--config assets=DIR)"
-    if model_name is not None and scale == "paper" and "revision" not in model(model_name)["paper"]:
-        return f"a pinned revision of {model(model_name)['paper']['hub']} in configs/models.yaml (revision: COMMIT)"
+    if model_name is not None and scale == "paper":
+        entry = model(model_name)["paper"]
+        if "file" in entry and "hub" not in entry:
+            if not (Path(config["checkpoints"] or "/nonexistent") / entry["file"]).exists():
+                return f"{entry['file']} from {entry['source']} in the checkpoints folder (--config checkpoints=DIR)"
+        elif "revision" not in entry:
+            return f"a pinned revision of {entry['hub']} in configs/models.yaml (revision: COMMIT)"
     return None
 
 
@@ -108,7 +114,7 @@ def identity(model_name: str | None, data_name: str | None, scale: str, config: 
         elif scale == "assets":
             out["model"] = {"assets": entry, "sha256": _assets_hash(config, str(entry))}
         else:
-            out["model"] = entry
+            out["model"] = {**entry, "architecture": model(model_name)["architecture"]} if "file" in entry else entry
     if data_name is not None:
         out["data"] = dict(dataset(data_name)[scale])
         for package in out["data"].get("packages", ()):  # data cut from installed packages change with their versions

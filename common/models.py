@@ -90,6 +90,8 @@ def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Mod
         return testbeds.load(identity["testbed"])[0], None
     if "assets" in identity:
         return _vit_tiny(Path(config["assets"]) / identity["assets"])
+    if "file" in identity:
+        return _official(identity, config)
     if "hub" in identity:
         return _hub(f"{identity['hub']}@{identity['revision']}")
     raise PrunelabError(f"cannot load a model from {dict(identity)}; see configs/models.yaml")
@@ -118,3 +120,27 @@ def _hub(name: str) -> tuple[nn.Module, Transform]:
             f"the checkpoint {name} cannot be had ({type(error).__name__}); download it first"
         ) from error
     return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+
+def _official(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Module, Transform | None]:
+    """An official checkpoint of one of our own backbones, whose module reads it with `load_checkpoint(model, path)`."""
+    if "hub" in identity:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            path = Path(hf_hub_download(identity["hub"], identity["file"], revision=identity["revision"]))
+        except (HfHubHTTPError, OSError) as error:
+            raise PrunelabError(
+                f"{identity['file']} of {identity['hub']} cannot be had ({type(error).__name__}); download it first"
+            ) from error
+    else:
+        path = Path(config["checkpoints"]) / identity["file"]
+    model = _create(identity["architecture"]).eval()
+    module = identity["architecture"]["name"].partition(":")[0]
+    importlib.import_module(f"common.backbones.{module}").load_checkpoint(model, path)
+    if "transform" not in identity:
+        return model, None
+    import timm
+
+    return model, timm.data.create_transform(**identity["transform"])
