@@ -114,7 +114,9 @@ def identity(model_name: str | None, data_name: str | None, scale: str, config: 
         elif scale == "assets":
             out["model"] = {"assets": entry, "sha256": _assets_hash(config, str(entry))}
         else:
-            out["model"] = {**entry, "architecture": model(model_name)["architecture"]} if "file" in entry else entry
+            out["model"] = dict(entry or {})
+            if "file" in out["model"]:
+                out["model"]["architecture"] = model(model_name)["architecture"]
     if data_name is not None:
         out["data"] = dict(dataset(data_name)[scale])
         for package in out["data"].get("packages", ()):  # data cut from installed packages change with their versions

@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common import catalogue
+from common import catalogue, registry
+from common.adapters import adapter_for
+from common.apply import PARTS
 from common.errors import PrunelabError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -24,14 +29,21 @@ def architecture(entry: Mapping[str, Any]) -> nn.Module:
 
 
 def _create(entry: Mapping[str, Any]) -> nn.Module:
-    """A timm model by name, or one of our own: `library: backbones, name: vim:vim_tiny` is
-    `common.backbones.vim.vim_tiny()`."""
+    """A timm model by name, a transformers model by its class with the arguments of its configuration, or one of our
+    own: `library: backbones, name: vim:vim_tiny` is `common.backbones.vim.vim_tiny()`."""
     arguments = entry.get("arguments", {})
     if entry["library"] == "backbones":
         module, _, function = entry["name"].partition(":")
         return getattr(importlib.import_module(f"common.backbones.{module}"), function)(**arguments)
+    if entry["library"] == "transformers":
+        import transformers
+
+        model_class = getattr(transformers, entry["name"])
+        return model_class(model_class.config_class(**arguments))
     if entry["library"] != "timm":
-        raise PrunelabError(f"configs/models.yaml: the library {entry['library']} is unknown; use timm or backbones")
+        raise PrunelabError(
+            f"configs/models.yaml: the library {entry['library']} is unknown; use timm, transformers or backbones"
+        )
     import timm
 
     return timm.create_model(entry["name"], pretrained=False, **arguments)
@@ -136,7 +148,10 @@ def _official(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[n
             ) from error
     else:
         path = Path(config["checkpoints"]) / identity["file"]
-    model = _create(identity["architecture"]).eval()
+    model = _create(identity["architecture"])
+    if "parts" in identity:  # a model trained with a method brings the method's learned parts
+        model.add_module(PARTS, registry.create(identity["parts"]).build(adapter_for(model).info))
+    model = model.eval()
     module = identity["architecture"]["name"].partition(":")[0]
     importlib.import_module(f"common.backbones.{module}").load_checkpoint(model, path)
     if "transform" not in identity:
@@ -144,3 +159,35 @@ def _official(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[n
     import timm
 
     return model, timm.data.create_transform(**identity["transform"])
+
+
+def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in eval mode with its tokenizer: a testbed, a folder of the assets, or a hub checkpoint
+    in the precision it is stored in."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    if "testbed" in identity:
+        from tokenizers import Tokenizer
+
+        from common import testbeds
+        from common.testbeds.base import read_extra
+
+        model = testbeds.load(identity["testbed"])[0]
+        tokenizer = Tokenizer.from_str(read_extra(testbeds.SHIPPED / identity["testbed"], "tokenizer.json"))
+        mark = tokenizer.id_to_token(model.config.bos_token_id)  # type: ignore[union-attr,arg-type]
+        return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=mark, eos_token=mark)
+    if "assets" in identity:
+        name, options = Path(config["assets"]) / identity["assets"], {"local_files_only": True}
+        if not (name / "config.json").exists():
+            raise PrunelabError(f"{name} is missing; give --config assets=DIR a folder that holds {name.name}")
+    elif "hub" in identity:
+        name, options = identity["hub"], {"revision": identity["revision"]}
+    else:
+        raise PrunelabError(f"cannot load a language model from {dict(identity)}; see configs/models.yaml")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, **options)
+        return model.eval(), AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:  # what transformers raises for files that are missing or damaged
+        raise PrunelabError(
+            f"the language model {name} cannot be had ({str(error).splitlines()[0]}); download it first"
+        ) from error

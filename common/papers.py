@@ -92,6 +92,8 @@ class Board(_Strict):
     model: str | None = None
     metric: str
     label: str = ""  # the metric in words, with its unit
+    cost: str = "gmacs"  # the metric shown as cost; the saving beside it is named alike
+    cost_label: str = "MACs"  # the cost in words
     baseline: str = "dense"
     entries: dict[str, str]
     budgets: tuple[str, ...]
@@ -399,9 +401,10 @@ def points(slug: str, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
     """Every point of a paper's boards at the scales asked for."""
     paper = load(slug)
     for board in paper.boards:
-        for scale in scales(config):
+        exact = board.kind in ANYWHERE
+        for scale in scales(config)[:1] if exact else scales(config):
             asked = "testbed" if scale == "smoke" else scale
-            if asked not in board.scales or (scale == "smoke" and not board.smoke):
+            if (asked not in board.scales and not exact) or (scale == "smoke" and not board.smoke):
                 continue
             options = {"model": board.model, "data": board.data, "settings": board.settings}
             unpruned = paper.configuration(board.baseline)  # or a method, then under the first budget

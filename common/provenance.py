@@ -23,7 +23,9 @@ from common.errors import PrunelabError
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = 1
-_LIBRARIES = ("torch", "torchvision", "timm", "transformers", "numpy", "scipy", "scikit-learn", "rouge-score")
+_LIBRARIES = (
+    "torch", "torchvision", "timm", "transformers", "numpy", "scipy", "scikit-learn", "rouge-score", "faster-coco-eval",
+)  # fmt: skip
 
 
 def digest(value: Any) -> str:

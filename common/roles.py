@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import selection, text
+from common import masks, selection, text
 from common.errors import PrunelabError
+from common.targets import Accumulator, Decision, Kind, Probe, Statistics, Target, WeightSignals
 from common.text import Background, Similarity
-from common.types import Budget, Gather, ModelInfo, Plan, Reduction, Site
+from common.types import Budget, Gather, ModelInfo, Plan, Reduction, Rest, Site
 
 
 class Signals:
@@ -35,7 +36,9 @@ class Signals:
     Signals by name: `hidden` [B, N, D], `queries` / `keys` / `values` [B, H, N, d] (keys as attention uses them),
     `attention_logits` [B, H, N, N] (scaled, with biases; padding columns at -inf), `attention` (their softmax),
     `cls_row` [B, H, N] (attention of the class token), `last_row` (of the last token), `received` [B, H, N]
-    (column sums of attention), `sizes` [B, N] (original units each unit stands for).
+    (column sums of attention), `sizes` [B, N] (original units each unit stands for). Some families have more: `scans`
+    [B, S, N, E] (a vision Mamba's scan outputs in token order), `class_confidence` [B, N, C] (a segmenter's head),
+    `positions`, `memory`, `class_logits` ... (a deformable encoder's); each adapter says what it gives.
     """
 
     def __init__(
@@ -127,10 +130,14 @@ class TokenPruner(Method):
     def requires(self, site: Site) -> frozenset[str]:
         """Names of the signals read at a site. The adapter computes these and no others."""
 
+    def fate(self) -> Rest:
+        """What becomes of the units that do not go on: the `rest` of every plan."""
+        return "drop"
+
     def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
         """Decide what goes on from here. `budget` is already the one of this site."""
         kept = self.select(self.score(site, signals), signals, budget)
-        return Plan(self.merge(kept, signals))
+        return Plan(self.merge(kept, signals), rest=self.fate())
 
     def score(self, site: Site, signals: Signals) -> Tensor:
         """Importance [B, N] of every unit, larger is better. Values at protected units are ignored."""
@@ -179,30 +186,69 @@ class CachePruner(Method):
 
 
 class WeightPruner(Method):
-    """Prunes weights, rows, heads, experts or layers from calibration statistics."""
+    """Prunes weights, heads, channels, experts or layers: calibrate, score, allocate, mask, update.
+
+    A `sequential` method decides block by block on a stream the earlier, pruned blocks gave: `solve` is its heart.
+    Any other scores every target on the dense model's stream first and then decides on all together: `select`.
+    """
 
     role: ClassVar[str] = "weight_pruner"
+    needs_base: ClassVar[bool] = False  # prunes what fine-tuning changed, and reads the model before it
 
-    def requires(self, target: str) -> frozenset[str]:
-        """Statistics read for a target: `input_norm`, `second_moment`, `gradient`, `fluctuation`, `router` ..."""
-        return frozenset()
+    @property
+    def sequential(self) -> bool:
+        """Whether blocks are decided one after the other."""
+        return True
+
+    def kinds(self) -> Sequence[Kind]:
+        """What the method prunes."""
+        return ("linear",)
+
+    def covers(self, target: Target) -> bool:
+        """Whether the method touches a target of its kinds."""
+        return True
+
+    def statistics(self, kind: Kind) -> Mapping[str, Callable[[Target], Accumulator]]:
+        """What is accumulated over the calibration set at each target of a kind, by name."""
+        return {}
+
+    def survey(self, probe: Probe) -> Mapping[str, Statistics]:
+        """Further statistics, by target and name, measured once on the whole dense model (gradients, losses)."""
+        return {}
 
     @abstractmethod
-    def score(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
-        """Importance of every element of the [out, in] weight (or of every structure, [n])."""
+    def score(self, target: Target, signals: WeightSignals) -> Tensor:
+        """Importance of every unit, of the target's shape, larger is better."""
 
-    def allocate(self, scores: Sequence[Tensor], budget: Budget) -> Sequence[Budget]:
-        """The budget of every target; by default the same for all."""
-        return [budget] * len(scores)
+    def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
+        """The budget of every target; by default the same for all, or one amount a block. The signals of a sequential
+        method hold what `survey` found, the others' everything."""
+        return [budget.at(target.block) for target in targets]
 
-    def mask(self, scores: Tensor, budget: Budget) -> Tensor:
-        """Boolean mask of what stays, of the scores' shape; by default the best of each row."""
-        index, _ = selection.top_k(scores, budget.count(scores.shape[-1]))
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
+    def mask(self, target: Target, scores: Tensor, budget: Budget) -> Tensor:
+        """Mask of what stays, of the target's shape: by default the best of each row, or the best structures."""
+        return masks.per_row(scores, budget)
 
-    def update(self, weight: Tensor, mask: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
-        """The pruned weight. Methods that compensate the error override this."""
-        return weight * mask
+    def update(self, target: Target, signals: WeightSignals, mask: Tensor) -> Mapping[str, Tensor]:
+        """New values by role, for methods that make up for what was taken away."""
+        return {}
+
+    def solve(self, target: Target, signals: WeightSignals, budget: Budget) -> Decision:
+        """A sequential method's decision on one target. Methods that choose and update at once override this."""
+        scores = self.score(target, signals)
+        masks.refuse_nan(scores, target.name)
+        mask = self.mask(target, scores, budget)
+        return Decision(mask, self.update(target, signals, mask))
+
+    def select(
+        self, targets: Sequence[Target], signals: Sequence[WeightSignals], scores: Sequence[Tensor], budget: Budget
+    ) -> Sequence[Tensor]:
+        """The masks of all targets at once. Methods that compare scores across targets override this; layers are
+        compared by default."""
+        if all(target.kind == "layers" for target in targets):
+            return list(masks.per_row(torch.cat(list(scores)), budget).split(1))
+        budgets = self.allocate(targets, signals, budget)
+        return [self.mask(t, s, b) for t, s, b in zip(targets, scores, budgets, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import PrunelabError
 
-Unit = Literal["ratio", "count", "removed", "words", "bytes", "macs", "cost"]
+Unit = Literal["ratio", "count", "removed", "pattern", "words", "bytes", "macs", "cost"]
 Where = Literal["input", "after_attention", "block_output", "projected", "packed"]
 Rest = Literal["drop", "bypass", "halt", "defer"]
 Positions = Literal["original", "renumber", "hold", "decay"]
@@ -28,12 +28,14 @@ class Budget:
     """How much may stay: one amount for every site, or one amount a site.
 
     unit: `ratio` keeps that share of the units, `count` keeps that many, `removed` takes that many away,
-    `words` and `bytes` limit text, `macs` names multiply-accumulates and `cost` a share of the dense ones (both are
-    turned into one of the first three by `common.cost.match`).
+    `pattern` keeps that many of each `every` consecutive ones (2:4), `words` and `bytes` limit text, `macs` names
+    multiply-accumulates and `cost` a share of the dense ones (both are turned into one of the first three by
+    `common.cost.match`).
     """
 
     amount: float | tuple[float, ...]
     unit: Unit = "ratio"
+    every: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.amount, Sequence) and not isinstance(self.amount, (str, tuple)):
@@ -48,6 +50,10 @@ class Budget:
                 raise PrunelabError(f"budget {value:g} {self.unit} is out of range: it must be {allowed}")
         if not self.amounts:
             raise PrunelabError("a budget needs at least one amount")
+        if (self.unit == "pattern") != (self.every > 0):
+            raise PrunelabError("a pattern names how many stay of how many, and nothing else does; write it as 2:4")
+        if self.unit == "pattern" and any(a != int(a) or a > self.every for a in self.amounts):
+            raise PrunelabError(f"the pattern {self} is out of range: whole numbers up to {self.every} can stay")
 
     @property
     def amounts(self) -> tuple[float, ...]:
@@ -76,11 +82,26 @@ class Budget:
             return min(int(amount), available)
         if self.unit == "removed":
             return max(available - int(amount), 0)
+        if self.unit == "pattern":
+            if available % self.every:
+                raise PrunelabError(f"{available} units do not divide into groups of {self.every}, as {self} needs")
+            return available // self.every * int(amount)
         raise PrunelabError(f"a budget in {self.unit} does not count units; use ratio, count or removed")
+
+    def pruned(self, available: int) -> int:
+        """Units taken away out of `available`. Of a ratio this number is rounded down, as the weight-pruning papers
+        do, where `count` rounds down the number that stays."""
+        if self.unit == "ratio" and len(self.amounts) == 1:
+            return int(round((1 - self.amounts[0]) * available, 6))
+        return available - self.count(available)
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read `0.7`, `0.9,0.8,0.7`, `13removed`, `64count`, `665bytes`, `100words`, `0.75cost` or `2.97e9macs`."""
+        """Read `0.7`, `0.9,0.8,0.7`, `13removed`, `64count`, `2:4`, `665bytes`, `100words`, `0.75cost` or
+        `2.97e9macs`."""
+        if pattern := re.fullmatch(r"\s*(\d+(?:,\d+)*):(\d+)\s*", text):
+            kept = tuple(int(part) for part in pattern[1].split(","))
+            return cls(kept if len(kept) > 1 else kept[0], "pattern", int(pattern[2]))
         match = re.fullmatch(r"\s*([-+.,\d\s]+(?:e\+?\d+)?)\s*([a-z]*)\s*", text)
         try:
             if match is None:
@@ -88,13 +109,15 @@ class Budget:
             amounts = [float(part) for part in match[1].split(",")]
         except ValueError:
             raise PrunelabError(
-                f"cannot read the budget '{text}'; write 0.7, 0.9,0.8,0.7, 13removed, 64count, 665bytes or 100words"
+                f"cannot read the budget '{text}';"
+                " write 0.7, 0.9,0.8,0.7, 13removed, 64count, 2:4, 665bytes or 100words"
             ) from None
         plain = tuple(int(a) if a.is_integer() and match[2] not in ("", "ratio", "cost") else a for a in amounts)
         return cls(plain if len(plain) > 1 else plain[0], match[2] or "ratio")  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return ",".join(f"{a:.10g}" for a in self.amounts) + ("" if self.unit == "ratio" else self.unit)
+        unit = "" if self.unit == "ratio" else f":{self.every}" if self.unit == "pattern" else self.unit
+        return ",".join(f"{a:.10g}" for a in self.amounts) + unit
 
 
 @dataclass(frozen=True)
@@ -189,7 +212,9 @@ class Mix:
     valid: Tensor | None = None
 
     def apply(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, K, D]."""
+        """[B, N, D] -> [B, K, D]; a matrix with many entries a unit is multiplied as a dense one."""
+        if self.target.shape[1] > 4 * x.shape[1]:
+            return self.matrix(x.shape[1]).to(x.dtype) @ x
         entries = x.gather(1, self.source.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         entries = entries * self.weight.unsqueeze(-1).to(x.dtype)
         out = x.new_zeros(x.shape[0], self.outputs, x.shape[-1])

@@ -43,7 +43,8 @@ def trade_off(boards: Sequence[BoardTable], reported: Mapping[str, Curves]) -> l
     """Each board as curves of quality against cost; what the paper reports stands in a panel and on axes of its own."""
     found = []
     for name in dict.fromkeys(board.name for board in boards):
-        shown = [b for b in boards if b.name == name and any(p.value.value is not None and p.cost for p in b.points)]
+        same = [b for b in boards if b.name == name and b.scale != "analytic"]  # exact costs need no curve
+        shown = [b for b in same if any(p.value.value is not None and p.cost for p in b.points)]
         if not shown and name not in reported:
             continue
         ours = [_curves(board) for board in shown]
@@ -78,12 +79,12 @@ def _curves(board: BoardTable) -> tuple[Curves, tuple[str, float] | None]:
     by_entry: dict[str, list[svg.Mark]] = {}
     for p in points:
         assert p.value.value is not None and p.cost is not None
-        label = f"{p.entry} at {p.budget}: {tables.shown(p.value, 1)}, {tables.cost(p.cost)} MACs"
+        label = f"{p.entry} at {p.budget}: {tables.shown(p.value, 1)}, {tables.cost(p.cost)} {board.cost}"
         mark = svg.Mark(p.cost * (1000 if millions else 1), p.value.value, p.value.margin, label=label)
         by_entry.setdefault(p.entry, []).append(mark)
     series = [svg.Series(entry, tuple(marks)) for entry, marks in by_entry.items()]
     level = None if base.value.value is None else (f"{base.entry} {base.value.value:.1f}", base.value.value)
-    return Curves(f"{'M' if millions else 'G'}MACs an image, scoring included", board.metric, series), level
+    return Curves(f"{'M' if millions else 'G'} {board.cost} an image, scoring included", board.metric, series), level
 
 
 def _panel(title: str, curves: Curves, level: tuple[str, float] | None, look: Mapping[str, int]) -> str:

@@ -5,6 +5,7 @@ Tables read only reported.csv and run records. Nothing is computed here but diff
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ class BoardTable:
     name: str
     caption: str
     metric: str  # in words
-    scale: str
+    scale: str  # or "analytic", for what follows from shapes
+    cost: str  # in words
     points: tuple[Point, ...]
 
 
@@ -171,7 +173,8 @@ def boards(slug: str, config: Mapping[str, Any], records: Records) -> list[Board
 
 
 def _board(points: list[papers.BoardPoint], records: Records) -> BoardTable:
-    board, scale = points[0].board, points[0].scale
+    board = points[0].board
+    scale = papers.ANYWHERE.get(board.kind, points[0].scale)
     base = records.get(points[0].run)[0] if isinstance(points[0].run, papers.Run) else None
     rows = []
     for point in points:
@@ -190,12 +193,12 @@ def _board(points: list[papers.BoardPoint], records: Records) -> BoardTable:
                 point.budget,
                 scale,
                 value,
-                figures.get("gmacs", {}).get("value"),
-                figures.get("saving", {}).get("value"),
+                figures.get(board.cost, {}).get("value"),
+                figures.get(re.sub("g?macs$", "saving", board.cost), {}).get("value"),
                 *(paired or (None, None)),
             )
         )
-    return BoardTable(board.name, board.caption, board.label or board.metric, scale, tuple(rows))
+    return BoardTable(board.name, board.caption, board.label or board.metric, scale, board.cost_label, tuple(rows))
 
 
 def record(records: Records, address: str) -> dict[str, Any]:

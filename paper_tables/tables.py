@@ -235,10 +235,12 @@ def board_markdown(slug: str, board: BoardTable) -> str:
         saving = "–" if p.saving is None else f"{p.saving:.1f} %"
         macs = "–" if p.cost is None else cost(p.cost)
         rows.append([_md(p.entry), p.budget or "none", value, macs, saving, gap(p.difference, p.interval)])
-    header = ["method", "budget", _md(board.metric), "MACs", "saved", f"difference to {_md(board.points[0].entry)}"]
+    difference = f"difference to {_md(board.points[0].entry)}"
+    header = ["method", "budget", _md(board.metric), _md(board.cost), "saved", difference]
     legend = ["± is the 95 % half width; differences are paired over the same samples."]
     listed = [f"{i}. {_md(text)}" for i, text in enumerate(notes.texts, 1)]
-    head = [f"# {_md(slug)}: {_md(board.name)}, {board.scale} scale", _md(board.caption)]
+    scale = board.scale if board.scale == "analytic" else f"{board.scale} scale"
+    head = [f"# {_md(slug)}: {_md(board.name)}, {scale}", _md(board.caption)]
     return _page(head, _grid(header, [False, False, True, True, True, True], rows), legend, listed)
 
 

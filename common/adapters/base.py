@@ -93,9 +93,12 @@ class Stream:
             places = self.places(x)
             origin, mixed = None if places is None else move(places), self.mixed
         else:
-            ones = torch.ones_like(plan.reduce.source, dtype=torch.float32)
-            full = ones[:, :1].expand(-1, x.shape[1]) if self.sizes is None else self.sizes
-            sizes = replace(plan.reduce, weight=ones).apply(full.unsqueeze(-1)).squeeze(-1)
+            # A unit that several outputs use is shared among them by weight, so that sizes always add up.
+            source, weight = plan.reduce.source, plan.reduce.weight.float().abs()
+            full = weight.new_ones(x.shape[:2]) if self.sizes is None else self.sizes
+            used = torch.zeros_like(full).scatter_add(1, source, weight)
+            shares = weight / used.gather(1, source).clamp_min(torch.finfo(torch.float32).tiny)
+            sizes = replace(plan.reduce, weight=shares).apply(full.unsqueeze(-1)).squeeze(-1)
             bias, origin, mixed = None, None, True
         bias = bias if plan.key_bias is None else plan.key_bias
         return Stream(sizes, bias, plan.reduce.valid, origin, mixed, self.carry)
@@ -142,8 +145,13 @@ class Adapter(ABC):
         return plan, signals
 
     def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
-        """Refuse, before any work, a method whose sites or signals this family cannot give."""
+        """Refuse, before any work, a method whose sites, signals or fate of tokens this family cannot give."""
         info = self.info
+        if method.fate() not in self.rest:
+            raise PrunelabError(
+                f"{method.name} needs a model whose tokens can {method.fate()}, those of {self.family} can only"
+                f" {' or '.join(sorted(self.rest))}"
+            )
         for site in sites:
             if site.where not in self.signals:
                 raise PrunelabError(
@@ -197,7 +205,6 @@ class SequenceAdapter(Adapter):
             trace, x = application.trace, args[0]
             if layer == 0 and part == "attention":
                 trace.samples += x.shape[0]
-                trace.origins.clear()
             valid = None if x.device.type == "meta" else self.stream.valid
             getattr(trace, part)[layer] += x.shape[0] * x.shape[1] if valid is None else int(valid.sum())
 
@@ -211,6 +218,8 @@ class SequenceAdapter(Adapter):
 
     def follow(self, application: Application, site: Site, plan: Plan, x: Tensor) -> None:
         """Bring the stream up to date with a plan for the tokens x [B, N, D], and note what was kept."""
+        if site.index == 0:
+            application.trace.origins.clear()
         self.stream = self.stream.reduce(plan, x)
         if self.stream.origin is not None:
             origin = self.stream.origin

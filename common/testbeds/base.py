@@ -65,6 +65,10 @@ class Testbed(ABC):
     def evaluate(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
         """Quality of a model in eval mode on held-out data, and on how many samples; `quick` for the curve."""
 
+    def extras(self) -> Mapping[str, str]:
+        """Further text files that belong to the trained model, by name: a language model's tokenizer."""
+        return {}
+
     def factor(self, step: int) -> float:
         """Learning rate of a step (counted from 0), as a share of the peak."""
         rise = max(1, round(self.warmup * self.steps))
@@ -190,6 +194,11 @@ def _finish(
         "versions": {name: version(name) for name in testbed.needs} | {"python": platform.python_version()},
         "curve": curve,
     }
+    extras = testbed.extras()
+    if extras:
+        log["extras"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in extras.items()}
+    for name, text in extras.items():
+        _replace(out / name, partial(Path.write_bytes, data=text.encode()))
     _replace(out / WEIGHTS, lambda path: path.write_bytes(weights))
     _replace(out / LOG, lambda path: path.write_text(_json(log)))
     (out / CHECKPOINT).unlink(missing_ok=True)
@@ -262,3 +271,15 @@ def read_log(folder: Path) -> dict[str, Any]:
     if not isinstance(log, dict) or not {"testbed", "recipe", "sha256"} <= log.keys():
         raise PrunelabError(f"{folder / LOG} is not a training log; restore it or train again")
     return log
+
+
+def read_extra(folder: Path, name: str) -> str:
+    """One of a testbed's further files, checked against the log of its training."""
+    wanted = read_log(folder).get("extras", {}).get(name)
+    try:
+        data = (folder / name).read_bytes()
+    except OSError:
+        data = b""
+    if wanted is None or hashlib.sha256(data).hexdigest() != wanted:
+        raise PrunelabError(f"{folder / name} is missing or not the one of {LOG}; restore it or train again")
+    return data.decode()

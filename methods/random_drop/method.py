@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 
 from common.roles import Signals, TokenPruner
-from common.types import ModelInfo, Site
+from common.types import Budget, ModelInfo, Plan, Positions, Rest, Site, Where
 
 
 @dataclass(frozen=True)
 class RandomDrop(TokenPruner):
-    """Keeps patches by lot, drawn anew for every sample, behind the blocks in `layers` (0-based)."""
+    """Keeps units by lot, drawn anew for every sample, at the 0-based `layers`.
+
+    where, rest, positions: the kind of site and the fate of the others, so that every method has this control at its
+        own sites: `input` and `bypass` in a deformable encoder, `halt` in a segmenter, `decay` in a scan (see `Plan`).
+    """
 
     layers: tuple[int, ...] = (2, 5, 8)
+    where: Where = "block_output"
+    rest: Rest = "drop"
+    positions: Positions = "original"
 
     name: ClassVar[str] = "random_drop"
     exempt = {
@@ -26,7 +33,7 @@ class RandomDrop(TokenPruner):
     }
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
-        return [Site(layer, "block_output") for layer in self.layers]
+        return [Site(layer, self.where) for layer in self.layers]
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset()
@@ -34,3 +41,10 @@ class RandomDrop(TokenPruner):
     def score(self, site: Site, signals: Signals) -> Tensor:
         shape, device = signals.prunable.shape, signals.prunable.device
         return torch.rand(shape, generator=signals.rng, device=device)
+
+    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+        kept = self.select(self.score(site, signals), signals, budget)
+        return Plan(kept, rest=self.fate(), positions=self.positions)
+
+    def fate(self) -> Rest:
+        return self.rest

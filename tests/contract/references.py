@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from common import selection
+from common import masks, selection
 from common.roles import (
     Accepted,
     CachePruner,
@@ -27,7 +27,9 @@ from common.roles import (
     TokenPruner,
     WeightPruner,
 )
+from common.targets import Accumulator, Kind, Target, WeightSignals
 from common.types import Budget, ModelInfo
+from common.weights.statistics import InputMean, InputNorm
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 9, "num_heads": 3, "num_classes": 7}
 # The published variants of timm's ViT that differ in structure, each shrunk to a few thousand parameters.
@@ -106,11 +108,22 @@ def build(
         "last_row": lambda: logits.softmax(-1)[:, :, -1],
         "received": lambda: logits.softmax(-1).sum(-2),
         "sizes": lambda: torch.ones(batch, total),
+        "scans": lambda: torch.stack([hidden, hidden.flip(-1) - 1], 1),
+        "class_confidence": lambda: (4 * hidden[..., :4]).sigmoid() + 0 * hidden[..., :4],  # bad values stay bad
+        "positions": lambda: torch.zeros_like(hidden),
+        "memory": lambda: hidden,
+        "class_logits": lambda: hidden,
+        "proposal_logits": lambda: hidden,
+        "class_weight": lambda: torch.ones(3, heads * width),
+        "class_bias": lambda: torch.zeros(3),
     }
     real = total - special if valid is None else int(valid[0].sum()) - special
     info = ModelInfo("reference", 12, heads, heads * width, real + special, special, special > 0)
     rng = torch.Generator().manual_seed(seed)
-    return Signals(sources, prunable=prunable, units=units, info=info, valid=valid, rng=rng)
+    places = torch.arange(total).expand(batch, -1)
+    return Signals(
+        sources, prunable=prunable, units=units, info=info, valid=valid, rng=rng, places=places, grids=((1, total),)
+    )
 
 
 @contextmanager
@@ -125,6 +138,53 @@ def invariant(name: str, method: type[Method] | Method) -> Iterator[None]:
     except (AssertionError, ValueError):
         return
     raise AssertionError(f"{method} is exempt from '{name}' but fulfils it; delete the exemption")
+
+
+TINY_LM = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama_mha": ("Llama", {"num_key_value_heads": 4}),
+    "mistral": ("Mistral", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("Olmoe", {"num_experts": 4, **_MOE}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {"num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1], **_MOE},
+    ),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "head_dim": 16, **_MOE}),
+}
+
+
+def language_model(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
+    """A tiny random language model of a family, with weights large enough for activations to differ."""
+    import transformers
+
+    name, values = LANGUAGE_MODELS[family]
+    config = getattr(transformers, f"{name}Config")(**{**TINY_LM, **values, **overrides})
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.copy_(torch.randn(p.shape) * 0.2)
+    return model
+
+
+def token_ids(samples: int = 4, length: int = 12, seed: int = 3) -> Tensor:
+    return torch.randint(61, (samples, length), generator=torch.Generator().manual_seed(seed))
 
 
 # -- reference methods, one a role -----------------------------------------------------------------------------------
@@ -166,8 +226,38 @@ class MagnitudeWeights(WeightPruner):
 
     name: ClassVar[str] = "reference_weights"
 
-    def score(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
-        return weight.abs()
+    def score(self, target: Target, signals: WeightSignals) -> Tensor:
+        return signals.weight.abs()
+
+
+@dataclass(frozen=True)
+class NormChannels(WeightPruner):
+    """Keeps the MLP channels whose inputs to the down projection are largest, compared over the whole model, and puts
+    their mean into a bias."""
+
+    name: ClassVar[str] = "reference_channels"
+    exempt = {"budget": "one threshold for the whole model"}
+
+    @property
+    def sequential(self) -> bool:
+        return False
+
+    def kinds(self) -> Sequence[Kind]:
+        return ("channels",)
+
+    def statistics(self, kind: Kind) -> Mapping[str, type[Accumulator]]:
+        return {"input_norm": InputNorm, "input_mean": InputMean}
+
+    def score(self, target: Target, signals: WeightSignals) -> Tensor:
+        return signals["input_norm"].sqrt()
+
+    def select(
+        self, targets: Sequence[Target], signals: Sequence[WeightSignals], scores: Sequence[Tensor], budget: Budget
+    ) -> Sequence[Tensor]:
+        return list(masks.per_row(torch.cat(list(scores)), budget).split([t.units for t in targets]))
+
+    def update(self, target: Target, signals: WeightSignals, mask: Tensor) -> Mapping[str, Tensor]:
+        return {"down.bias": signals.weights["down"].float() @ (signals["input_mean"] * ~mask)}
 
 
 @dataclass(frozen=True)

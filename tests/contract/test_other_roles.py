@@ -19,7 +19,6 @@ from common.roles import (
     Ranker,
     SampleSelector,
     Site,
-    WeightPruner,
 )
 from common.types import Budget
 from tests.contract import references
@@ -56,18 +55,6 @@ def test_cache_budget_order_and_identity(method, entries, ratio):
     assert keys.shape == values.shape == (2, 3, index.shape[-1], 8)
     if ratio == 1:
         assert torch.equal(keys, parts["k"])
-
-
-@every(WeightPruner, references.MagnitudeWeights)
-@fast
-@given(rows=st.integers(1, 6), columns=st.integers(1, 16), ratio=st.floats(0, 1))
-def test_weight_budget_and_identity(method, rows, columns, ratio):
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
-    scores = method.score(weight, {})
-    mask = method.mask(scores, Budget(ratio))
-    assert bool((mask.sum(-1) == Budget(ratio).count(columns)).all())
-    assert torch.equal(method.update(weight, torch.ones_like(mask), {}), weight)
-    assert torch.equal(method.update(weight, mask, {}) != 0, mask & (weight != 0))
 
 
 @every(DraftDecoder, references.BigramDrafts)

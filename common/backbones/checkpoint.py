@@ -1,0 +1,68 @@
+"""Official checkpoints, read strictly: every name and every shape must be the model's."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common.errors import PrunelabError
+
+ROOTS = ("model", "state_dict")  # where training scripts keep the weights, beside optimiser, epoch and arguments
+AVERAGES = "ema_"  # buffers of mmcv's EMA hook; the plain names hold the averaged weights already
+LISTED = 20
+
+
+def load_checkpoint(model: nn.Module, path: Path | str) -> None:
+    """Load a .safetensors file, or a torch file whose weights lie at its top or under `model` or `state_dict`.
+
+    Nothing but tensors and an argparse.Namespace is unpickled. Raises PrunelabError where the file cannot be read, or
+    with every name that is missing, not the model's, or of another shape.
+    """
+    found, wanted = read(Path(path)), model.state_dict()
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "not the model's": [name for name in found if name not in wanted],
+        "of another shape": [
+            f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}"
+            for name, value in wanted.items()
+            if name in found and found[name].shape != value.shape
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
+        raise PrunelabError(f"{path} does not hold the weights of this {type(model).__name__}; {listed}")
+    model.load_state_dict(found)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name, averages left out."""
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise PrunelabError(f"the checkpoint {path} does not exist; download it first") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PrunelabError(f"the checkpoint {path} cannot be read ({reason}); download it again") from None
+    if isinstance(content, Mapping):
+        root = next((name for name in ROOTS if isinstance(content.get(name), Mapping)), None)
+        content = content if root is None else content[root]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise PrunelabError(f"{path} holds no weights at its top or under {' or '.join(ROOTS)}; give an official file")
+    return {str(name): value for name, value in content.items() if not str(name).startswith(AVERAGES)}
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

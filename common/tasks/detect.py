@@ -1,0 +1,125 @@
+"""Average precision of a detector, pruned or not, with the MACs its encoder and the whole of it used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import cost, models, registry
+from common.adapters import adapter_for
+from common.apply import Handle, apply
+from common.average_precision import Detections, detections, with_uncertainty
+from common.data import detection, digits
+from common.data.detection import Objects
+from common.errors import PrunelabError
+from common.papers import Run
+from common.roles import TokenPruner
+from common.types import Budget
+
+BATCH = 10  # scenes at a time, all of one size
+CALIBRATION = 10  # images that methods with input-dependent counts are matched on
+SHOWN = 0.3  # score from which a picture shows a box
+
+
+def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics: `ap`, `ap50`, `ap75`, `aps`, `apm`, `apl` in percent with jackknife errors (sizes that do not occur are
+    left out); in G an image of the model's standard size `gmacs`, `encoder_gmacs` and `scoring_gmacs`; `saving` and
+    `encoder_saving` in percent of the dense cost; the `budget` that a matched cost came to.
+
+    Settings: `batch`, images at a time; photographs are tested one by one unless it says otherwise, as some methods'
+    scores depend on the padding. `shown`, a number of images, adds the metric `scenes` with what was kept and found on
+    each of them, in `items`, for a picture. Testbed scenes alone are shown: most data sets forbid passing images on.
+    """
+    device = "cuda" if run.scale == "paper" and torch.cuda.is_available() else "cpu"
+    identity, samples = run.ids["data"], run.settings.get("samples")  # no limit: the whole set
+    scenes, shown = identity["loader"] == "digit_detection", int(run.settings.get("shown", 0))
+    batch = int(run.settings.get("batch", BATCH if scenes else 1))
+    if shown and not scenes:
+        raise PrunelabError("pictures show the testbed's scenes alone; set `scales: [testbed]` in paper.yaml")
+    model = models.load(run.ids["model"], config)[0].to(device)
+    data = detection.load(identity, config, samples)
+
+    out: dict[str, Any] = {}
+    context: Any = nullcontext()
+    if run.method is not None:
+        method = registry.create(run.method, **run.options)
+        assert isinstance(method, TokenPruner)
+        calibration = next(data.batches(CALIBRATION))[0].to(device) if method.adaptive else None
+        budget = cost.match(method, model, Budget.parse(str(run.budget)), calibration)
+        out["budget"] = {"text": str(budget)}
+        context = apply(method, model, budget, seed=int(run.settings.get("seed", 0)))
+    truth: list[Objects] = []
+    found: list[Detections] = []
+    items: list[dict[str, Any]] = []
+    with context as handle, torch.inference_mode():
+        total = -(-len(data.objects) // batch)
+        for x, mask, objects in track(data.batches(batch), "detecting", total=total, transient=True):
+            output = model(x.to(device), None if mask is None else mask.to(device))
+            boxes = detections(output, objects, data.classes)
+            if len(truth) < shown:
+                items += _items(x, objects, boxes, handle)
+            truth += objects
+            found += boxes
+        report = None if handle is None else handle.report()
+    dense, inside = _dense(model)
+    used, scoring = (dense, 0.0) if report is None else (report.macs, report.scoring_macs)
+    out |= {name.lower(): metric for name, metric in with_uncertainty(truth, found).items()}
+    for name, value in {"gmacs": used, "encoder_gmacs": inside - (dense - used), "scoring_gmacs": scoring}.items():
+        out[name] = {"value": round(value / 1e9, 6)}
+    out["saving"] = {"value": round(100 * (1 - used / dense), 3)}
+    out["encoder_saving"] = {"value": round(100 * (dense - used) / inside, 3)}
+    if shown:
+        out["scenes"] = {"value": shown, "items": items[:shown]}
+    return out
+
+
+def _dense(model: nn.Module) -> tuple[float, float]:
+    """MACs of the unpruned model at its standard size, and of the layers among them that tokens can be pruned in."""
+    adapter = adapter_for(model)
+    layers = {id(block) for block in adapter.blocks}  # type: ignore[attr-defined]
+    names = [f"{type(model).__name__}.{name}" for name, module in model.named_modules() if id(module) in layers]
+    with FlopCounterMode(display=False) as counter:
+        cost.on_meta(model, adapter.example())
+    counts = counter.get_flop_counts()
+    return counter.get_total_flops() / 2, sum(sum(counts[name].values()) for name in names) / 2
+
+
+def _items(x: Tensor, objects: list[Objects], boxes: list[Detections], handle: Handle | None) -> list[dict[str, Any]]:
+    """For each image of a batch: the image (a row of hexadecimal bytes a line, 255 is full ink); the boxes annotated
+    and found, each [label, score, x0, y0, x1, y1]; the `grids` of the encoder's levels; and for every site the places
+    of the tokens kept, level by level, finest first."""
+    ink = ((x[:, 0] * digits.SCALE + digits.SHIFT).clamp(0, 1) * 255).round().int().tolist()
+    kept, grids = ([], []) if handle is None else (handle.kept(), [list(g) for g in handle.adapter.grids()])  # type: ignore[attr-defined]
+
+    def written(entry: Detections) -> list[list[float]]:
+        rows = zip(entry.labels.tolist(), entry.scores.tolist(), entry.boxes.tolist(), strict=True)
+        return [
+            [label, round(score, 3), *(round(side, 1) for side in box)] for label, score, box in rows if score >= SHOWN
+        ]
+
+    return [
+        {
+            "image": [bytes(row).hex() for row in ink[i]],
+            "annotated": written(Detections(o.boxes, torch.ones(len(o.labels)), o.labels)),
+            "found": written(boxes[i]),
+            "grids": grids,
+            "sites": [{"layer": s.layer, "kept": _levels(places[i], grids)} for s, places in kept],
+        }
+        for i, o in enumerate(objects)
+    ]
+
+
+def _levels(places: Tensor, grids: list[list[int]]) -> list[list[int]]:
+    """Places in the flattened levels as places in each level's own grid; -1 marks padding."""
+    levels, start = [], 0
+    for height, width in grids:
+        inside = places[(places >= start) & (places < start + height * width)] - start
+        levels.append(sorted(inside.tolist()))
+        start += height * width
+    return levels

@@ -1,0 +1,33 @@
+"""Weight adapters know one model family each: where its targets are, what they read, and how units leave them.
+
+Like the adapters of token pruning they are found by the class of the model and import no model library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from torch import nn
+
+from common.discovery import defined
+from common.errors import PrunelabError
+from common.weights.adapters.base import WeightAdapter
+
+
+@cache
+def weight_adapters() -> dict[str, type[WeightAdapter]]:
+    """All weight adapters by family, discovered in this package."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    return {cls.family: cls for module in modules for cls in defined(module, WeightAdapter)}  # type: ignore[type-abstract]
+
+
+def weight_adapter(model: nn.Module) -> WeightAdapter:
+    """The adapter of the model's class or of a parent class of it."""
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
+    for adapter in weight_adapters().values():
+        if names & set(adapter.model_classes):
+            return adapter(model)
+    supported = ", ".join(c.rpartition(".")[2] for a in weight_adapters().values() for c in a.model_classes)
+    raise PrunelabError(f"no weight adapter for {type(model).__qualname__}; supported: {supported}")

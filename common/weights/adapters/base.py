@@ -1,0 +1,153 @@
+"""What every weight adapter offers: targets, what they read, and the removal of their units."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import PrunelabError
+from common.targets import Decision, Kind, Observation, Target
+
+Tap = tuple[tuple[Any, ...], Any]  # what a module got and what it gave
+
+
+class WeightAdapter(ABC):
+    """Targets of one model family. A block is what the calibration set passes through one at a time."""
+
+    family: ClassVar[str]
+    model_classes: ClassVar[tuple[str, ...]]
+    shared: ClassVar[tuple[tuple[str, ...], ...]] = ()  # names of linears beside each other that read one input
+    skip: ClassVar[tuple[str, ...]] = ()  # names of linears that are not weights to prune, such as gates
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.gone: set[int] = set()  # blocks to leave in finish()
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks, in forward order."""
+
+    @abstractmethod
+    def prefix(self, block: int) -> str:
+        """Name of a block in the model."""
+
+    @abstractmethod
+    def run(self, sample: Tensor) -> Any:
+        """The model's forward on one sample, as calibration needs it."""
+
+    @abstractmethod
+    def loss(self, sample: Tensor) -> Tensor:
+        """The loss the model was trained with, on one sample."""
+
+    @abstractmethod
+    def check_sample(self, sample: Tensor) -> None:
+        """Refuse a calibration sample the model cannot read."""
+
+    def config(self) -> dict[str, Any]:
+        """The dense model's config, as plain values, from which its architecture can be built again."""
+        return {}
+
+    @abstractmethod
+    def finish(self) -> bool:
+        """Bring the model's config up to date; False where no config of the family can describe the model as it is
+        now, so that only the plan can."""
+
+    def targets(self, kind: Kind) -> list[Target]:
+        """The model's targets of a kind, in forward order; an empty list where it has none."""
+        if kind == "tensor":
+            return self._tensors()
+        found = getattr(self, f"_{kind}", None)
+        return [] if found is None else [target for block in range(len(self.blocks)) for target in found(block)]
+
+    @abstractmethod
+    def taps(self, target: Target) -> tuple[str, ...]:
+        """Modules of the target's block whose inputs and outputs are needed to observe it."""
+
+    @abstractmethod
+    def observe(
+        self, target: Target, seen: Mapping[str, Tap], before: Tensor, after: Tensor, tokens: Tensor
+    ) -> Observation:
+        """One sequence at a target, from what the tapped modules got and gave."""
+
+    @abstractmethod
+    def parameter(self, target: Target) -> nn.Parameter:
+        """The parameter that holds the weight of a linear or tensor target."""
+
+    def view(self, target: Target, tensor: Tensor) -> Tensor:
+        """The target's share of a tensor shaped like its parameter."""
+        return tensor
+
+    def structure(self, target: Target) -> dict[str, Tensor]:
+        """The parameters of a structure by role."""
+        return {}
+
+    def weights(self, target: Target) -> dict[str, Tensor]:
+        """The target's tensors by role, as views of the model's own."""
+        if target.kind in ("linear", "tensor"):
+            return {"weight": self.view(target, self.parameter(target).detach())}
+        return {role: tensor.detach() for role, tensor in self.structure(target).items()}
+
+    @abstractmethod
+    def remove(self, target: Target, kept: Tensor) -> None:
+        """Take the units of a structure away but those at `kept` [K]."""
+
+    def check(self, target: Target, decision: Decision) -> None:  # noqa: B027  most families take every decision
+        """Refuse a decision the model cannot carry."""
+
+    def write(self, target: Target, decision: Decision) -> None:
+        """Carry a decision out on the model."""
+        with torch.no_grad():
+            weights = self.weights(target)
+            for role, value in decision.values.items():
+                if role not in weights:
+                    self.add_bias(target, role, value)
+                elif weights[role].device.type != "meta":
+                    weights[role].copy_(value)
+            if target.kind in ("linear", "tensor"):
+                if weights["weight"].device.type != "meta" and not decision.whole:
+                    weights["weight"].masked_fill_(~decision.mask.to(weights["weight"].device), 0)
+            elif decision.kept < target.units:
+                self.remove(target, decision.mask.nonzero().flatten())
+
+    def add_bias(self, target: Target, role: str, value: Tensor) -> None:
+        """Create the bias that a decision names."""
+        raise PrunelabError(f"{self.family} has no place for the value '{role}' of {target.name}")
+
+    # -- linears and other tensors are found alike everywhere --------------------------------------------------------
+
+    def _linear(self, block: int) -> list[Target]:
+        found = []
+        for path, module in self.blocks[block].named_modules():
+            parent, _, name = path.rpartition(".")
+            if isinstance(module, nn.Linear) and name not in self.skip:
+                together = next((group[0] for group in self.shared if name in group), name)
+                source = f"{self.prefix(block)}.{parent}.{together}"
+                shape = tuple(module.weight.shape)
+                found.append(Target("linear", f"{self.prefix(block)}.{path}", block, path, shape, source=source))
+        return found
+
+    def _tensors(self) -> list[Target]:
+        linear = {id(self.parameter(target)) for target in self.targets("linear")}
+        return [
+            Target("tensor", name, -1, name, tuple(parameter.shape))
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) not in linear
+        ]
+
+    def refuse_tied(self, targets: Sequence[Target]) -> None:
+        """Stop where a target's weight is also used under another name, since pruning one would prune both."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for target in targets:
+            if target.kind in ("linear", "tensor"):
+                shared = names[id(self.parameter(target))]
+                if len(shared) > 1:
+                    raise PrunelabError(
+                        f"{' and '.join(shared)} are one tied parameter; untie them or leave {target.name} out"
+                    )

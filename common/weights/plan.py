@@ -1,0 +1,235 @@
+"""What a weight-pruning run decided: saved, shown, compared, and carried out again on the dense model.
+
+On disk a plan is a folder: `plan.json`, and one safetensors file a block with, for each target, the mask as packed bits
+and the new values. The work folder of an interrupted run holds the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.errors import PrunelabError
+from common.targets import Decision, Target
+from common.weights.adapters import weight_adapter
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """Sizes before and after. Zeros are counted apart: they take as much room and time as any other number unless a
+    sparse kernel uses them. `reset` parameters hold what they held before fine-tuning."""
+
+    dense_parameters: int
+    parameters: int
+    dense_bytes: int
+    bytes: int
+    prunable: int
+    removed: int
+    zeroed: int
+    reset: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the prunable parameters that is gone, zero, or again what it was before fine-tuning."""
+        return (self.removed + self.zeroed + self.reset) / max(self.prunable, 1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"parameters {self.parameters:,} of {self.dense_parameters:,}",
+            f"bytes      {self.bytes:,} of {self.dense_bytes:,}",
+            f"sparsity   {100 * self.sparsity:.2f} % of the {self.prunable:,} prunable parameters",
+        ]
+        if self.zeroed:
+            lines.append(f"zeros      {self.zeroed:,} stored as zeros, which alone make a model no smaller or faster")
+        if self.reset:
+            lines.append(f"deltas     {self.reset:,} of what fine-tuning changed taken back; the model stays dense")
+        return "\n".join(lines)
+
+
+def packed(decision: Decision) -> dict[str, Tensor]:
+    """A decision as small tensors: packed mask bits, and of a masked weight (unless whole) the values that stay."""
+    mask = decision.mask.cpu()
+    found = {"mask": torch.from_numpy(np.packbits(mask.numpy()))}
+    for role, value in decision.values.items():
+        value = value.detach().cpu()
+        found[role] = value[mask] if role == "weight" and not decision.whole else value.contiguous()
+    return found
+
+
+def unpacked(target: Target, tensors: Mapping[str, Tensor]) -> Decision:
+    """The decision that `packed` stored."""
+    bits = np.unpackbits(tensors["mask"].numpy(), count=target.units)
+    mask = torch.from_numpy(bits).bool().view(target.shape)
+    values = {role: value for role, value in tensors.items() if role != "mask"}
+    whole = "weight" in values and values["weight"].numel() == target.units > int(mask.sum())
+    if "weight" in values and not whole:
+        values["weight"] = values["weight"].new_zeros(target.shape).masked_scatter_(mask, values["weight"])
+    return Decision(mask, values, whole)
+
+
+class WeightPlan:
+    """The decisions of one run by target, and what was run.
+
+    header: method, budget, seed, model class and report; `tensors` of a block are read where they lie, in memory or in
+    a folder, when they are asked for.
+    """
+
+    def __init__(self, header: Mapping[str, Any], targets: list[Target], blocks: Mapping[int, Any]) -> None:
+        self.header = dict(header)
+        self.targets = targets
+        self._blocks = blocks  # block -> {name|role: tensor}, or the path of a file that holds it
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def decision(self, target: Target | str) -> Decision:
+        """What was decided on a target, given by itself or by name."""
+        if isinstance(target, str):
+            by_name = {t.name: t for t in self.targets}
+            if target not in by_name:
+                raise PrunelabError(f"the plan holds no target '{target}'; it has {', '.join(list(by_name)[:4])} ...")
+            target = by_name[target]
+        found = _of(target, self._blocks[target.block])
+        if "mask" not in found:
+            raise PrunelabError(f"the plan is damaged: it says nothing of {target.name}; make it anew")
+        return unpacked(target, found)
+
+    def decisions(self) -> Iterator[tuple[Target, Decision]]:
+        """Every target with its decision."""
+        for target in self.targets:
+            yield target, self.decision(target)
+
+    @property
+    def report(self) -> WeightReport:
+        """Sizes before and after."""
+        return WeightReport(**self.header["report"])
+
+    @property
+    def removes(self) -> bool:
+        """Whether units leave the model, rather than being set to zero."""
+        return any(target.kind not in ("linear", "tensor") for target in self.targets)
+
+    def apply(self, model: nn.Module) -> bool:
+        """Carry the plan out on a dense model of the same architecture, in place. False where the pruned model's
+        shape is one that no config of its family describes."""
+        adapter = weight_adapter(model)
+        found = {t.name: t for kind in {t.kind for t in self.targets} for t in adapter.targets(kind)}
+        wrong = [t.name for t in self.targets if t.name not in found or found[t.name].shape != t.shape]
+        if wrong:
+            raise PrunelabError(
+                f"the plan does not fit this model: {', '.join(wrong[:4])} differ; give the dense model"
+            )
+        for target, decision in self.decisions():
+            adapter.write(target, decision)
+        return adapter.finish()
+
+    def save(self, folder: Path | str) -> None:
+        """Write the plan to a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for block in self._blocks:
+            write_tensors(block_file(folder, block), _read(self._blocks[block]))
+        self.save_header(folder)
+
+    def save_header(self, folder: Path) -> None:
+        """Write what was run and on what, which makes a folder of decisions a plan."""
+        write_json(folder / PLAN, {**self.header, "targets": [asdict(target) for target in self.targets]})
+
+    @classmethod
+    def load(cls, folder: Path | str) -> WeightPlan:
+        """Read a plan from its folder. Tensors are read when they are asked for."""
+        folder = Path(folder)
+        try:
+            header = json.loads((folder / PLAN).read_text())
+            targets = [Target(**{**entry, "shape": tuple(entry["shape"])}) for entry in header.pop("targets")]
+        except FileNotFoundError:
+            raise PrunelabError(f"{folder} holds no finished plan; run the pruning to its end first") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise PrunelabError(f"{folder / PLAN} is not a plan: {error}") from None
+        return cls(header, targets, {block: block_file(folder, block) for block in {t.block for t in targets}})
+
+    def __str__(self) -> str:
+        header = self.header
+        lines = [f"{header['method']} under {header['budget']} on {header['model']}", str(self.report)]
+        for block, targets in groupby(self.targets, key=lambda target: target.block):
+            kept: dict[str, list[int]] = {}
+            for target in targets:
+                counts = kept.setdefault(target.role, [0, 0])
+                counts[0] += self.decision(target).kept
+                counts[1] += target.units
+            shares = ", ".join(f"{role} {count}/{units}" for role, (count, units) in kept.items())
+            lines.append(f"{'outside' if block < 0 else f'block {block}'}: {shares}")
+        return "\n".join(lines)
+
+    def diff(self, other: WeightPlan) -> str:
+        """Targets on which two plans differ, with the units that only one of them keeps."""
+        names, theirs = {t.name for t in self.targets}, {t.name for t in other.targets}
+        lines = [f"{name}: only in the first plan" for name in sorted(names - theirs)]
+        lines += [f"{name}: only in the second plan" for name in sorted(theirs - names)]
+        for target in (t for t in self.targets if t.name in theirs):
+            a, b = self.decision(target), other.decision(target.name)
+            if a.mask.shape != b.mask.shape:
+                lines.append(f"{target.name}: of another shape")
+                continue
+            first, second = int((a.mask & ~b.mask).sum()), int((b.mask & ~a.mask).sum())
+            values = a.values.keys() != b.values.keys() or any(
+                not torch.equal(v, b.values[role]) for role, v in a.values.items()
+            )
+            if first or second or values:
+                lines.append(
+                    f"{target.name}: {first} units only in the first, {second} only in the second"
+                    + (", other values" if values else "")
+                )
+        return "\n".join(lines) or "the plans are equal"
+
+
+def block_file(folder: Path, block: int) -> Path:
+    """Where the tensors of a block lie."""
+    return folder / ("outside.safetensors" if block < 0 else f"block_{block:04d}.safetensors")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1))
+    part.replace(path)
+
+
+def _read(where: Any) -> Mapping[str, Tensor]:
+    if not isinstance(where, Path):
+        found: Mapping[str, Tensor] = where
+        return found
+    with safe_open(where, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _of(target: Target, where: Any) -> dict[str, Tensor]:
+    """The tensors of one target by role."""
+    start = f"{target.name}|"
+    if not isinstance(where, Path):
+        return {name.removeprefix(start): tensor for name, tensor in where.items() if name.startswith(start)}
+    try:
+        with safe_open(where, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118
+            return {name.removeprefix(start): file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise PrunelabError(f"{where} cannot be read ({error}); the plan is damaged, make it anew") from None

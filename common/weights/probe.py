@@ -1,0 +1,101 @@
+"""Measurements on the whole unpruned model, for methods that decide on the ground of all of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import PrunelabError
+from common.targets import Accumulator, Kind, Target, WeightSignals
+from common.types import Budget
+from common.weights.adapters.base import WeightAdapter
+from common.weights.ledger import Factories, Ledger, Wanted
+from common.weights.stream import Stream
+
+
+class ModelProbe:
+    """See `common.targets.Probe`."""
+
+    def __init__(
+        self,
+        adapter: WeightAdapter,
+        targets: Sequence[Target],
+        samples: Sequence[Tensor],
+        budget: Budget = Budget(1.0),  # noqa: B008  frozen
+        signals: Callable[[Target], WeightSignals] | None = None,
+    ) -> None:
+        self.adapter = adapter
+        self.targets = targets
+        self.samples = samples
+        self.budget = budget
+        self._signals = signals
+
+    def signals(self, target: Target) -> WeightSignals:
+        return WeightSignals(self.weights(target)) if self._signals is None else self._signals(target)
+
+    def weights(self, target: Target) -> Mapping[str, Tensor]:
+        return self.adapter.weights(target)
+
+    def loss(self, sample: Tensor) -> Tensor:
+        return self.adapter.loss(sample)
+
+    def logits(self, sample: Tensor) -> Tensor:
+        logits: Tensor = self.adapter.run(sample).logits
+        return logits.flatten(0, -2)
+
+    def statistics(self, wanted: Mapping[Kind, Factories]) -> dict[str, dict[str, Tensor]]:
+        found: dict[str, dict[str, Tensor]] = {}
+        stream = Stream(self.adapter, self.samples)
+        for block in range(len(self.adapter.blocks)):
+            targets = [target for target in self.targets if target.block == block]
+            ledger = Ledger(Wanted(wanted), targets)
+            stream.through(block, ledger.taps(self.adapter), ledger.visit)
+            found |= {target.name: ledger.values(target) for target in targets}
+        return found
+
+    def gradients(self, factories: Mapping[str, Callable[[Target], Accumulator]]) -> dict[str, dict[str, Tensor]]:
+        """Each gradient is dropped as soon as it was read, so that one parameter's is held at a time."""
+        linear = [target for target in self.targets if target.kind in ("linear", "tensor")]
+        made = {target.name: {name: factory(target) for name, factory in factories.items()} for target in linear}
+        by_parameter: dict[nn.Parameter, list[Target]] = defaultdict(list)
+        for target in linear:
+            by_parameter[self.adapter.parameter(target)].append(target)
+
+        def read(parameter: Tensor) -> None:
+            assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+            if not bool(torch.isfinite(parameter.grad.sum())):
+                name = by_parameter[parameter][0].name
+                raise PrunelabError(f"the gradient of {name} holds NaN or infinite values; use a wider dtype")
+            for target in by_parameter[parameter]:
+                for accumulator in made[target.name].values():
+                    accumulator.update(self.adapter.view(target, parameter.grad))
+            parameter.grad = None
+
+        with _only_these_learn(self.adapter.model, set(by_parameter)), torch.enable_grad():
+            handles = [parameter.register_post_accumulate_grad_hook(read) for parameter in by_parameter]
+            try:
+                for sample in self.samples:
+                    self.loss(sample).backward()
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return {name: {key: a.value() for key, a in accumulators.items()} for name, accumulators in made.items()}
+
+
+@contextmanager
+def _only_these_learn(model: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]:
+    """Gradients for these parameters alone; the model's own settings and gradients come back at the end."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    for parameter, _, _ in before:
+        parameter.grad = None
+        parameter.requires_grad_(parameter in parameters)
+    try:
+        yield
+    finally:
+        for parameter, learns, gradient in before:
+            parameter.requires_grad_(learns)
+            parameter.grad = gradient

@@ -1,0 +1,237 @@
+"""One run of a weight-pruning method on a model: the two orders of work, and the steps they share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from common import masks
+from common.errors import PrunelabError
+from common.roles import WeightPruner
+from common.targets import Decision, Statistics, Target, WeightSignals
+from common.types import Budget
+from common.weights.adapters.base import WeightAdapter
+from common.weights.ledger import Ledger
+from common.weights.plan import WeightPlan, packed
+from common.weights.probe import ModelProbe
+from common.weights.stream import Stream
+from common.weights.work import Work
+
+SCORES = ""  # name of a target's scores among its statistics, one that no statistic has
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is pruned by what, from what. Targets that leave with a structure around them leave the list as well."""
+
+    method: WeightPruner
+    adapter: WeightAdapter
+    targets: list[Target]
+    budget: Budget
+    samples: list[Tensor]
+    base: WeightAdapter | None
+    seed: int
+    work: Work
+    progress: bool
+
+    def go(self) -> None:
+        """Prune the model."""
+        with torch.no_grad():
+            surveyed = self.survey()
+            if self.method.sequential:
+                self.block_by_block(surveyed)
+            else:
+                self.all_at_once(surveyed)
+
+    def block_by_block(self, surveyed: Mapping[str, Statistics]) -> None:
+        """Measure a block on the stream that the pruned blocks before it gave, decide, and send the stream on."""
+        budgets = self.budgets(surveyed)
+        depth, done = len(self.adapter.blocks), 0
+        while done < depth and self.work.was_decided(done):
+            for targets in self.rounds(done):
+                for target, decision in WeightPlan({}, targets, self.work.plan).decisions():
+                    self.adapter.write(target, decision)
+            done += 1
+        stream = self.stream(done, replay=True)
+        for block in self.track([*range(done, depth), -1]):
+            tensors: dict[str, Tensor] = {}
+            for targets in self.rounds(block):
+                ledger = self.measure(stream, block, targets, keep=False)
+                for target in targets:
+                    signals = self.signals(target, {**surveyed.get(target.name, {}), **ledger.values(target)})
+                    tensors |= self.carry_out(target, self.method.solve(target, signals, budgets[target.name]))
+            self.work.decided(block, tensors)
+            if stream is not None and 0 <= block < depth - 1:
+                stream.through(block)
+                self.work.moved(block + 1, stream.hidden)
+
+    def all_at_once(self, surveyed: Mapping[str, Statistics]) -> None:
+        """Measure and score every block on the dense stream, decide on all, and then prune them."""
+        evidence = self.evidence(surveyed)
+        chosen = self.select(evidence)
+        for block in [*range(len(self.adapter.blocks)), -1]:
+            tensors: dict[str, Tensor] = {}
+            for target in self.at(block):
+                signals = self.signals(target, evidence[target.name])
+                mask = chosen[target.name]
+                tensors |= self.carry_out(target, Decision(mask, self.method.update(target, signals, mask)))
+            self.work.decided(block, tensors)
+
+    # -- steps of a run that decides block by block ------------------------------------------------------------------
+
+    def rounds(self, block: int) -> Iterator[list[Target]]:
+        """The targets of a block in the order they are decided: its structures, and when these are gone (by the time
+        the next round is asked for) the weights that were left, which are then measured without them."""
+        weights = [target for target in self.at(block) if target.kind in ("linear", "tensor")]
+        structures = [target for target in self.at(block) if target.kind not in ("linear", "tensor")]
+        if structures:
+            yield structures
+        if structures and weights:
+            left = {target.name for kind in ("linear", "tensor") for target in self.adapter.targets(kind)}
+            lost = {target.name for target in weights} - left
+            self.targets[:] = [target for target in self.targets if target.name not in lost]
+            weights = [target for target in weights if target.name in left]
+        if weights:
+            yield weights
+
+    def budgets(self, surveyed: Mapping[str, Statistics]) -> dict[str, Budget]:
+        """The budget of every target."""
+        known = [self.signals(target, surveyed.get(target.name, {})) for target in self.targets]
+        amounts = self.method.allocate(self.targets, known, self.budget)
+        _check_budgets(self.targets, amounts)
+        return {target.name: amount for target, amount in zip(self.targets, amounts, strict=True)}
+
+    # -- steps of a run that decides at the end ----------------------------------------------------------------------
+
+    def evidence(self, surveyed: Mapping[str, Statistics]) -> dict[str, dict[str, Tensor]]:
+        """By target its statistics, and its scores under SCORES."""
+        evidence: dict[str, dict[str, Tensor]] = {}
+        depth, done = len(self.adapter.blocks), 0
+        while done < depth and (found := self.work.was_measured(f"{done:04d}")) is not None:
+            for name, kept in _nested(found).items():
+                evidence[name] = {key: tensor.to(self.device) for key, tensor in kept.items()}
+            done += 1
+        stream = self.stream(done, replay=False)
+        for block in self.track([*range(done, depth), -1]):
+            ledger = self.measure(stream, block, self.at(block), keep=True)
+            for target in self.at(block):
+                seen = {**surveyed.get(target.name, {}), **ledger.values(target)}
+                scores = self.method.score(target, self.signals(target, seen))
+                masks.refuse_nan(scores, target.name)
+                evidence[target.name] = {**seen, SCORES: scores}
+            self.work.measured(f"{block:04d}", _flat({t.name: evidence[t.name] for t in self.at(block)}))
+            if stream is not None and 0 <= block < depth - 1:
+                self.work.moved(block + 1, stream.hidden)
+        return evidence
+
+    def select(self, evidence: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The masks by target, all checked before any of them is used."""
+        signals = [self.signals(target, evidence[target.name]) for target in self.targets]
+        scores = [evidence[target.name][SCORES] for target in self.targets]
+        chosen = self.method.select(self.targets, signals, scores, self.budget)
+        for target, mask in zip(self.targets, chosen, strict=True):
+            self.check(target, Decision(mask))
+        layers = [mask for target, mask in zip(self.targets, chosen, strict=True) if target.kind == "layers"]
+        if layers and not any(bool(mask.any()) for mask in layers):
+            raise PrunelabError(f"{self.method.name} would remove all layers; keep more")
+        return {target.name: mask for target, mask in zip(self.targets, chosen, strict=True)}
+
+    # -- shared steps ------------------------------------------------------------------------------------------------
+
+    def survey(self) -> Mapping[str, Statistics]:
+        """What the method measures on the whole dense model."""
+        if (found := self.work.was_measured("survey")) is not None:
+            return _nested({name: tensor.to(self.device) for name, tensor in found.items()})
+        probe = ModelProbe(self.adapter, self.targets, self.samples, self.budget, lambda t: self.signals(t, {}))
+        surveyed = self.method.survey(probe)
+        if surveyed:
+            self.work.measured("survey", _flat(surveyed))
+        return surveyed
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.adapter.model.parameters()).device
+
+    def at(self, block: int) -> list[Target]:
+        """The targets of a block, or those outside of all blocks (-1)."""
+        return [target for target in self.targets if target.block == block]
+
+    def track(self, blocks: list[int]) -> Iterable[int]:
+        return track(blocks, self.method.name, disable=not self.progress)
+
+    def signals(self, target: Target, statistics: Statistics) -> WeightSignals:
+        """What the method may see of a target. Its draws depend on the seed and its name alone."""
+        draws = hashlib.sha256(f"{self.seed}|{target.name}".encode()).digest()
+        rng = torch.Generator().manual_seed(int.from_bytes(draws[:7], "big"))
+        base = None if self.base is None else self.base.weights(target)
+        return WeightSignals(self.adapter.weights(target), statistics, base, rng)
+
+    def stream(self, block: int, replay: bool) -> Stream | None:
+        """The calibration set in front of a block, or None where nothing is measured on it. States kept by an earlier
+        run are taken up; with `replay` the blocks behind the last of them are already pruned and run again."""
+        if not any(self.method.statistics(kind) for kind in self.method.kinds()):
+            return None
+        start = block
+        while start > 0 and not self.work.has_hidden(start):
+            start -= 1
+        stream = Stream(self.adapter, self.samples, self.work.hidden(start, self.device))
+        for passed in range(start, block):
+            stream.through(passed)
+        return stream
+
+    def measure(self, stream: Stream | None, block: int, targets: Sequence[Target], keep: bool) -> Ledger:
+        """The statistics of targets of a block over the calibration set."""
+        ledger = Ledger(self.method, targets)
+        if stream is not None and block >= 0 and (ledger.owned or keep):
+            stream.through(block, ledger.taps(self.adapter), ledger.visit, keep)
+        return ledger
+
+    def check(self, target: Target, decision: Decision) -> None:
+        """Refuse a decision that leaves a target empty or that the model cannot carry."""
+        if decision.mask.shape != target.shape or decision.mask.dtype != torch.bool:
+            raise TypeError(f"{self.method.name} gives {target.name} a mask that is not bool {target.shape}")
+        if target.kind not in ("layers", "tensor") and decision.kept == 0:
+            raise PrunelabError(f"{self.method.name} would remove all {target.kind} of {target.name}; keep more")
+        if not all(bool(torch.isfinite(value).all()) for value in decision.values.values()):
+            raise PrunelabError(f"{self.method.name} gives {target.name} NaN or infinite values; use a wider dtype")
+        self.adapter.check(target, decision)
+
+    def carry_out(self, target: Target, decision: Decision) -> dict[str, Tensor]:
+        """Prune the target, and return the decision as it is kept."""
+        self.check(target, decision)
+        kept = packed(decision)
+        self.adapter.write(target, decision)
+        return _flat({target.name: kept})
+
+
+def _check_budgets(targets: Sequence[Target], budgets: Sequence[Budget]) -> None:
+    """Refuse budgets that leave nothing, or patterns that do not divide a row."""
+    for target, budget in zip(targets, budgets, strict=True):
+        if target.kind in ("layers", "tensor"):
+            continue
+        if budget.unit == "pattern" and target.kind != "linear":
+            raise PrunelabError(f"the pattern {budget} is for single weights, and {target.name} has {target.kind}")
+        try:
+            gone = budget.pruned(target.shape[-1])
+        except PrunelabError as error:
+            raise PrunelabError(f"{target.name}: {error}") from None
+        if gone >= target.shape[-1]:
+            raise PrunelabError(f"the budget {budget} would remove everything in {target.name}; keep more")
+
+
+def _flat(nested: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by `target|name`, as files hold them."""
+    return {f"{target}|{name}": tensor for target, tensors in nested.items() for name, tensor in tensors.items()}
+
+
+def _nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        target, _, name = key.rpartition("|")
+        found.setdefault(target, {})[name] = tensor
+    return found

@@ -1,0 +1,33 @@
+"""DToP's own pictures: which tokens of the testbed's scenes leave at which head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from common import svg
+from common.figures import Context, Figure
+
+
+def figures(context: Context) -> list[Figure]:
+    """The scenes, where their run has been made."""
+    found = []
+    for job in context.runs:
+        record = context.record(job.run) if job.figure.name == "scenes" else None
+        if record is not None:
+            html = exits(record["metrics"]["scenes"])
+            found.append(Figure("Tokens that left, head by head", html, job.figure.caption))
+    return found
+
+
+def exits(scenes: Mapping[str, Any]) -> str:
+    """Each scene with the tokens that are left behind every head, and how much of its map came out right."""
+    grid = (int(scenes["grid"][0]), int(scenes["grid"][1]))
+    tokens, out = grid[0] * grid[1], []
+    for item in scenes["items"]:
+        kept = [(f"block {site['layer']}: {len(site['kept'])} of {tokens}", site["kept"]) for site in item["sites"]]
+        shown = ", ".join(map(str, item["classes"])) or "no digit"
+        said = f"{shown}: {item['right']:g} % of pixels right"
+        picture = svg.stages(item["image"], grid, kept, title=f"Scene of {said}")
+        out.append(f'<div class="scene">{picture}<p>{svg.escape(said)}</p></div>')
+    return f'<div class="scenes">{"".join(out)}</div>'

@@ -1,0 +1,115 @@
+"""Dynamic Token Pruning (Tang et al., ICCV 2023): easy tokens leave a segmentation network early, with their result.
+
+A plain ViT with a head behind some blocks is a chain of stages. Behind a stage its head gives every token still there
+a confidence in each class. Tokens it is sure of leave with that result (section 3.2); the most confident few of each
+class found among them stay, so that what remains keeps a context of easy classes to attend to (section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from common import selection
+from common.errors import PrunelabError
+from common.roles import Signals, TokenPruner
+from common.types import Budget, Gather, ModelInfo, Plan, Rest, Site
+
+STAGES: Mapping[int, tuple[int, ...]] = {12: (5, 7), 24: (7, 15)}  # blocks of a ViT-B and a ViT-L with a head behind
+
+
+# -- which tokens leave ----------------------------------------------------------------------------------------------
+
+
+def representatives(confidence: Tensor, label: Tensor, sure: Tensor, classes: int, keep: int) -> Tensor:
+    """Mask [B, N] of the `keep` most confident sure tokens of each class, all of them where a class has fewer.
+
+    confidence [B, N] in the token's own class `label` [B, N]; only tokens in `sure` [B, N] count. Ties go to the
+    earlier token.
+    """
+    order = selection.descending(confidence.masked_fill(~sure, -1))
+    ranked = one_hot(label.gather(1, order), classes) * sure.gather(1, order).unsqueeze(-1)  # [B, N, C]
+    rank = (ranked.cumsum(1) * ranked).sum(-1)  # within its class from 1; 0 for tokens that are not sure
+    return torch.zeros_like(sure).scatter(1, order, (rank > 0) & (rank <= keep))
+
+
+def leaving(confidence: Tensor, active: Tensor, threshold: float, keep: int = 5, limit: Tensor | None = None) -> Tensor:
+    """Mask [B, N] of the tokens that leave: those surer than `threshold`, but for the representatives of their class.
+
+    confidence [B, N, C]; active [B, N] marks tokens that can leave at all. limit [B]: at most so many go on; where more
+    would, the surest of the undecided leave too. At least one token goes on, the least confident.
+    """
+    best, label = confidence.float().max(-1)
+    sure = active & (best > threshold)
+    gone = sure & ~representatives(best, label, sure, confidence.shape[-1], keep)
+    if limit is not None:
+        spare = (active & ~gone).sum(1, keepdim=True) - limit.unsqueeze(1)
+        gone |= _first(best, active & ~sure, spare)
+    # assumption: the paper keeps 5 a class and so never empties an image; with keep=0 attention would have no key.
+    last = (active & ~gone).sum(1, keepdim=True) == 0
+    return gone & ~(_first(-best, active, torch.ones_like(last, dtype=torch.long)) & last)
+
+
+def _first(scores: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """Mask [B, N] of the `count` [B, 1] best-scored tokens among those of a mask."""
+    order = selection.descending(scores.masked_fill(~among, float("-inf")))
+    chosen = torch.arange(scores.shape[1], device=scores.device) < count
+    return torch.zeros_like(among).scatter(1, order, chosen) & among
+
+
+# -- the method ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DToP(TokenPruner):
+    """DToP. How many tokens leave follows from `threshold` and the image; the budget is an upper bound on what goes on
+    at a site, reached by letting the surest of the other tokens leave. `Budget(1.0)` is the paper's method.
+
+    threshold: confidence p0 above which a token is done; 1 switches the method off. The released models use 0.9
+    (ViT-B) and 0.95 (ViT-L) with ATM heads; the paper finds 0.98 best with SETR's. keep: tokens of each class that
+    stay for context. layers: 0-based blocks with a head to leave by, None for those of the published ViT-B and ViT-L.
+    """
+
+    threshold: float = 0.95
+    keep: int = 5
+    layers: tuple[int, ...] | None = None
+
+    name: ClassVar[str] = "dtop"
+    adaptive: ClassVar[bool] = True
+    exempt = {
+        "keep_all": "a threshold decides, not the budget: sure tokens leave under any budget",
+        "budget": "the budget is an upper bound: fewer tokens go on where the network is sure of more",
+    }
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        if self.layers is None and info.depth not in STAGES:
+            known = " and ".join(map(str, STAGES))
+            raise PrunelabError(
+                f"dtop knows its blocks for {known} blocks only, this model has {info.depth}; set layers"
+            )
+        return [Site(layer, "block_output") for layer in (STAGES[info.depth] if self.layers is None else self.layers)]
+
+    def fate(self) -> Rest:
+        return "halt"
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"class_confidence"})
+
+    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+        confidence, active = signals.class_confidence, signals.prunable
+        if confidence.device.type == "meta":  # how many leave is not a matter of shapes
+            return Plan(_all(active), rest=self.fate())
+        limit = None
+        if budget != Budget(1.0):
+            limit = torch.tensor([budget.count(n) for n in active.sum(1).tolist()], device=active.device)
+        gone = leaving(confidence, active, self.threshold, self.keep, limit)
+        return Plan(selection.compact(~gone if signals.valid is None else ~gone & signals.valid), rest=self.fate())
+
+
+def _all(active: Tensor) -> Gather:
+    return Gather(torch.arange(active.shape[1], device=active.device).expand(active.shape[0], -1))

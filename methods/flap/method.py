@@ -1,0 +1,241 @@
+"""FLAP (An et al., AAAI 2024): remove the heads and neurons whose outputs hardly fluctuate, and put their mean into a
+bias. With it the baselines of its tables, Wanda-sp and Mag-sp.
+
+A channel that always says the same can be replaced by a constant. How much it fluctuates around its mean, weighted by
+the energy of the weights that read it, is therefore what pruning it costs once the constant is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from common import masks
+from common.errors import PrunelabError
+from common.roles import WeightPruner
+from common.targets import Accumulator, Kind, Target, WeightSignals
+from common.types import Budget
+from common.weights.statistics import Fluctuation, InputAccumulator, InputMean, InputNorm
+
+Metric = Literal["WIFV", "IFV", "WIFN"]
+Structure = Literal["AL-AM", "AL-MM", "UL-UM", "UL-MM"]
+
+OUTPUT: Mapping[Kind, str] = {"heads": "o", "channels": "down"}  # the projection that reads the units of a kind
+
+
+class Variance(InputAccumulator):
+    """Sample variance [C] of a channel over all calibration tokens, merged sequence by sequence."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self.tokens = 0
+        self.squares = torch.zeros(())  # summed squared distances to the mean, which `state` holds
+
+    def take(self, x: Tensor) -> None:
+        if len(x) == 0:
+            return
+        before, self.tokens = self.tokens, self.tokens + len(x)
+        around = x.mean(0)
+        shift = around - self.state.to(x.device)
+        within, between = (x - around).square().sum(0), shift.square() * (before * len(x) / self.tokens)
+        self.squares = self.squares.to(x.device) + within + between
+        self.state = self.state.to(x.device) + shift * (len(x) / self.tokens)
+
+    def value(self) -> Tensor:
+        # assumption: the paper's samples are the tokens of all sequences.
+        return self.squares / max(self.tokens - 1, 1)
+
+
+def importance(metric: Metric, weight: Tensor, statistic: Tensor) -> Tensor:
+    """Importance [C] of the input channels of a projection's weight [D, C].
+
+    statistic [C]: the fluctuation of the channels for (W)IFV, their squared norms as Wanda takes them for WIFN.
+    """
+    weight = weight.float()
+    if metric == "WIFN":
+        return (weight.abs() * statistic.sqrt()).mean(0)
+    return statistic if metric == "IFV" else statistic * weight.square().sum(0)
+
+
+def standardised(scores: Tensor, name: str) -> Tensor:
+    """Scores [C] of one module as distances from their mean in standard deviations, comparable across the model."""
+    spread = scores.std()
+    if bool(spread == 0):
+        raise PrunelabError(f"the channels of {name} all score alike; calibrate on two sequences or more")
+    return (scores - scores.mean()) / spread
+
+
+def above_common_threshold(scores: Tensor, costs: Tensor, share: float, inclusive: bool) -> Tensor:
+    """Mask [n] of the units above the threshold that all share (AL-AM).
+
+    Down the order of the scores [n], the threshold is the score at which the running cost is nearest to `share` of
+    the total cost. `inclusive` keeps the unit at the threshold too.
+    """
+    descending, order = scores.sort(descending=True, stable=True)
+    running = costs.double()[order].cumsum(0)
+    threshold = descending[(running - share * running[-1]).abs().argmin()]
+    return scores >= threshold if inclusive else scores > threshold
+
+
+@dataclass(frozen=True)
+class FLAP(WeightPruner):
+    """Structured pruning of attention heads and MLP neurons by fluctuation, without retraining.
+
+    structure: `AL-AM` compares heads and neurons of all layers under one threshold; `AL-MM` compares all layers, heads
+        and neurons apart; `UL-UM` takes the same share of every layer's heads and neurons; `UL-MM` takes
+        `removed_heads` in equal parts from the layers. metric: `WIFV` fluctuation times weight energy, `IFV`
+        fluctuation alone, `WIFN` Wanda's norm. removed_heads: of the whole model, for the structures in MM; the
+        neurons make up the rest of the budget. compensate: whether the mean of what is removed becomes a bias.
+    released: as the authors' code has it. Otherwise as the paper has it: the fluctuation is the sample variance, heads
+        score by it and not by its square, a head counts as many neurons as its parameters make, unrounded, and the
+        unit at the common threshold stays.
+
+    With grouped queries a unit is a key-value head with all its query heads. The budget is the share that stays of the
+    parameters of all heads and neurons.
+    """
+
+    structure: Structure = "AL-AM"
+    metric: Metric = "WIFV"
+    removed_heads: int = 0
+    compensate: bool = True
+    released: bool = True
+
+    name: ClassVar[str] = "flap"
+    exempt = {"budget": "one threshold for heads and neurons of the whole model: targets lose different shares"}
+
+    def __post_init__(self) -> None:
+        if self.removed_heads < 0 or (self.removed_heads > 0) != self.structure.endswith("MM"):
+            raise PrunelabError(f"flap: {self.structure} takes removed_heads={'N' if self._manual else '0'}, N > 0")
+
+    @property
+    def _manual(self) -> bool:
+        return self.structure.endswith("MM")
+
+    @property
+    def _layerwise(self) -> bool:
+        return self.structure.startswith("UL")
+
+    @property
+    def sequential(self) -> bool:
+        return False  # every layer is measured on what the dense layers before it give
+
+    def kinds(self) -> Sequence[Kind]:
+        return ("heads", "channels")
+
+    def statistics(self, kind: Kind) -> Mapping[str, Callable[[Target], Accumulator]]:
+        fluctuation = Fluctuation if self.released else Variance
+        activity: Callable[[Target], Accumulator] = InputNorm if self.metric == "WIFN" else fluctuation
+        return {"activity": activity, **({"input_mean": InputMean} if self.compensate else {})}
+
+    def score(self, target: Target, signals: WeightSignals) -> Tensor:
+        scores = importance(self.metric, signals.weights[OUTPUT[target.kind]], signals["activity"])
+        if target.kind == "heads" and self.released:  # assumption: the paper's text has no square
+            scores = scores.square()
+        # assumption: of a key-value group all channels count alike, whichever query head they belong to.
+        if self._layerwise:
+            return scores.unflatten(0, (*target.shape, target.span)).sum(-1)
+        return standardised(scores, target.name).unflatten(0, (*target.shape, target.span)).mean(-1)
+
+    def select(
+        self, targets: Sequence[Target], signals: Sequence[WeightSignals], scores: Sequence[Tensor], budget: Budget
+    ) -> Sequence[Tensor]:
+        if budget.unit != "ratio" or (not self._layerwise and len(budget.amounts) > 1):
+            raise PrunelabError(f"flap ({self.structure}) prunes one share of the whole model, not {budget}")
+        if min(budget.amounts) == 0:
+            raise PrunelabError("flap would remove everything; keep more")
+        if self._layerwise:
+            return super().select(targets, signals, scores, budget)
+        if self._manual:
+            return self._apart(targets, scores, budget)
+        if budget.amounts[0] == 1:
+            return [torch.ones_like(score, dtype=torch.bool) for score in scores]
+        joined = torch.cat(list(scores))
+        costs = torch.cat([torch.full(t.shape, cost, device=joined.device) for t, cost in self._costs(targets)])
+        kept = above_common_threshold(joined, costs, budget.amounts[0], inclusive=not self.released)
+        return kept.split([target.units for target in targets])
+
+    def _costs(self, targets: Sequence[Target]) -> list[tuple[Target, float]]:
+        """What a unit of each target costs, in neurons: 4 d / 3 for a plain head of size d. As released
+        this is cut to a whole number (170 for d = 128)."""
+        neuron = next(target.size for target in targets if target.kind == "channels")
+        costs = [target.size / neuron for target in targets]
+        return [(t, float(int(cost)) if self.released else cost) for t, cost in zip(targets, costs, strict=True)]
+
+    def _apart(self, targets: Sequence[Target], scores: Sequence[Tensor], budget: Budget) -> list[Tensor]:
+        """AL-MM: the lowest `removed_heads` heads of the model, and the lowest of all its neurons for the rest."""
+        found: dict[str, Tensor] = {}
+        for kind, gone in (("heads", self.removed_heads), ("channels", self._neurons(targets, budget))):
+            of_kind = [(t, s) for t, s in zip(targets, scores, strict=True) if t.kind == kind]
+            kept = masks.per_row(torch.cat([s for _, s in of_kind]), Budget(gone, "removed"))
+            parts = kept.split([t.units for t, _ in of_kind])
+            found |= {t.name: part for (t, _), part in zip(of_kind, parts, strict=True)}
+        return [found[target.name] for target in targets]
+
+    def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
+        """UL-UM: the same share everywhere. UL-MM: the same number of heads from every layer, and neurons for the
+        rest."""
+        if not self._manual:
+            return super().allocate(targets, signals, budget)
+        amounts = []
+        for target in targets:
+            block = [t for t in targets if t.block == target.block]
+            heads = self.removed_heads // sum(t.kind == "heads" for t in targets)
+            gone = heads if target.kind == "heads" else self._neurons(block, budget.at(target.block), heads)
+            amounts.append(Budget(gone, "removed"))
+        return amounts
+
+    def _neurons(self, targets: Sequence[Target], budget: Budget, heads: int | None = None) -> int:
+        """Neurons that go with the heads, so that the parameters of both meet the budget."""
+        sizes = {target.kind: target.size for target in targets}
+        gone = (1 - budget.amounts[0]) * sum(target.parameters for target in targets)
+        left = round(gone - (self.removed_heads if heads is None else heads) * sizes["heads"], 6)
+        if left < 0:
+            raise PrunelabError(
+                f"flap: {self.removed_heads} heads are more than the budget {budget} takes; remove fewer heads"
+            )
+        return int(left / sizes["channels"])
+
+    def update(self, target: Target, signals: WeightSignals, mask: Tensor) -> Mapping[str, Tensor]:
+        """The baseline bias: what the removed channels put out on average."""
+        if not self.compensate or bool(mask.all()):
+            return {}
+        role = OUTPUT[target.kind]
+        gone = signals["input_mean"] * ~mask.repeat_interleave(target.span)
+        bias = gone @ signals.weights[role].float().T
+        given = signals.weights.get(f"{role}.bias")
+        return {f"{role}.bias": bias if given is None else bias + given.float()}
+
+
+@dataclass(frozen=True)
+class WandaSP(WeightPruner):
+    """Wanda-sp: Wanda's scores averaged over outputs, summed over a head; the same share of every layer's units."""
+
+    name: ClassVar[str] = "wanda_sp"
+
+    def kinds(self) -> Sequence[Kind]:
+        return ("heads", "channels")
+
+    def statistics(self, kind: Kind) -> Mapping[str, type[InputNorm]]:
+        return {"input_norm": InputNorm}
+
+    def score(self, target: Target, signals: WeightSignals) -> Tensor:
+        scores = importance("WIFN", signals.weights[OUTPUT[target.kind]], signals["input_norm"])
+        return scores.unflatten(0, (*target.shape, target.span)).sum(-1)
+
+
+@dataclass(frozen=True)
+class MagnitudeSP(WeightPruner):
+    """Mag-sp: the norms of the output projections' columns, summed over a head; the same share everywhere."""
+
+    name: ClassVar[str] = "magnitude_sp"
+
+    def kinds(self) -> Sequence[Kind]:
+        return ("heads", "channels")
+
+    def score(self, target: Target, signals: WeightSignals) -> Tensor:
+        norms = signals.weights[OUTPUT[target.kind]].float().norm(dim=0)
+        return norms.unflatten(0, (*target.shape, target.span)).sum(-1)

@@ -1,0 +1,34 @@
+"""Random pruning under one amount everywhere: the baseline that says what looking at the weights is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from common.roles import WeightPruner
+from common.targets import Kind, Target, WeightSignals
+
+
+@dataclass(frozen=True)
+class RandomWeights(WeightPruner):
+    """Keeps units by lot: weights of each row, or heads, channels, experts or layers. `prune(..., seed=...)` starts the
+    draws."""
+
+    units: tuple[Kind, ...] = ("linear",)
+
+    name: ClassVar[str] = "random_weights"
+
+    @property
+    def sequential(self) -> bool:
+        return "layers" not in self.units
+
+    def kinds(self) -> Sequence[Kind]:
+        return self.units
+
+    def score(self, target: Target, signals: WeightSignals) -> Tensor:
+        drawn = torch.rand(target.shape, generator=signals.rng)
+        return drawn.to(next(iter(signals.weights.values())).device) if signals.weights else drawn

@@ -1,0 +1,280 @@
+"""STUN (Lee et al., ACL 2025): of a mixture of experts first remove alike experts, then prune single weights.
+
+Stage one clusters the experts of every layer by how alike they behave, judged by their router rows or by how often
+tokens choose them together; one threshold for all layers is searched until the model holds the wanted number of
+clusters, and one expert stands for each. Stage two is Wanda or OWL on what is left, up to the sparsity of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from common.errors import PrunelabError
+from common.roles import WeightPruner
+from common.targets import Accumulator, Decision, Kind, Observation, Probe, Statistics, Target, WeightSignals
+from common.types import Budget
+from common.weights.statistics import InputNorm
+from methods.stun.outliers import importance, one_ratio, owl_budgets, survey_outliers
+
+Similarity = Literal["router", "coactivation", "both"]
+Trials = Callable[[float], int]
+
+# -- stage one: experts ----------------------------------------------------------------------------------------------
+
+
+class CoActivation(Accumulator):
+    """Tokens [E, E] for which two experts are the router's first two choices."""
+
+    def __init__(self, target: Target) -> None:
+        self.counts = torch.zeros(target.units, target.units)
+
+    def update(self, observed: Observation) -> None:
+        assert observed.routing is not None
+        first, second = observed.routing.logits.topk(2).indices.cpu().unbind(-1)
+        ones = torch.ones(len(first))
+        self.counts.index_put_((first, second), ones, accumulate=True)
+        self.counts.index_put_((second, first), ones, accumulate=True)
+
+    def value(self) -> Tensor:
+        return self.counts
+
+
+def router_distance(router: Tensor, by_norm: bool = False) -> Tensor:
+    """||W_i - W_j|| [E, E] of router rows [E, D], or that over the Frobenius norm of the router."""
+    distance = torch.cdist(router.float(), router.float())
+    return distance / router.float().norm() if by_norm else distance
+
+
+def coactivation_distance(counts: Tensor) -> Tensor:
+    """Experts used together are alike: the negative counts [E, E] in units of their mean."""
+    if not bool(counts.any()):
+        raise PrunelabError("no two experts are ever chosen together; give more calibration data")
+    return -counts.float() / counts.float().mean()
+
+
+def cluster(distance: Tensor, threshold: float, least: int = 1) -> Tensor:
+    """Cluster number [E] of every expert, numbered by first member, from distances [E, E].
+
+    The nearest pair below the threshold unites its clusters A and B if the members of A lie within the threshold of
+    B's end of the pair and those of B within A's end, and is refused otherwise; distances of united members are
+    struck out, and so block a later union that would ask for them again (a weaker complete linkage, as released).
+    Stops at `least` clusters.
+    """
+    distance, experts = distance.clone().fill_diagonal_(torch.inf), len(distance)
+    labels, clusters = torch.arange(experts), experts
+    distance = distance.cpu()
+    while clusters > least:
+        i, j = divmod(int(distance.argmin()), experts)
+        if not float(distance[i, j]) < threshold:
+            break
+        a, b = labels == labels[i], labels == labels[j]
+        if max(float(distance[a, j].max()), float(distance[b, i].max())) < threshold:
+            distance[a, j] = distance[b, i] = torch.inf
+            labels[a | b] = min(int(labels[i]), int(labels[j]))
+            clusters -= 1
+        else:
+            distance[i, j] = distance[j, i] = torch.inf
+    return labels.unique(return_inverse=True)[1]
+
+
+def search_threshold(clusters: Trials, wanted: int, start: float = 0.5, step: float = 0.1) -> float:
+    """The threshold at which all layers together have the wanted number of clusters. The step doubles until the search
+    turns round, and is halved from then on.
+
+    # assumption: where the number jumps over the wanted one, the nearest larger number is taken; the release gives up.
+    """
+    threshold, last, turned = start, 0, False
+    best: tuple[int, float] | None = None
+    for _ in range(100):
+        found = clusters(threshold)
+        if found >= wanted and (best is None or found < best[0]):
+            best = (found, threshold)
+        if found == wanted:
+            break
+        direction = 1 if found > wanted else -1
+        turned = turned or direction * last < 0
+        step = step / 2 if turned else step * 2
+        threshold, last = threshold + direction * step, direction
+    if best is None:
+        raise PrunelabError(f"no threshold leaves {wanted} experts; the distances of the routers are not finite")
+    return best[1]
+
+
+def representatives(experts: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """The expert [K] of every cluster whose weights, all in one vector, lie closest to the cluster's mean; experts are
+    parameters [E, ...]."""
+    chosen = []
+    for number in range(int(labels.max()) + 1):
+        members = (labels == number).nonzero().flatten()
+        if len(members) > 1:
+            weights = torch.cat([part[members.to(part.device)].flatten(1).float() for part in experts], 1)
+            centre = weights.sum(0) / len(members)
+            # One norm a vector: two members lie equally far from their mean, and rounding decides.
+            members = members[int(torch.stack([(weight - centre).norm() for weight in weights]).argmin())]
+        chosen.append(members.reshape(()))
+    return torch.stack(chosen)
+
+
+def cluster_means(parameter: Tensor, labels: Tensor) -> Tensor:
+    """Mean [K, ...] of an expert parameter [E, ...] over each cluster."""
+    numbers = range(int(labels.max()) + 1)
+    return torch.stack([parameter[(labels == number).to(parameter.device)].float().mean(0) for number in numbers])
+
+
+# -- stage two: weights ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Owl(WeightPruner):
+    """Wanda under OWL's allocation (Yin et al., ICML 2024): blocks with many outliers keep more of their weights.
+
+    outlier: times the block's mean score from which a weight is an outlier (M). spread: half the range of ratios.
+    # assumption: M = 5 and 0.08, OWL's own choice for LLaMA; STUN's values for its models are not known.
+    """
+
+    outlier: float = 5.0
+    spread: float = 0.08
+
+    name: ClassVar[str] = "owl"
+    exempt = {"budget": "blocks keep different shares"}
+
+    def __post_init__(self) -> None:
+        if self.outlier <= 0 or self.spread < 0:
+            raise PrunelabError(f"{self.name}: outlier must be above 0 and spread at least 0")
+
+    def statistics(self, kind: Kind) -> Mapping[str, Callable[[Target], Accumulator]]:
+        return {"input_norm": InputNorm} if kind == "linear" else {}
+
+    def survey(self, probe: Probe) -> Mapping[str, Statistics]:
+        return survey_outliers(probe, probe.targets, self.outlier)
+
+    def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
+        budgets = owl_budgets(list(zip(targets, signals, strict=True)), one_ratio(budget, self.name), self.spread)
+        return [budgets[target.name] for target in targets]
+
+    def score(self, target: Target, signals: WeightSignals) -> Tensor:
+        return importance(signals.weight, signals["input_norm"])
+
+
+# -- both ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stun(Owl):
+    """Experts first, weights second, to one sparsity counted over all parameters of both stages.
+
+    experts: share of all experts that stage one keeps (0.797 for Arctic), more where the budget asks for less.
+    similarity: `router` rows, `coactivation` counts, or `both` (counts times `mix` and rows together).
+    by_norm: router distances over the router's norm, so that layers of unlike norms compare.
+    means_up_to: layers of at most so many clusters get their experts' means instead of representatives.
+    then: stage two. With `none` the budget is the share of experts, and `experts` is not read.
+    """
+
+    experts: float = 0.8
+    similarity: Similarity = "router"
+    mix: float = 1.0
+    by_norm: bool = False
+    means_up_to: int = 2
+    then: Literal["owl", "wanda", "none"] = "owl"
+
+    name: ClassVar[str] = "stun"
+    exempt = {"budget": "layers keep different numbers of experts, and the budget counts both stages together"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.experts <= 1 or self.means_up_to < 0:
+            raise PrunelabError("stun: experts is a share above 0 and at most 1, and means_up_to at least 0")
+
+    def kinds(self) -> Sequence[Kind]:
+        return ("experts",) if self.then == "none" else ("experts", "linear")
+
+    def survey(self, probe: Probe) -> Mapping[str, Statistics]:
+        """The clusters of every layer's experts, and the blocks' outlier shares."""
+        layers = [target for target in probe.targets if target.kind == "experts"]
+        distances = self.distances(probe, layers)
+        least = [target.least for target in layers]
+
+        def clusters(threshold: float) -> list[Tensor]:
+            return [cluster(d, threshold, at_least) for d, at_least in zip(distances, least, strict=True)]
+
+        wanted = self.experts_kept(probe.targets, probe.budget)
+        if wanted < sum(least):
+            raise PrunelabError(
+                f"stun: {wanted} experts are fewer than the {sum(least)} that tokens are sent to; keep more"
+            )
+        threshold = search_threshold(lambda t: sum(int(x.max()) + 1 for x in clusters(t)), wanted)
+        found = {t.name: {"clusters": labels} for t, labels in zip(layers, clusters(threshold), strict=True)}
+        if self.then == "owl":
+            linears = [target for target in probe.targets if target.kind == "linear"]
+            found |= survey_outliers(probe, linears, self.outlier)
+        return found
+
+    def distances(self, probe: Probe, layers: Sequence[Target]) -> list[Tensor]:
+        """How unlike the experts of every layer are, [E, E]."""
+        found = []
+        counts = {} if self.similarity == "router" else probe.statistics({"experts": {"counts": CoActivation}})
+        for target in layers:
+            distance = router_distance(probe.weights(target)["router"], self.by_norm).cpu()
+            if not bool(distance.isfinite().all()):
+                raise PrunelabError(f"the router of {target.name} holds NaN or infinite values; check the weights")
+            if self.similarity != "router":
+                used = coactivation_distance(counts[target.name]["counts"].cpu())
+                distance = used if self.similarity == "coactivation" else used * self.mix + distance
+            found.append(distance)
+        return found
+
+    def experts_kept(self, targets: Sequence[Target], budget: Budget) -> int:
+        """Experts that stage one keeps in the whole model, never fewer than the budget makes necessary."""
+        keep, layers = one_ratio(budget, self.name), [target for target in targets if target.kind == "experts"]
+        experts = sum(target.units for target in layers)
+        if self.then == "none":
+            return experts - budget.pruned(experts)
+        least = experts - int((1 - keep) * prunable(targets) / max(target.size for target in layers))
+        return max(experts - Budget(self.experts).pruned(experts), least)
+
+    def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
+        """Of experts as many as there are clusters; of weights what is still to go, among those that are left."""
+        experts = {
+            t.block: int(s["clusters"].max()) + 1 for t, s in zip(targets, signals, strict=True) if t.kind == "experts"
+        }
+        budgets = {t.name: Budget(experts[t.block], "count") for t in targets if t.kind == "experts"}
+        left = [
+            (t, s)
+            for t, s in zip(targets, signals, strict=True)
+            if t.kind == "linear" and t.expert < experts.get(t.block, 0)
+        ]
+        if left:
+            removed = sum(t.size * (t.units - experts[t.block]) for t in targets if t.kind == "experts")
+            gone = (1 - one_ratio(budget, self.name)) * prunable(targets) - removed
+            keep = min(max(1 - gone / sum(target.units for target, _ in left), 0.0), 1.0)
+            uniform = {target.name: Budget(keep) for target, _ in left}
+            budgets |= owl_budgets(left, keep, self.spread) if self.then == "owl" else uniform
+        return [
+            budgets.get(target.name, Budget(1.0)) for target in targets
+        ]  # weights of experts that leave stay as they are
+
+    def solve(self, target: Target, signals: WeightSignals, budget: Budget) -> Decision:
+        if target.kind != "experts":
+            return super().solve(target, signals, budget)
+        labels, weights = signals["clusters"].cpu(), signals.weights
+        clusters, mask = int(labels.max()) + 1, torch.zeros(target.units, dtype=torch.bool)
+        if clusters > self.means_up_to or clusters == target.units:
+            gate, up = weights["gate_up"].chunk(2, 1)
+            mask[representatives([gate, weights["down"], up], labels)] = True
+            return Decision(mask)
+        first = torch.stack([(labels == number).nonzero()[0, 0] for number in range(clusters)])
+        mask[first] = True
+        values = {role: part.clone() for role, part in weights.items()}
+        for role, part in weights.items():
+            values[role][first.to(part.device)] = cluster_means(part, labels).to(part.dtype)
+        return Decision(mask, values)
+
+
+def prunable(targets: Sequence[Target]) -> int:
+    """Parameters of experts with their router rows, and of all other linears."""
+    return sum(target.parameters for target in targets if target.expert < 0)

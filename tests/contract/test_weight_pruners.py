@@ -1,0 +1,127 @@
+"""The contract of weight pruning, over every registered method and the reference methods, on tiny language models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common import registry
+from common.errors import PrunelabError
+from common.roles import WeightPruner
+from common.types import Budget
+from common.weights import WeightPlan, prune
+from tests.contract.references import MagnitudeWeights, NormChannels, invariant, language_model, token_ids
+
+METHODS = [c() for c in registry.load().values() if issubclass(c, WeightPruner)] + [MagnitudeWeights(), NormChannels()]
+every = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+
+
+def families(method: WeightPruner) -> list[str]:
+    return ["mixtral", "olmoe"] if "experts" in method.kinds() else ["llama", "llama_mha", "qwen3"]
+
+
+def run(method: WeightPruner, budget: Budget, family: str = "", dtype: torch.dtype = torch.float32, **options):
+    model = language_model(family or families(method)[0]).to(dtype)
+    base = language_model(family or families(method)[0], seed=5).to(dtype) if method.needs_base else None
+    plan = prune(method, model, budget, token_ids(), base=base, progress=False, **options)
+    return model, plan
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(token_ids(2, seed=9)).logits
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@every
+def test_keep_all_is_the_identity(method):
+    with invariant("keep_all", method):
+        for family in families(method):
+            model, plan = run(method, Budget(1.0), family)
+            assert all(bool(decision.mask.all()) for _, decision in plan.decisions())
+            assert torch.allclose(logits(model), logits(language_model(family)), atol=1e-6)
+
+
+@every
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+def test_budget_is_met_exactly(method, ratio):
+    with invariant("budget", method):
+        for family in families(method):
+            for target, decision in run(method, Budget(ratio), family)[1].decisions():
+                kept = decision.mask.sum(-1)
+                wanted = target.shape[-1] - Budget(ratio).pruned(target.shape[-1])
+                assert bool((kept == wanted).all()), target.name
+
+
+@every
+def test_pruned_model_runs_generates_and_stays_finite(method):
+    for family in families(method):
+        for dtype in (torch.float32, torch.bfloat16):
+            model, plan = run(method, Budget(0.5), family, dtype)
+            assert 0 < plan.report.sparsity < 1
+            assert bool(torch.isfinite(logits(model)).all())
+            assert model.dtype == dtype
+        grown = model.generate(token_ids(1), max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert grown.shape == (1, 15) or int(grown[0, -1]) == 2
+
+
+@every
+def test_same_seed_same_plan_and_the_plan_repeats_it(method, tmp_path):
+    model, plan = run(method, Budget(0.5), seed=1)
+    again, _ = run(method, Budget(0.5), seed=1)
+    assert same(model, again)
+    plan.save(tmp_path)
+    dense = language_model(families(method)[0])
+    WeightPlan.load(tmp_path).apply(dense)
+    assert same(model, dense)
+    assert plan.diff(WeightPlan.load(tmp_path)) == "the plans are equal"
+
+
+@every
+def test_an_interrupted_run_resumes_to_the_same_weights(method, tmp_path, monkeypatch):
+    whole, _ = run(method, Budget(0.5))
+    step = "solve" if method.sequential else "score"
+    original, seen = getattr(type(method), step), []
+
+    def crashing(self, target, *rest):
+        seen.append(target.block)
+        if target.block == 1 and seen.count(0):
+            raise KeyboardInterrupt
+        return original(self, target, *rest)
+
+    monkeypatch.setattr(type(method), step, crashing)
+    with pytest.raises(KeyboardInterrupt):
+        run(method, Budget(0.5), folder=tmp_path)
+    seen.clear()
+    resumed, plan = run(method, Budget(0.5), folder=tmp_path)
+    assert same(whole, resumed)
+    assert set(seen) == {1, 2}, "block 0 was done before the crash"
+    assert {target.block for target in plan.targets} == {0, 1, 2}
+
+
+@every
+def test_nan_weights_and_a_missing_calibration_set_are_named(method):
+    model = language_model(families(method)[0])
+    needs = any(method.statistics(kind) for kind in method.kinds())
+    base = language_model(families(method)[0], seed=5) if method.needs_base else None
+    if needs:
+        with pytest.raises(PrunelabError, match="calibration set"):
+            prune(method, model, 0.5, base=base, progress=False)
+        with torch.no_grad():
+            model.model.layers[1].self_attn.v_proj.weight[0] = float("nan")
+        with pytest.raises(PrunelabError, match="NaN"):
+            prune(method, model, 0.5, token_ids(), base=base, progress=False)
+
+
+@every
+def test_a_budget_that_leaves_nothing_is_refused_before_any_work(method):
+    with invariant("empty", method):
+        model = language_model(families(method)[0])
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        base = language_model(families(method)[0], seed=5) if method.needs_base else None
+        with pytest.raises(PrunelabError, match="keep more"):
+            prune(method, model, 0.0, token_ids(), base=base, progress=False)
+        assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

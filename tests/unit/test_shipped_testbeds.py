@@ -1,0 +1,78 @@
+"""The shipped detector and segmenter are what their logs say, and tell good choices of tokens from bad ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common import testbeds
+from common.apply import apply
+from common.average_precision import average_precision, detections
+from common.data import detection, segmentation
+from common.testbeds.base import read_log
+from methods.dtop.method import DToP
+from methods.focus_detr.method import FocusDETR
+from methods.random_drop.method import RandomDrop
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return testbeds.load("digits_detection")[0]
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return testbeds.load("digits_segmentation")[0]
+
+
+def precision(model, scenes: int = 60) -> float:
+    x, objects = detection.scenes("test", scenes, 1000)
+    with torch.inference_mode():
+        parts = [slice(i, i + 20) for i in range(0, scenes, 20)]
+        found = [d for part in parts for d in detections(model(x[part]), objects[part], range(10))]
+    return average_precision(objects, found)["AP"]
+
+
+def miou(model, scenes: int = 150) -> float:
+    x, labels = segmentation.scenes("test", scenes, 1000)
+    with torch.inference_mode():
+        maps = torch.cat([model(part).argmax(1) for part in x.split(50)])
+    return 100 * float(segmentation.iou(segmentation.confusion(maps, labels, segmentation.CLASSES)).nanmean())
+
+
+def test_detector_is_as_good_as_its_log(detector):
+    assert precision(detector) == pytest.approx(read_log(testbeds.SHIPPED / "digits_detection")["test"]["ap"], abs=8)
+
+
+def test_detection_tells_foreground_from_chance(detector):
+    dense = precision(detector)
+    with apply(FocusDETR(), detector, 0.3) as handle:
+        focus, cost = precision(detector), handle.macs()
+    with apply(RandomDrop(tuple(range(6)), "input", "bypass"), detector, 0.5) as handle:
+        chance, more = precision(detector), handle.macs()
+    assert more > cost, "the control may do more work"
+    assert dense - chance > 10 and focus - chance > 10 and dense - focus < 8
+
+
+def test_segmenter_is_as_good_as_its_log(segmenter):
+    logged = 100 * read_log(testbeds.SHIPPED / "digits_segmentation")["test"]["miou"]
+    assert miou(segmenter) == pytest.approx(logged, abs=6)
+
+
+def test_segmentation_loses_by_leaving_at_random(segmenter):
+    dense = miou(segmenter)
+    with apply(DToP(0.98), segmenter, 1.0):
+        sure = miou(segmenter)
+    with apply(RandomDrop((5, 7), rest="halt"), segmenter, 0.5):
+        half = miou(segmenter)
+    with apply(RandomDrop((5, 7), rest="halt"), segmenter, 0.3):
+        few = miou(segmenter)
+    assert dense - sure < 6 and dense - half > 6 and dense - few > 10
