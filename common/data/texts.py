@@ -100,9 +100,7 @@ def _download(identity: Mapping[str, Any]) -> str:
     if "revision" not in identity:
         raise PrunelabError(f"pin a revision of {identity['hub']} in configs/datasets.yaml (revision: COMMIT)")
     try:
-        return hf_hub_download(
-            identity["hub"], identity["file"], revision=identity["revision"], repo_type="dataset"
-        )
+        return hf_hub_download(identity["hub"], identity["file"], revision=identity["revision"], repo_type="dataset")
     except (HfHubHTTPError, OSError) as error:
         raise PrunelabError(
             f"{identity['file']} of {identity['hub']} cannot be had ({type(error).__name__}); download it first"
