@@ -1,0 +1,65 @@
+"""Fine-tuning with pruning on: the shipped weights of one testbed, trained further under a method."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import registry
+from common.apply import apply
+from common.errors import PrunelabError
+from common.roles import TokenPruner
+from common.testbeds.base import Testbed, read_log
+from common.types import Budget
+
+
+@dataclass(frozen=True)
+class Tuned(Testbed):
+    """A testbed that starts from another one's shipped weights; trained and tested with a method at work.
+
+    method: as `common.registry.parse` reads it, such as `tome(layers=(2, 5))`. budget: as `Budget.parse` reads it.
+    start: sha256 of the weights it starts from, by default those that ship; it stands in the log, and weights that
+    were trained anew since ask for a new fine-tuning.
+    """
+
+    method: str = ""
+    budget: str = "0.7"
+    start: str = ""
+
+    def __post_init__(self) -> None:
+        from common.testbeds import SHIPPED
+
+        if not self.start:
+            object.__setattr__(self, "start", read_log(SHIPPED / self.base().name)["sha256"])
+
+    @abstractmethod
+    def base(self) -> Testbed:
+        """The testbed whose weights are the start, and whose data and loss it goes on with."""
+
+    def build(self) -> nn.Module:
+        from common import testbeds
+
+        model, log = testbeds.load(self.base().name)
+        if log["sha256"] != self.start:
+            raise PrunelabError(f"{self.name} started from other weights of {log['testbed']}; train {self.name} again")
+        return model
+
+    def loss(self, model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
+        lots = int(torch.randint(2**31, (), generator=generator))
+        with self.pruned(model, lots):
+            return self.base().loss(model, 1.0, generator)
+
+    def evaluate(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
+        with self.pruned(model):
+            return self.base().evaluate(model, quick)
+
+    def pruned(self, model: nn.Module, seed: int = 0) -> AbstractContextManager[Any]:
+        """The method at work on the model; `seed` starts the draws of random ones."""
+        method = registry.parse(self.method)
+        assert isinstance(method, TokenPruner)
+        return apply(method, model, Budget.parse(self.budget), seed=seed)
