@@ -287,6 +287,9 @@ class Probe(TokenPruner):
     def requires(self, site):
         return frozenset()
 
+    def fate(self):
+        return self.rest
+
     def plan(self, site, signals, budget):
         index = torch.arange(3).expand(signals.prunable.shape[0], -1)
         reduce = Mix(index, index, torch.ones(index.shape), 3) if self.mix else Gather(index)
@@ -296,7 +299,7 @@ class Probe(TokenPruner):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Probe(), "rest=bypass"),
+        (Probe(), "tokens can drop, those of deformable_encoder can only bypass"),
         (Probe("bypass", mix=True), "Gather plans only"),
         (Probe("bypass", layers=(0, 0)), "one site a layer"),
         (Probe("bypass", layers=(2,)), "layers 0 to 1"),
