@@ -1,0 +1,107 @@
+"""Text for language models at every scale, cut into the sequences that they are calibrated and measured on."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from common.data import code
+from common.errors import PrunelabError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "test"]
+
+_FILES = 24  # source files of a split; to cut all of them into tokens would take longer than to measure on them
+_TEST_STORIES = 200
+
+
+def load(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split = "test") -> tuple[str, ...]:
+    """The documents of a catalogue entry: those to measure on (`test`), or those to calibrate with (`train`)."""
+    if split not in get_args(Split):
+        raise PrunelabError(f"there is no split '{split}' of a text; use train or test")
+    return {"source_code": _source_code, "stories": _stories, "wikitext": _wikitext}[identity["loader"]](
+        identity, config, split
+    )
+
+
+def sequences(
+    identity: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    samples: int | None = None,
+    split: Split = "test",
+) -> list[Tensor]:
+    """Token ids, one [T] int64 tensor a sequence: all there are, or `samples` of them, spread evenly over the text.
+
+    An entry with `join` is one text, its documents joined by that string, and falls into pieces of exactly `length`
+    tokens; what is left at the end is dropped. Otherwise every document is a sequence by itself, cut off at `length`.
+    The tokenizer adds what it adds to a text, which is one start token for most models and none for others.
+    """
+    documents = load(identity, config, split)
+    if "join" in identity:
+        tokens = torch.tensor(_tokens(tokenizer, str(identity["join"]).join(documents)))
+        count = len(tokens) // length
+        if count == 0:
+            raise PrunelabError(
+                f"the text has {len(tokens)} tokens, fewer than one sequence of {length}; shorten the length"
+            )
+        found = list(tokens[: count * length].view(count, length))
+    else:
+        found = [torch.tensor(_tokens(tokenizer, document)[:length]) for document in documents]
+    if samples is None:
+        return found
+    if samples > len(found):
+        raise PrunelabError(f"the text has {len(found)} sequences of {length} tokens, not {samples}; ask for fewer")
+    return [found[i * len(found) // samples] for i in range(samples)]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, verbose=False)["input_ids"]  # verbose: a whole test set is meant to be longer than a context
+
+
+def _source_code(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
+    return code.files("held_out" if split == "test" else "train")[:_FILES]
+
+
+def _stories(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
+    """TinyStories in plain ASCII, without blank lines, as the small story model was trained on them."""
+    stories = json.loads((Path(config["assets"]) / identity["folder"] / identity["file"]).read_text(encoding="utf8"))
+    plain = [re.sub(r"\n\n+", "\n", story) for story in stories if story.isascii()]
+    return tuple(plain[:_TEST_STORIES] if split == "test" else plain[_TEST_STORIES:])
+
+
+def _wikitext(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
+    """WikiText-2 as its hub version has it, which papers join by two line breaks: one document a line, with its line
+    break, and an empty one for every blank line."""
+    if "hub" in identity:
+        with zipfile.ZipFile(_download(identity)) as archive:
+            text = archive.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf8")
+    elif split == "train":
+        raise PrunelabError("this WikiText-2 has no training text; calibrate on another data set")
+    else:
+        text = (Path(config["assets"]) / identity["folder"] / identity["file"]).read_text(encoding="utf8")
+    return tuple(line if line.strip() else "" for line in re.findall(r"[^\n]*\n|[^\n]+", text))
+
+
+def _download(identity: Mapping[str, Any]) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if "revision" not in identity:
+        raise PrunelabError(f"pin a revision of {identity['hub']} in configs/datasets.yaml (revision: COMMIT)")
+    try:
+        return hf_hub_download(identity["hub"], identity["file"], revision=identity["revision"], repo_type="dataset")
+    except (HfHubHTTPError, OSError) as error:
+        raise PrunelabError(
+            f"{identity['file']} of {identity['hub']} cannot be had ({type(error).__name__}); download it first"
+        ) from error
