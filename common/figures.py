@@ -43,3 +43,8 @@ class Context:
     boards: Sequence[Any]
     runs: Sequence[papers.FigureRun]
     record: Callable[[papers.Run | str], Mapping[str, Any] | None]
+
+    def drawn(self, name: str, title: str, draw: Callable[[Mapping[str, Any]], str]) -> list[Figure]:
+        """The figures of paper.yaml with that name, drawn from the metrics of their runs where those are made."""
+        made = [(job.figure, self.record(job.run)) for job in self.runs if job.figure.name == name]
+        return [Figure(title, draw(record["metrics"]), figure.caption) for figure, record in made if record is not None]

@@ -11,13 +11,7 @@ from common.figures import Context, Figure
 
 def figures(context: Context) -> list[Figure]:
     """The scenes, where their run has been made."""
-    found = []
-    for job in context.runs:
-        record = context.record(job.run) if job.figure.name == "scenes" else None
-        if record is not None:
-            html = exits(record["metrics"]["scenes"])
-            found.append(Figure("Tokens that left, head by head", html, job.figure.caption))
-    return found
+    return context.drawn("scenes", "Tokens that left, head by head", lambda metrics: exits(metrics["scenes"]))
 
 
 def exits(scenes: Mapping[str, Any]) -> str:

@@ -11,13 +11,7 @@ from common.figures import Context, Figure
 
 def figures(context: Context) -> list[Figure]:
     """The scenes, where their run has been made."""
-    found = []
-    for job in context.runs:
-        record = context.record(job.run) if job.figure.name == "tokens" else None
-        if record is not None:
-            html = cascades(record["metrics"]["scenes"])
-            found.append(Figure("Tokens updated, layer by layer", html, job.figure.caption))
-    return found
+    return context.drawn("tokens", "Tokens updated, layer by layer", lambda metrics: cascades(metrics["scenes"]))
 
 
 def cascades(scenes: Mapping[str, Any]) -> str:

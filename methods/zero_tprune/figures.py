@@ -35,14 +35,7 @@ def curves(context: Context) -> dict[str, Curves]:
 
 def figures(context: Context) -> list[Figure]:
     """The gallery, where its run has been made."""
-    found = []
-    for job in context.runs:
-        record = context.record(job.run) if job.figure.name == "gallery" else None
-        if record is not None:
-            found.append(
-                Figure("Tokens removed, stage by stage", gallery(record["metrics"]["scenes"]), job.figure.caption)
-            )
-    return found
+    return context.drawn("gallery", "Tokens removed, stage by stage", lambda metrics: gallery(metrics["scenes"]))
 
 
 def gallery(scenes: Mapping[str, Any]) -> str:
