@@ -60,7 +60,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     with context as handle, torch.inference_mode():
         total = -(-len(data.objects) // batch)
         for x, mask, objects in track(data.batches(batch), "detecting", total=total, transient=True):
-            output = model(x.to(device), None if mask is None else mask.to(device))
+            output = detected(model, x.to(device), None if mask is None else mask.to(device))
             boxes = detections(output, objects, data.classes)
             if len(truth) < shown:
                 items += _items(x, objects, boxes, handle)
@@ -77,6 +77,16 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     if shown:
         out["scenes"] = {"value": shown, "items": items[:shown]}
     return out
+
+
+def detected(model: nn.Module, x: Tensor, mask: Tensor | None) -> Mapping[str, Tensor]:
+    """What a detector says of images [B, C, H, W] whose padding `mask` [B, H, W] marks: `logits` [B, Q, C] and `boxes`
+    [B, Q, 4]. Those of transformers want the image marked instead, and give the boxes another name."""
+    if not hasattr(model, "config"):
+        output: Mapping[str, Tensor] = model(x, mask)
+        return output
+    said = model(x, pixel_mask=None if mask is None else (~mask).long())
+    return {"logits": said.logits, "boxes": said.pred_boxes}
 
 
 def _dense(model: nn.Module) -> tuple[float, float]:

@@ -27,6 +27,7 @@ from common.papers import Run
 from common.tasks import detect
 from common.testbeds import base, digits_detection
 from methods.focus_detr import figures
+from tests.contract.families import FAMILIES
 
 SCENES = {"loader": "digit_detection"}
 SETTINGS = catalogue.settings({})
@@ -208,9 +209,9 @@ class Oracle(DINO):
         return {"logits": logits, "boxes": boxes}
 
 
-def execute(monkeypatch, model, method=None, budget=None, data=SCENES, config=SETTINGS, **settings):
+def execute(monkeypatch, model, method=None, budget=None, data=SCENES, config=SETTINGS, options=None, **settings):
     monkeypatch.setattr(models, "load", lambda identity, config: (model.eval(), None))
-    run = Run("detect", "testbed", method, {}, budget, settings, {"model": {}, "data": data})
+    run = Run("detect", "testbed", method, options or {}, budget, settings, {"model": {}, "data": data})
     return detect.execute(run, config)
 
 
@@ -308,6 +309,37 @@ def test_output_that_is_not_finite_is_refused(monkeypatch):
                                                            "boxes": x.new_zeros(len(x), 1, 4)})  # fmt: skip
     with pytest.raises(PrunelabError, match="NaN or infinite"):
         execute(monkeypatch, model, samples=2)
+
+
+def test_a_stock_detector_of_transformers_goes_the_whole_way(monkeypatch, tmp_path):
+    FAMILIES["deformable_detr"]().save_pretrained(tmp_path / "checkpoint")
+    identity = {"hub": str(tmp_path / "checkpoint"), "revision": "main", "class": "DeformableDetrForObjectDetection"}
+    model, transform = models.load(identity, SETTINGS)
+    assert transform is None and not model.training
+    with pytest.raises(PrunelabError, match="cannot be had"):
+        models.load({**identity, "hub": str(tmp_path / "nothing")}, SETTINGS)
+
+    x = torch.rand(2, 3, 192, 128, generator=torch.Generator().manual_seed(0))
+    nowhere = torch.zeros(2, 192, 128, dtype=torch.bool)
+    below = nowhere.clone()
+    below[1, 128:] = True
+    with torch.no_grad():
+        plain, unmasked, masked = (detect.detected(model, x, mask)["logits"] for mask in (None, nowhere, below))
+    assert torch.equal(plain, unmasked), "the mask of transformers marks the image, ours the padding"
+    assert torch.allclose(plain[0], masked[0], atol=1e-5) and not torch.allclose(plain[1], masked[1], atol=1e-2)
+
+    picture = Image.fromarray((255 * x[0].permute(1, 2, 0)).byte().numpy())
+    collection = detection.Collection(
+        lambda i: detection.to_tensor(picture),
+        [Objects(192, 128, boxes_in(2, torch.Generator().manual_seed(i)), torch.tensor([1, 2]), torch.zeros(2).bool(),
+                 torch.ones(2)) for i in range(3)],
+        tuple(range(7)),
+    )  # fmt: skip
+    monkeypatch.setattr(detection, "load", lambda *_: collection)
+    dense = execute(monkeypatch, model, data={"loader": "coco"})
+    options = {"layers": list(range(6)), "where": "input", "rest": "bypass"}
+    pruned = execute(monkeypatch, model, "random_drop", "0.5", {"loader": "coco"}, options=options)
+    assert dense["ap"]["n"] == 3 and pruned["encoder_gmacs"]["value"] < dense["encoder_gmacs"]["value"]
 
 
 @pytest.mark.skipif(not os.environ.get("PRUNELAB_ASSETS"), reason="needs PRUNELAB_ASSETS, a folder with coco128")
