@@ -17,7 +17,7 @@ from common.types import Budget
 from common.weights.adapters import weight_adapter
 from common.weights.adapters.base import WeightAdapter
 from common.weights.plan import WeightPlan, WeightReport
-from common.weights.run import Run
+from common.weights.run import Run, check_budgets
 from common.weights.work import Work, fingerprint
 
 SAMPLED = 997  # every so many-th weight enters a model's fingerprint
@@ -40,7 +40,8 @@ def prune(
     before fine-tuning, for methods that prune what fine-tuning changed. seed starts the draws of random methods.
     folder keeps the plan out of memory, and what a run needs to go on after a crash: call again with the unpruned
     model and the same arguments. Raises PrunelabError, before any work, where the model has no adapter or lacks the
-    targets, or where calibration set and budget do not fit them.
+    targets, or where calibration set and budget do not fit them; and later at activations or Hessians that cannot be
+    used, when a sequential method has already pruned the blocks before.
     """
     if not isinstance(method, WeightPruner):
         raise PrunelabError(f"{method.name} is a {method.role}, which prunes no weights")
@@ -95,6 +96,9 @@ def _targets(method: WeightPruner, adapter: WeightAdapter, budget: Budget) -> li
     if len(budget.amounts) not in (1, len(adapter.blocks)):
         raise PrunelabError(f"the budget names {len(budget.amounts)} amounts for {len(adapter.blocks)} blocks")
     adapter.refuse_tied(found)
+    if budget.unit == "pattern":  # no allocation makes a row divisible, so that this is known now
+        rows = [target for target in found if target.kind == "linear"]
+        check_budgets(rows, [budget.at(target.block) for target in rows])
     found.sort(key=lambda target: target.block if target.block >= 0 else len(adapter.blocks))
     return found
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from common.errors import PrunelabError
 from common.targets import Accumulator, Kind, Observation, Target
 from common.weights.adapters.base import WeightAdapter
 
@@ -69,6 +70,9 @@ class Ledger:
         found = {}
         for name, accumulator in self.made[target.name].items():
             if id(accumulator) not in self._values:
-                self._values[id(accumulator)] = accumulator.value()
+                try:
+                    self._values[id(accumulator)] = accumulator.value()
+                except PrunelabError as error:  # a singular Hessian, say: which layer's it is only known here
+                    raise PrunelabError(f"{target.name}: {error}") from None
             found[name] = self._values[id(accumulator)]
         return found

@@ -14,7 +14,7 @@ from common.targets import Accumulator, Kind, Target, WeightSignals
 from common.types import Budget
 from common.weights.adapters.base import WeightAdapter
 from common.weights.ledger import Factories, Ledger, Wanted
-from common.weights.stream import Stream
+from common.weights.stream import Stream, finite
 
 
 class ModelProbe:
@@ -67,7 +67,7 @@ class ModelProbe:
 
         def read(parameter: Tensor) -> None:
             assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
-            if not bool(torch.isfinite(parameter.grad.sum())):
+            if not finite(parameter.grad):
                 name = by_parameter[parameter][0].name
                 raise PrunelabError(f"the gradient of {name} holds NaN or infinite values; use a wider dtype")
             for target in by_parameter[parameter]:

@@ -19,11 +19,12 @@ MODEL_TYPE = "pruned layer by layer, load it with common.weights.load_pruned"
 
 
 def save_pruned(model: nn.Module, plan: WeightPlan, folder: Path | str) -> None:
-    """Write a pruned model and its plan. Uniform plans give a folder that stock `from_pretrained` reads."""
-    folder, pretrained = Path(folder), _pretrained(model)
+    """Write a pruned model and its plan. Uniform plans of transformers' models give a folder that stock
+    `from_pretrained` reads."""
+    folder = Path(folder)
     plan.save(folder / PLAN_FOLDER)
     if plan.header["stock"]:
-        pretrained.save_pretrained(folder)
+        model.save_pretrained(folder)  # type: ignore[operator]
         return
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
@@ -33,22 +34,31 @@ def save_pruned(model: nn.Module, plan: WeightPlan, folder: Path | str) -> None:
             tensors[name] = tensor.contiguous()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     write_json(folder / "config.json", {"model_type": MODEL_TYPE, "architectures": [type(model).__name__]})
-    if pretrained.can_generate():
-        pretrained.generation_config.save_pretrained(folder)
+    if hasattr(model, "generation_config") and model.can_generate():  # type: ignore[operator]
+        model.generation_config.save_pretrained(folder)  # type: ignore[operator,union-attr]
 
 
-def load_pruned(folder: Path | str) -> nn.Module:
-    """A pruned model in eval mode: built dense on the meta device, cut by its plan, and filled strictly."""
+def load_pruned(folder: Path | str, dense: nn.Module | None = None) -> nn.Module:
+    """A pruned model in eval mode: built dense on the meta device, cut by its plan, and filled strictly.
+
+    dense: the unpruned model, with any weights, for what transformers cannot build; it is what is cut and returned.
+    """
+    folder = Path(folder)
+    plan = WeightPlan.load(folder / PLAN_FOLDER)
+    if dense is not None:
+        plan.apply(dense)
+        _fill(dense, _read(folder))
+        return dense.eval()
+
     import transformers
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
-    folder = Path(folder)
-    plan = WeightPlan.load(folder / PLAN_FOLDER)
     try:
         cls: Any = getattr(transformers, plan.header["model"])
     except AttributeError:
         raise PrunelabError(
-            f"this transformers has no {plan.header['model']}; install the version that saved"
+            f"this transformers has no {plan.header['model']}; install the version that saved, or give the unpruned"
+            " model as `dense`"
         ) from None
     if plan.header["stock"]:
         stock: nn.Module = cls.from_pretrained(folder).eval()
@@ -57,19 +67,22 @@ def load_pruned(folder: Path | str) -> nn.Module:
         model = cls(cls.config_class.from_dict(plan.header["config"]))
     model.tie_weights()
     plan.apply(model)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise PrunelabError(f"{folder / WEIGHTS} cannot be read ({error}); save the model anew") from None
-    _fill(model, tensors)
+    _fill(model, _read(folder))
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     pruned: nn.Module = model.eval()
     return pruned
 
 
+def _read(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise PrunelabError(f"{folder / WEIGHTS} cannot be read ({error}); save the model anew") from None
+
+
 def _fill(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Give a model on the meta device its weights; every name and shape must fit."""
+    """Give a model, on the meta device or not, its weights; every name and shape must fit."""
     first: dict[int, str] = {}
     wanted: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -83,12 +96,5 @@ def _fill(model: Any, tensors: dict[str, Tensor]) -> None:
         wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise PrunelabError(f"the weights do not fit the plan: {', '.join(wrong[:8])}; save the model anew")
     model.load_state_dict(tensors, strict=True, assign=True)
-    model.tie_weights()
-
-
-def _pretrained(model: nn.Module) -> Any:
-    if not hasattr(model, "save_pretrained"):
-        raise PrunelabError(
-            f"{type(model).__name__} has no save_pretrained; save its state_dict and plan.save() instead"
-        )
-    return model
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()

@@ -103,7 +103,7 @@ class Run:
         """The budget of every target."""
         known = [self.signals(target, surveyed.get(target.name, {})) for target in self.targets]
         amounts = self.method.allocate(self.targets, known, self.budget)
-        _check_budgets(self.targets, amounts)
+        check_budgets(self.targets, amounts)
         return {target.name: amount for target, amount in zip(self.targets, amounts, strict=True)}
 
     # -- steps of a run that decides at the end ----------------------------------------------------------------------
@@ -196,7 +196,8 @@ class Run:
         if decision.mask.shape != target.shape or decision.mask.dtype != torch.bool:
             raise TypeError(f"{self.method.name} gives {target.name} a mask that is not bool {target.shape}")
         if target.kind not in ("layers", "tensor") and decision.kept == 0:
-            raise PrunelabError(f"{self.method.name} would remove all {target.kind} of {target.name}; keep more")
+            units = {"linear": "weights"}.get(target.kind, target.kind)
+            raise PrunelabError(f"{self.method.name} would remove all {units} of {target.name}; keep more")
         if not all(bool(torch.isfinite(value).all()) for value in decision.values.values()):
             raise PrunelabError(f"{self.method.name} gives {target.name} NaN or infinite values; use a wider dtype")
         self.adapter.check(target, decision)
@@ -209,7 +210,7 @@ class Run:
         return _flat({target.name: kept})
 
 
-def _check_budgets(targets: Sequence[Target], budgets: Sequence[Budget]) -> None:
+def check_budgets(targets: Sequence[Target], budgets: Sequence[Budget]) -> None:
     """Refuse budgets that leave nothing, or patterns that do not divide a row."""
     for target, budget in zip(targets, budgets, strict=True):
         if target.kind in ("layers", "tensor"):

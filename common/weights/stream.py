@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from common.errors import PrunelabError
 from common.targets import Observation, Target
@@ -22,6 +23,8 @@ Visit = Callable[[Callable[[Target], Observation]], None]
 
 def windows(tokens: Tensor, length: int, samples: int, seed: int = 0) -> Tensor:
     """Random windows [samples, length] of a long text's token ids [n], as calibration sets are drawn."""
+    if tokens.dim() != 1 or length < 1 or samples < 1:
+        raise PrunelabError("windows are drawn from a vector of token ids, at least one of at least one token")
     if len(tokens) < length:
         raise PrunelabError(
             f"the calibration text has {len(tokens)} tokens, fewer than one sequence of {length}; give more text"
@@ -59,9 +62,9 @@ class Stream:
                 before = self.hidden[i]
                 args, kwargs = self.calls[len(sample)][block]
                 after = module(before, *args, **kwargs)
-                if not bool(torch.isfinite(after.sum())):
+                if not finite(after):
                     raise PrunelabError(
-                        f"block {block} gives NaN or infinite activations on calibration sequence {i};"
+                        f"{self._culprit(block, i)} gives NaN or infinite activations on calibration sequence {i};"
                         " check the weights, or use a wider dtype"
                     )
                 if visit is not None:
@@ -69,6 +72,35 @@ class Stream:
                 seen.clear()
                 if keep:
                     self.hidden[i] = after
+
+    def _culprit(self, block: int, sequence: int) -> str:
+        """The first module that gives a sequence values that are not finite, found by running the block again."""
+        if not finite(self.hidden[sequence]):
+            return "what comes before the first block"
+        module, prefix, found = self.adapter.blocks[block], self.adapter.prefix(block), list[str]()
+
+        def note(path: str) -> Callable[..., None]:
+            def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if not all(finite(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
+                    found.append(path)
+
+            return look
+
+        handles = [part.register_forward_hook(note(path)) for path, part in module.named_modules()]
+        try:
+            args, kwargs = self.calls[len(self.samples[sequence])][block]
+            module(self.hidden[sequence], *args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return ".".join(filter(None, (prefix, *found[:1])))
+
+
+def finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, without a copy and without a sum that half precision could not hold."""
+    if values.numel() == 0 or not values.is_floating_point():
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in values.aminmax())  # extremes carry NaN
 
 
 def _observer(

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -30,14 +31,14 @@ class Work:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / RUN
         if path.exists():
-            found = json.loads(path.read_text())
+            found = _run(path)
             differs = [name for name in run if found.get(name) != run[name]]
             if differs:
                 raise PrunelabError(
                     f"{self.folder} holds a run with other {', '.join(differs)}; give the unpruned model and the same"
                     " settings again, or name a new folder"
                 )
-        elif any(self.folder.iterdir()):
+        elif any(path.suffix != ".part" for path in self.folder.iterdir()):
             raise PrunelabError(f"{self.folder} is not empty and holds no run to go on with; name a new folder")
         write_json(path, dict(run))
 
@@ -64,7 +65,7 @@ class Work:
     def was_measured(self, name: str) -> dict[str, Tensor] | None:
         """What an earlier run measured under that name."""
         path = None if self.folder is None else self.folder / f"evidence_{name}.safetensors"
-        return load_file(path) if path is not None and path.exists() else None
+        return _tensors(path) if path is not None and path.exists() else None
 
     def moved(self, block: int, hidden: Sequence[Tensor]) -> None:
         """Keep the hidden states in front of a block, in place of those of the block before."""
@@ -80,7 +81,7 @@ class Work:
         """These hidden states; none where there are none."""
         if not self.has_hidden(block):
             return []
-        return [state.to(device) for _, state in sorted(load_file(self._hidden(block)).items())]
+        return [state.to(device) for _, state in sorted(_tensors(self._hidden(block)).items())]
 
     def close(self) -> None:
         """Clear away what only an interrupted run needs."""
@@ -92,6 +93,23 @@ class Work:
     def _hidden(self, block: int) -> Path:
         assert self.folder is not None
         return self.folder / f"hidden_{block:04d}.safetensors"
+
+
+def _run(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise PrunelabError(f"{path} does not describe a run; name a new folder")
+    return found
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PrunelabError(f"{path} cannot be read ({error}); delete it, and the run makes it anew") from None
 
 
 def fingerprint(tensors: Mapping[str, Tensor] | nn.Module, every: int = 1) -> str:

@@ -37,10 +37,8 @@ def block_ratios(shares: Tensor, sizes: Tensor, keep: float, spread: float) -> T
     lift = shares.double() - shares.min()
     lift = 2 * spread * lift / lift.max().clamp_min(torch.finfo(lift.dtype).tiny)
     lift = lift - (lift * sizes).sum() / sizes.sum()
-    room = [1.0]
-    if bool(lift.any()):
-        room += [(1 - keep) / float(lift.max()), keep / 2 / float(-lift.min())]
-    return keep + min(room) * lift
+    room = torch.stack([(1 - keep) / lift.max(), keep / 2 / -lift.min()])  # infinite or NaN where nothing is lifted
+    return keep + room.nan_to_num(1.0).clamp(max=1).min() * lift
 
 
 def owl_budgets(linears: Sequence[tuple[Target, WeightSignals]], keep: float, spread: float) -> dict[str, Budget]:

@@ -14,7 +14,8 @@ from common.apply import apply
 from common.errors import PrunelabError
 from common.roles import TokenPruner
 from common.types import Budget, ModelInfo
-from tests.contract.references import VITS, vit
+from tests.contract import vlms
+from tests.contract.references import VITS, token_ids, vit
 
 
 def _sharpened(model: nn.Module) -> nn.Module:
@@ -101,11 +102,14 @@ FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
     "segmenter": _segmenter,
     "dino": _dino,
     "deformable_detr": _deformable_detr,
+    **{name: partial(vlms.vlm, name) for name in vlms.VLMS},
 }
 
 
 def images(family: str, batch: int = 3) -> Tensor:
     """Images of the size that the family's tiny model takes."""
+    if family in vlms.VLMS:
+        return vlms.images(family, batch)
     side = 96 if family == "deformable_detr" else 32
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
 
@@ -138,7 +142,10 @@ def applied(method: TokenPruner, model: nn.Module, budget: Budget | float, **opt
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:
-    """What a model says of images, as one tensor [B, ...]."""
+    """What a model says of images, as one tensor [B, ...]; of a language model, the next word behind a question."""
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family in vlms.VLMS:
+        return model(**vlms.typed(model, vlms.prompt(family, x))).logits[:, -1]
     found = model(x)
     if isinstance(found, Tensor):
         return found
@@ -146,4 +153,111 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([v.flatten(1) for v in values], 1)
 
 
-__all__ = ["FAMILIES", "applied", "images", "info", "output", "usable"]
+# -- families that weights are pruned in, beside the language models of `references` -----------------------------------
+
+_TOKENS = {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
+_LM = {**_TOKENS, **_SIZES, "max_position_embeddings": 64}
+_GPT2 = {"n_embd": 32, "n_inner": 40, "n_layer": 3, "n_head": 4, "n_positions": 64, "tie_word_embeddings": False}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+_MIXTURE = {"n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_DEEPSEEK = {**_LM, **_LATENT, **_MIXTURE, "first_k_dense_replace": 1}
+_QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+_T5 = {**_TOKENS, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+
+TRANSFORMERS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "phi": ("PhiForCausalLM", {**_LM, "num_key_value_heads": 2}),
+    "phi3": ("Phi3ForCausalLM", {**_LM, "num_key_value_heads": 2}),
+    "gpt_neox": ("GPTNeoXForCausalLM", _LM),
+    "gpt2": ("GPT2LMHeadModel", {**_TOKENS, **_GPT2}),
+    "gemma": ("GemmaForCausalLM", {**_LM, "num_key_value_heads": 2, "head_dim": 8}),
+    "gemma2": ("Gemma2ForCausalLM", {**_LM, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}),
+    "gemma3": ("Gemma3ForCausalLM", {**_LM, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", {**_DEEPSEEK, "q_lora_rank": None}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", {**_DEEPSEEK, "n_group": 2, "topk_group": 1, "num_mtp_layers": 0}),
+    "qwen3_moe_mixed": ("Qwen3MoeForCausalLM", {**_LM, **_QWEN, "num_key_value_heads": 2, "mlp_only_layers": [1]}),
+    "bert": ("BertForMaskedLM", _LM),
+    "t5": ("T5ForConditionalGeneration", _T5),
+    "t5_gated": ("T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),
+}
+
+
+def _pretrained(family: str) -> nn.Module:
+    import transformers
+
+    name, values = TRANSFORMERS[family]
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    model: nn.Module = cls(cls.config_class(**values)).eval()
+    return _lively(model)
+
+
+def _lively(model: nn.Module) -> nn.Module:
+    """Weights large enough for activations to differ, and norms and biases that are not their start values."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape) * 0.2 + (p if p.dim() == 1 and "bias" not in name else 0))
+        for name, buffer in model.named_buffers():
+            if "running" in name or "correction" in name:
+                buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def _resnet18() -> nn.Module:
+    import timm
+
+    torch.manual_seed(0)
+    return _lively(timm.create_model("test_resnet", num_classes=7))
+
+
+def _vgg() -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 8), (8, 12)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+    return _lively(nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 64, 20), nn.ReLU(), nn.Linear(20, 7)))
+
+
+def _mobilenet() -> nn.Module:
+    import timm
+
+    torch.manual_seed(0)
+    return _lively(timm.create_model("test_efficientnet", num_classes=7))
+
+
+WEIGHT_FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
+    **{name: partial(_pretrained, name) for name in TRANSFORMERS},
+    **{f"vit_{name}": partial(vit, name) for name in ("plain", "dinov2", "qk_norm")},
+    "resnet": _resnet18,
+    "vgg": _vgg,
+    "efficientnet": _mobilenet,
+}
+
+
+def calibration(family: str) -> Tensor:
+    """What a weight family is calibrated on: token ids [4, 12] or images [3, 3, 32, 32]."""
+    return token_ids() if family in TRANSFORMERS else images(family)
+
+
+@torch.no_grad()
+def answer(model: nn.Module, family: str) -> Tensor:
+    """What a model of a weight family says of inputs it was not calibrated on."""
+    ids = token_ids(2, seed=9)
+    if family.startswith("t5"):
+        logits: Tensor = model(input_ids=ids[:, :6], decoder_input_ids=ids[:, 6:]).logits
+        return logits
+    return output(model, ids if family in TRANSFORMERS else images(family, 2))
+
+
+__all__ = [
+    "FAMILIES",
+    "TRANSFORMERS",
+    "WEIGHT_FAMILIES",
+    "answer",
+    "applied",
+    "calibration",
+    "images",
+    "info",
+    "output",
+    "usable",
+]

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import weakref
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.memory import Live
 from common.errors import PrunelabError
 from common.roles import WeightPruner
 from common.targets import Accumulator, Kind, Observation, Target, WeightSignals
 from common.types import Budget
 from common.weights import prune, windows
 from common.weights.adapters import weight_adapter
+from common.weights.ledger import Ledger
 from common.weights.probe import ModelProbe
-from common.weights.run import Ledger
-from common.weights.stream import Stream
+from common.weights.stream import Stream, finite
+from common.weights.work import Work
+from methods.flap.method import FLAP
+from methods.gblm.method import GBLM
 from methods.magnitude.method import Magnitude
 from methods.random_weights.method import RandomWeights
 from methods.sparsegpt.method import SparseGPT
 from methods.wanda.method import Wanda
 from tests.contract.references import LANGUAGE_MODELS, NormChannels, language_model, token_ids
 
+ROOT = Path(__file__).resolve().parents[2]
 families = pytest.mark.parametrize("family", LANGUAGE_MODELS)
 
 
@@ -218,38 +225,6 @@ def test_gradients_are_those_of_the_loss_and_leave_nothing_behind():
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
-class Live(TorchDispatchMode):
-    """Bytes of tensor storage alive at once, at their peak, beside the model's own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-        for tensor in model.state_dict().values():
-            self.track(tensor)
-        self.own = self.peak = self.now
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.track(tensor)
-        return out
-
-    def track(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.free, key, size)
-
-    def free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
 @pytest.mark.parametrize("method", [Wanda(), SparseGPT(), NormChannels()], ids=lambda m: m.name)
 def test_peak_memory_does_not_grow_with_depth(method, tmp_path):
     def peak(depth: int) -> int:
@@ -270,8 +245,6 @@ def test_peak_memory_does_not_grow_with_depth(method, tmp_path):
 def test_a_crash_between_decision_and_stream_is_mended(tmp_path, monkeypatch):
     whole = language_model()
     prune(SparseGPT(), whole, 0.5, token_ids(), progress=False)
-    from common.weights.work import Work
-
     moved = Work.moved
 
     def crash(self, block, hidden):
@@ -290,6 +263,91 @@ def test_a_crash_between_decision_and_stream_is_mended(tmp_path, monkeypatch):
                 prune(SparseGPT(), model, 0.5, token_ids(), folder=tmp_path, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
     assert not list(tmp_path.glob("hidden_*"))
+
+
+KILLED = """
+import os, signal, sys
+from common.weights import prune
+from methods.flap.method import FLAP
+from methods.sparsegpt.method import SparseGPT
+from tests.contract.references import language_model, token_ids
+
+def killed(method, name, role, folder):
+    step = getattr(method, name)
+    def die(self, target, *rest):
+        if target.block == 1 and target.role == role:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, target, *rest)
+    setattr(method, name, die)
+    prune(method(), language_model(), 0.7, token_ids(), folder=folder, progress=False)
+
+for case in ((SparseGPT, "solve", "mlp.gate_proj"), (FLAP, "score", "channels"), (FLAP, "update", "channels")):
+    child = os.fork()
+    if child == 0:
+        killed(*case, os.path.join(sys.argv[1], case[1]))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """Work folders of three runs that were killed within block 1, by the step they died in."""
+    folder = tmp_path_factory.mktemp("killed")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process with one thread can be forked
+    script = [sys.executable, "-c", KILLED, str(folder)]
+    done = subprocess.run(script, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * 3, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "left"),
+    [(SparseGPT(), "solve", "block"), (FLAP(), "score", "evidence"), (FLAP(), "update", "block")],
+    ids=["deciding block by block", "measuring", "deciding at the end"],
+)
+def test_a_process_killed_within_a_block_loses_that_block_alone(method, step, left, killed, monkeypatch):
+    folder = killed / step
+    assert (folder / f"{left}_0000.safetensors").exists() and not (folder / f"{left}_0001.safetensors").exists()
+    whole, resumed = language_model(), language_model()
+    plan = prune(method, whole, 0.7, token_ids(), progress=False)
+    again, original = [], getattr(type(method), step)
+    monkeypatch.setattr(
+        type(method), step, lambda self, target, *rest: again.append(target.block) or original(self, target, *rest)
+    )
+    repeated = prune(method, resumed, 0.7, token_ids(), folder=folder, progress=False)
+    assert set(again) == ({0, 1, 2} if step == "update" else {1, 2})  # decisions at the end take no time to repeat
+    assert plan.diff(repeated) == "the plans are equal"
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_folder_of_a_run_killed_before_it_began_is_taken(tmp_path):
+    (tmp_path / "run.part").write_text("{")
+    prune(Wanda(), language_model(), 0.5, token_ids(), folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("method", [SparseGPT(), FLAP()], ids=lambda m: m.name)
+def test_damaged_files_of_an_interrupted_run_are_named_and_made_anew(method, tmp_path, monkeypatch):
+    whole = language_model()
+    prune(method, whole, 0.7, token_ids(), progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune(method, language_model(), 0.7, token_ids(), folder=tmp_path, progress=False)
+    for path in [*tmp_path.glob("hidden_*"), *tmp_path.glob("evidence_*")][:1]:
+        path.write_bytes(b"cut short")
+        for pattern in ("block_0002*", "evidence_0002*"):  # so that what was kept is read
+            for later in set(tmp_path.glob(pattern)) - {path}:
+                later.unlink()
+        with pytest.raises(PrunelabError, match=f"{path.name} cannot be read .*delete it"):
+            prune(method, language_model(), 0.7, token_ids(), folder=tmp_path, progress=False)
+        path.unlink()
+    model = language_model()
+    prune(method, model, 0.7, token_ids(), folder=tmp_path, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    (tmp_path / "run.json").write_text("[")
+    with pytest.raises(PrunelabError, match="does not describe a run"):
+        prune(method, language_model(), 0.7, token_ids(), folder=tmp_path, progress=False)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
@@ -360,8 +418,78 @@ def test_bad_input_is_named_before_any_work():
     moe = language_model("mixtral")
     refused("fewer than the 2 of a token", RandomWeights(("experts",)), budget="1count", on=moe)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    with pytest.raises(PrunelabError, match="fewer than one sequence of 64"):
+
+
+def test_calibration_texts_too_short_are_refused():
+    with pytest.raises(PrunelabError, match="63 tokens, fewer than one sequence of 64; give more text"):
         windows(torch.arange(63), 64, 4)
+    assert windows(torch.arange(64), 64, 2).tolist() == [list(range(64))] * 2
+    for wrong in ((torch.arange(64)[None], 8, 2), (torch.arange(64), 0, 2), (torch.arange(64), 8, 0)):
+        with pytest.raises(PrunelabError, match="vector of token ids"):
+            windows(*wrong)
+
+
+@pytest.mark.parametrize("method", [Magnitude(), Magnitude("model"), RandomWeights(), Wanda(), SparseGPT(), GBLM()])
+def test_rows_that_no_pattern_divides_are_named_before_any_work(method, monkeypatch):
+    model = language_model(intermediate_size=42)  # down_proj alone reads 42
+    before = [p.clone() for p in model.parameters()]
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "through", None)
+        patch.setattr(ModelProbe, "gradients", None)
+        with pytest.raises(PrunelabError, match=r"layers.0.mlp.down_proj: 42 units do not divide into groups of 4"):
+            prune(method, model, "2:4", token_ids(), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    prune(method, model, "1:2", token_ids(), progress=False)
+    assert bool((model.model.layers[0].mlp.down_proj.weight.unflatten(1, (-1, 2)).ne(0).sum(-1) <= 1).all())
+
+
+@dataclass(frozen=True)
+class Drastic(WeightPruner):
+    """Prunes everything of a block's targets of one kind."""
+
+    kind: Kind
+    block: int
+    atonce: bool
+    name: ClassVar[str] = "drastic"
+
+    @property
+    def sequential(self) -> bool:
+        return not self.atonce
+
+    def kinds(self) -> tuple[Kind, ...]:
+        return (self.kind,)
+
+    def score(self, target: Target, signals: WeightSignals) -> Tensor:
+        return torch.ones(target.shape)
+
+    def mask(self, target: Target, scores: Tensor, budget: Budget) -> Tensor:
+        return torch.full(target.shape, target.block != self.block)
+
+
+@pytest.mark.parametrize("atonce", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "family", "says"),
+    [
+        ("heads", "llama", "all heads of model.layers.0.self_attn"),
+        ("channels", "llama", "all channels of model.layers.0.mlp"),
+        ("experts", "mixtral", "all experts of model.layers.0.mlp.experts"),
+        ("linear", "llama", "all weights of model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_nothing_is_removed_whole(kind, family, says, atonce):
+    model = language_model(family)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(PrunelabError, match=f"would remove {says}; keep more"):
+        prune(Drastic(kind, 0, atonce), model, 0.5, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_layer_less_is_a_plan_and_none_left_is_not():
+    model = language_model()
+    prune(Drastic("layers", 1, True), model, 0.5, progress=False)
+    assert len(model.model.layers) == 2
+    with pytest.raises(PrunelabError, match="would remove all layers; keep more"):
+        prune(RandomWeights(("layers",)), language_model(num_hidden_layers=1), "1removed", progress=False)
 
 
 def test_windows_are_drawn_by_seed_and_lie_in_the_text():
@@ -384,17 +512,70 @@ def test_tied_parameters_are_not_pruned_twice():
         prune(RandomWeights(("tensor",)), tied, 0.5, progress=False)
 
 
-def test_nan_activations_name_block_and_sequence():
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT(), FLAP()], ids=lambda m: m.name)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("layer", ["self_attn.v_proj", "mlp.down_proj", "post_attention_layernorm"])
+def test_bad_activations_name_layer_and_sequence(method, bad, layer):
     model = language_model()
     with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight[0] = float("inf")
-    with pytest.raises(PrunelabError, match="block 1 gives NaN or infinite activations on calibration sequence 0"):
-        prune(Wanda(), model, 0.5, token_ids(), progress=False)
+        model.get_parameter(f"model.layers.1.{layer}.weight")[0] = bad
+    match = rf"model\.layers\.1\.{layer} gives NaN or infinite activations on calibration sequence 0; check the weights"
+    with pytest.raises(PrunelabError, match=match):
+        prune(method, model, 0.7, token_ids(), progress=False)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_singular_hessian_is_named():
-    with pytest.raises(PrunelabError, match="singular"):  # one short sequence, no damping
-        prune(SparseGPT(damping=0), language_model(), 0.5, token_ids(1, 4), progress=False)
+def test_a_bad_embedding_is_named_by_the_sequence_that_reads_it():
+    model, ids = language_model(), token_ids()
+    absent = next(i for i in range(61) if i not in ids[0] and i in ids[1])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[absent] = float("nan")
+    with pytest.raises(PrunelabError, match=r"what comes before the first block gives NaN .* calibration sequence 1"):
+        prune(Wanda(), model, 0.5, ids, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_large_activations_are_no_infinite_ones(dtype):
+    """In half precision their sum is infinite long before they are."""
+    large = torch.full((2048, 64), 60.0, dtype=dtype)
+    assert finite(large) and finite(torch.zeros(0)) and finite(torch.ones(2, dtype=torch.int64))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert not finite(large.index_fill(0, torch.tensor(7), bad))
+
+
+def test_bad_weights_are_named_where_nothing_is_measured():
+    model = language_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    for method in (Magnitude(), Magnitude("model")):
+        with pytest.raises(PrunelabError, match=r"scores of model\.layers\.1\.mlp\.up_proj hold NaN"):
+            prune(method, model, 0.5, progress=False)
+
+
+def test_a_singular_hessian_names_its_layer():
+    few, enough = token_ids(1, 4), token_ids(8)  # four tokens for 32 channels
+    with pytest.raises(PrunelabError, match=r"model\.layers\.0\.self_attn\.q_proj: a Hessian is singular; give more"):
+        prune(SparseGPT(damping=0), language_model(), 0.5, few, progress=False)
+    prune(SparseGPT(), damped := language_model(), 0.5, few, progress=False)
+    assert all(finite(p) for p in damped.parameters())
+
+    def dead(twins: bool) -> nn.Module:
+        model = language_model()
+        with torch.no_grad():
+            mlp = model.model.layers[1].mlp
+            if twins:  # two channels that always say the same: no more text can tell them apart
+                mlp.up_proj.weight[1], mlp.gate_proj.weight[1] = mlp.up_proj.weight[0], mlp.gate_proj.weight[0]
+            else:
+                mlp.up_proj.weight[:2] = 0
+        return model
+
+    with pytest.raises(PrunelabError, match=r"model\.layers\.1\.mlp\.down_proj: a Hessian is singular"):
+        prune(SparseGPT(damping=0), dead(twins=True), 0.5, enough, progress=False)
+    model = dead(twins=False)
+    plan = prune(SparseGPT(damping=0), model, 0.5, enough, progress=False)
+    assert not bool(model.model.layers[1].mlp.down_proj.weight[:, :2].any()), "dead inputs go first"
+    assert not bool(plan.decision("model.layers.1.mlp.down_proj").mask[:, :2].any())
+    assert all(finite(p) for p in model.parameters())
 
 
 def test_training_mode_and_hooks_are_as_before():

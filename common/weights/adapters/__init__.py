@@ -29,5 +29,8 @@ def weight_adapter(model: nn.Module) -> WeightAdapter:
     for adapter in weight_adapters().values():
         if names & set(adapter.model_classes):
             return adapter(model)
+    for adapter in weight_adapters().values():
+        if adapter.accepts(model):
+            return adapter(model)
     supported = ", ".join(c.rpartition(".")[2] for a in weight_adapters().values() for c in a.model_classes)
     raise PrunelabError(f"no weight adapter for {type(model).__qualname__}; supported: {supported}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.errors import PrunelabError
 from common.targets import Decision, Kind, Observation, Target
+from common.weights.adapters.parts import is_linear, oriented
 
 Tap = tuple[tuple[Any, ...], Any]  # what a module got and what it gave
 
@@ -19,13 +20,17 @@ class WeightAdapter(ABC):
     """Targets of one model family. A block is what the calibration set passes through one at a time."""
 
     family: ClassVar[str]
-    model_classes: ClassVar[tuple[str, ...]]
-    shared: ClassVar[tuple[tuple[str, ...], ...]] = ()  # names of linears beside each other that read one input
+    model_classes: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[tuple[str, ...], ...]] = ()  # linears (ends of their paths) that read one input
     skip: ClassVar[tuple[str, ...]] = ()  # names of linears that are not weights to prune, such as gates
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        self.gone: set[int] = set()  # blocks to leave in finish()
+
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        """Whether the adapter fits a model of none of the classes that any adapter names."""
+        return False
 
     @property
     @abstractmethod
@@ -34,15 +39,18 @@ class WeightAdapter(ABC):
 
     @abstractmethod
     def prefix(self, block: int) -> str:
-        """Name of a block in the model."""
+        """Name of a block in the model; empty where the block is the model."""
 
     @abstractmethod
     def run(self, sample: Tensor) -> Any:
         """The model's forward on one sample, as calibration needs it."""
 
-    @abstractmethod
     def loss(self, sample: Tensor) -> Tensor:
         """The loss the model was trained with, on one sample."""
+        raise PrunelabError(
+            f"the loss of a {type(self.model).__name__} needs labels, which a calibration set does not hold;"
+            " use a method that needs no losses or gradients"
+        )
 
     @abstractmethod
     def check_sample(self, sample: Tensor) -> None:
@@ -56,6 +64,12 @@ class WeightAdapter(ABC):
     def finish(self) -> bool:
         """Bring the model's config up to date; False where no config of the family can describe the model as it is
         now, so that only the plan can."""
+
+    def body(self, block: int) -> nn.Module:
+        """The module whose parts the names of a block's targets begin at."""
+        return self.blocks[block]
+
+    # -- targets -----------------------------------------------------------------------------------------------------
 
     def targets(self, kind: Kind) -> list[Target]:
         """The model's targets of a kind, in forward order; an empty list where it has none."""
@@ -74,23 +88,27 @@ class WeightAdapter(ABC):
     ) -> Observation:
         """One sequence at a target, from what the tapped modules got and gave."""
 
-    @abstractmethod
     def parameter(self, target: Target) -> nn.Parameter:
         """The parameter that holds the weight of a linear or tensor target."""
+        name = target.name if target.kind == "tensor" else f"{target.name}.weight"
+        found: nn.Parameter = self.model.get_parameter(name)
+        return found
 
     def view(self, target: Target, tensor: Tensor) -> Tensor:
         """The target's share of a tensor shaped like its parameter."""
-        return tensor
+        return oriented(self.model.get_submodule(target.name), tensor) if target.kind == "linear" else tensor
 
     def structure(self, target: Target) -> dict[str, Tensor]:
-        """The parameters of a structure by role."""
+        """The parameters that hold a structure."""
         return {}
 
     def weights(self, target: Target) -> dict[str, Tensor]:
-        """The target's tensors by role, as views of the model's own."""
+        """The target's tensors by role, as views of the model's own wherever its layout allows one."""
         if target.kind in ("linear", "tensor"):
             return {"weight": self.view(target, self.parameter(target).detach())}
         return {role: tensor.detach() for role, tensor in self.structure(target).items()}
+
+    # -- decisions ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def remove(self, target: Target, kept: Tensor) -> None:
@@ -102,17 +120,23 @@ class WeightAdapter(ABC):
     def write(self, target: Target, decision: Decision) -> None:
         """Carry a decision out on the model."""
         with torch.no_grad():
-            weights = self.weights(target)
+            known = self.weights(target)
             for role, value in decision.values.items():
-                if role not in weights:
+                if role in known:
+                    self.assign(target, role, value)
+                else:
                     self.add_bias(target, role, value)
-                elif weights[role].device.type != "meta":
-                    weights[role].copy_(value)
             if target.kind in ("linear", "tensor"):
-                if weights["weight"].device.type != "meta" and not decision.whole:
-                    weights["weight"].masked_fill_(~decision.mask.to(weights["weight"].device), 0)
+                if known["weight"].device.type != "meta" and not decision.whole:
+                    known["weight"].masked_fill_(~decision.mask.to(known["weight"].device), 0)
             elif decision.kept < target.units:
                 self.remove(target, decision.mask.nonzero().flatten())
+
+    def assign(self, target: Target, role: str, value: Tensor) -> None:
+        """New values for one of the target's tensors."""
+        own = self.weights(target)[role]
+        if own.device.type != "meta":
+            own.copy_(value)
 
     def add_bias(self, target: Target, role: str, value: Tensor) -> None:
         """Create the bias that a decision names."""
@@ -120,16 +144,30 @@ class WeightAdapter(ABC):
 
     # -- linears and other tensors are found alike everywhere --------------------------------------------------------
 
+    def path(self, block: int, path: str) -> str:
+        """Name in the model of a module of a block."""
+        return f"{self.prefix(block)}.{path}".removeprefix(".")
+
+    def is_linear(self, module: nn.Module) -> bool:
+        """Whether a module's weight is one to prune."""
+        return is_linear(module)
+
     def _linear(self, block: int) -> list[Target]:
         found = []
-        for path, module in self.blocks[block].named_modules():
-            parent, _, name = path.rpartition(".")
-            if isinstance(module, nn.Linear) and name not in self.skip:
-                together = next((group[0] for group in self.shared if name in group), name)
-                source = f"{self.prefix(block)}.{parent}.{together}"
-                shape = tuple(module.weight.shape)
-                found.append(Target("linear", f"{self.prefix(block)}.{path}", block, path, shape, source=source))
+        for path, module in self.body(block).named_modules():
+            if self.is_linear(module) and path.rpartition(".")[2] not in self.skip:
+                shape = tuple(oriented(module, module.weight).shape)
+                source = self.path(block, self._source(path))
+                found.append(Target("linear", self.path(block, path), block, path, shape, source=source))
         return found
+
+    def _source(self, path: str) -> str:
+        """The first of the linears that read one input with the linear at `path`."""
+        for group in self.shared:
+            for end in group:
+                if f".{path}".endswith(f".{end}"):
+                    return path.removesuffix(end) + group[0]
+        return path
 
     def _tensors(self) -> list[Target]:
         linear = {id(self.parameter(target)) for target in self.targets("linear")}

@@ -1,0 +1,204 @@
+"""Transformers as chains of blocks, each with attention heads, an MLP, and itself as a layer.
+
+A family names the modules; what its projections are fused from follows from their sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import PrunelabError
+from common.targets import Observation, Target
+from common.weights.adapters.base import Tap, WeightAdapter
+from common.weights.adapters.parts import IN, OUT, Part, length, remove
+
+READS = {"heads": "o", "channels": "down"}  # the projection that reads the units of a structure
+
+
+class Blocks(WeightAdapter):
+    """A chain of transformer blocks.
+
+    layers: path of the chain; attention: of a block's attention, whose attribute `head_size` is the size of a head;
+    heads: paths of `q` `k` `v` `o`, mlp: of `gate` `up` `down` (no `gate` in a plain MLP). Roles of equal path are one
+    fused projection, whose outputs are all q, then all k, then all v; where `interleaved`, q k v of the first head,
+    then of the next.
+    """
+
+    layers: ClassVar[str]
+    attention: ClassVar[str]
+    head_size: ClassVar[str] = "head_dim"
+    heads: ClassVar[Mapping[str, str]] = {}
+    mlp: ClassVar[Mapping[str, str]] = {}
+    interleaved: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.gone: set[int] = set()  # blocks to leave in finish()
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.model.get_submodule(self.layers))
+
+    def prefix(self, block: int) -> str:
+        return f"{self.layers}.{block}"
+
+    def _part(self, block: int, path: str) -> Any:
+        """A submodule of a block, or None."""
+        module: Any = self.body(block)
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        return module
+
+    def _modules(self, block: int, paths: Mapping[str, str]) -> dict[str, Any]:
+        """The modules at these paths by role; none where one is missing."""
+        found = {role: self._part(block, path) for role, path in paths.items()}
+        return {} if any(module is None for module in found.values()) else found
+
+    # -- targets -----------------------------------------------------------------------------------------------------
+
+    def _heads(self, block: int) -> list[Target]:
+        return self._structure("heads", block, self.path(block, self.attention))
+
+    def _channels(self, block: int) -> list[Target]:
+        down = self.mlp.get("down", "")
+        return self._structure("channels", block, self.path(block, down.rpartition(".")[0]))
+
+    def _structure(self, kind: str, block: int, name: str) -> list[Target]:
+        parts = self._parts(kind, block)
+        if not parts:
+            return []
+        units, span = parts[READS[kind]].entries.shape
+        size = sum(part.size for part in parts.values()) // units
+        return [Target(kind, name, block, kind, (units,), size, span)]  # type: ignore[arg-type]
+
+    def _layers(self, block: int) -> list[Target]:
+        size = sum(parameter.numel() for parameter in self.body(block).parameters())
+        return [Target("layers", self.prefix(block), block, "layers", (1,), size)]
+
+    # -- where the units of structures lie ---------------------------------------------------------------------------
+
+    def parts(self, target: Target) -> dict[str, Part]:
+        """The parts of heads or channels by role."""
+        return self._parts(target.kind, target.block)
+
+    def _parts(self, kind: str, block: int) -> dict[str, Part]:
+        if kind not in READS:
+            return {}
+        modules = self._modules(block, self.heads if kind == "heads" else self.mlp)
+        if not modules:
+            return {}
+        entries = self.head_entries(block, modules) if kind == "heads" else self.channel_entries(modules)
+        last = READS[kind]
+        return {role: Part(modules[role], IN if role == last else OUT, entries[role]) for role in entries}
+
+    def head_entries(self, block: int, modules: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Places [units, span] of key-value groups in `q` `k` `v` `o`; none where heads cannot leave alone."""
+        size = getattr(self._part(block, self.attention), self.head_size)
+        queries = length(modules["o"], IN)
+        if self.interleaved:
+            q, k, v = torch.arange(3 * queries).view(-1, 3, size).unbind(1)
+            return {"q": q, "k": k, "v": v, "o": torch.arange(queries).view(len(q), -1)}
+        keys = length(modules["k"], OUT)
+        fused = modules["q"] is modules["k"]
+        keys = (keys - queries) // 2 if fused else keys
+        starts = {"q": 0, "k": queries, "v": queries + keys} if fused else dict.fromkeys("qkv", 0)
+        groups = keys // size
+        spans = {role: (queries if role == "q" else keys) // groups for role in "qkv"}
+        entries = {role: starts[role] + torch.arange(groups * spans[role]).view(groups, -1) for role in "qkv"}
+        return {**entries, "o": torch.arange(queries).view(groups, -1)}
+
+    def channel_entries(self, modules: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Places [units, 1] of channels in `gate` `up` `down`; none where the MLP is built otherwise."""
+        inner = length(modules["down"], IN)
+        fused = modules.get("gate") is modules["up"]
+        if length(modules["up"], OUT) != inner * (1 + fused):
+            return {}
+        channels = torch.arange(inner).unsqueeze(1)
+        return {role: channels + inner * (fused and role == "up") for role in modules}
+
+    def structure(self, target: Target) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for role, part in self.parts(target).items():
+            found[role] = part.module.weight
+            if part.module.bias is not None:
+                found[f"{role}.bias"] = part.module.bias
+        return found
+
+    def weights(self, target: Target) -> dict[str, Tensor]:
+        parts = self.parts(target)
+        if not parts:
+            return super().weights(target)
+        found = {role: part.weight() for role, part in parts.items()}
+        biases = {f"{role}.bias": part.bias() for role, part in parts.items()}
+        return {**found, **{name: bias for name, bias in biases.items() if bias is not None}}
+
+    # -- what a target reads -----------------------------------------------------------------------------------------
+
+    def taps(self, target: Target) -> tuple[str, ...]:
+        if target.kind == "linear":
+            return (target.role,)
+        reads = {"heads": self.heads.get("o"), "channels": self.mlp.get("down")}.get(target.kind)
+        return () if reads is None else (reads,)
+
+    def observe(
+        self, target: Target, seen: Mapping[str, Tap], before: Tensor, after: Tensor, tokens: Tensor
+    ) -> Observation:
+        before, after = before.flatten(0, -2), after.flatten(0, -2)
+        inputs = before if target.kind == "layers" else seen[self.taps(target)[0]][0][0].flatten(0, -2)
+        return Observation(inputs, self.weights(target), before, after, tokens)
+
+    # -- decisions ---------------------------------------------------------------------------------------------------
+
+    def assign(self, target: Target, role: str, value: Tensor) -> None:
+        name, _, bias = role.partition(".")
+        parts = self.parts(target)
+        if name in parts:
+            parts[name].write(bias or "weight", value)
+        else:
+            super().assign(target, role, value)
+
+    def add_bias(self, target: Target, role: str, value: Tensor) -> None:
+        name, _, kind = role.partition(".")
+        part = self.parts(target).get(name)
+        if part is None or kind != "bias" or part.axis == OUT:
+            return super().add_bias(target, role, value)
+        weight = part.module.weight
+        value = value.to(weight.device, weight.dtype)
+        part.module.bias = nn.Parameter(value, requires_grad=weight.requires_grad)
+
+    def remove(self, target: Target, kept: Tensor) -> None:
+        if target.kind == "layers":
+            self.gone.add(target.block)  # blocks leave together, in finish()
+            return
+        remove(list(self.parts(target).values()), kept)
+        if target.kind == "heads":
+            self.resize(target.block)
+
+    def resize(self, block: int) -> None:
+        """Bring what a block's attention notes of its size up to date; most read it off their weights."""
+
+    def drop_layers(self) -> list[int] | None:
+        """Take the blocks away that decisions left out; the places of those that stay, None where none leaves."""
+        if not self.gone:
+            return None
+        stay = [i for i in range(len(self.blocks)) if i not in self.gone]
+        if not stay:
+            raise PrunelabError("no layer would be left; keep more")
+        parent, _, name = self.layers.rpartition(".")
+        chain, blocks = self.model.get_submodule(self.layers), self.blocks
+        left = [blocks[i] for i in stay]
+        setattr(self.model.get_submodule(parent), name, type(chain)(*([left] if _is_list(chain) else left)))
+        for place, block in enumerate(self.blocks):
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):  # names its place in the cache
+                    module.layer_idx = place  # type: ignore[assignment]
+        self.gone.clear()
+        return stay
+
+
+def _is_list(chain: nn.Module) -> bool:
+    return isinstance(chain, nn.ModuleList)

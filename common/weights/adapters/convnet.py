@@ -1,0 +1,144 @@
+"""Convolutional networks that torch.fx can trace: residual networks, VGG, MobileNet, DenseNet and their like.
+
+The whole network is one block. Targets of kind `channels` are coupled channels of convolutions and linears, found by
+`channel_graph`; kernels are linears [out, in * k * k] that read the patches under them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.errors import PrunelabError
+from common.targets import Observation, Target
+from common.weights.adapters.base import Tap, WeightAdapter
+from common.weights.adapters.channel_graph import ChannelGraph, Space, Use, trace
+from common.weights.adapters.images import check_image
+from common.weights.adapters.parts import Part, oriented, remove
+
+
+class ConvNet(WeightAdapter):
+    """A convolutional network, of whatever class. A calibration sample is an image [C, H, W]."""
+
+    family = "convnet"
+    model_classes = ("timm.models.resnet.ResNet", "torchvision.models.resnet.ResNet", "torchvision.models.vgg.VGG")
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.spaces = {_name(space): space for space in ChannelGraph(model).open()}
+
+    @classmethod
+    def accepts(cls, model: nn.Module) -> bool:
+        if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+            return False
+        try:
+            trace(model)
+        except Exception:  # whatever stops torch.fx, the network is not one for this adapter
+            return False
+        return True
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [self.model]
+
+    def prefix(self, block: int) -> str:
+        return ""
+
+    def run(self, sample: Tensor) -> Any:
+        return self.model(sample.unsqueeze(0))
+
+    def check_sample(self, sample: Tensor) -> None:
+        first = next(module for module in self.model.modules() if isinstance(module, nn.Conv2d))
+        check_image(sample, first.in_channels)
+
+    def finish(self) -> bool:
+        return False
+
+    # -- targets -----------------------------------------------------------------------------------------------------
+
+    def is_linear(self, module: nn.Module) -> bool:
+        return super().is_linear(module) or (type(module) is nn.Conv2d and module.groups == 1 and _padded(module))
+
+    def _channels(self, block: int) -> list[Target]:
+        """Coupled channels by the name of the layer that makes them first. The size of one is what makes it: rows,
+        biases and norms; the columns that read it leave too and are counted with the rows they lie in."""
+        found = []
+        for name, space in self.spaces.items():
+            size = sum(use.part().size for use in space.made) // space.size
+            found.append(Target("channels", name, block, "channels", (space.size,), size))
+        return found
+
+    def structure(self, target: Target) -> dict[str, Tensor]:
+        return {use.path: use.module.weight for use in self._uses(target)}
+
+    def weights(self, target: Target) -> dict[str, Tensor]:
+        """Of channels: `up` [C, n], all rows that make one, and `down` [m, C], all weights that read one."""
+        if target.kind != "channels":
+            return super().weights(target)
+        space = self.spaces[target.name]
+        up = [_rows(use.part()) for use in space.made if use.module.weight.dim() > 1]
+        return {"up": torch.cat(up, 1), "down": torch.cat([_columns(use.part()) for use in space.read])}
+
+    def _uses(self, target: Target) -> list[Use]:
+        space = self.spaces[target.name]
+        return [*space.made, *space.read]
+
+    # -- what a target reads -----------------------------------------------------------------------------------------
+
+    def taps(self, target: Target) -> tuple[str, ...]:
+        return (target.role,) if target.kind == "linear" else (self.spaces[target.name].read[0].path,)
+
+    def observe(
+        self, target: Target, seen: Mapping[str, Tap], before: Tensor, after: Tensor, tokens: Tensor
+    ) -> Observation:
+        given = seen[self.taps(target)[0]][0][0]
+        if target.kind == "linear":
+            inputs = _patches(self.model.get_submodule(target.role), given)
+        else:  # what the first layer that reads the channels is given, place by place
+            entries = self.spaces[target.name].read[0].part().entries.to(given.device)  # [units, span]
+            inputs = given[0][entries].flatten(1).T  # [span * places, units]
+        return Observation(inputs, self.weights(target), before.flatten(0, -2), after.flatten(0, -2), tokens)
+
+    # -- decisions ---------------------------------------------------------------------------------------------------
+
+    def assign(self, target: Target, role: str, value: Tensor) -> None:
+        if target.kind == "channels":
+            raise PrunelabError(f"convnet: channels are removed as they are, and '{role}' of {target.name} is shared")
+        super().assign(target, role, value)
+
+    def remove(self, target: Target, kept: Tensor) -> None:
+        remove([use.part() for use in self._uses(target)], kept)
+        self.spaces[target.name].size = len(kept)
+
+
+def _name(space: Space) -> str:
+    return space.made[0].path
+
+
+def _padded(conv: nn.Conv2d) -> bool:
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def _patches(module: Any, given: Tensor) -> Tensor:
+    """What each application of a layer reads, [places, in] or [places, in * k * k]."""
+    if isinstance(module, nn.Linear):
+        return given.flatten(0, -2)
+    patches = F.unfold(given, module.kernel_size, module.dilation, module.padding, module.stride)
+    return patches.transpose(1, 2).flatten(0, 1)
+
+
+def _rows(part: Part) -> Tensor:
+    """Everything that makes a unit [units, n]."""
+    weight = oriented(part.module, part.module.weight.detach())
+    return weight[part.entries.to(weight.device)].flatten(1)
+
+
+def _columns(part: Part) -> Tensor:
+    """Everything that reads a unit [m, units]."""
+    weight = part.module.weight.detach()
+    spread = weight.reshape(*weight.shape[:2], -1)[:, part.entries.to(weight.device)]  # [out, units, span, k * k]
+    return spread.movedim(1, -1).flatten(0, -2)

@@ -1,0 +1,41 @@
+"""Encoders of transformers: BERT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from common.weights.adapters.parts import OUT, length
+from common.weights.adapters.pretrained import Pretrained
+
+_BERT = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+class Bert(Pretrained):
+    """BERT with or without a head on top."""
+
+    family = "bert"
+    model_classes = tuple(f"transformers.models.bert.modeling_bert.Bert{name}" for name in _BERT)
+    shared = (("self.query", "self.key", "self.value"),)
+    attention = "attention.self"
+    head_size = "attention_head_size"
+    heads = {
+        "q": "attention.self.query",
+        "k": "attention.self.key",
+        "v": "attention.self.value",
+        "o": "attention.output.dense",
+    }
+    mlp = {"up": "intermediate.dense", "down": "output.dense"}
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.layers = "bert.encoder.layer" if hasattr(model, "bert") else "encoder.layer"  # type: ignore[misc]
+
+    def run(self, sample: Tensor) -> Any:
+        return self.model(input_ids=sample.unsqueeze(0))
+
+    def resize(self, block: int) -> None:
+        attention = self._part(block, self.attention)
+        attention.all_head_size = length(attention.query, OUT)
+        attention.num_attention_heads = attention.all_head_size // attention.attention_head_size

@@ -1,0 +1,157 @@
+"""Mixtures of experts as transformers keeps them: the experts of a block are fused parameters, `gate_up_proj`
+[E, 2I, D] and `down_proj` [E, D, I], and their linears and units are views of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import PrunelabError
+from common.targets import Decision, Observation, Routing, Target
+from common.weights.adapters.base import Tap
+from common.weights.adapters.parts import taken
+from common.weights.adapters.pretrained import Pretrained
+
+_COUNTS = ("num_local_experts", "num_experts")
+
+
+class Mixtures(Pretrained):
+    """Blocks of which some, or all, have experts in place of an MLP."""
+
+    experts: ClassVar[str] = "mlp.experts"
+    router: ClassVar[str] = "mlp.gate"
+    experts_norm: ClassVar[str] = "post_attention_layernorm"
+
+    # -- targets -----------------------------------------------------------------------------------------------------
+
+    def _linear(self, block: int) -> list[Target]:
+        found = super()._linear(block)
+        experts = self._part(block, self.experts)
+        if experts is None:
+            return found
+        count, width, inner = experts.down_proj.shape
+        for index in range(count):
+            name = f"{self.prefix(block)}.{self.experts}.{index}"
+            for role, shape in (("gate", (inner, width)), ("up", (inner, width)), ("down", (width, inner))):
+                source = f"{name}.down" if role == "down" else f"{name}.gate"
+                path = f"{self.experts}.{role}"
+                found.append(Target("linear", f"{name}.{role}", block, path, shape, source=source, expert=index))
+        return found
+
+    def _experts(self, block: int) -> list[Target]:
+        experts = self._part(block, self.experts)
+        if experts is None:
+            return []
+        count, width, inner = experts.down_proj.shape
+        name, least = f"{self.prefix(block)}.{self.experts}", self._part(block, self.router).top_k
+        return [Target("experts", name, block, "experts", (count,), 3 * inner * width + width, least=least)]
+
+    # -- what a target reads -----------------------------------------------------------------------------------------
+
+    def taps(self, target: Target) -> tuple[str, ...]:
+        if target.expert >= 0:
+            return (self.experts,)
+        return (self.experts, self.router, self.experts_norm) if target.kind == "experts" else super().taps(target)
+
+    def observe(
+        self, target: Target, seen: Mapping[str, Tap], before: Tensor, after: Tensor, tokens: Tensor
+    ) -> Observation:
+        if target.expert < 0 and target.kind != "experts":
+            return super().observe(target, seen, before, after, tokens)
+        before, after = before.flatten(0, -2), after.flatten(0, -2)
+        if target.expert >= 0:
+            inputs = self._expert_inputs(target, seen[self.experts][0])
+            return Observation(inputs, self.weights(target), before, after, tokens)
+        inputs = seen[self.experts][0][0].flatten(0, -2)
+        logits, gates, chosen = seen[self.router][1]
+        residual = seen[self.experts_norm][0][0].flatten(0, -2)
+        routed = seen[self.experts][1].flatten(0, -2)
+        expert = self._part(target.block, self.experts)
+        routing = Routing(residual, logits, chosen, gates, routed, lambda e, x: _expert(expert, e, x))
+        return Observation(inputs, self.weights(target), before, after, tokens, routing)
+
+    def _expert_inputs(self, target: Target, given: tuple[Any, ...]) -> Tensor:
+        """The tokens sent to an expert, or for its down projection what lies between."""
+        hidden, chosen, _ = given
+        x = hidden.flatten(0, -2)[(chosen == target.expert).any(-1)]
+        if target.role.endswith(".down"):
+            x = _inner(self._part(target.block, self.experts), target.expert, x)
+        return x
+
+    def parameter(self, target: Target) -> nn.Parameter:
+        if target.expert < 0:
+            return super().parameter(target)
+        part = "down_proj" if target.role.endswith(".down") else "gate_up_proj"
+        found: nn.Parameter = self.model.get_parameter(f"{self.prefix(target.block)}.{self.experts}.{part}")
+        return found
+
+    def view(self, target: Target, tensor: Tensor) -> Tensor:
+        if target.expert < 0:
+            return super().view(target, tensor)
+        if target.role.endswith(".down"):
+            return tensor[target.expert]
+        return tensor[target.expert].chunk(2)[target.role.endswith(".up")]
+
+    def structure(self, target: Target) -> dict[str, Tensor]:
+        if target.kind != "experts":
+            return super().structure(target)
+        experts, router = self._part(target.block, self.experts), self._part(target.block, self.router)
+        return {"gate_up": experts.gate_up_proj, "down": experts.down_proj, "router": router.weight}
+
+    # -- removal -----------------------------------------------------------------------------------------------------
+
+    def check(self, target: Target, decision: Decision) -> None:
+        if decision.kept < target.least and target.kind == "experts":
+            raise PrunelabError(
+                f"{target.name} would keep {decision.kept} experts, fewer than the {target.least} of a token"
+            )
+
+    def remove(self, target: Target, kept: Tensor) -> None:
+        if target.kind != "experts":
+            super().remove(target, kept)
+            return
+        self.reshaped = True
+        experts, router = self._part(target.block, self.experts), self._part(target.block, self.router)
+        for module, name in ((experts, "gate_up_proj"), (experts, "down_proj"), (router, "weight")):
+            setattr(module, name, taken(getattr(module, name), kept, 0))
+        if (correction := getattr(router, "e_score_correction_bias", None)) is not None:
+            router.e_score_correction_bias = taken(correction, kept, 0)
+        if (groups := getattr(router, "num_group", None) or 1) > 1:
+            counts = torch.bincount(kept.cpu() // (target.units // groups), minlength=groups)
+            if int(counts.min()) != int(counts.max()) or int(counts.min()) < 2:
+                # assumption: groups place experts on devices; where a plan leaves them unlike, tokens choose among all
+                # experts that stay.
+                router.num_group = router.topk_group = 1
+        experts.num_experts = router.num_experts = len(kept)
+
+    def sizes(self, target: Target) -> dict[str, int]:
+        if target.kind != "experts":
+            return super().sizes(target)
+        config, router = self.model.config, self._part(target.block, self.router)
+        found = {next(name for name in _COUNTS if hasattr(config, name)): target.units}
+        groups = getattr(router, "num_group", None)
+        return found if groups is None else {**found, "n_group": groups, "topk_group": router.topk_group}
+
+    def finish(self) -> bool:
+        routers = [r for i in range(len(self.blocks)) if (r := self._part(i, self.router)) is not None]
+        alike = len({(getattr(r, "num_group", None), getattr(r, "topk_group", None)) for r in routers}) < 2
+        return super().finish() and alike
+
+    def count_layers(self, config: Any, stay: list[int]) -> None:
+        super().count_layers(config, stay)
+        if hasattr(config, "mlp_only_layers"):  # counts places, so that these are counted anew
+            dense = [i for i in range(len(stay)) if self._part(i, self.experts) is None]
+            config.mlp_only_layers, config.decoder_sparse_step = dense, 1
+
+
+def _inner(experts: Any, index: int, x: Tensor) -> Tensor:
+    gate, up = nn.functional.linear(x, experts.gate_up_proj[index]).chunk(2, dim=-1)
+    inner: Tensor = experts.act_fn(gate) * up
+    return inner
+
+
+def _expert(experts: Any, index: int, x: Tensor) -> Tensor:
+    return nn.functional.linear(_inner(experts, index, x), experts.down_proj[index])
