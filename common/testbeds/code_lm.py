@@ -31,20 +31,19 @@ class CodeLM(Testbed):
     vocabulary: tokens. width, depth, heads, kv_heads, head_dim, inner: of the transformer.
 
     recall: share of the sequences that ask for definitions, `pairs` of them each; their answers count as much in the
-    loss as all other tokens together. Where sequences are too short for that, they repeat stretches of random tokens:
-    copying is what recall grows from. Trained on nothing else, the model copied after 300 steps of 2048 tokens and
-    recalled one of four constants soon after; started with definitions, it could not tell two apart after 1000.
+    loss as all other tokens together. Where sequences are too short for that, the share `copying` of them repeats
+    stretches of random tokens: copying is what recall grows from. Started with definitions, the model could not tell
+    two constants apart after 1000 steps, and a quarter of repeats was too few.
     """
 
-    # assumption: untested as a whole; beside code, 1024 tokens of repeats a step for 300 steps were too few to copy
-    steps: int = 2100
+    steps: int = 2400
     batch: int = 4
     rate: float = 3e-3
     warmup: float = 0.02
     decay: float = 0.1
     context: int = 1024
     lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
-    stages: tuple[float, ...] = (0.14, 0.22, 0.4, 0.68, 0.85)
+    stages: tuple[float, ...] = (0.2, 0.28, 0.44, 0.7, 0.86)
     vocabulary: int = 2048
     width: int = 128
     depth: int = 6
@@ -53,6 +52,7 @@ class CodeLM(Testbed):
     head_dim: int = 16
     inner: int = 352
     recall: float = 0.25
+    copying: float = 0.5
     pairs: int = 4
 
     name: ClassVar[str] = "code_lm"
@@ -94,12 +94,13 @@ class CodeLM(Testbed):
     def loss(self, model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
         length = self.lengths[bisect(self.stages, progress)]
         count = self.batch * self.context // length
-        asking = round(self.recall * count)
+        copying = length < self.recalls.shortest(self.pairs)
+        asking = round((self.copying if copying and self.recall else self.recall) * count)
         train = code.stream("train", self.vocabulary)
         tokens = code.windows(train, count - asking, length, generator)
         if not asking:
             return self.surprise(model, tokens).mean()
-        if length < self.recalls.shortest(self.pairs):
+        if copying:
             repeats, known = code.repeats(self.recalls.words, asking, length, generator)
             nll, copied = self.surprise(model, torch.cat([tokens, repeats])).tensor_split([count - asking])
             return nll.mean() + copied[known[:, 1:]].mean()
