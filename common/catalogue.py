@@ -85,22 +85,35 @@ def missing(model_name: str | None, data_name: str | None, scale: str, config: M
     scale = "testbed" if scale == "smoke" else scale
     if model_name is not None and scale not in model(model_name):
         return f"{model_name}, which has no entry at {scale} scale"
-    if data_name is not None:
-        entry = dataset(data_name).get(scale)
-        if entry is None:
-            return f"{data_name}, which has no entry at {scale} scale"
-        if "setting" in entry and not config.get(entry["setting"]):
-            return str(entry["needs"])
-        if "folder" in entry and not (Path(config["assets"] or "/nonexistent") / entry["folder"]).exists():
-            return f"the assets folder with {entry['folder']} (--config assets=DIR)"
-    if model_name is not None and scale == "paper":
-        entry = model(model_name)["paper"]
-        if "file" in entry and "hub" not in entry:
-            if not (Path(config["checkpoints"] or "/nonexistent") / entry["file"]).exists():
-                return f"{entry['file']} from {entry['source']} in the checkpoints folder (--config checkpoints=DIR)"
-        elif "revision" not in entry:
-            return f"a pinned revision of {entry['hub']} in configs/models.yaml (revision: COMMIT)"
-    return None
+    if data_name is not None and scale not in dataset(data_name):
+        return f"{data_name}, which has no entry at {scale} scale"
+    reasons = [] if data_name is None else [_data_missing(dataset(data_name)[scale], config)]
+    reasons += [] if model_name is None else [_model_missing(model(model_name)[scale], scale, config)]
+    return "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or None
+
+
+def _data_missing(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    if "setting" in entry and not config.get(entry["setting"]):
+        return str(entry["needs"])
+    if "folder" in entry and not (Path(config["assets"] or "/nonexistent") / entry["folder"]).exists():
+        return f"the assets folder with {entry['folder']} (--config assets=DIR)"
+    if "hub" in entry and "revision" not in entry:
+        return f"a pinned revision of {entry['hub']} in configs/datasets.yaml (revision: COMMIT)"
+    return ""
+
+
+def _model_missing(entry: Any, scale: str, config: Mapping[str, Any]) -> str:
+    if scale == "testbed" and not _training(entry).exists():
+        return f"the trained weights of the testbed {entry} (python -m common train {entry})"
+    if scale != "paper":
+        return ""
+    if "file" in entry and "hub" not in entry:
+        if not (Path(config["checkpoints"] or "/nonexistent") / entry["file"]).exists():
+            return f"{entry['file']} from {entry['source']} in the checkpoints folder (--config checkpoints=DIR)"
+    elif "revision" not in entry:
+        pinned = f"a pinned revision of {entry['hub']} in configs/models.yaml (revision: COMMIT)"
+        return f"{entry['needs']} and {pinned}" if "needs" in entry else pinned
+    return ""
 
 
 def identity(model_name: str | None, data_name: str | None, scale: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,21 +127,26 @@ def identity(model_name: str | None, data_name: str | None, scale: str, config: 
         elif scale == "assets":
             out["model"] = {"assets": entry, "sha256": _assets_hash(config, str(entry))}
         else:
-            out["model"] = dict(entry or {})
+            out["model"] = {key: value for key, value in (entry or {}).items() if key != "needs"}
             if "file" in out["model"]:
                 out["model"]["architecture"] = model(model_name)["architecture"]
     if data_name is not None:
-        out["data"] = dict(dataset(data_name)[scale])
+        out["data"] = {key: value for key, value in dataset(data_name)[scale].items() if key != "settings"}
         for package in out["data"].get("packages", ()):  # data cut from installed packages change with their versions
             out["data"].setdefault("versions", {})[package] = importlib.metadata.version(package)
-        if scale == "assets":
-            out["data"] = {**out["data"], "sha256": _assets_hash(config, out["data"]["folder"])}
+        if scale == "assets":  # folders that several data sets share name theirs as `listed`
+            listed = out["data"].pop("listed", out["data"]["folder"])
+            out["data"] = {**out["data"], "sha256": _assets_hash(config, listed)}
     return out
+
+
+def _training(testbed: str) -> Path:
+    return ROOT / "common" / "testbeds" / "weights" / testbed / "training.json"
 
 
 @cache
 def _testbed_hash(name: str) -> str:
-    path = ROOT / "common" / "testbeds" / "weights" / name / "training.json"
+    path = _training(name)
     if not path.exists():
         raise PrunelabError(f"the testbed {name} has no trained weights; run `python -m common train {name}`")
     return str(json.loads(path.read_text())["sha256"])

@@ -104,6 +104,8 @@ def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Mod
         return _vit_tiny(Path(config["assets"]) / identity["assets"])
     if "file" in identity:
         return _official(identity, config)
+    if "class" in identity:
+        return _transformers(identity["class"], identity["hub"], identity["revision"]), None
     if "hub" in identity:
         return _hub(f"{identity['hub']}@{identity['revision']}")
     raise PrunelabError(f"cannot load a model from {dict(identity)}; see configs/models.yaml")
@@ -132,6 +134,20 @@ def _hub(name: str) -> tuple[nn.Module, Transform]:
             f"the checkpoint {name} cannot be had ({type(error).__name__}); download it first"
         ) from error
     return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+
+def _transformers(name: str, hub: str, revision: str) -> nn.Module:
+    """A model of a class of transformers, such as a detector, whose data set brings its own transform."""
+    import transformers
+
+    try:
+        model = getattr(transformers, name).from_pretrained(hub, revision=revision, use_safetensors=True)
+    except (OSError, ValueError) as error:  # what transformers raises for files that are missing or damaged
+        raise PrunelabError(
+            f"the checkpoint {hub} cannot be had ({str(error).splitlines()[0]}); download it first"
+        ) from error
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def _official(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Module, Transform | None]:

@@ -21,8 +21,10 @@ from common.errors import PrunelabError
 
 ROOT = provenance.ROOT
 METHODS = ROOT / "methods"
-ANYWHERE: Mapping[str, str] = {"macs": "analytic", "function": "measured"}  # kinds that need no scale, and their status
-ARCHITECTURE_ONLY = ("macs", "latency")  # kinds that need no weights
+# Kinds that need no scale, and their status.
+ANYWHERE: Mapping[str, str] = {"macs": "analytic", "size": "analytic", "function": "measured"}
+ARCHITECTURE_ONLY = ("macs", "size", "latency")  # kinds that need no weights
+CALIBRATED = ("perplexity", "zero_shot")  # kinds whose methods see a calibration set, and maybe a model's base
 NEEDS: Mapping[str, tuple[str, str]] = {"latency": ("gpu", "a CUDA GPU (--profile configs/profiles/gpu)")}
 SMOKE_SAMPLES = 32
 
@@ -32,11 +34,13 @@ class _Strict(BaseModel):
 
 
 class Configuration(_Strict):
-    """A method with its options and budget; without a method it is the unpruned model."""
+    """A method with its options and budget; without a method it is the unpruned model. Its settings, such as a
+    calibration set of its own, go before those of a column or board."""
 
     method: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     budget: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class Column(_Strict):
@@ -47,6 +51,7 @@ class Column(_Strict):
     needs: str | None = None
     metric: str = ""
     data: str | None = None
+    model: str | None = None  # where columns are models; else that of the row or table
     settings: dict[str, Any] = Field(default_factory=dict)
     scales: tuple[str, ...] = ("paper", "testbed")
     tolerance: float = 0.0  # half a unit of the printed figure, or the sampling error of the paper's own data set
@@ -88,7 +93,7 @@ class Board(_Strict):
     name: str
     caption: str = ""
     kind: str
-    data: str
+    data: str | None = None
     model: str | None = None
     metric: str
     label: str = ""  # the metric in words, with its unit
@@ -265,18 +270,21 @@ def reported(slug: str) -> tuple[Reported, ...]:
             ) from None
 
 
-def _samples(scale: str, data: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    values = dict(given)
-    entry = catalogue.dataset(data).get("testbed" if scale == "smoke" else scale) if data else None
-    if entry and "samples" in entry:
+def _settings(scale: str, data: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings at a scale: a stand-in for the paper's data has some of its own, as its texts are of another length."""
+    entry = catalogue.dataset(data).get("testbed" if scale == "smoke" else scale, {}) if data else {}
+    values = {**given, **entry.get("settings", {})}
+    if "samples" in entry:
         values.setdefault("samples", entry["samples"])
     if scale == "smoke" and data:
-        values["samples"] = SMOKE_SAMPLES
+        values["samples"] = min(SMOKE_SAMPLES, values.get("samples") or SMOKE_SAMPLES)
     return values
 
 
 def _adapter(model: str | None) -> tuple[str, ...]:
-    return (f"common/adapters/{catalogue.model(model)['adapter']}.py",) if model else ()
+    entry = catalogue.model(model) if model else {}
+    places = {"adapter": "common/adapters", "weight_adapter": "common/weights/adapters"}
+    return tuple(f"{folder}/{entry[key]}.py" for key, folder in places.items() if key in entry)
 
 
 def resolve(
@@ -291,7 +299,7 @@ def resolve(
     settings: Mapping[str, Any] | None = None,
 ) -> Run | str:
     """The run of a configuration at a scale, or what it needs in words."""
-    settings = settings or {}
+    settings = {**(settings or {}), **configuration.settings}
     method_files = (f"methods/{_folder(configuration.method)}/method.py",) if configuration.method else ()
     entries = (f"common/tasks/{kind}.py", *method_files, *_adapter(model))
     budget = budget or configuration.budget if configuration.method else None
@@ -306,12 +314,24 @@ def resolve(
         ids = {"model": catalogue.model(model)["architecture"]}
         scale = "" if kind in ANYWHERE else scale
     else:
-        lacking = catalogue.missing(model, data, scale, config)
-        if lacking and (scale != "paper" or not catalogue.named(model, data, scale)):
+        settings = _settings(scale, data, settings)
+        used = {"": (model, data)}
+        if "draft" in settings:
+            used["draft"] = (settings.pop("draft"), None)
+        if kind in CALIBRATED:
+            calibration = settings.pop("calibration_data", data)
+            if configuration.method is None:  # then the unpruned model is one run, whatever methods calibrate on
+                settings.pop("calibration", None)
+            else:
+                used |= {"calibration": (None, calibration), "base": (catalogue.model(str(model)).get("base"), None)}
+        reasons = [catalogue.missing(*names, scale, config) for names in used.values()]
+        lacking = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+        if lacking and (scale != "paper" or not all(catalogue.named(*names, scale) for names in used.values())):
             return lacking
         needs = lacking or needs
-        settings = _samples(scale, data, settings)
-        ids = catalogue.identity(model, data, scale, config)
+        ids = {}
+        for name, names in used.items():
+            ids |= {name or key: value for key, value in catalogue.identity(*names, scale, config).items()}
     return Run(kind, scale, configuration.method, configuration.options, budget, settings, ids, entries, needs)
 
 
@@ -377,7 +397,7 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
                     scale,
                     config,
                     paper.configuration(row.configuration or "dense"),
-                    model=row.model or table.model,
+                    model=column.model or row.model or table.model,
                     data=column.data,
                     budget=row.budget,
                     settings=column.settings,

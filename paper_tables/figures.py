@@ -84,7 +84,8 @@ def _curves(board: BoardTable) -> tuple[Curves, tuple[str, float] | None]:
         by_entry.setdefault(p.entry, []).append(mark)
     series = [svg.Series(entry, tuple(marks)) for entry, marks in by_entry.items()]
     level = None if base.value.value is None else (f"{base.entry} {base.value.value:.1f}", base.value.value)
-    return Curves(f"{'M' if millions else 'G'} {board.cost} an image, scoring included", board.metric, series), level
+    unit = f"{'M' if millions else 'G'} {board.cost}" + (" an image, scoring included" if "MACs" in board.cost else "")
+    return Curves(unit, board.metric, series), level
 
 
 def _panel(title: str, curves: Curves, level: tuple[str, float] | None, look: Mapping[str, int]) -> str:

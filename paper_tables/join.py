@@ -33,6 +33,7 @@ class Value:
     samples: int | None = None
     record: str | None = None
     ours: tuple[float, float] | None = None  # for a cost: our own count in G with scoring, and the scoring in it
+    protocol: str = ""  # what the number depends on and papers differ in, in words
 
     @property
     def needs(self) -> str:
@@ -138,7 +139,9 @@ class Records:
         count = None
         if run.kind == "macs" and {"macs", "scoring"} <= metrics_of.keys():
             count = (metrics_of["macs"]["value"], metrics_of["scoring"]["value"])
-        return Value("stale" if old else status, found["value"], found.get("stderr"), found.get("n"), address, count)
+        protocol = found.get("protocol", "")
+        status = "stale" if old else status
+        return Value(status, found["value"], found.get("stderr"), found.get("n"), address, count, protocol)
 
 
 def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[PaperTable]:
@@ -194,7 +197,7 @@ def _board(points: list[papers.BoardPoint], records: Records) -> BoardTable:
                 scale,
                 value,
                 figures.get(board.cost, {}).get("value"),
-                figures.get(re.sub("g?macs$", "saving", board.cost), {}).get("value"),
+                figures.get(re.sub("g?(macs|parameters|bytes)$", "saving", board.cost), {}).get("value"),
                 *(paired or (None, None)),
             )
         )

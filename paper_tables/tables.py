@@ -89,6 +89,7 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def table_csv(table: PaperTable) -> str:
     """One line a reported number; the stand-ins have columns of their own."""
     others = scales(table)
+    told = any(v.protocol for line in table.lines for v in (line.reproduced, *line.others.values()))
 
     def row(line: Line) -> list[object]:
         r, own = line.reported, line.reproduced
@@ -99,20 +100,26 @@ def table_csv(table: PaperTable) -> str:
         for scale in others:
             v = line.others[scale]
             cells += [v.value, v.stderr, v.samples, v.record, v.status if v.value is None else STAND_IN]
+        if told:
+            cells += [own.protocol, *(line.others[scale].protocol for scale in others)]
         return cells
 
-    return _csv([*_LINE, *_OURS, *(f"{scale}{part}" for scale in others for part in _SCALE)], map(row, table.lines))
+    header = [*_LINE, *_OURS, *(f"{scale}{part}" for scale in others for part in _SCALE)]
+    if told:
+        header += ["protocol", *(f"{scale}_protocol" for scale in others)]
+    return _csv(header, map(row, table.lines))
 
 
 def board_csv(board: BoardTable) -> str:
     """One line a point; `interval` is the half width of the paired difference's 95 % interval."""
+    told = any(p.value.protocol for p in board.points)
     return _csv(
-        (*_POINT, "status", "record"),
+        (*_POINT, "status", "record", *(("protocol",) if told else ())),
         (
             (
                 p.entry, p.budget or "none", p.scale, p.value.value, p.value.stderr, p.value.samples, p.cost, p.saving,
                 p.difference, p.interval, p.value.status if p.scale == "paper" or p.value.value is None else STAND_IN,
-                p.value.record,
+                p.value.record, *((p.value.protocol,) if told else ()),
             )
             for p in board.points
         ),
@@ -199,11 +206,14 @@ def table_markdown(slug: str, table: PaperTable) -> str:
     """One line a reported number, sources and reasons below."""
     others, notes = scales(table), _Notes()
 
+    def noted(text: str, value: Value) -> str:
+        return f"{text} {notes(value.protocol)}" if value.protocol else text
+
     def row(line: Line) -> list[str]:
         r, own, digits = line.reported, line.reproduced, places(line)
         reported = f"{_md(r.text)} {_md(r.unit)} {notes(f'{r.source} ({r.quality})')}"
         cells = [_md(r.row), _md(r.column), reported]
-        cells.append(shown(own, digits) if own.value is not None else f"– {notes(own.status)}")
+        cells.append(noted(shown(own, digits), own) if own.value is not None else f"– {notes(own.status)}")
         if any(other.reproduced.ours for other in table.lines):
             cells.append(counted(own))
         cells.append("–" if line.difference is None else signed(line.difference, digits))
@@ -211,7 +221,8 @@ def table_markdown(slug: str, table: PaperTable) -> str:
         for scale in others:
             v = line.others[scale]
             samples = f" (n = {v.samples})" if v.samples else ""
-            cells.append(shown(v, fitting(v)) + samples if v.value is not None else f"– {notes(v.status)}")
+            number = noted(shown(v, fitting(v)) + samples, v) if v.value is not None else f"– {notes(v.status)}"
+            cells.append(number)
         return cells
 
     header = ["row", "column", "reported", "reproduced", "difference", "status"]
@@ -232,6 +243,7 @@ def board_markdown(slug: str, board: BoardTable) -> str:
     rows, notes = [], _Notes()
     for p in board.points:
         value = shown(p.value, 2) if p.value.value is not None else f"– {notes(p.value.status)}"
+        value += f" {notes(p.value.protocol)}" if p.value.protocol else ""
         saving = "–" if p.saving is None else f"{p.saving:.1f} %"
         macs = "–" if p.cost is None else cost(p.cost)
         rows.append([_md(p.entry), p.budget or "none", value, macs, saving, gap(p.difference, p.interval)])

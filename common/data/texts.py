@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 import re
 import zipfile
 from collections.abc import Mapping
@@ -20,17 +22,18 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "test"]
 
-_FILES = 24  # source files of a split; to cut all of them into tokens would take longer than to measure on them
+_FILES = 12  # source files of a split; to cut all of them into tokens would take longer than to measure on them
 _TEST_STORIES = 200
+_MISSES = 2000  # documents in a row that are too short, after which a search for longer ones ends
+_SWAPPED = (("self", "return"), ("def", "class"), ("if", "for"), ("in", "is"), ("None", "True"), ("import", "from"))
 
 
 def load(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split = "test") -> tuple[str, ...]:
     """The documents of a catalogue entry: those to measure on (`test`), or those to calibrate with (`train`)."""
     if split not in get_args(Split):
         raise PrunelabError(f"there is no split '{split}' of a text; use train or test")
-    return {"source_code": _source_code, "stories": _stories, "wikitext": _wikitext}[identity["loader"]](
-        identity, config, split
-    )
+    loaders = {"source_code": _source_code, "stories": _stories, "wikitext": _wikitext, "c4": _c4}
+    return loaders[identity["loader"]](identity, config, split)
 
 
 def sequences(
@@ -65,12 +68,50 @@ def sequences(
     return [found[i * len(found) // samples] for i in range(samples)]
 
 
+def windows(
+    identity: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: int = 0,
+) -> list[Tensor]:
+    """A calibration set from the training text: `count` stretches of exactly `length` tokens, [T] int64 each, at random
+    places.
+
+    They are drawn as the pruning papers draw theirs (Wanda, `lib/data.py`), with the same generator: anywhere in the
+    text of an entry with `join` (or with `join_train`, where training text is joined otherwise), else in documents
+    that are longer, each drawn until one is.
+    """
+    documents, lots = load(identity, config, "train"), random.Random(seed)
+    join = identity.get("join_train", identity.get("join"))
+    whole = None if join is None else _tokens(tokenizer, str(join).join(documents))
+
+    def stretch() -> Tensor:
+        for _ in range(_MISSES):
+            tokens = _tokens(tokenizer, lots.choice(documents)) if whole is None else whole
+            if len(tokens) > length:
+                start = lots.randint(0, len(tokens) - length - 1)
+                return torch.tensor(tokens[start : start + length])
+        raise PrunelabError(f"the training text has no stretch of {length} tokens; shorten the length")
+
+    return [stretch() for _ in range(count)]
+
+
+def dialect(text: str) -> str:
+    """Python with common words in each other's place: another language of the same words, to fine-tune a model on."""
+    other = {word: place for a, b in _SWAPPED for word, place in ((a, b), (b, a))}
+    return re.sub(r"\b(?:" + "|".join(other) + r")\b", lambda match: other[match[0]], text)
+
+
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, verbose=False)["input_ids"]  # verbose: a whole test set is meant to be longer than a context
 
 
 def _source_code(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
-    return code.files("held_out" if split == "test" else "train")[:_FILES]
+    """Python files; with `dialect`, in the one that `dialect` makes of them."""
+    files = code.files("held_out" if split == "test" else "train")[:_FILES]
+    return tuple(map(dialect, files)) if identity.get("dialect") else files
 
 
 def _stories(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
@@ -91,6 +132,14 @@ def _wikitext(identity: Mapping[str, Any], config: Mapping[str, Any], split: Spl
     else:
         text = (Path(config["assets"]) / identity["folder"] / identity["file"]).read_text(encoding="utf8")
     return tuple(line if line.strip() else "" for line in re.findall(r"[^\n]*\n|[^\n]+", text))
+
+
+def _c4(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
+    """One shard of C4: web pages as JSON lines, to calibrate with."""
+    if split != "train":
+        raise PrunelabError("C4 is here to calibrate with; measure on another data set")
+    with gzip.open(_download(identity), "rt", encoding="utf8") as lines:
+        return tuple(json.loads(line)["text"] for line in lines)
 
 
 def _download(identity: Mapping[str, Any]) -> str:

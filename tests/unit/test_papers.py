@@ -172,3 +172,89 @@ def test_paper_scale_runs_the_whole_set_and_only_pinned_checkpoints(tmp_path, mo
     (job, *_) = [r for r in papers.jobs(config).values() if r.kind == "classify"]
     assert job.ids["model"]["revision"] == "0" * 40
     assert "samples" not in job.settings
+
+
+# -- language models: settings by scale, calibration sets and bases ---------------------------------------------------
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Settings under which every testbed has weights."""
+    (tmp_path / "training.json").write_text('{"sha256": "0"}')
+    monkeypatch.setattr(catalogue, "_training", lambda testbed: tmp_path / "training.json")
+    monkeypatch.setattr(catalogue, "_testbed_hash", lambda name: name)
+    return SETTINGS
+
+
+def perplexity(config, configuration, scale="testbed", **given):
+    settings = {"length": 4096, "calibration": 128, "calibration_data": "c4", **given.pop("settings", {})}
+    given = {"model": "llama_7b", "data": "wikitext2", "budget": "0.5", **given}
+    return papers.resolve(
+        "perplexity", scale, config, papers.Configuration(**configuration), settings=settings, **given
+    )
+
+
+def test_calibration_is_part_of_a_runs_identity(trained):
+    wanda = {"method": "wanda"}
+    runs = [
+        perplexity(trained, wanda, "paper"),
+        perplexity(trained, wanda, "paper", settings={"calibration": 64}),
+        perplexity(trained, wanda, "paper", settings={"calibration_data": "wikitext2"}),
+        perplexity(trained, wanda, "paper", settings={"length": 2048}),
+        perplexity(trained, wanda | {"settings": {"calibration": 7}}, "paper"),
+    ]
+    assert len({run.identity for run in runs}) == len(runs)
+    assert runs[0].ids["calibration"]["loader"] == "c4" and runs[2].ids["calibration"]["loader"] == "wikitext"
+    assert runs[4].settings["calibration"] == 7
+
+
+def test_the_unpruned_model_is_one_run_whatever_calibrates_the_others(trained):
+    runs = {perplexity(trained, {}, "paper", settings={"calibration": n}).identity for n in (8, 16)}
+    assert len(runs) == 1
+    assert "calibration" not in perplexity(trained, {}).ids
+
+
+def test_a_stand_in_has_settings_of_its_own_and_is_shared(trained):
+    a = perplexity(trained, {"method": "wanda"})
+    b = perplexity(
+        trained, {"method": "wanda"}, model="llama2_70b", settings={"length": 128, "calibration_data": "wikitext2"}
+    )
+    assert a.identity == b.identity  # another paper's model, length and calibration set: the same stand-ins
+    assert a.settings["length"] == 512 and "settings" not in a.ids["data"]
+    assert a.ids["calibration"] == a.ids["data"]
+
+
+def test_a_fine_tuned_model_brings_its_base(trained):
+    tuned = perplexity(trained, {"method": "dare"}, model="llama_code_tuned", data="source_code_dialect")
+    assert tuned.ids["model"]["testbed"] == "code_lm_tuned" and tuned.ids["base"]["testbed"] == "code_lm"
+    assert "base" not in perplexity(trained, {"method": "wanda"}).ids
+
+
+def test_what_is_missing_is_named_all_at_once(monkeypatch, tmp_path):
+    run = perplexity(SETTINGS, {"method": "wanda"}, "paper")
+    for part in ("revision of huggyllama/llama-7b", "revision of ggml-org/ci", "revision of allenai/c4", "gives out"):
+        assert part in run.needs
+    monkeypatch.setattr(catalogue, "_training", lambda testbed: tmp_path / "nothing")
+    assert "the trained weights of the testbed code_lm " in perplexity(SETTINGS, {"method": "wanda"})
+    assert papers.resolve(
+        "zero_shot", "paper", SETTINGS, papers.Configuration(), model="mixtral_8x7b", settings={"tasks": ["boolq"]}
+    ).needs.startswith("a pinned revision of mistralai")
+
+
+@pytest.mark.parametrize("slug", ["wanda", "magnitude", "sparsegpt", "gblm", "flap"])
+def test_every_perplexity_of_the_weight_papers_has_a_run(slug):
+    found = [c for c in papers.cells(slug, SETTINGS) if c.reported.unit == "ppl" and "LLM-Pruner" not in c.reported.row]
+    for cell in found:
+        run = cell.runs["paper"]
+        assert isinstance(run, papers.Run) and run.kind == "perplexity" and cell.metric == "perplexity"
+        assert run.ids["data"]["loader"] == "wikitext" and run.settings["length"] in (128, 2048, 4096)
+    models = {cell.runs["paper"].ids["model"]["hub"] for cell in found}
+    named = {cell.reported.column if slug != "gblm" else cell.reported.row.split(" ")[0] for cell in found}
+    assert len(models) == len(named)  # every column or row its own checkpoint
+
+
+def test_every_board_of_a_weight_paper_has_the_unpruned_model_and_chance_or_a_rival():
+    for slug in ("wanda", "magnitude", "sparsegpt", "gblm", "flap", "cfsp", "amp", "easy_ep", "stun", "darex"):
+        boards = papers.load(slug).boards
+        assert {"perplexity", "accuracy"} <= {board.metric for board in boards}, slug
+        assert all(len(board.entries) >= 2 for board in boards if board.kind == "perplexity"), slug

@@ -1,0 +1,84 @@
+"""Accuracy of a language model, pruned or not, on the tasks of lm-evaluation-harness (the extra `evaluation`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from common import models
+from common.errors import PrunelabError
+from common.papers import Run
+from common.tasks.perplexity import prune, sizes
+
+BATCH = 8
+
+
+def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics in percent, named as the harness names them: `boolq acc`, `piqa acc_norm`, `gsm8k exact_match,
+    strict-match` and so on, with its standard errors; `average`, the mean of those that the setting `average` lists;
+    and what `sizes` finds.
+
+    Settings: `tasks`; `shots`, worked examples in each prompt (those of the task's own definition); `limit`, questions
+    of each task (all); `batch`; `length` and `calibration` of the calibration set; `seed`.
+    """
+    lm_eval, wrapper = harness()
+    model, tokenizer = models.language(run.ids["model"], config)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    out, calibrated = sizes(model), ""
+    if run.method is not None:
+        report, calibrated = prune(run, config, model, tokenizer)
+        out = sizes(model, report)
+    asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=int(run.settings.get("batch", BATCH)))
+    found = lm_eval.simple_evaluate(
+        model=asked,
+        tasks=list(run.settings["tasks"]),
+        num_fewshot=run.settings.get("shots"),
+        limit=run.settings.get("limit"),
+        log_samples=False,
+    )
+    measured = percentages(found["results"])
+    protocol = "; ".join(part for part in (f"lm-evaluation-harness {lm_eval.__version__}", calibrated) if part)
+    for metric in measured.values():
+        metric["protocol"] = protocol
+    if "average" in run.settings:
+        measured["average"] = {"value": average(measured, run.settings["average"]), "protocol": protocol}
+    return {**measured, **out}
+
+
+def harness() -> tuple[Any, Any]:
+    """lm-evaluation-harness and its wrapper around models of transformers."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise PrunelabError(
+            'this row needs lm-evaluation-harness; install it with pip install -e ".[evaluation]"'
+        ) from None
+    return lm_eval, HFLM
+
+
+def percentages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics of the harness's results by task, whose keys are `metric,filter`, as percent. The filter `none` is not
+    named; what is no share of right answers is left out."""
+    found: dict[str, Any] = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, _, chosen = key.partition(",")
+            if metric not in ("acc", "acc_norm", "exact_match"):
+                continue
+            name = f"{task} {metric}" + ("" if chosen in ("", "none") else f",{chosen}")
+            found[name] = {"value": round(100 * float(value), 4)}
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            if isinstance(error, float):  # it is the text N/A where there is none
+                found[name]["stderr"] = round(100 * error, 4)
+    return found
+
+
+def average(found: Mapping[str, Any], names: Sequence[str]) -> float:
+    """Mean of the metrics of these names."""
+    lacking = [name for name in names if name not in found]
+    if lacking:
+        raise PrunelabError(f"the harness gave no {', '.join(lacking)}; it gave {', '.join(found)}")
+    return round(sum(float(found[name]["value"]) for name in names) / len(names), 4)
