@@ -1,11 +1,12 @@
-"""Apply a token method to a model for the length of a `with` block, and report what it cost."""
+"""Apply a method to a model for the length of a `with` block, and report what it cost."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from common import cost
 from common.adapters import adapter_for
 from common.adapters.base import Adapter, Application, Trace
 from common.errors import PrunelabError
-from common.roles import Method, TokenPruner
+from common.roles import CachePruner, DraftDecoder, Method, TokenPruner
 from common.types import Budget, ModelInfo, Report, Site
 
 PARTS = "pruning_parts"  # name of the learned parts among the model's modules while a method is applied
@@ -43,11 +44,11 @@ class Handle:
         (-1 marks padding). Sites behind a merge are left out, since their tokens have no single place."""
         return list(self.application.trace.origins)
 
-    def macs(self, example: Tensor | None = None) -> float:
+    def macs(self, example: Any = None) -> float:
         """MACs of one sample, scoring included; see `report`."""
         return self._measure(self._example(example))[0]
 
-    def report(self, example: Tensor | None = None) -> Report:
+    def report(self, example: Any = None) -> Report:
         """Tokens a layer and MACs a sample. Needs no forward pass, except for methods whose counts depend on the
         input, which are costed at the mean counts seen so far. `example` replaces the model's standard input."""
         example, seen = self._example(example), self.application.trace
@@ -60,15 +61,16 @@ class Handle:
             scoring_macs=meter.scoring_flops / 2,
             dense_macs=self._unhooked(lambda: cost.macs(self.adapter.model, example)),
             samples=seen.samples,
+            cache_bytes=self.adapter.cache_bytes([a / n for a in counted.attention]),
         )
 
-    def _example(self, given: Tensor | None) -> Tensor:
+    def _example(self, given: Any) -> Any:
         if self.application.method.adaptive and not self.application.trace.samples:
             name = self.application.method.name
             raise PrunelabError(f"{name} keeps as many tokens as the input asks for; run the model first")
         return self.adapter.example() if given is None else given.to("meta")
 
-    def _measure(self, example: Tensor) -> tuple[float, Trace]:
+    def _measure(self, example: Any) -> tuple[float, Trace]:
         """MACs on the meta device and the trace of that pass, with hooks of its own in place of the handle's."""
         seen, model = self.application.trace, self.adapter.model
         meter = Trace(
@@ -109,7 +111,21 @@ def _seeded(seed: int) -> Callable[[torch.device], torch.Generator | None]:
     return rng
 
 
-@contextmanager
+# Roles that act on something other than the tokens of a pass, and the module whose `applied` puts them to work.
+_ELSEWHERE: Mapping[type[Method], str] = {CachePruner: "common.caches", DraftDecoder: "common.decoding"}
+
+
+@overload
+def apply(
+    method: TokenPruner,
+    model: nn.Module,
+    budget: Budget | float,
+    *,
+    services: Mapping[str, Any] | None = None,
+    parts: nn.Module | None = None,
+    seed: int = 0,
+) -> AbstractContextManager[Handle]: ...
+@overload
 def apply(
     method: Method,
     model: nn.Module,
@@ -118,18 +134,52 @@ def apply(
     services: Mapping[str, Any] | None = None,
     parts: nn.Module | None = None,
     seed: int = 0,
-) -> Iterator[Handle]:
-    """Prune the model's tokens by `method` under `budget` inside the `with` block.
+) -> AbstractContextManager[Any]: ...
 
-    The model's weights and forward stay as they are: hooks go in, and all come out at the end, also after an
-    exception. `seed` starts the draws of random methods. `parts` are the method's learned parts (`method.build`);
-    inside the block they belong to the model, so that one optimiser and one device serve both. A model that was
-    trained with the method carries them already, as `model.pruning_parts`. Raises PrunelabError, before any work,
-    where the model has no adapter, a site or signal cannot be had there, a service or learned part is missing, or the
-    method is already applied.
+
+def apply(
+    method: Method,
+    model: nn.Module,
+    budget: Budget | float,
+    *,
+    services: Mapping[str, Any] | None = None,
+    parts: nn.Module | None = None,
+    seed: int = 0,
+) -> AbstractContextManager[Any]:
+    """Let `method` work on the model under `budget` inside a `with` block, whose handle tells what it cost.
+
+    Token pruners prune the tokens of every pass; cache pruners (`common.caches.applied`) and draft decoders
+    (`common.decoding.applied`) go with the model's `generate`. The model's weights and forward stay as they are: hooks
+    go in, and all come out at the end, also after an exception. `seed` starts the draws of random methods. `services`
+    are second models by the names that the method gives them. `parts` are the method's learned parts
+    (`method.build`); inside the block they belong to the model, so that one optimiser and one device serve both. A
+    model that was trained with the method carries them already, as `model.pruning_parts`. Raises PrunelabError, before
+    any work, where the model has no adapter, a site or signal cannot be had there, a service or learned part is
+    missing, or the method is already applied.
     """
-    if not isinstance(method, TokenPruner):
-        raise PrunelabError(f"{method.name} is a {method.role}, which is not applied to a model's tokens")
+    if isinstance(method, TokenPruner):
+        return _prune_tokens(method, model, budget, services, parts, seed)
+    for role, module in _ELSEWHERE.items():
+        if isinstance(method, role):
+            if parts is not None:
+                raise PrunelabError(f"{method.name} has no learned parts; leave `parts` out")
+            applied: AbstractContextManager[Any] = importlib.import_module(module).applied(
+                method, model, budget, services=services, seed=seed
+            )
+            return applied
+    raise PrunelabError(f"{method.name} is a {method.role}, which is not applied to a running model; see its page")
+
+
+@contextmanager
+def _prune_tokens(
+    method: TokenPruner,
+    model: nn.Module,
+    budget: Budget | float,
+    services: Mapping[str, Any] | None,
+    parts: nn.Module | None,
+    seed: int,
+) -> Iterator[Handle]:
+    """The adapter's hooks for the length of the block."""
     missing = set(method.services) - set(services or {})
     if missing:
         raise PrunelabError(f"{method.name} needs the services {', '.join(sorted(missing))}; pass services={{...}}")

@@ -46,3 +46,66 @@ def received(attention: Tensor, valid: Tensor | None = None) -> Tensor:
     if valid is not None:
         attention = attention * valid[:, None, :, None]
     return attention.sum(-2)
+
+
+def grouped(heads: Tensor, key_heads: int) -> Tensor:
+    """[B, H, ...] of query heads -> [B, KV, H / KV, ...]: each with the others that share its key-value head."""
+    return heads.unflatten(1, (key_heads, heads.shape[1] // key_heads))
+
+
+def causal_rows(
+    queries: Tensor, keys: Tensor, scale: float, valid: Tensor | None = None, offset: int | None = None
+) -> Tensor:
+    """Causal attention [B, KV, G, M, N] in float32 of M query rows, whose heads share KV key-value heads.
+
+    queries [B, H, M, d] stand at the key places `offset` to `offset + M - 1` (the last ones by default) of keys
+    [B, KV, N, d]. valid [B, KV, N] bool marks the keys that count; every query sees itself, so that the rows of padding
+    are finite too.
+    """
+    rows, total = queries.shape[2], keys.shape[2]
+    offset = total - rows if offset is None else offset
+    group = grouped(queries, keys.shape[1])  # [B, KV, G, M, d]
+    scores = (group.flatten(2, 3) * scale) @ keys.transpose(2, 3)
+    scores = scores.unflatten(2, group.shape[2:4]).float()
+    if rows > 1 or offset + rows < total:
+        scores[..., offset:] += torch.full((rows, total - offset), float("-inf"), device=keys.device).triu(1)
+    if valid is not None:
+        own = torch.arange(offset, offset + rows, device=keys.device).unsqueeze(1)
+        own = own == torch.arange(total, device=keys.device)  # [M, N]
+        scores = scores.masked_fill(~(valid[:, :, None, None] | own), float("-inf"))
+    return torch.softmax(scores, -1, out=scores)
+
+
+BLOCK = 1 << 21  # attention weights held at once while rows are summed
+
+
+def accumulated(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    weights: Tensor | None = None,
+    valid: Tensor | None = None,
+    asking: Tensor | None = None,
+) -> Tensor:
+    """Attention [B, KV, N] that each key receives: summed over the queries, causal, and over the heads of its group.
+
+    queries [B, H, M, d] are the last M places of keys [B, KV, N, d]. weights [M] weigh the queries (queries of weight
+    zero cost nothing), asking [B, M] bool leaves those of padding out, valid [B, KV, N] marks the keys that count.
+    The rows are computed a block of queries at a time and never stand in memory together.
+    """
+    (batch, heads, rows, _), total = queries.shape, keys.shape[2]
+    out = torch.zeros(*keys.shape[:3], device=keys.device)
+    share = torch.ones(rows, device=keys.device) if weights is None else weights.float()
+    size = max(1, min(rows, BLOCK // max(1, batch * heads * total)))
+    for start in range(0, rows, size):
+        part = share[start : start + size]
+        if not bool(part.any()):
+            continue
+        offset = total - rows + start
+        seen = offset + len(part)  # keys behind the block are invisible to it
+        attention = causal_rows(
+            queries[:, :, start : start + size], keys[:, :, :seen], scale, None if valid is None else valid[..., :seen]
+        )
+        asked = part if asking is None else part * asking[:, None, None, start : start + size]
+        out[..., :seen] += (asked.expand(*attention.shape[:4]).unsqueeze(-2) @ attention).sum((2, 3))
+    return out

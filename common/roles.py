@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import masks, selection, text
+from common import attention, masks, selection, text, trees
 from common.errors import PrunelabError
 from common.targets import Accumulator, Decision, Kind, Probe, Statistics, Target, WeightSignals
 from common.text import Background, Similarity
+from common.trees import Accepted, DraftTree
 from common.types import Budget, Gather, ModelInfo, Plan, Reduction, Rest, Site
 
 
@@ -28,10 +29,10 @@ class Signals:
 
     Always at hand: `prunable` [B, N] bool (False for class, register and padding tokens), `units` (how many are
     prunable, the same for all samples unless `valid` says otherwise), `valid` [B, N] bool or None (False marks
-    padding), `places` [B, N] of the units in the full sequence (None once units were mixed), `grids` (height and
-    width of every feature map of the unpruned input), `rng` for methods that draw, `info` of the model, `services`
-    and `parts` handed to `apply`, and `carry`, a dictionary that lives for one forward pass: what the method leaves
-    for its later sites.
+    padding), `places` [B, N] of the units in the full sequence (None once units were mixed), `grids` (height and width
+    of every feature map of the unpruned input, or of each crop or frame of an image or video), `rng` for methods that
+    draw, `info` of the model, `services` and `parts` handed to `apply`, and `carry`, a dictionary that lives for one
+    forward pass: what the method leaves for its later sites.
 
     Signals by name: `hidden` [B, N, D], `queries` / `keys` / `values` [B, H, N, d] (keys as attention uses them),
     `attention_logits` [B, H, N, N] (scaled, with biases; padding columns at -inf), `attention` (their softmax),
@@ -160,29 +161,147 @@ class TokenPruner(Method):
         return Budget(level)
 
 
+class CacheSignals(Signals):
+    """What a layer of a decoder lets a cache pruner see: N entries a key-value head, the newest M of them just added.
+
+    Signals by name: `queries` [B, H, M, d] of the forward pass at hand, `keys` / `values` [B, KV, N, d] of the cache as
+    attention uses them, `hidden` [B, M, D] that entered the layer's attention, `outputs` [B, H, M, d] of its heads
+    (not before it attends), `received` [B, KV, N] (`accumulated` with all weights 1). What shall read rows requires
+    `queries` and `keys`.
+
+    places [B, KV, N]: number of each entry's token among the sample's own; valid [B, KV, N] or None: entries that
+    count. prompt [B]: tokens each sample began with, which ratios count from. marks: tensors [B, KV, N] by name that
+    the method leaves at a layer; they follow the entries from step to step, new entries bring zeros. carry: what the
+    method leaves for all layers while the cache lives. prefill: whether the cache was empty before this pass. ahead:
+    entries at the end that a draft wrote, which never stay. asking [B, M]: queries that are no padding, None where
+    all count.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Callable[[], Tensor]],
+        *,
+        scale: float,
+        places: Tensor,
+        prompt: Tensor,
+        marks: dict[str, Tensor],
+        prefill: bool,
+        ahead: int = 0,
+        asking: Tensor | None = None,
+        valid: Tensor | None = None,
+        required: frozenset[str] | None = None,
+        **rest: Any,
+    ) -> None:
+        prunable = torch.ones_like(places, dtype=torch.bool) if valid is None else valid
+        if required and "received" in required:
+            required |= {"queries", "keys"}
+        rest |= {"required": required}
+        super().__init__(sources, prunable=prunable, units=places.shape[-1], places=places, valid=valid, **rest)
+        self.scale, self.prompt, self.marks, self.prefill, self.ahead = scale, prompt, marks, prefill, ahead
+        self.asking = asking
+
+    def rows(self, last: int) -> Tensor:
+        """Causal attention [B, KV, G, W, N] of the last `last` queries, by key-value head and group."""
+        queries = self.queries[:, :, -last:]
+        if last > queries.shape[2]:
+            raise PrunelabError(f"the pass brought {queries.shape[2]} queries, not the {last} whose attention is read")
+        return attention.causal_rows(queries, self.keys, self.scale, self.valid_for_rows())
+
+    def accumulated(self, weights: Tensor | None = None) -> Tensor:
+        """Attention [B, KV, N] that the entries receive from the pass's queries, weighted by weights [M]; summed over
+        the query heads of a group."""
+        return attention.accumulated(self.queries, self.keys, self.scale, weights, self.valid_for_rows(), self.asking)
+
+    def valid_for_rows(self) -> Tensor | None:
+        """The entries that queries see: what a draft wrote is seen, though it never stays."""
+        if self.valid is None or not self.ahead:
+            return self.valid
+        seen = self.valid.clone()
+        seen[..., -self.ahead :] = True
+        return seen
+
+
 class CachePruner(Method):
-    """Prunes entries of a key-value cache, per layer and head."""
+    """Prunes entries of a key-value cache, per layer and key-value head. Fill in `score`, or override what does not
+    fit. The budget counts entries of one head; ratios count from the prompt.
+
+    when: after the pass that fills the empty cache (`prefill`), after each later one (`decode`), or `both`.
+    storage: `bitmap` keeps entries that are `settled` as bitmaps and nonzero numbers.
+    """
 
     role: ClassVar[str] = "cache_pruner"
-    when: ClassVar[str] = "prefill"  # prefill | decode | both
+    when: ClassVar[Literal["prefill", "decode", "both"]] = "prefill"
+    storage: ClassVar[Literal["dense", "bitmap"]] = "dense"
 
     @abstractmethod
     def requires(self, site: Site) -> frozenset[str]:
         """Names of the signals read at a layer."""
 
-    @abstractmethod
-    def score(self, site: Site, signals: Signals) -> Tensor:
-        """Importance [B, H, N] of every cache entry; H counts key-value heads."""
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
+        """Importance [B, KV, N] of every cache entry, larger is better."""
+        raise TypeError(f"{type(self).__name__} fills in neither score() nor plan()")
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
-        """Entries that stay, [B, H, K] in original order."""
-        scores = self.score(site, signals)
-        index, valid = selection.top_k(scores, budget.count(scores.shape[-1]))
-        return Plan(Gather(index, valid))
+    def spared(self, capacity: int) -> tuple[int, int]:
+        """How many of the first and of the last tokens always stay, where a head keeps `capacity` entries."""
+        return 0, 0
 
-    def compress(self, keys: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Apply the plan to [B, H, N, d] keys and values. Methods that thin entries out override this."""
-        return plan.reduce.apply(keys), plan.reduce.apply(values)
+    def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
+        """Entries that stay, [B, KV, K] in original order."""
+        return Plan(self.select(self.score(site, signals), signals, budget))
+
+    def capacity(self, signals: CacheSignals, budget: Budget) -> list[int]:
+        """Entries a head of each sample may keep; the whole of the prompt stands for no limit."""
+        whole = budget.amounts == ((0,) if budget.unit == "removed" else (1,)) and budget.unit != "count"
+        if whole or budget.unit == "count":
+            return [1 << 30 if whole else int(budget.amounts[0])] * len(signals.prompt)
+        return [budget.count(n) for n in signals.prompt.tolist()]
+
+    def select(self, scores: Tensor, signals: CacheSignals, budget: Budget) -> Gather:
+        """The spared and the best-scored entries of each head under the budget, in original order."""
+        assert signals.places is not None
+        counts = torch.tensor(self.capacity(signals, budget), device=scores.device)
+        available = signals.prunable.sum(-1)  # [B, KV]
+        sink, window = (
+            torch.tensor(part, device=scores.device).view(-1, 1, 1)
+            for part in zip(*(self.spared(n) for n in counts.tolist()))
+        )
+        least = (sink + window).squeeze(-1)
+        if bool(((counts.unsqueeze(1) < available) & (counts.unsqueeze(1) < least)).any()):
+            raise PrunelabError(
+                f"a cache of {int(counts.min())} entries cannot hold the {int(least.max())} first and last tokens that"
+                f" {self.name} always keeps; raise the budget or lower its sink or window"
+            )
+        newest = signals.places.masked_fill(~signals.prunable, -1).amax(-1, keepdim=True)
+        kept = (signals.places < sink) | (signals.places > newest - window)
+        ranked = scores.float().masked_fill(kept, float("inf")).masked_fill(~signals.prunable, float("-inf"))
+        counts = counts.unsqueeze(1).clamp(max=available)
+        best = selection.keep_first(selection.descending(ranked).flatten(0, 1), counts.flatten())
+        shape = (*scores.shape[:2], -1)
+        return Gather(best.index.view(shape), None if best.valid is None else best.valid.view(shape))
+
+    def thin(
+        self, site: Site, keys: Tensor, values: Tensor, signals: CacheSignals, budget: Budget
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, KV, N, d] with zeros where single numbers are pruned."""
+        return keys, values
+
+    def settled(self, entries: int) -> int:
+        """How many of the first of so many entries `thin` will never change again."""
+        return 0
+
+    def attend(self, site: Site, signals: CacheSignals, budget: Budget) -> Tensor | None:
+        """The heads' outputs [B, H, M, d], for methods that change attention itself; None leaves it to the model's."""
+        return None
+
+    def lookahead(self, tokens: Tensor, valid: Tensor | None, budget: Budget, services: Mapping[str, Any]) -> Tensor:
+        """Tokens [B, A] that may follow the prompt [B, N]; the target reads them for their queries alone."""
+        return tokens[:, :0]
+
+    def shorten(
+        self, tokens: Tensor, valid: Tensor | None, budget: Budget, services: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Places [B, K] of the prompt tokens [B, N] that the target reads at all, closed up; None: all."""
+        return None
 
 
 class WeightPruner(Method):
@@ -251,39 +370,26 @@ class WeightPruner(Method):
         return [self.mask(t, s, b) for t, s, b in zip(targets, scores, budgets, strict=True)]
 
 
-@dataclass(frozen=True)
-class DraftTree:
-    """Draft tokens [T] with the index of each one's parent [T], -1 for children of the last accepted token.
-    Parents come before their children."""
-
-    tokens: Tensor
-    parents: Tensor
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """Tokens [A] to emit and the draft nodes [A - 1] (or fewer) whose cache entries stay."""
-
-    tokens: Tensor
-    nodes: Tensor
-
-
 class DraftDecoder(Method):
-    """Drafts a tree of tokens, keeps the part the target model confirms, and learns from what it saw."""
+    """Drafts a tree of tokens, keeps the part the target model confirms, and learns from what it saw.
+
+    `common.decoding` runs it on a model. A state outlives a prompt: what was learned from one serves the next.
+    """
 
     role: ClassVar[str] = "draft_decoder"
 
     @abstractmethod
-    def start(self, vocabulary: int) -> Any:
-        """A fresh decoding state."""
+    def start(self, vocabulary: int, **services: Any) -> Any:
+        """A fresh decoding state for a target of that many tokens, on the default device; `services` by name."""
 
     @abstractmethod
     def draft(self, state: Any, tokens: Tensor, budget: Budget) -> DraftTree:
-        """A tree of at most `budget` nodes that may follow the tokens [N]."""
+        """A tree that may follow the tokens [N]; the budget counts its nodes."""
 
-    @abstractmethod
     def accept(self, tree: DraftTree, logits: Tensor, rng: torch.Generator | None = None) -> Accepted:
-        """What the target's logits [T + 1, V] (row 0: after the last accepted token) confirm."""
+        """What the target's logits [T + 1, V] (row 0: behind the last accepted token) confirm: the longest greedy
+        match, or with `rng` a lossless sample."""
+        return trees.greedy(tree, logits) if rng is None else trees.sample(tree, logits, rng)
 
     def observe(self, state: Any, tokens: Tensor, logits: Tensor) -> None:
         """Learn from tokens [T] and the logits [T, V] that followed them."""
@@ -294,11 +400,21 @@ class ConstrainedSampler(Method):
 
     role: ClassVar[str] = "constrained_sampler"
 
+    @property
+    def proper(self) -> bool:
+        """Whether weights are proper: with p = softmax(logits), E[exp(log_weight) 1[token = x]] = p(x) 1[allows(x)] for
+        every token x. Their mean is then the mass that the constraint leaves, and texts can be weighed by them."""
+        return False
+
     @abstractmethod
     def sample(
         self, logits: Tensor, allows: Callable[[int], bool], budget: Budget, rng: torch.Generator | None = None
     ) -> tuple[int, float]:
-        """A token that `allows` accepts and its log importance weight; `budget` counts constraint calls."""
+        """A token that `allows` accepts and its log importance weight, from logits [V].
+
+        budget: calls of the constraint, out of the V that a full mask takes. A dead end, where no allowed token is
+        found, is the token -1 with the weight -inf.
+        """
 
 
 class SampleSelector(Method):

@@ -8,21 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from common import registry
 from common.errors import PrunelabError
 from common.roles import (
-    CachePruner,
     ConstrainedSampler,
     DraftDecoder,
     Passage,
     Ranker,
     SampleSelector,
-    Site,
 )
 from common.types import Budget
 from tests.contract import references
-from tests.contract.references import invariant, signals
+from tests.contract.references import invariant
 
 fast = settings(max_examples=15, deadline=None)
 
@@ -42,58 +41,108 @@ TEXT = (
 )
 
 
-@every(CachePruner, references.ReceivedCache)
-@fast
-@given(entries=st.integers(1, 30), ratio=st.floats(0, 1))
-def test_cache_budget_order_and_identity(method, entries, ratio):
-    given_signals, parts = signals(patches=entries, special=0)
-    plan = method.plan(Site(0), given_signals, Budget(ratio))
-    index = plan.reduce.index
-    assert index.shape == (2, 3, Budget(ratio).count(entries))
-    assert bool((index.diff(dim=-1) > 0).all())
-    keys, values = method.compress(parts["k"], parts["v"], plan)
-    assert keys.shape == values.shape == (2, 3, index.shape[-1], 8)
-    if ratio == 1:
-        assert torch.equal(keys, parts["k"])
+class Table:
+    """A model whose next token depends on the last one alone: logits [V, V]. As the service `draft` it reads trees."""
+
+    def __init__(self, seed: int, vocabulary: int = 11) -> None:
+        self.logits = torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+    def read(self, tokens, tree, known=0):
+        out = self.logits[torch.cat([tokens[-1:], tree.tokens])]
+        return out[known + 1 :] if known else out
+
+
+def drafted(method, target, state, tokens, budget, rng=None):
+    """The tree behind the tokens and what it makes of them; the tree must be one."""
+    tree = method.draft(state, tokens, budget)
+    assert tree.tokens.dtype == tree.parents.dtype == torch.int64
+    assert bool((tree.parents < torch.arange(len(tree.tokens))).all()), "parents come first"
+    assert bool(((tree.tokens >= 0) & (tree.tokens < len(target.logits))).all())
+    logits = target.read(tokens, tree)
+    accepted = method.accept(tree, logits, rng)
+    assert len(accepted.nodes) == len(accepted.tokens) - 1
+    assert torch.equal(tree.tokens[accepted.nodes], accepted.tokens[:-1])
+    method.observe(state, torch.cat([tokens[-1:], tree.tokens]), logits)
+    return tree, accepted
 
 
 @every(DraftDecoder, references.BigramDrafts)
-def test_drafts_never_change_greedy_decoding(method):
-    g = torch.Generator().manual_seed(0)
-    table = torch.randn(11, 11, generator=g)  # a model whose next token depends on the last one
+@pytest.mark.parametrize("budget", [Budget(4, "count"), Budget(0, "count"), Budget(9, "count")], ids=str)
+def test_drafts_never_change_greedy_decoding(method, budget):
+    target = Table(0)
     plain = [3]
     for _ in range(40):
-        plain.append(int(table[plain[-1]].argmax()))
-    state, out = method.start(11), [3]
-    steps = 0
-    while len(out) < 41:
-        tree = method.draft(state, torch.tensor(out), Budget(4, "count"))
-        assert len(tree.tokens) <= 4
-        assert bool((tree.parents < torch.arange(len(tree.tokens))).all()), "parents come first"
-        fed = torch.cat([torch.tensor(out[-1:]), tree.tokens])
-        accepted = method.accept(tree, table[fed])
-        method.observe(state, fed, table[fed])
-        out += accepted.tokens.tolist()
-        steps += 1
-    assert out[:41] == plain
-    assert steps < 40
+        plain.append(int(target.logits[plain[-1]].argmax()))
+    texts = []
+    for _ in range(2):
+        state, out, steps = method.start(11, draft=Table(1)) if method.services else method.start(11), [3], 0
+        while len(out) < 41:
+            tree, accepted = drafted(method, target, state, torch.tensor(out), budget)
+            assert len(tree.tokens) <= int(budget.amounts[0])
+            out += accepted.tokens.tolist()
+            steps += 1
+        texts.append(out)
+        assert out[:41] == plain
+        assert (steps < 40) == (int(budget.amounts[0]) > 0)
+    assert texts[0] == texts[1], "the same state and text give the same drafts"
+
+
+@pytest.mark.parametrize(
+    "method", [c() for c in registry.load().values() if issubclass(c, DraftDecoder)], ids=lambda m: m.name
+)
+def test_drafts_never_change_the_distribution_of_samples(method):
+    target, rng, budget = Table(0), torch.Generator().manual_seed(0), Budget(12, "count")
+    state, tokens = method.start(11, draft=Table(1)), torch.tensor([3, 7, 3])
+    counts, confirmed, draws = torch.zeros(11), 0, 4000
+    for _ in range(draws):
+        _, accepted = drafted(method, target, state, tokens, budget, rng)
+        counts[accepted.tokens[0]] += 1
+        confirmed += len(accepted.nodes)
+    wanted = draws * target.logits[3].softmax(-1)
+    assert stats.chisquare(counts, wanted * (counts.sum() / wanted.sum())).pvalue > 0.001
+    assert confirmed > 0
 
 
 @every(ConstrainedSampler, references.Rejection)
-def test_sampler_obeys_and_is_unbiased(method):
+def test_sampler_obeys_and_follows_the_restricted_model(method):
     logits = torch.tensor([2.0, 0.5, 0.0, -1.0])
     allowed = {1, 3}
-    p = logits.softmax(-1)
+    p = logits.double().softmax(-1) * torch.tensor([x in allowed for x in range(4)])
     rng = torch.Generator().manual_seed(0)
-    mass = torch.zeros(4)
-    for _ in range(4000):
-        token, log_weight = method.sample(logits, allowed.__contains__, Budget(4, "count"), rng)
-        assert token in allowed
-        mass[token] += math.exp(log_weight)
-    share = mass / mass.sum()
-    want = torch.tensor([0, p[1], 0, p[3]]) / (p[1] + p[3])
-    # rejection without replacement over-samples the rarer token a little; the order must hold for any method
-    assert torch.allclose(share, want, atol=0.12)
+    found = torch.zeros(4000, 4, dtype=torch.float64)
+    for row in found:
+        asked: set[int] = set()
+        token, log_weight = method.sample(
+            logits, lambda t, asked=asked: asked.add(t) or t in allowed, Budget(4, "count"), rng
+        )
+        assert (token, log_weight) == (-1, -math.inf) or (token in allowed & asked and math.isfinite(log_weight))
+        assert len(asked) <= 4
+        if token >= 0:
+            row[token] = math.exp(log_weight)
+    mean, error = found.mean(0), found.std(0) / len(found) ** 0.5
+    assert torch.allclose(mean / mean.sum(), p / p.sum(), atol=4 * float(error.max() / mean.sum()))
+    if method.proper:
+        assert ((mean - p).abs() <= 4 * error + 1e-9).all()
+
+
+@every(ConstrainedSampler, references.Rejection)
+def test_sampler_repeats_itself(method):
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(1))
+    draws = [
+        [method.sample(logits, lambda t: t % 3 == 0, Budget(30, "count"), rng) for _ in range(9)]
+        for rng in (torch.Generator().manual_seed(5), torch.Generator().manual_seed(5))
+    ]
+    assert draws[0] == draws[1]
+    assert len({token for token, _ in draws[0]}) > 1
+
+
+@every(ConstrainedSampler, references.Rejection)
+def test_sampler_ends_where_nothing_is_allowed(method):
+    if isinstance(method, references.Rejection):  # an error is an end as well
+        with pytest.raises(ValueError, match="no token"):
+            method.sample(torch.zeros(9), lambda t: False, Budget(9, "count"))
+    else:
+        assert method.sample(torch.zeros(9), lambda t: False, Budget(9, "count")) == (-1, -math.inf)
 
 
 @every(SampleSelector, references.NormSamples)
