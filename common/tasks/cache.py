@@ -1,0 +1,156 @@
+"""What a language model still knows of a text that it has read, when its key-value cache is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import models, registry
+from common.caches import CacheReport, Draft, applied
+from common.data import code, texts
+from common.errors import PrunelabError
+from common.papers import Run
+from common.roles import CachePruner
+from common.tasks.perplexity import exponential, per_token
+from common.types import Budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 16  # sequences of one length, read together
+SEED = 1  # of the recall sequences, which are the same for all methods
+
+
+def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of the tokens behind a prompt, whose cache is pruned when it is read: `perplexity`, `loss` in nats a
+    token, `accuracy` in percent; `recall`, percent of definitions given back that stood in the prompt, where the
+    setting `pairs` asks for them. Of the cache at the end, measured: `gbytes` a sequence in G (1e9), `saving` in
+    percent of the unpruned cache's bytes, `entries` a head in the mean over layers.
+
+    Settings: `length` of the sequences in tokens; `prompt`, the share of each that is read before pruning; `samples`;
+    `pairs` of definitions, for data of source code; `seed`. A method that prunes while writing gets the rest token by
+    token, any other at once. What needs a draft model gets the model itself a second time.
+    """
+    device = "cuda" if run.scale == "paper" and torch.cuda.is_available() else "cpu"
+    length, share = int(run.settings["length"]), float(run.settings.get("prompt", 0.75))
+    model, tokenizer = models.language(run.ids["model"], config)
+    context = model.config.max_position_embeddings
+    if not 2 <= length <= context or not 0 < share < 1:
+        raise PrunelabError(f"give a length of 2 to {context} tokens and a prompt of a share between 0 and 1 of it")
+    model = model.to(device)
+    text = texts.sequences(run.ids["data"], config, tokenizer, length, run.settings.get("samples"))
+    read = _Reader(run, config, model)
+    nll, right = read(batches(text), share)
+    loss = per_token(nll)
+    out = {"perplexity": exponential(loss), "loss": loss, "accuracy": per_token([100 * r for r in right])}
+    out |= sizes(read.reports)
+    if "pairs" in run.settings:
+        out["recall"] = recall(run, config, read, tokenizer, length, len(text))
+    return out
+
+
+class _Reader:
+    """Reads texts with the run's method at work on the model, and notes what the cache held after each."""
+
+    def __init__(self, run: Run, config: Mapping[str, Any], model: nn.Module) -> None:
+        self.run, self.model = run, model
+        self.reports: list[tuple[int, CacheReport]] = []
+        self.method: CachePruner | None = None
+        self.services: dict[str, Any] = {}
+        if run.method is not None:
+            method = registry.create(run.method, **run.options)
+            if not isinstance(method, CachePruner):
+                raise PrunelabError(f"{method.name} is a {method.role} and prunes no cache; use another kind of run")
+            self.method = method
+            if method.services:
+                draft = models.language(run.ids["model"], config)[0].to(next(model.parameters()).device)
+                self.services = {"draft": Draft(draft)}
+
+    def __call__(self, batches: Iterable[Tensor], prompt: float | int) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each sequence [T] of the batches [B, T]: the negative log likelihood [T - P] of every token behind the
+        prompt of P tokens (or that share), and whether it was the likeliest one."""
+        losses, right = [], []
+        for tokens in track(list(batches), "reading", transient=True):
+            tokens = tokens.to(next(self.model.parameters()).device)
+            start = prompt if isinstance(prompt, int) else max(1, round(prompt * tokens.shape[1]))
+            logits = self.logits(tokens, start)
+            nll = F.cross_entropy(logits.transpose(1, 2), tokens[:, start:], reduction="none")
+            if not bool(torch.isfinite(nll).all()):
+                raise PrunelabError("the model's output holds NaN or infinite values; check its weights")
+            losses += list(nll.double().cpu())
+            right += list((logits.argmax(-1) == tokens[:, start:]).double().cpu())
+        return losses, right
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor, start: int) -> Tensor:
+        """Logits [B, T - P, V] of the tokens behind the first P of [B, T], in float32."""
+        from transformers import DynamicCache
+
+        model: Any = self.model
+        method, seed = self.method, int(self.run.settings.get("seed", 0))
+        context: Any = nullcontext()
+        if method is not None:
+            budget = Budget.parse(str(self.run.budget))
+            context = applied(method, model, budget, services=self.services, seed=seed)
+        rest = tokens.shape[1] - 1 - start
+        step = 1 if method is not None and method.when != "prefill" else max(rest, 1)
+        with context as handle:
+            cache = DynamicCache(config=model.config)
+            found = [model(tokens[:, :start], past_key_values=cache).logits[:, -1:]]
+            for part in tokens[:, start:-1].split(step, 1) if rest else ():
+                found.append(model(part, past_key_values=cache).logits)
+            report = dense(cache) if handle is None else handle.report()
+        self.reports.append((len(tokens), report))
+        return torch.cat(found, 1).float()
+
+
+def dense(cache: Any) -> CacheReport:
+    """The report of a cache that was not pruned."""
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    length = cache.get_seq_length()
+    return CacheReport((float(length),) * len(cache.layers), held, 0, held, length)
+
+
+def batches(sequences: Sequence[Tensor]) -> list[Tensor]:
+    """Neighbours of one length together, at most `BATCH` of them: [B, T] each. What has one token is left out."""
+    found: list[list[Tensor]] = []
+    for tokens in sequences:
+        if len(tokens) < 2:
+            continue
+        if not found or len(found[-1]) == BATCH or len(found[-1][0]) != len(tokens):
+            found.append([])
+        found[-1].append(tokens)
+    return [torch.stack(group) for group in found]
+
+
+def sizes(reports: Sequence[tuple[int, CacheReport]]) -> dict[str, Any]:
+    """What the caches of batches, each with its number of sequences, measured in the end."""
+    samples = sum(count for count, _ in reports)
+    held, full = (sum(getattr(r, name) for _, r in reports) for name in ("cache_bytes", "dense_bytes"))
+    entries = sum(count * sum(r.entries) / len(r.entries) for count, r in reports) / samples
+    return {
+        "gbytes": {"value": round(held / samples / 1e9, 9)},
+        "saving": {"value": round(100 * (1 - held / full), 3)},
+        "entries": {"value": round(entries, 2)},
+    }
+
+
+def recall(
+    run: Run, config: Mapping[str, Any], read: _Reader, tokenizer: PreTrainedTokenizerBase, length: int, count: int
+) -> dict[str, Any]:
+    """Percent of definitions given back, by `common.data.code.Recalls`: they stand anywhere in the prompt, and what is
+    asked comes only when the prompt's cache has been pruned."""
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None or code.MARK not in inner.get_vocab():
+        raise PrunelabError("definitions can be asked for in the testbeds of source code alone; leave `pairs` out")
+    stream = code.encode(texts.load(run.ids["data"], config), inner)
+    draws = torch.Generator().manual_seed(SEED)
+    asked = code.Recalls.of(inner).draw(stream, count, length, int(run.settings["pairs"]), draws)
+    _, right = read(asked.tokens.split(BATCH), asked.start)
+    return per_token([100 * r[asked.answers - asked.start] for r in right])

@@ -1,0 +1,62 @@
+"""H2O (Zhang et al., NeurIPS 2023): the tokens that attention returned to most so far, and the last ones. Beside it
+observed attention, the same sum made fair to late tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from common.attention import grouped
+from common.roles import CachePruner, CacheSignals
+from common.types import Site
+
+
+@dataclass(frozen=True)
+class H2O(CachePruner):
+    """Heavy hitters by accumulated attention, evicted greedily while decoding; the share `recent` of the budget goes
+    to the last tokens.
+
+    Heads that share keys and values add up.  # assumption: the paper has no grouped queries
+    """
+
+    recent: float = 0.5
+
+    name: ClassVar[str] = "h2o"
+    when = "both"
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"queries", "keys"})
+
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
+        received = signals.accumulated()
+        if "received" in signals.marks:
+            received = received + signals.marks["received"]
+        signals.marks["received"] = received
+        return received
+
+    def spared(self, capacity: int) -> tuple[int, int]:
+        return 0, int(round(self.recent * capacity, 6))
+
+
+def per_observer(received: Tensor, places: Tensor, group: int) -> Tensor:
+    """Attention received [B, KV, N], summed over queries and a group's heads, as the mean over the heads and over the
+    queries that could see the token at all: those not before its place [B, KV, N]."""
+    observers = places.amax(-1, keepdim=True) - places + 1
+    return received / observers / group
+
+
+@dataclass(frozen=True)
+class ObservedAttention(CachePruner):
+    """Mean attention from the queries that see a token, at prefill (a standard of the KVPress library)."""
+
+    name: ClassVar[str] = "observed_attention"
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"queries", "keys"})
+
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
+        assert signals.places is not None
+        group = grouped(signals.queries, signals.keys.shape[1]).shape[2]
+        return per_observer(signals.accumulated(), signals.places, group)

@@ -1,0 +1,100 @@
+"""Mustafar (Joo et al., NeurIPS 2025): unstructured sparsity inside the vectors of a key-value cache.
+
+No token goes. Of every key and value vector before a window of the last tokens only the entries of largest magnitude
+stay, and what is left is stored as bitmaps and numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from common.errors import PrunelabError
+from common.roles import CachePruner, CacheSignals
+from common.types import Budget, Gather, Plan, Site
+
+
+def largest(x: Tensor, sparsity: float, released: bool = True) -> Tensor:
+    """Mask [..., d] of the entries of largest magnitude in each vector of x [..., d].
+
+    What is at least as large as the k-th smallest stays, with k the share `sparsity` of d, rounded down, and at least
+    1: as released, the k-th itself stays too, so that one less than k goes (d = 128 at 0.7 keeps 40, which is 31 %).
+    """
+    size = x.shape[-1]
+    k = int(round(sparsity * size, 6)) + (0 if released else 1)
+    if k > size:
+        return torch.zeros_like(x, dtype=torch.bool)
+    threshold = x.abs().float().kthvalue(max(1, k), -1, keepdim=True).values
+    return x.abs() >= threshold
+
+
+def per_token(x: Tensor, sparsity: float, released: bool = True) -> Tensor:
+    """x [B, H, T, d] with the smallest entries of each token's vector at zero."""
+    return x.masked_fill(~largest(x, sparsity, released), 0)
+
+
+def per_channel(x: Tensor, sparsity: float, group: int, released: bool = True) -> Tensor:
+    """x [B, H, T, d] with the smallest of each channel's entries at zero, among every `group` consecutive tokens; the
+    tokens behind the last whole group stay."""
+    whole = x.shape[2] // group * group
+    tiles = x[:, :, :whole].unflatten(2, (-1, group)).transpose(-1, -2)  # [B, H, T / group, d, group]
+    kept = largest(tiles, sparsity, released).transpose(-1, -2).flatten(2, 3)
+    return torch.cat([x[:, :, :whole].masked_fill(~kept, 0), x[:, :, whole:]], 2)
+
+
+@dataclass(frozen=True)
+class Mustafar(CachePruner):
+    """Magnitude pruning of keys and values, each token once, when it leaves the window of the last tokens.
+
+    The budget is the share of the entries of a vector that stays. keys, values: the share that goes of the one or the
+    other instead. window: last tokens that stay as they are. value_groups: `token` compares the entries of one vector,
+    `channel` those of one channel over `window` tokens. released: see `largest`. A token is pruned behind the step
+    in which it leaves the window: that step still sees it whole.
+    """
+
+    keys: float | None = None
+    values: float | None = None
+    window: int = 32
+    value_groups: Literal["token", "channel"] = "token"
+    released: bool = True
+
+    name: ClassVar[str] = "mustafar"
+    when = "both"
+    storage = "bitmap"
+    exempt = {"budget": "every entry stays, with fewer numbers"}
+
+    def __post_init__(self) -> None:
+        if self.window < 0 or (self.value_groups == "channel" and self.window < 1):
+            raise PrunelabError("mustafar: the window must be at least 0, and with groups of channels at least 1")
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"queries", "keys"})
+
+    def settled(self, entries: int) -> int:
+        done = max(entries - self.window, 0)
+        return done if self.value_groups == "token" else done // self.window * self.window
+
+    def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
+        return Plan(Gather(torch.arange(signals.units, device=signals.keys.device).expand(*signals.keys.shape[:2], -1)))
+
+    def thin(
+        self, site: Site, keys: Tensor, values: Tensor, signals: CacheSignals, budget: Budget
+    ) -> tuple[Tensor, Tensor]:
+        if budget.unit != "ratio":
+            raise PrunelabError(f"mustafar keeps a share of every vector, not {budget}; give a ratio")
+        dense = 1 - budget.amounts[0]
+        sparse_keys, sparse_values = (dense if given is None else given for given in (self.keys, self.values))
+        end = max(signals.units - self.window, 0)
+        start = max(end - signals.queries.shape[2], 0)  # what is before it was pruned when it left the window
+        keys = keys.clone()
+        keys[:, :, start:end] = per_token(keys[:, :, start:end], sparse_keys, self.released)
+        values = values.clone()
+        if self.value_groups == "token":
+            values[:, :, start:end] = per_token(values[:, :, start:end], sparse_values, self.released)
+        else:
+            start = start // self.window * self.window  # the group that may now be whole
+            values[:, :, start:end] = per_channel(values[:, :, start:end], sparse_values, self.window, self.released)
+        return keys, values

@@ -1,0 +1,32 @@
+"""Random cache entries: the content-blind baseline of the cache-pruning tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from common.roles import CachePruner, CacheSignals
+from common.types import Site
+
+
+@dataclass(frozen=True)
+class RandomCache(CachePruner):
+    """Keeps prompt entries by lot, drawn anew for every layer, head and sample, and the last `window` tokens."""
+
+    window: int = 1
+
+    name: ClassVar[str] = "random_cache"
+    exempt = {"batch": "every sample draws its own lot", "padding": "the lots of real tokens depend on the padding"}
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset()
+
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
+        assert signals.places is not None
+        return torch.rand(signals.places.shape, generator=signals.rng, device=signals.places.device)
+
+    def spared(self, capacity: int) -> tuple[int, int]:
+        return 0, min(self.window, capacity)

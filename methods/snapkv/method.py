@@ -1,0 +1,59 @@
+"""SnapKV (Li et al., NeurIPS 2024): what the end of a prompt attends to is what the answer will.
+
+The last tokens of the prompt observe the others; their mean attention, smoothed along the sequence so that what is kept
+comes in clusters, decides which of the prompt's entries stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.errors import PrunelabError
+from common.roles import CachePruner, CacheSignals
+from common.types import Site
+
+
+def votes(rows: Tensor, kernel: int, pooling: Literal["mean", "max"] = "mean") -> Tensor:
+    """Votes [B, KV, N - W] for the tokens before the window, from the attention [B, KV, G, W, N] of its W queries.
+
+    The mean over queries and the heads of a group, pooled over `kernel` neighbours; neighbours outside count as 0.
+    """
+    observed = rows[..., : -rows.shape[3]].mean(3)  # [B, KV, G, N - W]
+    if pooling == "mean":  # commutes with the mean over heads
+        return F.avg_pool1d(observed.mean(2), kernel, 1, kernel // 2)
+    return F.max_pool1d(observed.flatten(1, 2), kernel, 1, kernel // 2).unflatten(1, rows.shape[1:3]).mean(2)
+
+
+@dataclass(frozen=True)
+class SnapKV(CachePruner):
+    """Prompt compression by an observation window at its end.
+
+    window: tokens that observe, and always stay. kernel: odd width of the pooling. pooling: `mean`, or `max`.
+    """
+
+    window: int = 32
+    kernel: int = 5
+    pooling: Literal["mean", "max"] = "mean"
+
+    name: ClassVar[str] = "snapkv"
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise PrunelabError("snapkv needs a window of at least 1 and an odd kernel")
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"queries", "keys"})
+
+    def spared(self, capacity: int) -> tuple[int, int]:
+        return 0, self.window
+
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
+        window = min(self.window, signals.units)  # of a shorter prompt nothing lies before the window
+        if window == signals.units:
+            return torch.zeros_like(signals.prunable, dtype=torch.float32)
+        return F.pad(votes(signals.rows(window), self.kernel, self.pooling), (0, window))

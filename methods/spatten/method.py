@@ -1,0 +1,195 @@
+"""SpAtten (Wang, Zhang and Han, HPCA 2021): cascade pruning of tokens and heads, local value pruning, and keys that are
+fetched in two parts.
+
+Tokens that attention passes by, and heads that add little, are pruned once and for all later layers: their importance
+adds up from layer to layer and from step to step. The authors published no code of this; their later variant for
+chats, which is another method, is `SpAttenChat`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from common import attention, selection
+from common.errors import PrunelabError
+from common.roles import CachePruner, CacheSignals
+from common.types import Budget, Plan, Site
+
+ROWS = 128  # queries attended at once
+
+
+def quantised(x: Tensor, msb: int, lsb: int = 0) -> Tensor:
+    """x as its `msb` leading bits of a linear symmetric quantisation to msb + lsb bits, one scale for each vector."""
+    # assumption: one scale for each vector [..., d]; the paper quantises linearly and names no granularity
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / (2 ** (msb + lsb - 1) - 1)
+    return ((x / scale).round() / 2**lsb).floor() * 2**lsb * scale
+
+
+def local_values(probabilities: Tensor, share: float) -> Tensor:
+    """Probabilities [..., N] of which only the largest, the `share` of the keys that a query sees, fetch their values;
+    they are not scaled up."""
+    if share >= 1:
+        return probabilities
+    seen = (probabilities > 0).sum(-1, keepdim=True)
+    kept = (share * seen + 1e-6).long().clamp_min(1)
+    least = probabilities.sort(-1, descending=True).values.gather(-1, kept - 1)
+    return probabilities.masked_fill(probabilities < least, 0)
+
+
+def fetched(
+    tokens: float, heads: float, values: float, refetched: float, msb: int, lsb: int, full: int = 16
+) -> dict[str, float]:
+    """DRAM traffic of keys and values as a share of the dense one, from what is left on average: shares of tokens and
+    heads, of values fetched for a query, and of queries that fetched the keys' second part, at `full` bits before.
+
+    Keys cost their leading bits always and the others for the share refetched; values all their bits (section 3.4).
+    """
+    keys = tokens * heads * (msb + refetched * lsb) / full
+    fetched_values = tokens * heads * values * (msb + lsb) / full
+    return {"keys": keys, "values": fetched_values, "total": (keys + fetched_values) / 2}
+
+
+@dataclass(frozen=True)
+class SpAtten(CachePruner):
+    """Cascade pruning while a prompt is read and an answer written. The budget is what stays of the tokens behind each
+    layer: one amount for all, or falling amounts, one a layer.
+
+    heads: share of the heads that stays behind each layer. values: share of the values that a query fetches. msb, lsb:
+    bits of keys (and values) in two parts, 0 for plain numbers; threshold: where a query's largest probability is below
+    it the second part is fetched too. Heads go by the size of their outputs, anew for every pass.
+    """
+
+    heads: float = 1.0
+    values: float = 1.0
+    msb: int = 0
+    lsb: int = 4
+    threshold: float = 0.1
+
+    name: ClassVar[str] = "spatten"
+    when = "both"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.heads <= 1 and 0 < self.values <= 1):
+            raise PrunelabError("spatten: heads and values are shares above 0 and at most 1")
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"queries", "keys", "values"})
+
+    def spared(self, capacity: int) -> tuple[int, int]:
+        return 0, min(1, capacity)  # assumption: the newest token stays, since the next one is read off it
+
+    def attend(self, site: Site, signals: CacheSignals, budget: Budget) -> Tensor | None:
+        queries, new = signals.queries, signals.queries.shape[2]
+        places, carry = signals.places, signals.carry
+        assert places is not None
+        batch, heads = queries.shape[:2]
+        tokens = int(places.max()) + 1
+        if site.layer == 0:  # a new pass: the cascade starts again, importance goes on
+            there = torch.zeros(batch, tokens, dtype=torch.long, device=places.device)
+            carry["tokens"] = there.scatter_add(1, places[:, 0], signals.prunable[:, 0].long()).bool()
+            carry["heads"] = torch.ones(batch, heads, dtype=torch.bool, device=places.device)
+            before = carry.get("importance", torch.zeros(batch, 0, device=places.device))
+            carry["importance"] = torch.nn.functional.pad(before, (0, tokens - before.shape[1]))
+            carry.setdefault("head_importance", torch.zeros(batch, heads, device=places.device))
+        alive = carry["tokens"].gather(1, places[:, 0]).unsqueeze(1) & signals.prunable  # [B, KV, N]
+        asking = alive[:, 0, -new:]
+        output, received, refetched = self._attend(signals, alive, asking)
+        output = output * carry["heads"][:, :, None, None]
+        carry["refetched"] = refetched
+        carry["importance"] = carry["importance"].scatter_add(1, places[:, 0], received * alive[:, 0])
+        size = (output.abs() * asking[:, None, :, None]).sum((2, 3))
+        carry["head_importance"] = carry["head_importance"] + size
+        return output
+
+    def _attend(self, signals: CacheSignals, alive: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Outputs [B, H, M, d], attention [B, N] received over the heads at work, and the share of queries whose keys
+        were fetched whole; a block of queries at a time."""
+        queries, keys, values = signals.queries, signals.keys, signals.values
+        new, total = queries.shape[2], keys.shape[2]
+        working = attention.grouped(signals.carry["heads"], keys.shape[1])  # [B, KV, G]
+        weight = working[..., None].float() * asking[:, None, None]  # [B, KV, G, M]
+        short = quantised(keys, self.msb, self.lsb) if self.msb else keys
+        whole = quantised(keys, self.msb + self.lsb) if self.msb else keys
+        values = quantised(values, self.msb + self.lsb) if self.msb else values
+        received, outputs, again, rows = torch.zeros(len(keys), total, device=keys.device), [], 0, 0
+        for start in range(0, new, ROWS):
+            part = slice(start, start + ROWS)
+            offset = total - new + start
+            row = attention.causal_rows(queries[:, :, part], short, signals.scale, alive, offset)
+            if self.msb:
+                unsure = row.amax(-1, keepdim=True) < self.threshold
+                exact = attention.causal_rows(queries[:, :, part], whole, signals.scale, alive, offset)
+                row = torch.where(unsure, exact, row)
+                again, rows = again + int(unsure.sum()), rows + unsure.numel()
+            received += (row * weight[..., part, None]).sum((1, 2, 3))
+            outputs.append((local_values(row, self.values).to(values.dtype) @ values.unsqueeze(2)).flatten(1, 2))
+        return torch.cat(outputs, 2), received, again / rows if rows else 0.0
+
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
+        """Cumulative importance [B, KV, N] of the tokens; what an earlier layer pruned is out."""
+        assert signals.places is not None
+        importance = signals.carry["importance"].gather(1, signals.places[:, 0])
+        importance = importance.masked_fill(~signals.carry["tokens"].gather(1, signals.places[:, 0]), -1)
+        return importance.unsqueeze(1).expand_as(signals.prunable)
+
+    def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
+        assert signals.places is not None
+        kept = self.select(self.score(site, signals), signals, budget)
+        stays = kept.apply(signals.places)[:, 0]
+        counts = torch.ones_like(stays, dtype=torch.bool) if kept.valid is None else kept.valid[:, 0]
+        carry = signals.carry
+        left = torch.zeros(*carry["tokens"].shape, dtype=torch.long, device=stays.device)
+        carry["tokens"] = carry["tokens"] & left.scatter_add(1, stays, counts.long()).bool()
+        heads = carry["head_importance"].masked_fill(~carry["heads"], -1)
+        best, _ = selection.top_k(heads, math.ceil(round(self.heads * heads.shape[1], 6)))
+        carry["heads"] = carry["heads"] & torch.zeros_like(carry["heads"]).scatter(1, best, True)
+        return Plan(kept)
+
+
+def chat_positions(logits: Tensor, start: int, important: int, recent: int, coming: int) -> Tensor:
+    """Positions [..., K] that stay in a chat's cache before a turn of `coming` tokens, from the scaled logits
+    [..., M, L] of the last pass, with neither mask nor softmax; all of them where the turn still fits.
+
+    The first `start` stay, the `important` ones between, and the last, of which as many leave as there are coming.
+    """
+    total = logits.shape[-1]
+    if total + coming <= start + important + recent:
+        return torch.arange(total, device=logits.device).expand(*logits.shape[:-2], -1)
+    end = min(total - recent + coming, total)
+    if end - start < important:
+        raise PrunelabError(f"spatten: {important} important tokens are asked for where only {end - start} can go")
+    best, _ = selection.top_k(logits.sum(-2)[..., start:end], important)
+    first, last = (torch.arange(*ends, device=logits.device) for ends in ((0, start), (end, total)))
+    lead = logits.shape[:-2]
+    return torch.cat([first.expand(*lead, -1), start + best, last.expand(*lead, -1)], -1)
+
+
+@dataclass(frozen=True)
+class SpAttenChat(CachePruner):
+    """The authors' released variant for chats: logits instead of probabilities, of the last pass alone, head by head.
+
+    start: first tokens that stay. recent: share of the budget that the last tokens get.
+    """
+
+    start: int = 4
+    recent: float = 0.5
+
+    name: ClassVar[str] = "spatten_chat"
+    when = "both"
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"queries", "keys"})
+
+    def spared(self, capacity: int) -> tuple[int, int]:
+        return self.start, int(round(self.recent * capacity, 6))
+
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
+        # assumption: heads that share an entry add up; the released code has no grouped queries
+        queries = signals.queries if signals.asking is None else signals.queries * signals.asking[:, None, :, None]
+        asked = attention.grouped(queries.sum(2), signals.keys.shape[1]).sum(2)  # the sum of logits is one product
+        return signals.scale * (signals.keys @ asked.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,198 @@
+"""SpecKV and SpecPC (Galim, Ewer et al., ICLR 2026): a small draft model tells what of a prompt matters.
+
+What will be asked of a prompt's entries is decided by queries that do not exist yet. A draft can guess them: SpecKV
+lets it write ahead, and scores the target's entries by the queries of what it wrote; SpecPC reads off its attention
+which tokens of the prompt the target needs to see at all. SpecKV-PC does the one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.errors import PrunelabError
+from common.roles import CachePruner, CacheSignals
+from common.types import Budget, Gather, Plan, Site
+
+Reduction = Literal["max", "mean"]
+
+
+# -- SpecKV ----------------------------------------------------------------------------------------------------------
+
+
+def asked_for(rows: Tensor, kernel: int, reduction: Reduction = "max", pooling: Reduction = "max") -> Tensor:
+    """Scores [B, KV, N - W] of the entries before the window, from the attention [B, KV, G, W, N] of its W queries:
+    reduced over queries and a group's heads, then pooled over `kernel` neighbours."""
+    before = rows[..., : -rows.shape[3]]
+    scores = before.amax((2, 3)) if reduction == "max" else before.mean((2, 3))
+    pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    return pool(scores, kernel, 1, kernel // 2)
+
+
+@dataclass(frozen=True)
+class SpecKV(CachePruner):
+    """Scores a prompt's entries by the queries of the tokens that a draft writes behind it, and of its last ones.
+
+    ahead: tokens the draft writes; the paper lets it write as many as the answer may have. window: last tokens that ask
+    too, and always stay. kernel: odd width of the pooling. The paper's sparse attention while reading is left out: it
+    saves time where attention is a kernel of one's own, and changes what is read.
+    """
+
+    ahead: int = 32
+    window: int = 32
+    kernel: int = 7
+    reduction: Reduction = "max"
+    pooling: Reduction = "max"
+
+    name: ClassVar[str] = "spec_kv"
+    services = ("draft",)
+
+    def __post_init__(self) -> None:
+        if self.ahead < 0 or self.window < 1 or self.kernel % 2 == 0:
+            raise PrunelabError(f"{self.name} needs ahead >= 0, a window of at least 1 and an odd kernel")
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"queries", "keys"})
+
+    def spared(self, capacity: int) -> tuple[int, int]:
+        return 0, self.window
+
+    def lookahead(self, tokens: Tensor, valid: Tensor | None, budget: Budget, services: Mapping[str, Any]) -> Tensor:
+        if self.ahead == 0 or (budget.unit == "count" and tokens.shape[1] <= min(budget.amounts)):
+            return tokens[:, :0]
+        return services["draft"].continues(tokens, valid, self.ahead)
+
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
+        window = self.window + signals.ahead
+        if window >= signals.units:
+            return torch.zeros_like(signals.prunable, dtype=torch.float32)
+        return F.pad(asked_for(signals.rows(window), self.kernel, self.reduction, self.pooling), (0, window))
+
+
+# -- SpecPC ----------------------------------------------------------------------------------------------------------
+
+
+def attended(
+    window: Sequence[Tensor], later: Sequence[Sequence[Tensor]], weighted: bool, reduction: Reduction
+) -> Tensor:
+    """Scores [B, N] of the prompt's tokens, from a draft's attention.
+
+    window: for each layer the rows [B, H, W, N] of the prompt's last tokens; with `weighted` they count from 0 for the
+    first to 1 for the last. later: the rows [B, H, 1, N + s] of written tokens, by step and layer. Reduced over heads,
+    queries, layers and steps alike; as released, `mean` is the sum.
+    """
+    total, queries = window[0].shape[-1], window[0].shape[2]
+    ramp = torch.linspace(0, 1, queries, device=window[0].device) if weighted else window[0].new_ones(queries)
+    rows = [row * ramp[:, None] for row in window] + [row[..., :total] for step in later for row in step]
+    reduced = torch.stack([row.amax((1, 2)) if reduction == "max" else row.sum((1, 2)) for row in rows])
+    return reduced.amax(0) if reduction == "max" else reduced.sum(0)
+
+
+def smooth(scores: Tensor, kernel: int, pooling: Literal["max", "avg", "none"]) -> Tensor:
+    """Scores [B, N] pooled over `kernel` neighbours; outside the prompt they are zero."""
+    if pooling == "none":
+        return scores
+    padded = F.pad(scores, ((kernel - 1) // 2, kernel - 1 - (kernel - 1) // 2)).unsqueeze(1)
+    return (F.max_pool1d if pooling == "max" else F.avg_pool1d)(padded, kernel, 1).squeeze(1)
+
+
+def first_of_each(index: Tensor) -> Tensor:
+    """The distinct values of index [n], in the order of their first appearance."""
+    values, inverse = index.unique(return_inverse=True)
+    places = torch.full((len(values),), len(index), device=index.device)
+    first = places.scatter_reduce(0, inverse, torch.arange(len(index), device=index.device), "amin")
+    return index[first.sort().values]
+
+
+def chosen(scores: Tensor, capacity: int, window: int, neighbours: int) -> Tensor:
+    """Positions [K] of the prompt, ascending, that the target reads: at most `capacity` of the N with scores [N].
+
+    The last `window` first of all, then the best-scored ones in turn, each with `neighbours` around it.
+    """
+    total = len(scores)
+    places = torch.arange(total, device=scores.device)
+    best = scores.topk(capacity).indices if capacity < total else places
+    if neighbours > 1:
+        low = -((neighbours - 1) // 2)
+        around = torch.arange(low, low + neighbours, device=scores.device)
+        around = around[around.abs().argsort(stable=True)]  # the nearest first
+        best = (best.unsqueeze(1) + around).clamp(0, total - 1).flatten()
+    return first_of_each(torch.cat([places[-window:], best]))[:capacity].sort().values
+
+
+@dataclass(frozen=True)
+class SpecPC(CachePruner):
+    """Leaves tokens out of the prompt by a draft's attention; the target reads the others as if that were all.
+
+    window: last tokens of the prompt whose attention counts, and which always stay; weighted: rising to the last.
+    kernel, pooling: smoothing of the scores. neighbours: tokens that come along with each, itself among them. steps:
+    tokens that the draft writes and whose attention counts too. first_layer: of the draft, counted from 0; of a draft
+    with fewer layers the last one counts.
+    """
+
+    window: int = 64
+    kernel: int = 32
+    pooling: Literal["max", "avg", "none"] = "max"
+    neighbours: int = 32
+    steps: int = 1
+    first_layer: int = 8
+    weighted: bool = True
+    reduction: Reduction = "max"
+
+    name: ClassVar[str] = "spec_pc"
+    services = ("draft",)
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset()
+
+    def shorten(
+        self, tokens: Tensor, valid: Tensor | None, budget: Budget, services: Mapping[str, Any]
+    ) -> Tensor | None:
+        draft = services["draft"]
+        if len(budget.amounts) != 1:
+            raise PrunelabError(f"{self.name} shortens the prompt once for all layers; give one amount")
+        lengths = (torch.ones_like(tokens) if valid is None else valid).sum(1).tolist()
+        capacities = [budget.count(length) for length in lengths]
+        if capacities == lengths:
+            return None
+        layer = min(self.first_layer, draft.model.config.num_hidden_layers - 1)
+        window, later = draft.looks(tokens, valid, min(self.window, tokens.shape[1]), self.steps, layer)
+        scores = smooth(attended(window, later, self.weighted, self.reduction), self.kernel, self.pooling)
+        total, outputs = tokens.shape[1], max(capacities)
+        found = []
+        for score, length, capacity in zip(scores, lengths, capacities):  # samples keep different numbers
+            if capacity < 1:
+                raise PrunelabError(f"{self.name} would leave nothing of the prompt; raise the budget")
+            kept = (
+                total - length + chosen(score[total - length :], capacity, min(self.window, capacity), self.neighbours)
+            )
+            found.append(torch.cat([torch.arange(outputs - len(kept), device=kept.device), kept]))  # padding in front
+        return torch.stack(found)
+
+    def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
+        everything = torch.arange(signals.units, device=signals.prunable.device)
+        return Plan(Gather(everything.expand(*signals.prunable.shape[:2], -1)))
+
+
+@dataclass(frozen=True)
+class SpecKVPC(SpecKV):
+    """SpecPC down to `prompt` tokens, then SpecKV down to the budget. The draft writes ahead behind the shortened
+    prompt; the paper uses again what it wrote behind the whole one."""
+
+    prompt: int = 2048
+    smoothing: int = 32
+    neighbours: int = 32
+    first_layer: int = 8
+
+    name: ClassVar[str] = "spec_kv_pc"
+
+    def shorten(
+        self, tokens: Tensor, valid: Tensor | None, budget: Budget, services: Mapping[str, Any]
+    ) -> Tensor | None:
+        pc = SpecPC(kernel=self.smoothing, neighbours=self.neighbours, steps=self.ahead, first_layer=self.first_layer)
+        return pc.shorten(tokens, valid, Budget(self.prompt, "count"), services)

@@ -1,0 +1,55 @@
+"""StreamingLLM (Xiao et al., ICLR 2024): the first tokens, on which softmax dumps attention it has no use for, and the
+last ones. Beside it the plain window, which lacks the first and shows what they are for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from common.roles import CachePruner, CacheSignals
+from common.types import Site
+
+
+def recency(signals: CacheSignals) -> Tensor:
+    """Scores [B, KV, N] by which later tokens are better."""
+    assert signals.places is not None
+    return signals.places.float()
+
+
+@dataclass(frozen=True)
+class StreamingLLM(CachePruner):
+    """Keeps `sink` first tokens and as many of the last as the budget has room for.
+
+    Keys keep the rotations of their own positions; the paper renumbers what is in the cache, so that it can run beyond
+    the model's context.
+    """
+
+    sink: int = 4
+
+    name: ClassVar[str] = "streaming_llm"
+    when = "both"
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset()
+
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
+        return recency(signals)
+
+    def spared(self, capacity: int) -> tuple[int, int]:
+        return self.sink, 0
+
+
+@dataclass(frozen=True)
+class Window(CachePruner):
+    """Keeps the last tokens alone: local attention."""
+
+    name: ClassVar[str] = "window"
+    when = "both"
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset()
+
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
+        return recency(signals)

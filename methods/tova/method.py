@@ -1,0 +1,27 @@
+"""TOVA (Oren et al., EMNLP 2024): a transformer as a recurrent network of many states, which at each step forgets the
+token that the newest one attends to least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from common.roles import CachePruner, CacheSignals
+from common.types import Site
+
+
+@dataclass(frozen=True)
+class TOVA(CachePruner):
+    """Keeps what the last query attends to, in the mean over all heads of a layer: they all forget the same token."""
+
+    name: ClassVar[str] = "tova"
+    when = "both"
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"queries", "keys"})
+
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
+        last = signals.rows(1).squeeze(3)  # [B, KV, G, N]
+        return last.mean((1, 2)).unsqueeze(1).expand(-1, signals.keys.shape[1], -1)
