@@ -29,8 +29,23 @@ def _sampling_flops(*shapes: Any, out_shape: Sequence[int], **kwargs: Any) -> in
     return 2 * 5 * math.prod(out_shape)
 
 
-def on_meta(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Any:
-    """Run the model's own forward, hooks included, with shapes only: no weight is copied and nothing computed."""
+class _Pass(nn.Module):
+    """One forward pass of an input that knows how a model reads it."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        super().__init__()
+        self.model, self.example = model, example
+
+    def forward(self) -> Any:
+        return self.example.run(self.model)
+
+
+def on_meta(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
+    """Run the model's own forward, hooks included, with shapes only: no weight is copied and nothing computed.
+
+    An input is a tensor, or one object with `to(device)` and `run(model)` where a model takes more than that."""
+    if len(inputs) == 1 and not isinstance(inputs[0], Tensor):
+        return on_meta(_Pass(model, inputs[0].to("meta")))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
     with torch.no_grad():
@@ -46,7 +61,7 @@ def flops(run: Callable[[], Any], trace: Trace | None = None) -> int:
     return counter.get_total_flops()
 
 
-def macs(model: nn.Module, example: Tensor) -> float:
+def macs(model: nn.Module, example: Any) -> float:
     """MACs of one forward pass of the example, a batch of 1."""
     return flops(lambda: on_meta(model, example)) / 2
 

@@ -122,8 +122,8 @@ class Adapter(ABC):
         """The model's sizes."""
 
     @abstractmethod
-    def example(self) -> Tensor:
-        """A meta-device input of batch 1, to count MACs with."""
+    def example(self) -> Any:
+        """A meta-device input of batch 1, to count MACs with; see `common.cost.on_meta`."""
 
     @abstractmethod
     def install(self, application: Application) -> Callable[[], None]:
@@ -162,11 +162,20 @@ class Adapter(ABC):
                     f"{method.name} prunes at layer {site.layer}, but this model has layers 0 to {info.depth - 1};"
                     " set the method's layers"
                 )
-            missing = method.requires(site) - self.signals[site.where]
-            if "cls_row" in method.requires(site) and not info.class_token:
-                missing |= {"cls_row (this model has no class token)"}
+            missing = method.requires(site) - self.gives(site)
             if missing:
-                raise PrunelabError(f"{method.name} reads {', '.join(sorted(missing))}, not to be had at {site.where}")
+                why = "; this model has no class token" if "cls_row" in missing and not info.class_token else ""
+                raise PrunelabError(
+                    f"{method.name} reads {', '.join(sorted(missing))}, not to be had at {site.where}{why}"
+                )
+
+    def gives(self, site: Site) -> frozenset[str]:
+        """The signals of one site of this very model."""
+        return self.signals[site.where] - (frozenset() if self.info.class_token else {"cls_row"})
+
+    def cache_bytes(self, tokens: Sequence[float]) -> int | None:
+        """Bytes a sample's key-value cache takes when its layers hold that many tokens; None without a cache."""
+        return None
 
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan this family cannot carry out."""

@@ -1,0 +1,285 @@
+"""The side of an image or video language model before its decoder: what its encoder gave, and plans carried out on
+features before they are packed (site `projected`)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from common import attention
+from common.adapters.base import Application, SequenceAdapter, Stream
+from common.adapters.vlm_attention import Recorder
+from common.adapters.vlm_parts import Encoded, Span, closed, following, spliced, with_newlines
+from common.errors import PrunelabError
+from common.roles import Signals
+from common.types import Gather, Site, take
+
+TOWER = frozenset({"cls_row", "received"})
+
+
+class VisionSide(SequenceAdapter):
+    """A model of transformers whose `model.get_image_features` (and `get_video_features`) feed a decoder."""
+
+    tokens: ClassVar[Mapping[str, str]] = {"image": "image_token_id"}  # placeholder of each modality, in the config
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        owner: Any = model
+        self.config: Any = owner.config
+        self.body: Any = owner.model
+        self.recorders: dict[int, Recorder] = {}  # by decoder layer; the tower's under -1
+        self.encoded: dict[str, Encoded] = {}
+        self.visual: dict[str, Tensor] = {}  # [B, N] bool by modality
+        self.features: Tensor | None = None  # [crops, patches, D] as they left the projector last
+        self.numbering = "original"  # the last projected plan's positions
+        self.full: Tensor  # [..., B, N] position ids of the tokens at hand
+        self.shift: Tensor  # [..., B] by how much later tokens are numbered lower than the model would number them
+        self.places: Tensor  # [B, N] place of each token in the prompt
+        self.prunable: Tensor  # [B, N] bool
+
+    # -- what a class of models fills in -------------------------------------------------------------------------
+
+    @abstractmethod
+    def pixels(self) -> dict[str, Any]:
+        """Meta-device arguments of the image encoder, for one standard image."""
+
+    @abstractmethod
+    def packing(self, modality: str, given: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """How anything known of each image's patches, [crops, patches, C], takes the way that features take to the
+        decoder's sequence; `given` are the encoder's arguments."""
+
+    @abstractmethod
+    def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
+        """Crops of each image, or frames of each video."""
+
+    def crops(self, modality: str, given: Mapping[str, Any], output: Any) -> list[Tensor]:
+        """Features [crops, patches, D] of each image or video behind the projector and before packing."""
+        return [] if self.features is None else list(self.features.split(self.counts(modality, given)))
+
+    def newline(self, modality: str) -> tuple[Tensor, str] | None:
+        """The vector that separates rows of a plan's layout, and whether it comes behind each `row` or at the `end`."""
+        return None
+
+    def grid(self) -> tuple[int, int]:
+        """Patches of one crop or frame, by height and width."""
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return side, side
+
+    def crop_grids(self, modality: str, given: Mapping[str, Any], features: list[Tensor]) -> list[tuple[int, int]]:
+        """Height and width of each image's crops, in patches."""
+        return [self.grid()] * len(features)
+
+    def tower(self) -> Any | None:
+        """The tower's attention module at the layer whose output becomes features; None where it cannot be read."""
+        layer = self.config.vision_feature_layer
+        layers = [m for m in self.body.vision_tower.modules() if hasattr(m, "is_causal") and hasattr(m, "q_proj")]
+        if not isinstance(layer, int) or not layers:
+            return None
+        return layers[layer if layer < 0 else layer - 1]
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the tower puts a class token before its patches."""
+        return self.config.vision_feature_select_strategy == "default"
+
+    # -- the encoder ---------------------------------------------------------------------------------------------
+
+    def _watch_encoder(self, modality: str) -> Callable[[], Any]:
+        """Notes how each batch of images or videos was packed. The encoder is a method of the model that `generate`
+        calls by itself, so it is wrapped on the instance, where hooks do not reach."""
+        name = f"get_{modality}_features"
+        original = getattr(self.body, name)
+
+        @functools.wraps(original)
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            self.features = None
+            output = original(*args, **kwargs)
+            pack = self.packing(modality, given)
+            seen = copy.copy(self.recorders[-1]) if -1 in self.recorders else None
+            features = self.crops(modality, given, output)
+            lengths = [len(tokens) for tokens in output.pooler_output]
+            grids, first = self.crop_grids(modality, given, features), output.pooler_output[0]
+            self.encoded[modality] = Encoded(lengths, features, pack, grids, seen, first)
+            return output
+
+        setattr(self.body, name, encode)
+        return lambda: delattr(self.body, name)
+
+    def _keep_features(self, module: Any, args: Any, output: Tensor) -> None:
+        self.features = output
+
+    def _patch_attention(self, name: str, encoded: Encoded) -> Tensor:
+        """[crops, patches, H] attention that the tower's class token, or all its tokens together, pay to each patch."""
+        seen = encoded.seen
+        assert seen is not None  # recorded wherever such a signal is required
+        first = 1 if self.class_token else 0
+        if name == "received":
+            return attention.received(seen.weights())[..., first:].transpose(1, 2)
+        row = torch.zeros(len(seen.shown()), 1, dtype=torch.long, device=seen.shown().device)
+        return seen.weights(row).squeeze(2)[..., first:].transpose(1, 2)
+
+    def _from_tower(self, name: str, x: Tensor) -> Tensor:
+        """The same [B, H, N] for what became each token of the sequence: it is packed as features are. Text and
+        newlines get none."""
+        if not self.encoded:
+            raise PrunelabError(f"'{name}' is read off the image encoder; give the model pixels, not features")
+        out: Tensor | None = None
+        for modality, encoded in self.encoded.items():
+            visual = self.visual[modality]
+            counts = [len(features) for features in encoded.features]
+            images = encoded.pack(self._patch_attention(name, encoded).split(counts))
+            owners = encoded.owners(visual.sum(1).tolist())
+            if out is None:
+                out = x.new_zeros(*visual.shape, images[0].shape[-1])
+            for row, (places, own) in enumerate(zip(visual, owners, strict=True)):
+                if own:
+                    spots = places.nonzero().squeeze(1).to(out.device)
+                    out[row] = out[row].index_copy(0, spots, torch.cat([images[i] for i in own]).to(out))
+        assert out is not None
+        return take(out, self.places).transpose(1, 2)
+
+    # -- plans before packing ------------------------------------------------------------------------------------
+
+    def _project(self, application: Application, site: Site, x: Tensor) -> Tensor:
+        """Carry out the method's plans on the features of every image or video, in place of its packed tokens in the
+        sequence x [B, N, D]. Images of one size are decided on together, copies of a sample only once."""
+        if site.index == 0:
+            application.trace.origins.clear()
+        batch, total = x.shape[:2]
+        pool, size = [x.flatten(0, 1)], batch * total  # what the new sequence is made of: the old one, then new tokens
+        spans: list[list[Span]] = [[] for _ in range(batch)]
+        for modality, visual in self.visual.items():
+            counts = visual.sum(1).tolist()
+            if not any(counts):
+                continue
+            encoded = self.encoded.get(modality)
+            if encoded is None or not encoded.features:
+                raise PrunelabError("the model was given packed features; give it pixels to prune what is projected")
+            fresh = []
+            for tokens, seats in self._project_images(application, site, modality, encoded):
+                pool.append(tokens.to(x))
+                fresh.append((torch.arange(size, size + len(tokens), device=x.device), seats))
+                size += len(tokens)
+            for sample, own in enumerate(encoded.owners(counts)):
+                places = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
+                spans[sample] += [Span(place, *fresh[i]) for place, i in zip(places, own, strict=True)]
+        valid, visible = self.stream.valid, functools.reduce(torch.logical_or, self.visual.values())
+        made = []
+        for sample in range(batch):
+            text = ~visible[sample] if valid is None else ~visible[sample] & valid[sample].to(visible.device)
+            words = text.nonzero().squeeze(1)
+            made.append(spliced(words, words.to(x.device) + sample * total, spans[sample], visible.device))
+        longest = max(len(rows) for rows, _ in made)
+        rows, self.places = (
+            torch.stack([nn.functional.pad(part, (longest - len(part), 0)) for part in parts])
+            for parts in zip(*made, strict=True)
+        )
+        start = torch.tensor([longest - len(part) for part, _ in made], device=x.device)
+        kept = (
+            torch.arange(longest, device=x.device) >= start.unsqueeze(1) if len({len(r) for r, _ in made}) > 1 else None
+        )
+        self.prunable = rows >= batch * total
+        positions = self.full.gather(-1, self.places.expand(*self.full.shape[:-1], -1))
+        if self.numbering == "renumber":
+            positions = closed(positions, kept)
+            self.shift = self.shift + following(self.full, valid) - following(positions, kept)
+        self.full = positions
+        self.stream = Stream(valid=kept, origin=self.places, carry=self.stream.carry)
+        return torch.cat(pool).index_select(0, rows.flatten()).view(batch, longest, -1)
+
+    def _project_images(
+        self, application: Application, site: Site, modality: str, encoded: Encoded
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Tokens [K, D] of each image after the method's plan, and for each the packed token it is (None: none)."""
+        shapes = [features.shape for features in encoded.features]
+        bounds = torch.tensor([0, *(shape[0] for shape in shapes)]).cumsum(0).tolist()
+        made: list[tuple[Tensor, Tensor | None]] = [(f, None) for f in encoded.features]
+        orders = encoded.order()
+        for group in dict.fromkeys(zip(shapes, encoded.grids, strict=True)):
+            images = [i for i, key in enumerate(zip(shapes, encoded.grids, strict=True)) if key == group]
+            x = torch.stack([encoded.features[i].flatten(0, 1) for i in images])  # [G, crops * patches, D]
+            crops = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in images])
+            self.group = (encoded, crops, (group[1],) * group[0][0])
+            plan, signals = self.decide(application, site, x)
+            tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
+            if isinstance(plan.reduce, Gather):
+                kept = plan.reduce.index
+                valid = plan.reduce.valid
+                application.trace.origins.append((site, kept if valid is None else kept.masked_fill(~valid, -1)))
+            self.numbering = plan.positions
+            for g, image in enumerate(images):
+                real = slice(None) if plan.reduce.valid is None else plan.reduce.valid[g]
+                own, seats, order = tokens[g][real], None, orders[image]
+                bare = plan.layout is not None and bool((plan.layout < 0).all())
+                newline = self.newline(modality)
+                if isinstance(plan.reduce, Gather) and order is not None and (plan.layout is None or bare):
+                    packed = None if bare or newline is None else newline[0]
+                    own, seats = self._in_packed_order(own, plan.reduce.index[g][real], order, x.shape[1], packed)
+                elif newline is not None and not bare:
+                    place = None if plan.layout is None else plan.layout[g][real]
+                    own = with_newlines(own, place, *newline)
+                if plan.positions == "original" and seats is None:
+                    raise PrunelabError(
+                        f"{application.method.name} makes tokens that have no place in the packed sequence; let it"
+                        " number them anew (positions='renumber')"
+                    )
+                made[image] = (own, seats)
+        return made
+
+    @staticmethod
+    def _in_packed_order(
+        own: Tensor, patches: Tensor, order: Tensor, total: int, newline: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [K, D] of the patches [K] of `total`, in the order of the packed sequence's patches [tokens], with a
+        newline behind each row that holds one; patches that packing cuts off go. Also the packed token of each."""
+        if own.device.type == "meta":  # which rows still hold a token is in the values; all are taken to
+            own = own.new_empty(len(own) + (0 if newline is None else int((order < 0).sum())), own.shape[1])
+            return own, torch.arange(len(own), device=own.device)
+        order = order.to(own.device)
+        slot = torch.full((total + 1,), -1, device=own.device)
+        slot[patches] = torch.arange(len(patches), device=own.device)
+        found = slot[order]  # newlines, -1, read the spare last slot
+        breaks = order < 0
+        held = (found >= 0).long().cumsum(0)
+        at = breaks.nonzero().squeeze(1)
+        since = torch.cat([held.new_zeros(1), held[at]])
+        keep = found >= 0
+        if newline is not None:
+            keep = keep.index_put((at,), since[1:] > since[:-1])  # rows since the newline before
+            own = torch.cat([own, newline.to(own).unsqueeze(0)])
+        seats = keep.nonzero().squeeze(1)
+        return own[found[seats]], seats
+
+    def _projected_signals(self, application: Application, site: Site, x: Tensor) -> Signals:
+        encoded, crops, grids = self.group
+
+        def tower(name: str) -> Tensor:
+            patches = self._patch_attention(name, encoded)[crops]  # [G * crops, patches, H]
+            return patches.reshape(len(x), x.shape[1], -1).transpose(1, 2)
+
+        return Signals(
+            {
+                "hidden": lambda: x,
+                "sizes": lambda: x.new_ones(x.shape[:2], dtype=torch.float32),
+                **{name: functools.partial(tower, name) for name in TOWER},
+            },
+            prunable=torch.ones(x.shape[:2], dtype=torch.bool, device=x.device),
+            units=x.shape[1],
+            info=self.info,
+            rng=application.rng(x.device),
+            required=application.method.requires(site),
+            services=application.services,
+            parts=application.parts,
+            places=torch.arange(x.shape[1], device=x.device).expand(len(x), -1),
+            grids=grids,
+            carry=self.stream.carry,
+        )

@@ -1,0 +1,95 @@
+"""DivPrune (Alvar et al., CVPR 2025): of all subsets of visual tokens, one whose nearest pair is far apart.
+
+Unit: a visual token as the decoder is about to read it. The max-min diversity problem is solved greedily; neither text
+nor attention is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from common.roles import Signals, TokenPruner
+from common.types import Budget, ModelInfo, Plan, Positions, Site, Where, take
+
+Distance = Literal["cosine", "l1", "l2"]
+
+
+def cosine_distance(tokens: Tensor) -> Tensor:
+    """One minus the cosine of every pair of tokens [B, M, D]: [B, M, M]."""
+    unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(tokens.dtype).tiny)
+    return 1 - unit @ unit.transpose(1, 2)
+
+
+DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cosine": cosine_distance,
+    "l1": lambda tokens: torch.cdist(tokens.float(), tokens.float(), p=1),
+    "l2": lambda tokens: torch.cdist(tokens.float(), tokens.float()),
+}
+
+
+def max_min_order(distance: Tensor, count: int, real: Tensor | None = None) -> Tensor:
+    """The first `count` tokens [B, count] in the order in which the greedy algorithm picks them.
+
+    distance [B, M, M] is symmetric; `real` [B, M] is False at padding, which is picked last. First comes the token
+    whose nearest neighbour is farthest, then, each time, the one farthest from all picked before. The distance to the
+    nearest picked token only falls, so one running minimum [B, M] takes the place of a search among all pairs. Ties go
+    to the earlier token.
+    """
+    tokens = distance.shape[-1]
+    if count == 0:
+        return torch.zeros(len(distance), 0, dtype=torch.long, device=distance.device)
+    if real is not None:
+        distance = distance.masked_fill(~real.unsqueeze(1), float("inf"))  # padding is nobody's neighbour
+    own = min(1, tokens - 1)  # the smallest distance is a token's own, unless there is no other
+    nearest = distance.topk(own + 1, dim=-1, largest=False).values[..., own]
+    apart = torch.full_like(nearest, float("inf"))  # [B, M] distance to the nearest pick
+    if real is not None:
+        nearest, apart = (t.masked_fill(~real, float("-inf")) for t in (nearest, apart))
+    picks = [nearest.argmax(-1, keepdim=True)]
+    rows = torch.arange(len(distance), device=distance.device)
+    for _ in range(count - 1):
+        last = picks[-1]
+        apart = torch.minimum(apart, distance[rows, last.squeeze(-1)])
+        apart.scatter_(-1, last, float("-inf"))
+        picks.append(apart.argmax(-1, keepdim=True))
+    return torch.cat(picks, -1)
+
+
+@dataclass(frozen=True)
+class DivPrune(TokenPruner):
+    """Keeps a subset of the visual tokens that is as diverse as the greedy max-min rule makes it.
+
+    where, layer: the sequence before the decoder, or what enters a decoder layer (the paper's ablation, `input`).
+    distance: between two tokens; `l1` and `l2` are the paper's other two.
+    positions: the kept tokens are numbered anew, as released, or keep their numbers.
+    """
+
+    where: Where = "packed"
+    layer: int = 0
+    distance: Distance = "cosine"
+    positions: Positions = "renumber"
+
+    name: ClassVar[str] = "divprune"
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        return [Site(self.layer, self.where)]
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"hidden"})
+
+    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+        visual = signals.prunable.int().argsort(dim=1, descending=True, stable=True)[:, : signals.units]  # [B, M]
+        real = None if signals.valid is None else signals.prunable.gather(1, visual)
+        order = max_min_order(
+            DISTANCES[self.distance](take(signals.hidden, visual)), budget.count(visual.shape[1]), real
+        )
+        rank = torch.arange(order.shape[1], 0, -1, device=order.device, dtype=torch.float32).expand_as(order)
+        scores = rank.new_zeros(signals.prunable.shape)
+        # a sample with fewer tokens than picks repeats some: the first time counts
+        scores = scores.scatter_reduce(1, visual.gather(1, order), rank, "amax")
+        return Plan(self.select(scores, signals, budget), positions=self.positions)

@@ -1,0 +1,65 @@
+"""FasterVLM (Zhang et al., 2024, version 1): the image encoder's class token already says which patches matter.
+
+Unit: a patch of the image encoder. The ranking is made before the decoder and without the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from common import selection
+from common.roles import Signals, TokenPruner
+from common.types import Budget, Gather, ModelInfo, Plan, Positions, Site, Where
+
+
+def class_attention(cls_row: Tensor) -> Tensor:
+    """The paper's score [B, N]: the attention [B, H, N] of the class token, averaged over heads."""
+    return cls_row.mean(1)
+
+
+def top_per_crop(scores: Tensor, crops: int, keep: int) -> Tensor:
+    """Ascending positions [B, crops * keep] of the best patches of each crop, for scores [B, crops * N] that hold one
+    crop after the other: every crop of a large image keeps as many."""
+    chosen, _ = selection.top_k(scores.unflatten(1, (crops, -1)), keep)  # [B, crops, keep]
+    start = torch.arange(crops, device=scores.device).unsqueeze(1) * (scores.shape[1] // crops)
+    return (chosen + start).flatten(1)
+
+
+@dataclass(frozen=True)
+class FasterVLM(TokenPruner):
+    """Keeps the patches that the encoder's class token attends to most, in the layer whose output the model uses.
+
+    where: `projected` ranks every crop of an image by itself, as the paper does, and a number in the budget is a
+        crop's; `packed` ranks all tokens of a prompt together.
+    newlines: whether rows of a large image keep their newline tokens, as its model packs them; released without.
+    positions: the kept tokens are numbered anew, as released, or keep their numbers (one crop or `packed` only).
+    """
+
+    where: Where = "projected"
+    newlines: bool = True
+    positions: Positions = "renumber"
+
+    name: ClassVar[str] = "fastervlm"
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        return [Site(0, self.where)]
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset({"cls_row"})
+
+    def score(self, site: Site, signals: Signals) -> Tensor:
+        return class_attention(signals.cls_row)
+
+    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+        scores, crops = self.score(site, signals), len(signals.grids)
+        if self.where == "projected" and crops > 1:
+            kept = Gather(top_per_crop(scores, crops, budget.count(scores.shape[1] // crops)))
+        else:
+            kept = self.select(scores, signals, budget)
+        nowhere = None if self.newlines else kept.index.new_full((*kept.index.shape, 3), -1)
+        return Plan(kept, layout=nowhere, positions=self.positions)

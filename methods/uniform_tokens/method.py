@@ -1,0 +1,51 @@
+"""Evenly spaced tokens: the content-blind baseline that keeps the whole picture, coarsely."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from common.roles import Signals, TokenPruner
+from common.types import Budget, ModelInfo, Plan, Positions, Site, Where
+
+
+def evenly_spaced(prunable: Tensor, counts: Tensor) -> Tensor:
+    """Mask [B, N] of `counts` [B] units of each sample at even steps among its prunable ones [B, N]: of n units, the
+    r-th stays where (r + 1) * count / n passes a whole number."""
+    number = prunable.long().cumsum(1)  # 1 ... n along the prunable units
+    total = number[:, -1:].clamp_min(1)
+    stays = (number * counts.unsqueeze(1)) // total > ((number - 1) * counts.unsqueeze(1)) // total
+    return stays & prunable
+
+
+@dataclass(frozen=True)
+class UniformTokens(TokenPruner):
+    """Keeps every so-many-th unit before the layers in `layers`, or at another kind of site.
+
+    where: for image and video language models `packed` (before the decoder) or `projected` (before packing).
+    """
+
+    layers: tuple[int, ...] = (0,)
+    where: Where = "packed"
+    positions: Positions = "original"
+
+    name: ClassVar[str] = "uniform_tokens"
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        return [Site(layer, self.where) for layer in self.layers]
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset()
+
+    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+        prunable = signals.prunable
+        if signals.valid is None:
+            counts = torch.full((len(prunable),), budget.count(signals.units), device=prunable.device)
+        else:
+            counts = torch.tensor([budget.count(n) for n in prunable.sum(1).tolist()], device=prunable.device)
+        stays = evenly_spaced(prunable, counts)
+        return Plan(self.select(stays.float(), signals, budget), positions=self.positions)
