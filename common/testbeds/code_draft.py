@@ -10,15 +10,15 @@ from common.testbeds.code_lm import CodeLM
 
 @dataclass(frozen=True)
 class CodeDraft(CodeLM):
-    """A tenth of the large model's work outside the tables of tokens. It learns code alone, nothing is recalled, and in
-    short sequences: a draft rarely asks for more. With 64 channels, 600 steps of 4096 tokens left it behind a bigram
-    model."""
+    """A tenth of the large model's work outside the tables of tokens. It learns code alone, in short sequences, as its
+    prompts are short; nothing is recalled."""
 
     steps: int = 3000
-    batch: int = 2
+    batch: int = 8
     rate: float = 5e-3
-    lengths: tuple[int, ...] = (128,)
-    stages: tuple[float, ...] = ()
+    context: int = 256
+    lengths: tuple[int, ...] = (128, 256)
+    stages: tuple[float, ...] = (0.7,)
     width: int = 96
     depth: int = 1
     heads: int = 6

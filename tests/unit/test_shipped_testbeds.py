@@ -71,8 +71,8 @@ def test_segmentation_loses_by_leaving_at_random(segmenter):
     dense = miou(segmenter)
     with apply(DToP(0.98), segmenter, 1.0):
         sure = miou(segmenter)
-    with apply(RandomDrop((5, 7), rest="halt"), segmenter, 0.5):
-        half = miou(segmenter)
-    with apply(RandomDrop((5, 7), rest="halt"), segmenter, 0.3):
+    with apply(DToP(0.95), segmenter, 0.28):  # about the cost of the random exit below
         few = miou(segmenter)
-    assert dense - sure < 6 and dense - half > 6 and dense - few > 10
+    with apply(RandomDrop((5, 7), rest="halt"), segmenter, 0.3):
+        chance = miou(segmenter)
+    assert dense - sure < 2 and dense - few < 5 and dense - chance > 15
