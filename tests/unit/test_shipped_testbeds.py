@@ -1,15 +1,16 @@
-"""The shipped detector and segmenter are what their logs say, and tell good choices of tokens from bad ones."""
+"""The shipped models are what their logs say; detector and segmenter tell good choices of tokens from bad ones."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from common import testbeds
 from common.apply import apply
 from common.average_precision import average_precision, detections
-from common.data import detection, segmentation
-from common.testbeds.base import read_log
+from common.data import code, detection, segmentation
+from common.testbeds.base import read_extra, read_log
 from methods.dtop.method import DToP
 from methods.focus_detr.method import FocusDETR
 from methods.random_drop.method import RandomDrop
@@ -76,3 +77,31 @@ def test_segmentation_loses_by_leaving_at_random(segmenter):
     with apply(RandomDrop((5, 7), rest="halt"), segmenter, 0.3):
         chance = miou(segmenter)
     assert dense - sure < 2 and dense - few < 5 and dense - chance > 15
+
+
+# -- the language models of source code ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """The held-out code in the shipped tokens, without the minute that the training text takes."""
+    tokenizer = Tokenizer.from_str(read_extra(testbeds.SHIPPED / "code_lm", "tokenizer.json"))
+    stream = code.encode(code.files("held_out"), tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code, "tokenizer", lambda vocabulary: tokenizer)
+        patch.setattr(code, "stream", lambda split, vocabulary: stream)
+        yield
+
+
+@pytest.mark.parametrize("name", ["code_lm", "code_moe", "code_draft", "code_lm_tuned"])
+def test_language_models_are_as_good_as_their_logs(name, held_out):
+    model, log = testbeds.load(name)
+    recipe = {key: tuple(value) if isinstance(value, list) else value for key, value in log["recipe"].items()}
+    with torch.inference_mode():
+        found = testbeds.get(name)(**recipe).evaluate(model, quick=True)
+    last = log["curve"][-1]
+    assert found["perplexity"] == pytest.approx(last["perplexity"], rel=0.01)
+    if "recall" in found:
+        assert found["recall"] == pytest.approx(last["recall"], abs=0.05) and last["recall"] > 0.75
+    if "bigram_perplexity" in log["test"]:
+        assert log["test"]["perplexity"] < 0.6 * log["test"]["bigram_perplexity"]
