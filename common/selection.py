@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.errors import PrunelabError
-from common.types import Budget, Gather, Mix
+from common.types import Budget, Gather, Mix, take
 
 
 def descending(scores: Tensor) -> Tensor:
@@ -109,6 +109,58 @@ def bipartite_matching(
     return Matching(slot, unmerged + odd)
 
 
+def scaled_distance(tokens: Tensor) -> Tensor:
+    """Euclidean distance of every pair of tokens [B, N, D], over the square root of D: [B, N, N]."""
+    return torch.cdist(tokens, tokens) / tokens.shape[-1] ** 0.5
+
+
+def density_peaks(distance: Tensor, clusters: int, neighbours: int, noise: Tensor | None = None) -> Tensor:
+    """DPC-KNN: the `clusters` tokens [B, C], best first, that are dense and far from any denser one.
+
+    distance [B, N, N]. A token's density is exp(-mean squared distance to its nearest neighbours, itself included),
+    of whom there are at most `clusters`; `noise` [B, N] is added to part equal ones. Its score is the density times the
+    distance to the nearest strictly denser token; the densest takes the sample's largest distance there.
+    """
+    near = distance.topk(min(neighbours, clusters), dim=-1, largest=False).values
+    density = (-near.square().mean(-1)).exp()
+    if noise is not None:
+        density = density + noise
+    denser = density.unsqueeze(1) > density.unsqueeze(2)  # [B, N, N]
+    farthest = distance.flatten(1).amax(1)[:, None, None]
+    apart = torch.where(denser, distance, farthest).amin(-1)
+    return descending(apart * density)[:, :clusters]
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """N tokens in C clusters, each around one of them: slot [B, N] is every token's cluster, centres [B, C] (ascending)
+    the token in its middle."""
+
+    slot: Tensor
+    centres: Tensor
+
+    def mix(self, centre_share: float | None = None) -> Mix:
+        """One token a cluster: the mean of its tokens, or `centre_share` of the centre and the rest of the mean of the
+        others. A centre alone stays as it is."""
+        others = torch.ones_like(self.slot, dtype=torch.float32).scatter(1, self.centres, 0.0)
+        count = others.new_zeros(self.centres.shape).scatter_add(1, self.slot, others).gather(1, self.slot)
+        if centre_share is None:
+            weight = 1 / (count + 1)
+        else:
+            centre = torch.where(count > 0, centre_share, 1.0)
+            weight = torch.where(others > 0, (1 - centre_share) / count.clamp_min(1), centre)
+        source = torch.arange(self.slot.shape[1], device=self.slot.device).expand_as(self.slot)
+        return Mix(self.slot, source, weight, self.centres.shape[1])
+
+
+def cluster(distance: Tensor, centres: Tensor) -> Clustering:
+    """Every token joins its nearest centre, for distance [B, N, N] and centres [B, C]."""
+    centres = centres.sort(-1).values
+    slot = take(distance.transpose(1, 2), centres).argmin(1)  # distances [B, C, N] to each centre
+    own = torch.arange(centres.shape[1], device=centres.device).expand_as(centres)
+    return Clustering(slot.scatter(1, centres, own), centres)  # a centre is its own, also beside its double
+
+
 def inverse_transform_sampling(weights: Tensor, quantiles: int, valid: Tensor | None = None) -> Tensor:
     """Mask [B, N] of the units on which evenly spaced quantiles of their own weight distribution fall.
 
@@ -202,3 +254,62 @@ def fill(
         taken.append(unit)
         used += sizes[unit]
     return taken
+
+
+def identity(batch: int, units: int, device: torch.device | None = None) -> Mix:
+    """The mixture that leaves `units` units as they are."""
+    every = torch.arange(units, device=device).expand(batch, -1)
+    return Mix(every, every, torch.ones(batch, units, device=device), units)
+
+
+def chained(first: Mix, then: Mix) -> Mix:
+    """`first` and after it `then`, as one mixture, where `then` sends every unit to one output (a merge does): its
+    entry e is unit e."""
+    weight = first.weight * then.weight.gather(1, first.target)
+    return Mix(then.target.gather(1, first.target), first.source, weight, then.outputs)
+
+
+def behind(mix: Mix, first: int) -> Mix:
+    """The same mixture behind `first` units that stay as they are."""
+    kept = identity(len(mix.target), first, mix.target.device)
+    target, source = torch.cat([kept.target, mix.target + first], 1), torch.cat([kept.source, mix.source + first], 1)
+    valid = None if mix.valid is None else torch.cat([kept.weight > 0, mix.valid], 1)
+    return Mix(target, source, torch.cat([kept.weight, mix.weight], 1), first + mix.outputs, valid)
+
+
+def merged(tokens: Tensor, outputs: int, start: Mix | None = None) -> Mix:
+    """Rounds of bipartite matching on tokens [B, N, D] until `outputs` (at least 1) are left, each halving at most.
+
+    Every round takes the plain mean of what it matches, however much its tokens stand for already. start: the mixture
+    that gave the tokens; the result is then one of its sources.
+    """
+    whole = identity(tokens.shape[0], tokens.shape[1], tokens.device) if start is None else start
+    while whole.outputs > max(outputs, 1):
+        matching = bipartite_matching(tokens, whole.outputs - outputs)
+        step = matching.mix(torch.ones(tokens.shape[:2], device=tokens.device))
+        tokens, whole = step.apply(tokens), chained(whole, step)
+    return whole
+
+
+def resized(
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    how: str = "bilinear",
+    batch: int = 1,
+    device: torch.device | None = None,
+) -> Mix:
+    """A feature map of `grid` (height, width) brought to `size`, larger or smaller, as a mixture of its units in rows.
+    how: `bilinear` interpolation between pixel centres without smoothing, or `average` over bins."""
+
+    def along(before: int, after: int) -> Tensor:  # [after, before] weights on one axis, by resizing every unit alone
+        basis = torch.eye(before).unsqueeze(0)
+        if how == "average":
+            return torch.nn.functional.adaptive_avg_pool1d(basis, after)[0].T
+        return torch.nn.functional.interpolate(basis, size=after, mode="linear", align_corners=False)[0].T
+
+    rows, columns = along(grid[0], size[0]), along(grid[1], size[1])
+    matrix = torch.einsum("yh,xw->yxhw", rows, columns).reshape(size[0] * size[1], -1)
+    target, source = matrix.nonzero(as_tuple=True)
+    weight = matrix[target, source].to(device).expand(batch, -1)
+    target, source = target.to(device).expand(batch, -1), source.to(device).expand(batch, -1)
+    return Mix(target, source, weight, size[0] * size[1])

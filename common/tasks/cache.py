@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import models, registry
-from common.caches import CacheReport, Draft, applied
+from common.apply import apply
+from common.caches import CacheReport, Draft
 from common.data import code, texts
 from common.errors import PrunelabError
 from common.papers import Run
-from common.roles import CachePruner
+from common.roles import CachePruner, TokenPruner
 from common.tasks.perplexity import exponential, per_token
 from common.types import Budget
 
@@ -35,7 +36,8 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
 
     Settings: `length` of the sequences in tokens; `prompt`, the share of each that is read before pruning; `samples`;
     `pairs` of definitions, for data of source code; `seed`. A method that prunes while writing gets the rest token by
-    token, any other at once. What needs a draft model gets the model itself a second time.
+    token, any other at once. What needs a draft model gets the model itself a second time. A token pruner's cache holds
+    what its layers computed.
     """
     device = "cuda" if run.scale == "paper" and torch.cuda.is_available() else "cpu"
     length, share = int(run.settings["length"]), float(run.settings.get("prompt", 0.75))
@@ -61,11 +63,11 @@ class _Reader:
     def __init__(self, run: Run, config: Mapping[str, Any], model: nn.Module) -> None:
         self.run, self.model = run, model
         self.reports: list[tuple[int, CacheReport]] = []
-        self.method: CachePruner | None = None
+        self.method: CachePruner | TokenPruner | None = None
         self.services: dict[str, Any] = {}
         if run.method is not None:
             method = registry.create(run.method, **run.options)
-            if not isinstance(method, CachePruner):
+            if not isinstance(method, CachePruner | TokenPruner):
                 raise PrunelabError(f"{method.name} is a {method.role} and prunes no cache; use another kind of run")
             self.method = method
             if method.services:
@@ -76,7 +78,10 @@ class _Reader:
         """Of each sequence [T] of the batches [B, T]: the negative log likelihood [T - P] of every token behind the
         prompt of P tokens (or that share), and whether it was the likeliest one."""
         losses, right = [], []
-        for tokens in track(list(batches), "reading", transient=True):
+        # Samples of a batch to which different numbers of tokens come back would pad each other's caches.
+        alone = isinstance(self.method, TokenPruner) and while_writing(self.method)
+        parts = [part for batch in batches for part in (batch.split(1) if alone else (batch,))]
+        for tokens in track(parts, "reading", transient=True):
             tokens = tokens.to(next(self.model.parameters()).device)
             start = prompt if isinstance(prompt, int) else max(1, round(prompt * tokens.shape[1]))
             logits = self.logits(tokens, start)
@@ -96,25 +101,30 @@ class _Reader:
         method, seed = self.method, int(self.run.settings.get("seed", 0))
         context: Any = nullcontext()
         if method is not None:
-            budget = Budget.parse(str(self.run.budget))
-            context = applied(method, model, budget, services=self.services, seed=seed)
+            context = apply(method, model, Budget.parse(str(self.run.budget)), services=self.services, seed=seed)
         rest = tokens.shape[1] - 1 - start
-        step = 1 if method is not None and method.when != "prefill" else max(rest, 1)
+        step = 1 if method is not None and while_writing(method) else max(rest, 1)
         with context as handle:
             cache = DynamicCache(config=model.config)
             found = [model(tokens[:, :start], past_key_values=cache).logits[:, -1:]]
             for part in tokens[:, start:-1].split(step, 1) if rest else ():
                 found.append(model(part, past_key_values=cache).logits)
-            report = dense(cache) if handle is None else handle.report()
+            report = handle.report() if isinstance(method, CachePruner) else held(cache, tokens.shape[1] - 1)
         self.reports.append((len(tokens), report))
         return torch.cat(found, 1).float()
 
 
-def dense(cache: Any) -> CacheReport:
-    """The report of a cache that was not pruned."""
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    length = cache.get_seq_length()
-    return CacheReport((float(length),) * len(cache.layers), held, 0, held, length)
+def while_writing(method: CachePruner | TokenPruner) -> bool:
+    """Whether the method acts on every token that is written, and not on the prompt alone."""
+    return method.when != "prefill" if isinstance(method, CachePruner) else method.fate() == "defer"
+
+
+def held(cache: Any, tokens: int) -> CacheReport:
+    """The report of a cache whose layers hold what came to them of so many tokens, all of it without pruning."""
+    entries = [layer.keys.shape[2] for layer in cache.layers]
+    sizes = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    whole = sum(size * tokens // max(count, 1) for size, count in zip(sizes, entries, strict=True))
+    return CacheReport(tuple(map(float, entries)), sum(sizes), 0, whole, tokens)
 
 
 def batches(sequences: Sequence[Tensor]) -> list[Tensor]:

@@ -95,6 +95,14 @@ def _resnet() -> Any:
     return ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, out_features=stages)
 
 
+def _causal_lm() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {**_LM, "num_hidden_layers": 6, "num_key_value_heads": 2, "max_position_embeddings": 24}
+    return _lively(LlamaForCausalLM(LlamaConfig(**sizes)))
+
+
 FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
     **{name: partial(vit, name) for name in VITS},
     "vim": _vim,
@@ -103,6 +111,7 @@ FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
     "dino": _dino,
     "deformable_detr": _deformable_detr,
     **{name: partial(vlms.vlm, name) for name in vlms.VLMS},
+    "causal_lm": _causal_lm,
 }
 
 
@@ -146,6 +155,9 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family in vlms.VLMS:
         return model(**vlms.typed(model, vlms.prompt(family, x))).logits[:, -1]
+    if family == "llama" and x.is_floating_point():  # the first 24 numbers of an image, read as words
+        words = (x.float().flatten(1)[:, :24].abs() * 997).long() % model.config.vocab_size
+        return model(words).logits[:, -1]
     found = model(x)
     if isinstance(found, Tensor):
         return found

@@ -41,9 +41,9 @@ def config(monkeypatch, tmp_path):
     return {"assets": str(tmp_path)}
 
 
-def run(method: str | None = None, budget: str | None = None, **settings) -> Run:
+def run(method: str | None = None, budget: str | None = None, options=None, **settings) -> Run:
     ids = {"model": {}, "data": DATA}
-    return Run("cache", "assets", method, {}, budget, {**SETTINGS, **settings}, ids)
+    return Run("cache", "assets", method, options or {}, budget, {**SETTINGS, **settings}, ids)
 
 
 def test_without_pruning_it_is_the_plain_models_perplexity(config):
@@ -73,6 +73,18 @@ def test_sizes_are_those_of_the_caches_and_decoding_methods_hold_them(config):
         assert out["gbytes"]["value"] * 1e9 == pytest.approx((6 * long + short) / 7 * 3 * 2 * 2 * 8 * 4, rel=1e-3)
         assert out["saving"]["value"] == pytest.approx(100 * (1 - (6 * long + short) / (6 * 39 + 10)), abs=0.01)
     assert at_once["loss"]["value"] != stepwise["loss"]["value"]
+
+
+def test_a_token_pruners_cache_holds_what_its_layers_computed(config):
+    options = {"layers": (1, 2), "rest": "drop"}
+    out = cache.execute(run("lazyllm", "0.5", options), config)
+    long, short = (30 + 9, 15 + 9, 7 + 9), (8 + 2, 4 + 2, 2 + 2)  # prompts of 30 and 8, of which the last token stays
+    assert out["entries"]["value"] == pytest.approx((6 * sum(long) + sum(short)) / 7 / 3, abs=0.5)
+    whole = cache.execute(run("lazyllm", "1.0", options), config)
+    assert whole["saving"]["value"] == 0 < out["saving"]["value"]
+    assert whole["loss"]["value"] == pytest.approx(cache.execute(run(), config)["loss"]["value"], abs=1e-5)
+    back = cache.execute(run("lazyllm", "0.5", {"layers": (1, 2)}), config)
+    assert 0 <= back["saving"]["value"] < out["saving"]["value"], "some come back"
 
 
 def test_a_draft_is_the_model_a_second_time_and_strangers_are_refused(config):
