@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import PrunelabError
 from common.roles import Signals, TokenPruner
-from common.types import Budget, Gather, ModelInfo, Plan, Site
+from common.types import Budget, Gather, Mix, ModelInfo, Plan, Site
 
 
 @dataclass
@@ -271,3 +271,15 @@ def run_all(removers: list[Callable[[], Any]]) -> None:
     """Call every function of the list, the last first, and empty it."""
     while removers:
         removers.pop()()
+
+
+def padded_first(reduce: Gather | Mix) -> Gather | Mix:
+    """The same outputs in the same order, but with those that do not count in front: the last one is then last in
+    every sample, which is where `generate` reads the next token."""
+    if reduce.valid is None:
+        return reduce
+    order = reduce.valid.int().argsort(dim=1, stable=True)
+    valid = reduce.valid.gather(1, order)
+    if isinstance(reduce, Gather):
+        return Gather(reduce.index.gather(1, order), valid)
+    return replace(reduce, target=order.argsort(1).gather(1, reduce.target), valid=valid)

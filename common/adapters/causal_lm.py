@@ -28,10 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from common import attention, selection
-from common.adapters.base import Application, SequenceAdapter, Stream, run_all
+from common.adapters.base import Application, SequenceAdapter, Stream, padded_first, run_all
 from common.adapters.causal_lm_book import Book, Entries, in_order, visible
-from common.adapters.vlm_attention import NAME, Recorder, record
-from common.adapters.vlm_parts import padded_first
+from common.adapters.recording import NAME, Recorder, record
 from common.errors import PrunelabError
 from common.roles import Signals, TokenPruner
 from common.types import Gather, ModelInfo, Plan, Site, take

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from common import attention
-from common.adapters.base import Application, Stream, run_all
-from common.adapters.vlm_attention import record
+from common.adapters.base import Application, Stream, padded_first, run_all
+from common.adapters.recording import record
 from common.adapters.vlm_encoder import TOWER, VisionSide
-from common.adapters.vlm_parts import SHOWN, Held, Pass, Prompt, closed, following, heaviest, padded_first
+from common.adapters.vlm_parts import SHOWN, Held, Pass, Prompt, closed, following, heaviest
 from common.errors import PrunelabError
 from common.roles import Signals, TokenPruner
 from common.types import ModelInfo, Plan, Site

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common import attention
 from common.adapters.base import Application, SequenceAdapter, Stream
-from common.adapters.vlm_attention import Recorder
+from common.adapters.recording import Recorder
 from common.adapters.vlm_parts import Encoded, Span, closed, following, spliced, with_newlines
 from common.errors import PrunelabError
 from common.roles import Signals

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.adapters.vlm_attention import Recorder
+from common.adapters.recording import Recorder
 from common.errors import PrunelabError
 from common.types import Gather, Mix
 
@@ -169,18 +169,6 @@ def spliced(words: Tensor, rows: Tensor, spans: Sequence[Span], device: torch.de
         places += [words[before:cut].to(rows.device), stand]
         before = cut
     return torch.cat([*pieces, rows[before:]]), torch.cat([*places, words[before:].to(rows.device)])
-
-
-def padded_first(reduce: Gather | Mix) -> Gather | Mix:
-    """The same outputs in the same order, but with those that do not count in front: the last one is then last in
-    every sample, which is where `generate` reads the next token."""
-    if reduce.valid is None:
-        return reduce
-    order = reduce.valid.int().argsort(dim=1, stable=True)
-    valid = reduce.valid.gather(1, order)
-    if isinstance(reduce, Gather):
-        return Gather(reduce.index.gather(1, order), valid)
-    return replace(reduce, target=order.argsort(1).gather(1, reduce.target), valid=valid)
 
 
 def heaviest(reduce: Gather | Mix, units: int) -> Tensor:

@@ -128,6 +128,10 @@ def info(family: str) -> ModelInfo:
     return adapter_for(FAMILIES[family]()).info
 
 
+# What methods may ask for besides the model, in its simplest form.
+SERVICES: Mapping[str, Any] = {"frame_scores": torch.ones}
+
+
 @cache
 def _adapter(family: str) -> Any:
     return adapter_for(FAMILIES[family]())
@@ -144,10 +148,10 @@ def usable(method: TokenPruner, family: str) -> bool:
 
 
 def applied(method: TokenPruner, model: nn.Module, budget: Budget | float, **options: Any) -> Any:
-    """`apply`, with learned parts drawn at random where the method has some."""
+    """`apply`, with learned parts drawn at random where the method has some, and with services."""
     torch.manual_seed(1)
     parts = method.build(adapter_for(model).info)
-    return apply(method, model, budget, parts=None if parts is None else parts.eval(), **options)
+    return apply(method, model, budget, parts=None if parts is None else parts.eval(), services=SERVICES, **options)
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from common.errors import PrunelabError
 from common.roles import TokenPruner
 from common.types import Budget, Gather, Site
 from methods.random_drop.method import RandomDrop
-from tests.contract.families import FAMILIES, applied, images, info, output, usable
+from tests.contract.families import FAMILIES, SERVICES, applied, images, info, output, usable
 from tests.contract.references import NormTokens, build, invariant, signals, vit
 
 EXTRA = (  # settings that bring a method to families its default does not reach
@@ -47,7 +47,7 @@ def site_of(method: TokenPruner, given) -> Site:
 
 
 def plan(method: TokenPruner, given, budget: Budget):
-    given.parts = _parts(method, replace(given.info, depth=6))
+    given.parts, given.services = _parts(method, replace(given.info, depth=6)), SERVICES
     return method.plan(site_of(method, given.info), given, budget)
 
 
@@ -242,7 +242,7 @@ def test_bfloat16_is_finite(method, family):
     torch.manual_seed(0)
     parts = method.build(info(family))
     parts = None if parts is None else parts.eval().bfloat16()
-    with torch.no_grad(), apply(method, model, 0.5, parts=parts):
+    with torch.no_grad(), apply(method, model, 0.5, parts=parts, services=SERVICES):
         assert torch.isfinite(output(model, x).float()).all()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.adapters import adapter_for
-from common.adapters.vlm_attention import NAME, record
+from common.adapters.recording import NAME, record
 from common.adapters.vlm_parts import closed, with_newlines
 from common.apply import apply
 from common.errors import PrunelabError

@@ -7,6 +7,7 @@ import torch
 
 from common.apply import apply
 from common.errors import PrunelabError
+from tests.contract.families import SERVICES
 from tests.contract.support import pruners, table, verdict
 from tests.contract.vlms import VLMS, images, prompt, typed, vlm
 
@@ -18,7 +19,7 @@ def test_the_verdict_is_what_happens(family):
     for method in pruners():
         said = verdict(method, family)
         if said == "yes":
-            with torch.no_grad(), apply(method, model, 0.5):
+            with torch.no_grad(), apply(method, model, 0.5, services=SERVICES):
                 assert model(**given).logits.shape[1] < given["input_ids"].shape[1]
         else:
             with pytest.raises(PrunelabError) as refused, apply(method, model, 0.5):
