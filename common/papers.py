@@ -52,6 +52,7 @@ class Column(_Strict):
     metric: str = ""
     data: str | None = None
     model: str | None = None  # where columns are models; else that of the row or table
+    configuration: str | None = None  # where columns are settings of a method; else that of the row
     settings: dict[str, Any] = Field(default_factory=dict)
     scales: tuple[str, ...] = ("paper", "testbed")
     tolerance: float = 0.0  # half a unit of the printed figure, or the sampling error of the paper's own data set
@@ -145,9 +146,14 @@ class Paper(_Strict):
         known = {"dense", *self.configurations}
         for table in self.tables:
             for name in table.rows:
-                used = table.row(name).configuration
+                row = table.row(name)
+                for used in (row.configuration, *(column.configuration for column in row.columns.values())):
+                    if used is not None and used not in known:
+                        raise ValueError(f"table '{table.name}', row '{name}' names the unknown configuration '{used}'")
+            for name, column in table.columns.items():
+                used = column.configuration
                 if used is not None and used not in known:
-                    raise ValueError(f"table '{table.name}', row '{name}' names the unknown configuration '{used}'")
+                    raise ValueError(f"table '{table.name}', column '{name}' names the unknown configuration '{used}'")
         for board in self.boards:
             for used in (*board.entries.values(), board.baseline):
                 if used not in known:
@@ -370,7 +376,8 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
         row = table.row(number.row)
         column = row.columns.get(number.column) or table.columns.get(number.column) or table.columns.get("*")
         needs = row.needs or (column.needs if column else table.needs)
-        if needs is None and (column is None or (row.configuration is None and column.kind != "function")):
+        chosen = (column.configuration if column else None) or row.configuration
+        if needs is None and (column is None or (chosen is None and column.kind != "function")):
             raise PrunelabError(
                 f"methods/{slug}/paper.yaml does not say how '{number.table}', row '{number.row}', column"
                 f" '{number.column}' is run; add it, or say under `needs` what it takes"
@@ -396,7 +403,7 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
                     column.kind,
                     scale,
                     config,
-                    paper.configuration(row.configuration or "dense"),
+                    paper.configuration(chosen or "dense"),
                     model=column.model or row.model or table.model,
                     data=column.data,
                     budget=row.budget,

@@ -1,24 +1,32 @@
-"""Accuracy of a language model, pruned or not, on the tasks of lm-evaluation-harness (the extra `evaluation`)."""
+"""Scores of a language model, its weights, cache or tokens pruned or not, on the tasks of lm-evaluation-harness (the
+extra `evaluation`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from common import models
+from common import caches, models, registry
+from common.apply import apply
 from common.errors import PrunelabError
 from common.papers import Run
+from common.roles import CachePruner, WeightPruner
 from common.tasks.perplexity import prune, sizes
+from common.types import Budget
 
 BATCH = 8
+SHARES = ("acc", "acc_norm", "exact_match")  # metrics between 0 and 1, beside LongBench's, which end in `_score`
 
 
 def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics in percent, named as the harness names them: `boolq acc`, `piqa acc_norm`, `gsm8k exact_match,
-    strict-match` and so on, with its standard errors; `average`, the mean of those that the setting `average` lists;
-    and what `sizes` finds.
+    strict-match`, `longbench_trec classification_score` and so on, with its standard errors; `average`, the mean of
+    those that the setting `average` lists; and what `sizes` finds.
+
+    What prunes caches or tokens acts while the model generates; tasks that only compare likelihoods use no cache.
 
     Settings: `tasks`; `shots`, worked examples in each prompt (those of the task's own definition); `limit`, questions
     of each task (all); `batch`; `length` and `calibration` of the calibration set; `seed`.
@@ -27,17 +35,24 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     model, tokenizer = models.language(run.ids["model"], config)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     out, calibrated = sizes(model), ""
+    context: Any = nullcontext()
     if run.method is not None:
-        report, calibrated = prune(run, config, model, tokenizer)
-        out = sizes(model, report)
+        method = registry.create(run.method, **run.options)
+        if isinstance(method, WeightPruner):
+            report, calibrated = prune(run, config, model, tokenizer)
+            out = sizes(model, report)
+        else:
+            put_to_work = caches.applied if isinstance(method, CachePruner) else apply
+            context = put_to_work(method, model, Budget.parse(str(run.budget)), seed=int(run.settings.get("seed", 0)))  # type: ignore[arg-type]
     asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=int(run.settings.get("batch", BATCH)))
-    found = lm_eval.simple_evaluate(
-        model=asked,
-        tasks=list(run.settings["tasks"]),
-        num_fewshot=run.settings.get("shots"),
-        limit=run.settings.get("limit"),
-        log_samples=False,
-    )
+    with context:
+        found = lm_eval.simple_evaluate(
+            model=asked,
+            tasks=list(run.settings["tasks"]),
+            num_fewshot=run.settings.get("shots"),
+            limit=run.settings.get("limit"),
+            log_samples=False,
+        )
     measured = percentages(found["results"])
     protocol = "; ".join(part for part in (f"lm-evaluation-harness {lm_eval.__version__}", calibrated) if part)
     for metric in measured.values():
@@ -66,7 +81,7 @@ def percentages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for task, metrics in results.items():
         for key, value in metrics.items():
             metric, _, chosen = key.partition(",")
-            if metric not in ("acc", "acc_norm", "exact_match"):
+            if metric not in SHARES and not metric.endswith("_score"):
                 continue
             name = f"{task} {metric}" + ("" if chosen in ("", "none") else f",{chosen}")
             found[name] = {"value": round(100 * float(value), 4)}

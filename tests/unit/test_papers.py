@@ -138,6 +138,8 @@ def test_paper_records_of_older_sources_are_stale_and_not_rerun(tmp_path, monkey
 
 BROKEN = [
     ("tables:\n  - {name: T, rows: {a: nobody}}", "unknown configuration"),
+    ("tables:\n  - {name: T, columns: {c: {configuration: nobody}}}", "column 'c' names the unknown configuration"),
+    ("tables:\n  - {name: T, rows: {a: {columns: {c: {configuration: nobody}}}}}", "row 'a' names the unknown"),
     ("colour: red", "colour"),
     ("tables: [", "not valid YAML"),
 ]
@@ -258,3 +260,11 @@ def test_every_board_of_a_weight_paper_has_the_unpruned_model_and_chance_or_a_ri
         boards = papers.load(slug).boards
         assert {"perplexity", "accuracy"} <= {board.metric for board in boards}, slug
         assert all(len(board.entries) >= 2 for board in boards if board.kind == "perplexity"), slug
+
+
+def test_columns_may_be_settings_of_a_method():
+    cells = {(c.reported.row, c.reported.column): c.runs["paper"] for c in papers.cells("mustafar", SETTINGS)}
+    sparse, dense = cells["Mustafar (Llama-3-8B)", "K70 V0"], cells["Llama-3-8B dense", "K0 V0"]
+    assert sparse.options == {"keys": 0.7, "values": 0.0} and dense.method is None
+    assert sparse.ids["model"] == dense.ids["model"] and "licence" in sparse.needs
+    assert len(sparse.settings["tasks"]) == len(sparse.settings["average"]) == 16

@@ -20,6 +20,7 @@ RESULTS = {  # as the harness gives them: a name of the task among metrics, erro
     "boolq": {"alias": "boolq", "acc,none": 0.75, "acc_stderr,none": 0.01},
     "piqa": {"acc,none": 0.5, "acc_stderr,none": "N/A", "acc_norm,none": 0.625, "acc_norm_stderr,none": 0.02},
     "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.012},
+    "longbench_trec": {"classification_score,none": 0.5, "classification_score_stderr,none": 0.05},
     "wikitext": {"word_perplexity,none": 9.0, "word_perplexity_stderr,none": "N/A"},
 }
 
@@ -41,6 +42,7 @@ def harness(monkeypatch):
         use_cache=None, limit=None, bootstrap_iters=100000, check_integrity=False, write_out=False, log_samples=True,
     ):  # fmt: skip
         calls.append({"model": model, "tasks": tasks, "num_fewshot": num_fewshot, "limit": limit})
+        calls[-1]["at work"] = getattr(model.model, "_prunelab_method", None)
         return {"results": RESULTS, "configs": {}}
 
     stub, wrappers, wrapper = (ModuleType(f"lm_eval{part}") for part in ("", ".models", ".models.huggingface"))
@@ -71,6 +73,7 @@ def test_accuracies_come_back_as_percent_with_their_average(harness, tiny):
     assert found["boolq acc"]["value"] == 75 and found["boolq acc"]["stderr"] == 1
     assert found["piqa acc_norm"]["value"] == 62.5 and "stderr" not in found["piqa acc"]
     assert found["gsm8k exact_match,strict-match"]["value"] == 25
+    assert found["longbench_trec classification_score"]["value"] == 50
     assert found["average"]["value"] == 68.75
     assert not any("perplexity" in name or "alias" in name for name in found)
     assert all(found[name]["protocol"] == "lm-evaluation-harness 0.4.13" for name in ("boolq acc", "average"))
@@ -85,6 +88,15 @@ def test_the_harness_gets_the_pruned_model(harness, tiny):
     assert sum(int(p.count_nonzero()) for p in harness[0]["model"].model.parameters()) < before
     assert found["sparsity"]["value"] == pytest.approx(50)
     assert found["boolq acc"]["protocol"].endswith("calibrated on 3 of 6 tokens (stories)")
+
+
+def test_caches_and_tokens_are_pruned_while_the_harness_asks(harness, tiny):
+    zero_shot.execute(run("snapkv", "0.5"), {})
+    zero_shot.execute(run(), {})
+    assert [call["at work"] for call in harness] == ["snapkv", None]
+    assert not hasattr(tiny, "_prunelab_method")
+    with pytest.raises(PrunelabError, match="not applied to a running model"):
+        zero_shot.execute(run("lexrank", "0.5"), {})
 
 
 def test_a_metric_that_the_harness_lacks_is_named(harness, tiny):
