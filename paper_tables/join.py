@@ -102,6 +102,11 @@ class BoardTable:
     cost: str  # in words
     points: tuple[Point, ...]
 
+    @property
+    def costed(self) -> bool:
+        """Whether any point has a cost; samplers and decoders have none beside their metric."""
+        return any(p.cost is not None for p in self.points)
+
 
 class Records:
     """Verified run records of one results folder."""

@@ -245,15 +245,15 @@ def board_markdown(slug: str, board: BoardTable) -> str:
         value = shown(p.value, 2) if p.value.value is not None else f"– {notes(p.value.status)}"
         value += f" {notes(p.value.protocol)}" if p.value.protocol else ""
         saving = "–" if p.saving is None else f"{p.saving:.1f} %"
-        macs = "–" if p.cost is None else cost(p.cost)
-        rows.append([_md(p.entry), p.budget or "none", value, macs, saving, gap(p.difference, p.interval)])
-    difference = f"difference to {_md(board.points[0].entry)}"
-    header = ["method", "budget", _md(board.metric), _md(board.cost), "saved", difference]
+        spent = ["–" if p.cost is None else cost(p.cost), saving] if board.costed else []
+        rows.append([_md(p.entry), p.budget or "none", value, *spent, gap(p.difference, p.interval)])
+    costs = [_md(board.cost), "saved"] if board.costed else []
+    header = ["method", "budget", _md(board.metric), *costs, f"difference to {_md(board.points[0].entry)}"]
     legend = ["± is the 95 % half width; differences are paired over the same samples."]
     listed = [f"{i}. {_md(text)}" for i, text in enumerate(notes.texts, 1)]
     scale = board.scale if board.scale == "analytic" else f"{board.scale} scale"
     head = [f"# {_md(slug)}: {_md(board.name)}, {scale}", _md(board.caption)]
-    return _page(head, _grid(header, [False, False, True, True, True, True], rows), legend, listed)
+    return _page(head, _grid(header, [False, False] + [True] * (len(header) - 2), rows), legend, listed)
 
 
 def gap(difference: float | None, interval: float | None) -> str:
