@@ -46,7 +46,7 @@ def test_pooling_alone_is_the_models_own():
     with torch.no_grad():
         dense = model(**given).logits
         with apply(AIM(pool=2), model, 1.0):
-            assert torch.allclose(model(**given).logits, dense, atol=1e-5)
+            assert torch.allclose(model(**given).logits, dense, atol=5e-5)
 
 
 def test_frames_are_merged_apart():
@@ -64,7 +64,7 @@ def test_frames_are_merged_apart():
     )
     with torch.no_grad():
         want = model.lm_head(model.model.language_model(inputs_embeds=sequence).last_hidden_state)
-    assert torch.allclose(output.logits[:1], want, atol=1e-5)
+    assert torch.allclose(output.logits[:1], want, atol=5e-5)
 
 
 # -- the random walk and the schedule ----------------------------------------------------------------------------------

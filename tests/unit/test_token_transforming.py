@@ -17,6 +17,7 @@ from common.roles import TokenPruner
 from common.selection import bipartite_matching
 from common.types import Budget, Gather, Mix, Plan, Site
 from methods.token_transforming.method import TokenTransforming, cosine, expand, mass, transforming_matrix
+from tests.contract.families import SERVICES
 from tests.contract.references import images, signals, vit
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden/tome").glob("bsm_*.npz"))
@@ -36,6 +37,7 @@ def reducers() -> list[TokenPruner]:
 def dense(method: TokenPruner, budget: Budget, **shape: int) -> tuple[Plan, torch.Tensor]:
     """A plan on synthetic signals and its matrix."""
     given_signals, _ = signals(**shape)
+    given_signals.services = SERVICES
     plan = method.plan(method.sites(given_signals.info)[0], given_signals, budget)
     return plan, plan.reduce.matrix(given_signals.prunable.shape[1])
 
@@ -62,6 +64,8 @@ def test_every_reducer_is_a_matrix_product(method, ratio):
 @pytest.mark.parametrize("method", reducers(), ids=lambda m: m.name)
 def test_the_three_forms_of_the_matrix(method):
     """Pruning: one-hot rows. Merging: disjoint rows. Transforming: a token in several rows."""
+    if method.sites(signals()[0].info)[0].where == "projected":
+        pytest.skip("before a language model maps are also resized, and merging may drop tokens")
     plan, matrix = dense(method, Budget(0.6), patches=20)
     uses = (matrix > 0).sum(1)  # [B, N] outputs a token contributes to
     if method.name == "token_transforming":
