@@ -323,7 +323,8 @@ def test_a_process_killed_within_a_block_loses_that_block_alone(method, step, le
 
 def test_a_folder_of_a_run_killed_before_it_began_is_taken(tmp_path):
     (tmp_path / "run.part").write_text("{")
-    prune(Wanda(), language_model(), 0.5, token_ids(), folder=tmp_path, progress=False)
+    plan = prune(Wanda(), language_model(), 0.5, token_ids(), folder=tmp_path, progress=False)
+    assert plan.report.sparsity == pytest.approx(0.5) and (tmp_path / "run.json").exists()
 
 
 @pytest.mark.parametrize("method", [SparseGPT(), FLAP()], ids=lambda m: m.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -116,3 +117,12 @@ def test_a_mistake_is_one_line_before_work(tmp_path, extra, message):
     assert message in output
     assert "Traceback" not in output
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_training_is_a_step_of_its_own(tmp_path):
+    """It can be asked for by its result, and the tables never start it."""
+    wanted = str(tmp_path / "training" / "digits_vim_decay" / "training.json")
+    for target, expected in ((wanted, True), ("paper_tables", False)):
+        command = [sys.executable, "-m", "snakemake", "-n", target, "--config", f"results={tmp_path}", "scale=smoke"]
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
+        assert bool(re.search(r"(?m)^ training +1 *$", done.stdout + done.stderr)) == expected
