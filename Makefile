@@ -3,13 +3,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: paper_tables test lint lock clean
+.PHONY: paper_tables test test-faults test-cluster lint lock clean
 
 paper_tables: $(READY)
 	$(BIN)/snakemake paper_tables
 
 test: $(READY) lint
 	$(BIN)/pytest -n 2 --dist loadscope
+
+# Kills, full disks, damaged files and clocks that jump, against the workflow at smoke scale; a quarter of an hour.
+test-faults: $(READY)
+	$(BIN)/pytest -s tests/faults
+
+# The Slurm profile on a Slurm of one node that the tests start and stop (Debian: slurm-wlm and munge), and a dry run of
+# the Kubernetes profile; what cannot be installed is skipped with the reason.
+test-cluster: $(READY)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[slurm,kubernetes]"
+	$(BIN)/pytest -rs tests/cluster
 
 lint: $(READY)
 	$(BIN)/ruff check .

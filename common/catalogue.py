@@ -12,16 +12,23 @@ from typing import Any
 
 import yaml
 
+from common import entries, hub
 from common.errors import PrunelabError
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALES = ("smoke", "testbed", "assets", "paper")
+DESCRIPTIVE = ("needs", "gb", "gated", "gpus", "size", "settings")  # keys of an entry that say nothing of its content
 KEYS = ("papers", "scale", "results", "batch", "gpu")  # settings that are no folders of the user's
 
 
 @cache
 def _read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "configs" / name).read_text())
+    path = ROOT / "configs" / name
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf8"))
+    except yaml.YAMLError as error:
+        raise PrunelabError(f"configs/{name} is not valid YAML: {str(error).splitlines()[0]}") from None
+    return content if name == "default.yaml" else dict(entries.check(name, content))
 
 
 def pairs(items: Iterable[str]) -> dict[str, Any]:
@@ -92,14 +99,38 @@ def missing(model_name: str | None, data_name: str | None, scale: str, config: M
     return "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or None
 
 
+def models() -> dict[str, Any]:
+    """Every model's entry by name."""
+    return _read("models.yaml")
+
+
+def datasets() -> dict[str, Any]:
+    """Every data set's entry by name."""
+    return _read("datasets.yaml")
+
+
+def of_tasks(tasks: Iterable[str]) -> list[str]:
+    """The data sets that tasks of lm-evaluation-harness read: those whose `tasks` name them, or how they begin."""
+    wanted = list(tasks)
+    return [
+        name
+        for name, entry in datasets().items()
+        for begins in [tuple(f"{task}_" for task in entry.get("paper", {}).get("tasks", ()))]
+        if begins and any(f"{task}_".startswith(begins) for task in wanted)
+    ]
+
+
 def _data_missing(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if "setting" in entry and not config.get(entry["setting"]):
         return str(entry["needs"])
     if "folder" in entry and not (Path(config["assets"] or "/nonexistent") / entry["folder"]).exists():
         return f"the assets folder with {entry['folder']} (--config assets=DIR)"
-    if "hub" in entry and "revision" not in entry:
-        return f"a pinned revision of {entry['hub']} in configs/datasets.yaml (revision: COMMIT)"
-    return ""
+    return _hub_missing(entry, "dataset", config) if "hub" in entry else ""
+
+
+def _hub_missing(entry: Mapping[str, Any], kind: hub.Kind, config: Mapping[str, Any]) -> str:
+    lacking = hub.missing(entry, kind, config)
+    return f"{entry['needs']} and {lacking}" if lacking and "needs" in entry else lacking
 
 
 def _model_missing(entry: Any, scale: str, config: Mapping[str, Any]) -> str:
@@ -110,10 +141,8 @@ def _model_missing(entry: Any, scale: str, config: Mapping[str, Any]) -> str:
     if "file" in entry and "hub" not in entry:
         if not (Path(config["checkpoints"] or "/nonexistent") / entry["file"]).exists():
             return f"{entry['file']} from {entry['source']} in the checkpoints folder (--config checkpoints=DIR)"
-    elif "revision" not in entry:
-        pinned = f"a pinned revision of {entry['hub']} in configs/models.yaml (revision: COMMIT)"
-        return f"{entry['needs']} and {pinned}" if "needs" in entry else pinned
-    return ""
+        return ""
+    return _hub_missing(entry, "model", config)
 
 
 def identity(model_name: str | None, data_name: str | None, scale: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,19 +154,44 @@ def identity(model_name: str | None, data_name: str | None, scale: str, config: 
         if scale == "testbed":
             out["model"] = {"testbed": entry, "sha256": _testbed_hash(str(entry))}
         elif scale == "assets":
-            out["model"] = {"assets": entry, "sha256": _assets_hash(config, str(entry))}
+            given = {"folder": entry} if isinstance(entry, str) else dict(entry or {})
+            folder = given.pop("folder")
+            out["model"] = {"assets": folder, **given, "sha256": _assets_hash(config, folder)}
+            if "file" in given:
+                out["model"]["architecture"] = model(model_name)["architecture"]
         else:
-            out["model"] = {key: value for key, value in (entry or {}).items() if key != "needs"}
+            out["model"] = _content(entry or {}, "model", config)
             if "file" in out["model"]:
                 out["model"]["architecture"] = model(model_name)["architecture"]
     if data_name is not None:
-        out["data"] = {key: value for key, value in dataset(data_name)[scale].items() if key != "settings"}
+        out["data"] = _content(dataset(data_name)[scale], "dataset", config)
         for package in out["data"].get("packages", ()):  # data cut from installed packages change with their versions
             out["data"].setdefault("versions", {})[package] = importlib.metadata.version(package)
         if scale == "assets":  # folders that several data sets share name theirs as `listed`
             listed = out["data"].pop("listed", out["data"]["folder"])
             out["data"] = {**out["data"], "sha256": _assets_hash(config, listed)}
     return out
+
+
+def moved(ids: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether weights or data that an identity names by their content are others today, or are not here."""
+    if "testbed" in ids:
+        return not _training(ids["testbed"]).exists() or _testbed_hash(str(ids["testbed"])) != ids.get("sha256")
+    if "assets" in ids or "folder" in ids:
+        if not config["assets"]:
+            raise PrunelabError("this run reads an assets folder; give --config assets=DIR")
+        return ids.get("sha256") not in {*_assets_catalogue(str(config["assets"])).values(), "unlisted"}
+    if "local" in ids:
+        kind: hub.Kind = "dataset" if "loader" in ids else "model"
+        return hub.identity(ids, kind, config) != {"local": ids["local"]}
+    versions = ids.get("versions", {})
+    return any(importlib.metadata.version(package) != version for package, version in versions.items())
+
+
+def _content(entry: Mapping[str, Any], kind: hub.Kind, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an entry says of the content itself, and not of how to come by it."""
+    kept = {key: value for key, value in entry.items() if key not in DESCRIPTIVE}
+    return {**kept, **hub.identity(entry, kind, config)} if "hub" in kept else kept
 
 
 def _training(testbed: str) -> Path:
@@ -149,7 +203,10 @@ def _testbed_hash(name: str) -> str:
     path = _training(name)
     if not path.exists():
         raise PrunelabError(f"the testbed {name} has no trained weights; run `python -m common train {name}`")
-    return str(json.loads(path.read_text())["sha256"])
+    try:
+        return str(json.loads(path.read_text())["sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise PrunelabError(f"{path} is damaged; restore it or run `python -m common train {name}`") from None
 
 
 def _assets_hash(config: Mapping[str, Any], entry: str) -> str:
@@ -161,4 +218,7 @@ def _assets_catalogue(folder: str) -> dict[str, str]:
     path = Path(folder) / "catalogue.json"
     if not path.exists():
         return {}
-    return {entry["name"]: entry["sha256"] for entry in json.loads(path.read_text())}
+    try:
+        return {str(entry["name"]): str(entry["sha256"]) for entry in json.loads(path.read_text(encoding="utf8"))}
+    except (ValueError, KeyError, TypeError):
+        raise PrunelabError(f"{path} is damaged; fetch the assets folder again") from None

@@ -97,21 +97,27 @@ def cost(
 @app.command()
 def apply(
     method: str,
-    file: Annotated[Path, typer.Argument(help="an image (PNG, JPEG) or a text file of your own")],
+    file: Annotated[Path, typer.Argument(help="an image, a video (MP4, WebM, GIF ...) or a text file of your own")],
     budget: Annotated[
         str, typer.Argument(help="0.7 or 0.9,0.8,0.7 for an image; 3count, 100words or 665bytes for a text")
     ],
     out: Annotated[Path | None, typer.Option(help="where the picture goes; default: beside the file")] = None,
-    model: Annotated[str, typer.Option(help="a testbed, an assets checkpoint, or a timm model")] = "digits_vit",
+    model: Annotated[
+        str, typer.Option(help="a testbed, an assets checkpoint, a timm model, or a folder in the hub's layout")
+    ] = "digits_vit",
+    question: Annotated[str, typer.Option(help="what to ask an image or video language model")] = "",
+    frames: Annotated[int, typer.Option(help="taken of a video, at even distances")] = 16,
     weights: Annotated[Path | None, typer.Option(help="safetensors file for the model")] = None,
     options: Options = None,
     config: Settings = None,
 ) -> None:
-    """Apply a method to an image or a text of your own and see what it keeps."""
+    """Apply a method to an image, a video or a text of your own and see what it keeps."""
     from common import demo
 
     values = catalogue.settings(catalogue.pairs(config or []))
-    demo.run(method, file, budget, out, model, weights, catalogue.pairs(options or []), values, console)
+    demo.run(
+        method, file, budget, out, model, weights, question, frames, catalogue.pairs(options or []), values, console
+    )
 
 
 @app.command()
@@ -161,21 +167,29 @@ def run(
 @app.command("run-records", hidden=True)
 def run_records(addresses: list[str], config: Settings = None) -> None:
     """Make the records of these addresses (the workflow's entry point). One that fails does not stop the others."""
-    from common import runner
+    import traceback
+
+    from common import devices, runner
 
     values = catalogue.settings(catalogue.pairs(config or []))
     jobs = papers.jobs(values)
-    failures = []
-    for address in addresses:
-        if address not in jobs:
-            failures.append(f"no run has the address {address}; the sources changed meanwhile, start again")
-            continue
-        try:
-            runner.execute(jobs[address], values)
-        except PrunelabError as error:
-            failures.append(f"run {address} ({jobs[address].method or 'unpruned'}): {error}")
+    failures: dict[str, list[str]] = {}  # what went wrong -> in which runs
+    unknown = [address for address in addresses if address not in jobs]
+    if unknown:
+        failures["the sources changed meanwhile; start again"] = unknown
+    wanted = [(address, jobs[address]) for address in addresses if address in jobs]
+    with devices.claim(devices.needed([run for _, run in wanted])):
+        for address, run in wanted:
+            name = f"{address} ({run.method or 'unpruned'})"
+            try:
+                runner.execute(run, values)
+            except PrunelabError as error:
+                failures.setdefault(str(error), []).append(name)
+            except Exception as error:  # a defect: its traceback is wanted, and so are the records of the others
+                traceback.print_exc()
+                failures.setdefault(f"{type(error).__name__}: {error}", []).append(name)
     if failures:
-        raise PrunelabError("; ".join(failures))
+        raise PrunelabError("; ".join(f"run {', '.join(runs)}: {reason}" for reason, runs in failures.items()))
 
 
 @app.command()
@@ -219,10 +233,52 @@ def train(
     testbeds.train(testbed, out, seed=seed, threads=threads)
 
 
+@app.command()
+def prefetch(
+    papers_: Annotated[str, typer.Option("--papers", help="slugs, such as wanda,flap; default: all")] = "",
+    scale: Annotated[str, typer.Option(help="paper: from the hub; assets: check the assets folder")] = "paper",
+    yes: Annotated[bool, typer.Option("--yes", help="start without asking")] = False,
+    lock: Annotated[bool, typer.Option("--lock", help="ask the hub for what is not locked yet, and lock it")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="only tell what would be downloaded")] = False,
+    config: Settings = None,
+) -> None:
+    """Download and check what the tables of some papers read, to run offline. Tells size and licences first."""
+    from common import assets, prefetch
+
+    given = {"papers": papers_} if papers_ else {}
+    values = catalogue.settings({**catalogue.pairs(config or []), **given})
+    if scale == "assets":
+        assets.verify(values, console)
+    elif scale == "paper":
+        prefetch.run(values, console, lock=lock, yes=yes, dry=dry)
+    else:
+        raise PrunelabError(f"nothing is prefetched at the scale '{scale}'; use paper or assets")
+
+
+@app.command()
+def replay(
+    record: Annotated[Path, typer.Argument(help="a JSON file of results/records")],
+    tolerance: Annotated[
+        float, typer.Option(help="relative difference that passes where versions, machine or device are others")
+    ] = 1e-3,
+    force: Annotated[
+        bool, typer.Option("--force", help="also where the sources are no longer those of the record")
+    ] = False,
+    config: Settings = None,
+) -> None:
+    """Run again exactly what a record tells of, and compare every metric; exit code 1 where one is off."""
+    from common import replay
+
+    values = catalogue.settings(catalogue.pairs(config or []))
+    if not replay.run(record, values, console, tolerance=tolerance, force=force):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: a mistake in the input is one line and exit code 2, never a traceback."""
     try:
-        app(standalone_mode=False)
+        if code := app(standalone_mode=False):  # of a typer.Exit; commands themselves return nothing
+            sys.exit(code)
     except PrunelabError as error:
         sys.exit(_complain(error))
     except (typer.Exit, typer.Abort) as stop:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from torch import Tensor
 
-from common import models, provenance, registry
+from common import demo_questions, models, provenance, registry
 from common.apply import apply
 from common.data import images
 from common.errors import PrunelabError
@@ -28,18 +28,29 @@ def run(
     out: Path | None,
     model: str,
     weights: Path | None,
+    question: str,
+    frames: int,
     options: Mapping[str, Any],
     config: Mapping[str, Any],
     console: Console,
 ) -> None:
-    """Dispatch by role; prints the outcome and writes a picture or a text beside the file (or at `out`)."""
+    """Dispatch by role and model; prints the outcome and writes a picture or a text beside the file (or at `out`)."""
     chosen, limit = registry.create(method, **options), Budget.parse(budget)
     if not file.is_file():
-        raise PrunelabError(f"the file {file} does not exist; give an image or a text file")
+        raise PrunelabError(f"the file {file} does not exist; give an image, a video or a text file")
     if isinstance(chosen, Ranker):
         _text(chosen, file, limit, out, console)
     elif isinstance(chosen, TokenPruner):
-        _image(chosen, file, limit, out or file.with_suffix(".pruned.png"), model, weights, config, console)
+        picture = out or file.with_suffix(".pruned.png")
+        if demo_questions.answers(model):
+            demo_questions.run(chosen, file, limit, picture, model, question, frames, config, console)
+            return
+        if question:
+            raise PrunelabError(
+                f"{model} answers no questions; use --model digits_qa, digits_video_qa or a folder of an image or video"
+                " language model, or leave --question out"
+            )
+        _image(chosen, file, limit, picture, model, weights, config, console)
     else:
         raise PrunelabError(f"{method} is a {chosen.role}: it needs a model in code, see the README of its folder")
 

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common import catalogue, registry
+from common import catalogue, devices, hub, registry
 from common.adapters import adapter_for
 from common.apply import PARTS
 from common.errors import PrunelabError
+from common.files import inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,9 +24,22 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def architecture(entry: Mapping[str, Any]) -> nn.Module:
-    """The architecture on the meta device, without weights: enough for every cost that shapes decide."""
+    """The architecture on the meta device, without weights: enough for every cost that shapes decide. Its `dtype`, that
+    of the published checkpoint, decides the bytes of a cache."""
     with torch.device("meta"):
-        return _create(entry).eval()
+        model = _create(entry).eval()
+    return model.to(getattr(torch, entry["dtype"])) if "dtype" in entry else model
+
+
+def initialised(entry: Mapping[str, Any], device: str) -> nn.Module:
+    """The architecture on a device, in its `dtype`, with the random weights that its library starts training from."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, entry.get("dtype", "float32")))
+    try:
+        with torch.device(device):
+            return _create(entry).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _create(entry: Mapping[str, Any]) -> nn.Module:
@@ -101,13 +115,14 @@ def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Mod
 
         return testbeds.load(identity["testbed"])[0], None
     if "assets" in identity:
-        return _vit_tiny(Path(config["assets"]) / identity["assets"])
+        folder = inside(Path(config["assets"]), identity["assets"])
+        return _built(identity, inside(folder, identity["file"])) if "file" in identity else _vit_tiny(folder)
     if "file" in identity:
         return _official(identity, config)
     if "class" in identity:
-        return _transformers(identity["class"], identity["hub"], identity["revision"]), None
+        return _transformers(identity["class"], hub.folder(identity, "model", config)), None
     if "hub" in identity:
-        return _hub(f"{identity['hub']}@{identity['revision']}")
+        return _timm(hub.folder(identity, "model", config))
     raise PrunelabError(f"cannot load a model from {dict(identity)}; see configs/models.yaml")
 
 
@@ -124,46 +139,61 @@ def _vit_tiny(folder: Path) -> tuple[nn.Module, Transform]:
     return model, transform
 
 
-def _hub(name: str) -> tuple[nn.Module, Transform]:
+def _timm(folder: Path) -> tuple[nn.Module, Transform]:
+    """A checkpoint of timm in its hub layout; of safetensors alone, as timm would read pickles as well."""
     import timm
 
+    if not (folder / "model.safetensors").is_file():
+        raise PrunelabError(f"{folder} holds no model.safetensors; pickled weights are not read, convert them first")
     try:
-        model = timm.create_model(f"hf_hub:{name}", pretrained=True).eval()
-    except Exception as error:  # hub clients raise many kinds; all mean that the checkpoint is not to be had
-        raise PrunelabError(
-            f"the checkpoint {name} cannot be had ({type(error).__name__}); download it first"
-        ) from error
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception as error:  # a damaged file, an unknown architecture, other shapes: each its own kind of error
+        raise PrunelabError(f"{folder} cannot be loaded ({_first_line(error)}); download it again") from None
     return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 
 
-def _transformers(name: str, hub: str, revision: str) -> nn.Module:
+def _transformers(name: str, folder: Path) -> nn.Module:
     """A model of a class of transformers, such as a detector, whose data set brings its own transform."""
     import transformers
 
+    model: nn.Module = pretrained(getattr(transformers, name), folder, use_safetensors=True)
+    return model.eval()
+
+
+def pretrained(cls: Any, folder: Path, **options: Any) -> Any:
+    """`cls.from_pretrained(folder)` that reads local files alone and runs no code that comes with them.
+
+    Raises PrunelabError where files are missing or damaged, weights are pickled, or code of the folder is asked for.
+    """
     try:
-        model = getattr(transformers, name).from_pretrained(hub, revision=revision, use_safetensors=True)
-    except (OSError, ValueError) as error:  # what transformers raises for files that are missing or damaged
-        raise PrunelabError(
-            f"the checkpoint {hub} cannot be had ({str(error).splitlines()[0]}); download it first"
-        ) from error
-    loaded: nn.Module = model.eval()
-    return loaded
+        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # OSError, ValueError, SafetensorError and others, by what is wrong with the files
+        if "trust_remote_code" in str(error):
+            raise PrunelabError(
+                f"the model {folder} asks to run code that comes with it, which is never done; use a model of a class"
+                " that transformers has"
+            ) from None
+        raise PrunelabError(f"{folder} cannot be had ({_first_line(error)}); download it first") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _official(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Module, Transform | None]:
     """An official checkpoint of one of our own backbones, whose module reads it with `load_checkpoint(model, path)`."""
-    if "hub" in identity:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
+    path = (
+        hub.file(identity, "model", config)
+        if "hub" in identity
+        else inside(Path(config["checkpoints"]), identity["file"])
+    )
+    return _built(identity, path)
 
-        try:
-            path = Path(hf_hub_download(identity["hub"], identity["file"], revision=identity["revision"]))
-        except (HfHubHTTPError, OSError) as error:
-            raise PrunelabError(
-                f"{identity['file']} of {identity['hub']} cannot be had ({type(error).__name__}); download it first"
-            ) from error
-    else:
-        path = Path(config["checkpoints"]) / identity["file"]
+
+def _built(identity: Mapping[str, Any], path: Path) -> tuple[nn.Module, Transform | None]:
+    """One of our own backbones with the weights of a file."""
     model = _create(identity["architecture"])
     if "parts" in identity:  # a model trained with a method brings the method's learned parts
         model.add_module(PARTS, registry.create(identity["parts"]).build(adapter_for(model).info))
@@ -193,17 +223,37 @@ def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Pr
         mark = tokenizer.id_to_token(model.config.bos_token_id)  # type: ignore[union-attr,arg-type]
         return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=mark, eos_token=mark)
     if "assets" in identity:
-        name, options = Path(config["assets"]) / identity["assets"], {"local_files_only": True}
-        if not (name / "config.json").exists():
-            raise PrunelabError(f"{name} is missing; give --config assets=DIR a folder that holds {name.name}")
+        folder = inside(Path(config["assets"]), identity["assets"])
+        if not (folder / "config.json").exists():
+            raise PrunelabError(f"{folder} is missing; give --config assets=DIR a folder that holds {folder.name}")
     elif "hub" in identity:
-        name, options = identity["hub"], {"revision": identity["revision"]}
+        folder = hub.folder(identity, "model", config)
     else:
         raise PrunelabError(f"cannot load a language model from {dict(identity)}; see configs/models.yaml")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, **options)
-        return model.eval(), AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:  # what transformers raises for files that are missing or damaged
-        raise PrunelabError(
-            f"the language model {name} cannot be had ({str(error).splitlines()[0]}); download it first"
-        ) from error
+    model = pretrained(AutoModelForCausalLM, folder, dtype="auto", use_safetensors=True, **devices.spread())
+    return model.eval(), pretrained(AutoTokenizer, folder)
+
+
+def vision_language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """An image or video language model in eval mode and its processor: a testbed (whose samples come as the model reads
+    them, so that there is none), a folder in hub layout, one of the assets, or a hub checkpoint."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    importlib.import_module("common.backbones.llava_video")  # makes its class known to both
+
+    if "testbed" in identity:
+        from common import testbeds
+
+        return testbeds.load(identity["testbed"])[0], None
+    if "folder" in identity:
+        folder = Path(identity["folder"])
+    elif "assets" in identity:
+        folder = inside(Path(config["assets"]), identity["assets"])
+    elif "hub" in identity:
+        folder = hub.folder(identity, "model", config)
+    else:
+        raise PrunelabError(f"cannot load an image or video model from {dict(identity)}; see configs/models.yaml")
+    if not (folder / "config.json").exists():
+        raise PrunelabError(f"{folder} holds no config.json; give a folder in the hub's layout")
+    model = pretrained(AutoModelForImageTextToText, folder, dtype="auto", use_safetensors=True)
+    return model.eval(), pretrained(AutoProcessor, folder)

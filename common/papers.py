@@ -16,16 +16,24 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from common import catalogue, provenance
+from common import catalogue, hub, provenance
 from common.errors import PrunelabError
 
 ROOT = provenance.ROOT
 METHODS = ROOT / "methods"
 # Kinds that need no scale, and their status.
-ANYWHERE: Mapping[str, str] = {"macs": "analytic", "size": "analytic", "function": "measured"}
-ARCHITECTURE_ONLY = ("macs", "size", "latency")  # kinds that need no weights
-CALIBRATED = ("perplexity", "zero_shot")  # kinds whose methods see a calibration set, and maybe a model's base
-NEEDS: Mapping[str, tuple[str, str]] = {"latency": ("gpu", "a CUDA GPU (--profile configs/profiles/gpu)")}
+ANYWHERE: Mapping[str, str] = {
+    "macs": "analytic",
+    "prompt_macs": "analytic",
+    "size": "analytic",
+    "function": "measured",
+}
+_TOLD = ("entries", "needs", "names", "gpus")  # fields of a run that decide nothing of its outcome
+ARCHITECTURE_ONLY = ("macs", "prompt_macs", "size", "latency", "prefill")  # kinds that need no weights
+# Kinds whose methods see a calibration set, and maybe a model's base.
+CALIBRATED = ("perplexity", "zero_shot", "classify_weights")
+_GPU = ("gpu", "a CUDA GPU (--profile configs/profiles/gpu)")
+NEEDS: Mapping[str, tuple[str, str]] = {"latency": _GPU, "prefill": _GPU}
 SMOKE_SAMPLES = 32
 
 
@@ -43,6 +51,13 @@ class Configuration(_Strict):
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
+class Tolerance(_Strict):
+    """A tolerance stated by hand, with why what is computed (`paper_tables.tolerance`) does not fit."""
+
+    value: float = Field(gt=0)
+    because: str = Field(min_length=20)
+
+
 class Column(_Strict):
     """How the cells of a column are made: the kind of run, its data set, and the metric to show; `needs` says what it
     takes where nothing here can make them."""
@@ -55,7 +70,7 @@ class Column(_Strict):
     configuration: str | None = None  # where columns are settings of a method; else that of the row
     settings: dict[str, Any] = Field(default_factory=dict)
     scales: tuple[str, ...] = ("paper", "testbed")
-    tolerance: float = 0.0  # half a unit of the printed figure, or the sampling error of the paper's own data set
+    tolerance: Tolerance | None = None  # instead of the computed one
 
 
 class Row(_Strict):
@@ -187,6 +202,8 @@ class Run:
     """One job: everything that decides its outcome, resolved. `scale` is '' where the outcome has none.
 
     needs: what is not at hand here, in words. Such a run is no job, but a record made elsewhere is shown.
+    names: the catalogue's names of what it reads, as one of the tables that show it has them. gpus: how many its job
+    takes where it computes on GPUs.
     """
 
     kind: str
@@ -198,16 +215,24 @@ class Run:
     ids: Mapping[str, Any] = field(default_factory=dict)
     entries: tuple[str, ...] = ()
     needs: str = ""
+    names: tuple[tuple[hub.Kind, str], ...] = ()
+    gpus: int = 1
 
     @cached_property
     def identity(self) -> str:
         """Hash of what is run."""
-        return provenance.digest({k: v for k, v in asdict(self).items() if k not in ("entries", "needs")})[:20]
+        return provenance.digest({k: v for k, v in asdict(self).items() if k not in _TOLD})[:20]
 
     @cached_property
     def sources(self) -> str:
         """Hash of the code that runs it."""
         return provenance.sources(ROOT / entry for entry in self.entries)[:12]
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether it reads a folder of the user's in the place of a repository, of which nobody knows that it is the
+        published one."""
+        return any(isinstance(ids, Mapping) and "local" in ids for ids in self.ids.values())
 
     @property
     def address(self) -> str:
@@ -226,7 +251,7 @@ class Cell:
     reported: Reported
     metric: str
     status: Literal["analytic", "measured"]
-    tolerance: float
+    column: Column | None  # how it is made; None where nothing here can make it
     runs: Mapping[str, Run | str]
 
 
@@ -314,6 +339,7 @@ def resolve(
         return Run(kind, "", settings=settings, entries=(entries[0], module), ids=_data_files(module))
     setting, what = NEEDS.get(kind, ("", ""))
     needs = what if setting and not config[setting] else ""
+    named: list[tuple[hub.Kind, str]] = []
     # Names of the paper's models do not enter: two papers' models that share a stand-in share its runs.
     if kind in ARCHITECTURE_ONLY:
         assert model is not None
@@ -330,6 +356,13 @@ def resolve(
                 settings.pop("calibration", None)
             else:
                 used |= {"calibration": (None, calibration), "base": (catalogue.model(str(model)).get("base"), None)}
+        if kind in ("zero_shot", "visual_tasks"):  # their tasks bring their own data
+            used |= {f"data of {name}": (None, name) for name in catalogue.of_tasks(settings.get("tasks", ()))}
+        for of_model, of_data in used.values() if scale == "paper" else ():
+            if of_model:
+                named.append(("model", of_model))
+            if of_data:
+                named.append(("dataset", of_data))
         reasons = [catalogue.missing(*names, scale, config) for names in used.values()]
         lacking = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
         if lacking and (scale != "paper" or not all(catalogue.named(*names, scale) for names in used.values())):
@@ -338,7 +371,9 @@ def resolve(
         ids = {}
         for name, names in used.items():
             ids |= {name or key: value for key, value in catalogue.identity(*names, scale, config).items()}
-    return Run(kind, scale, configuration.method, configuration.options, budget, settings, ids, entries, needs)
+    gpus = max((catalogue.model(name)["paper"].get("gpus", 1) for of, name in named if of == "model"), default=1)
+    method, options = configuration.method, configuration.options
+    return Run(kind, scale, method, options, budget, settings, ids, entries, needs, tuple(named), gpus)
 
 
 def _data_files(module: str) -> dict[str, Any]:
@@ -383,7 +418,7 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
                 f" '{number.column}' is run; add it, or say under `needs` what it takes"
             )
         if needs is not None or column is None:
-            yield Cell(number, "", "measured", 0.0, {"paper": needs or ""})
+            yield Cell(number, "", "measured", None, {"paper": needs or ""})
             continue
         place = {"table": number.table, "row": number.row, "column": number.column}
         metric = (column.metric or "{table}/{row}/{column}").format(**place)
@@ -410,7 +445,7 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
                     settings=column.settings,
                 )
         status = ANYWHERE.get(column.kind, "measured")
-        yield Cell(number, metric, status, column.tolerance, runs)  # type: ignore[arg-type]
+        yield Cell(number, metric, status, column, runs)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -438,8 +473,10 @@ def points(slug: str, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
             base = resolve(board.kind, scale, config, unpruned, budget=board.budgets[0], **options)  # type: ignore[arg-type]
             yield BoardPoint(board, board.baseline, board.budgets[0] if unpruned.method else None, scale, base)
             for entry, name in board.entries.items():
-                for budget in board.budgets[:1] if scale == "smoke" else board.budgets:
-                    run = resolve(board.kind, scale, config, paper.configuration(name), budget=budget, **options)  # type: ignore[arg-type]
+                chosen = paper.configuration(name)
+                budgets: tuple[str | None, ...] = board.budgets[:1] if scale == "smoke" else board.budgets
+                for budget in budgets if chosen.method else (None,):  # without a method there is nothing to spend
+                    run = resolve(board.kind, scale, config, chosen, budget=budget, **options)  # type: ignore[arg-type]
                     yield BoardPoint(board, entry, budget, scale, run)
 
 
@@ -502,19 +539,16 @@ def jobs(config: Mapping[str, Any]) -> dict[str, Run]:
                 found[figure.run.address] = figure.run
     results = Path(config["results"])
     # A paper-scale record that only the code has left behind is shown as stale, and made anew on request alone.
-    old = {a for a, r in found.items() if r.scale == "paper" and not r.path(results).exists() and stale(r, results)}
+    made = {path.stem.partition("-")[0] for path in (results / "records").glob("*.json")}
+    old = {a for a, r in found.items() if r.scale == "paper" and not r.path(results).exists() and r.identity in made}
     return {a: r for a, r in found.items() if a not in old and not r.needs}
 
 
 def batches(runs: Mapping[str, Run], results: Path, size: int) -> list[list[str]]:
-    """Addresses of the runs that have no record yet, in batches of one kind: a job a batch saves start-up time."""
+    """Addresses of the runs that have no record yet, in batches of one kind that take as many GPUs: a job a batch saves
+    start-up time."""
     groups: dict[str, list[str]] = {}
     for address, run in runs.items():
         if not run.path(results).exists():
-            groups.setdefault(f"{run.kind} {run.scale}", []).append(address)
+            groups.setdefault(f"{run.kind} {run.scale} {run.gpus}", []).append(address)
     return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
-
-
-def stale(run: Run, results: Path) -> Path | None:
-    """A record of the same run made by other sources, if there is one."""
-    return next(iter(sorted((results / "records").glob(f"{run.identity}-*.json"))), None)

@@ -66,13 +66,19 @@ def closure(entries: Iterable[Path]) -> tuple[Path, ...]:
 
 
 @cache
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """sha256 of a file's content, as this process first saw it."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def sources(entries: Iterable[Path]) -> str:
     """One hash of the closure of the entry files."""
-    return digest({str(p.relative_to(ROOT)): _file_hash(p) for p in closure(entries)})
+    return _sources(tuple(entries))
+
+
+@cache  # thousands of runs share a few dozen sets of entry files
+def _sources(entries: tuple[Path, ...]) -> str:
+    return digest({str(p.relative_to(ROOT)): file_hash(p) for p in closure(entries)})
 
 
 # -- records ---------------------------------------------------------------------------------------------------------
@@ -108,14 +114,22 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a text file whole or not at all. Raises PrunelabError where the disk is full or read-only."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> PrunelabError:
+    """What to do about a file or folder that cannot be written, in one line."""
+    return PrunelabError(f"cannot write {path} ({error.strerror}); make room there, or give --config results=DIR")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -30,9 +30,11 @@ class Signals:
     Always at hand: `prunable` [B, N] bool (False for class, register and padding tokens), `units` (how many are
     prunable, the same for all samples unless `valid` says otherwise), `valid` [B, N] bool or None (False marks
     padding), `places` [B, N] of the units in the full sequence (None once units were mixed), `grids` (height and width
-    of every feature map of the unpruned input, or of each crop or frame of an image or video), `rng` for methods that
-    draw, `info` of the model, `services` and `parts` handed to `apply`, and `carry`, a dictionary that lives for one
-    forward pass: what the method leaves for its later sites.
+    of every feature map of the unpruned input, or of each crop or frame of an image or video), `modality` (what the
+    prunable units of a language model show: `image`, `video`, or None where it is both or neither), `packed` (how many
+    tokens a decoder would read of the units of a `projected` site, newlines apart; elsewhere `units`), `rng` for
+    methods that draw, `info` of the model, `services` and `parts` handed to `apply`, and `carry`, a dictionary that
+    lives for one forward pass: what the method leaves for its later sites.
 
     Signals by name: `hidden` [B, N, D], `queries` / `keys` / `values` [B, H, N, d] (keys as attention uses them),
     `attention_logits` [B, H, N, N] (scaled, with biases; padding columns at -inf), `attention` (their softmax),
@@ -56,6 +58,8 @@ class Signals:
         parts: nn.Module | None = None,
         places: Tensor | None = None,
         grids: Sequence[tuple[int, int]] = (),
+        modality: str | None = None,
+        packed: int | None = None,
         carry: dict[str, Any] | None = None,
     ) -> None:
         self._sources = dict(sources)
@@ -69,6 +73,8 @@ class Signals:
         self.parts: Any = parts
         self.places = places
         self.grids = tuple(grids)
+        self.modality = modality
+        self.packed = units if packed is None else packed
         self.carry: dict[str, Any] = {} if carry is None else carry
         missing = self._required - set(self._sources)
         if missing:

@@ -18,13 +18,18 @@ def execute(run: Run, config: Mapping[str, Any]) -> Path:
     """Run it and write its record whole; the path of the record."""
     import torch
 
+    from common import batching, devices
+
     threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
     torch.set_num_threads(threads)
     task = importlib.import_module(f"common.tasks.{run.kind}")
     torch.manual_seed(int(run.settings.get("seed", 0)))
-    start = time.time()
-    metrics = task.execute(run, config)
-    cuda = run.scale == "paper" and torch.cuda.is_available()
+    devices.begin()
+    started, clock = time.time(), time.monotonic()  # the time of day may be set meanwhile
+    try:
+        metrics = task.execute(run, config)
+    except torch.OutOfMemoryError:
+        raise batching.too_small("what this run computes at once") from None
     path = run.path(Path(config["results"]))
     provenance.write(
         path,
@@ -33,13 +38,8 @@ def execute(run: Run, config: Mapping[str, Any]) -> Path:
             "sources": run.sources,
             "run": asdict(run),
             "metrics": metrics,
-            "environment": {
-                **provenance.environment(),
-                "device": torch.cuda.get_device_name() if cuda else "cpu",
-                "threads": threads,
-                "dtype": "bfloat16" if run.kind == "latency" else "float32",
-            },
-            "timing": {"started": round(start), "seconds": round(time.time() - start, 2)},
+            "environment": {**provenance.environment(), **devices.environment(), "threads": threads},
+            "timing": {"started": round(started), "seconds": round(time.monotonic() - clock, 2)},
         },
     )
     return path

@@ -1,1 +1,1 @@
-"""Join what papers report with run records: CSV, Markdown and one self-contained HTML page."""
+"""Join what papers report with run records: a site of HTML pages, with CSV, Markdown, LaTeX and BibTeX."""

@@ -1,4 +1,5 @@
-"""`python -m paper_tables`: everything the papers report beside what we obtained, as CSV, Markdown and one HTML page.
+"""`python -m paper_tables`: everything the papers report beside what we obtained, as a site of HTML pages, with CSV,
+Markdown, LaTeX and BibTeX.
 
 Reads reported.csv, paper.yaml and run records; runs nothing.
 """
@@ -12,29 +13,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import catalogue, papers
+from common import catalogue, papers, provenance
 from common.errors import PrunelabError
-from common.provenance import write_text
-from paper_tables import figures, join, page, tables
+from paper_tables import cite, cross, figures, grids, join, page, tables
 
 
 def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
-    """Write every file and return the page's path with all reported numbers. The page comes last: where it exists,
+    """Write every file and return the index's path with all reported numbers. The index comes last: where it exists,
     so does all it links to."""
     results = Path(config["results"])
     folder, records = results / "paper_tables", join.Records(results)
     sections = [_section(slug, config, records) for slug in papers.selected(config)]
-    index = page.build(sections, config, records, folder)
+    contests = cross.contests(((s.paper.slug, board) for s in sections for board in s.boards), records)
+    made = provenance.environment()
+    site = page.Site(sections, contests, config, records, folder, made)
+    files: dict[str, str] = {}
     for section in sections:
-        slug, split = section.paper.slug, len(section.tables)
-        for name, table in zip(section.files[:split], section.tables, strict=True):
-            write_text(folder / slug / f"{name}.csv", tables.table_csv(table))
-            write_text(folder / slug / f"{name}.md", tables.table_markdown(slug, table))
-        for name, board in zip(section.files[split:], section.boards, strict=True):
-            write_text(folder / slug / f"{name}.csv", tables.board_csv(board))
-            write_text(folder / slug / f"{name}.md", tables.board_markdown(slug, board))
-    write_text(folder / "index.html", index)
+        slug = section.paper.slug
+        for name, table in section.named_tables:
+            files |= _downloads(slug, name, tables.table_csv(table), tables.table_grid(slug, table))
+        for name, board in section.named_boards:
+            files |= _downloads(slug, name, tables.board_csv(board), tables.board_grid(slug, board))
+        files[f"{slug}/cite.bib"] = cite.entries(section.paper, made["commit"], config["scale"])
+        files[f"{slug}/index.html"] = site.paper(section)
+    for contest in contests:
+        files |= _downloads("boards", contest.name, cross.csv(contest), cross.grid(contest))
+    files["cite.bib"] = cite.prunelab(made["commit"])
+    files["boards.html"] = site.boards()
+    files["index.html"] = site.index()
+    for path, text in files.items():
+        provenance.write_text(folder / path, text)
     return folder / "index.html", [line for section in sections for line in section.lines]
+
+
+def _downloads(place: str, name: str, values: str, grid: grids.Grid) -> dict[str, str]:
+    """A table's files by path: all that a reader may want to take along."""
+    return {
+        f"{place}/{name}.csv": values,
+        f"{place}/{name}.md": grids.markdown(grid),
+        f"{place}/{name}.tex": grids.latex(grid, f"{place}-{name}"),
+    }
 
 
 def _section(slug: str, config: Mapping[str, Any], records: join.Records) -> page.Section:
@@ -66,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     except PrunelabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{path}  (CSV and Markdown beside it)\n{counts(lines)}")
+    print(f"{path}  (CSV, Markdown, LaTeX and BibTeX beside it)\n{counts(lines)}")
     return 0
 
 

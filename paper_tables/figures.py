@@ -76,13 +76,15 @@ def _curves(board: BoardTable) -> tuple[Curves, tuple[str, float] | None]:
     base = board.points[0]
     points = [p for p in board.points[1:] if p.value.value is not None and p.cost]
     millions = bool(points) and max(p.cost or 0.0 for p in points) < 0.1
-    by_entry: dict[str, list[svg.Mark]] = {}
+    curves: dict[str, list[svg.Mark]] = {}
+    alone: dict[str, list[svg.Mark]] = {}  # patterns are no points of a curve over shares
     for p in points:
         assert p.value.value is not None and p.cost is not None
         label = f"{p.entry} at {p.budget}: {tables.shown(p.value, 1)}, {tables.cost(p.cost)} {board.cost}"
         mark = svg.Mark(p.cost * (1000 if millions else 1), p.value.value, p.value.margin, label=label)
-        by_entry.setdefault(p.entry, []).append(mark)
-    series = [svg.Series(entry, tuple(marks)) for entry, marks in by_entry.items()]
+        (alone if ":" in (p.budget or "") else curves).setdefault(p.entry, []).append(mark)
+    series = [svg.Series(entry, tuple(marks)) for entry, marks in curves.items()]
+    series += [svg.Series(entry, tuple(marks), joined=False) for entry, marks in alone.items()]
     level = None if base.value.value is None else (f"{base.entry} {base.value.value:.1f}", base.value.value)
     unit = f"{'M' if millions else 'G'} {board.cost}" + (" an image, scoring included" if "MACs" in board.cost else "")
     return Curves(unit, board.metric, series), level

@@ -8,15 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from common import metrics, papers, provenance
 from common.errors import PrunelabError
+from paper_tables import tolerance
+from paper_tables.tolerance import Tolerance
 
 ON_REQUEST = "--config scale=paper; the data are at hand"
 MISSING = "its record, which snakemake paper_tables makes"
 EXACT = "not needed: what this row runs is exact at paper scale"
+FOLDER = "own folder"  # scale of what ran on a folder of the user's in the place of the published files
+UNPUBLISHED = "the published files, which a folder of yours stands in for (--config hub)"
 Z95 = 1.96
 
 Outcome = Literal["within", "off", "stale", "stand-in", "not run"]
@@ -53,8 +58,8 @@ class Line:
     reported: papers.Reported
     reproduced: Value
     difference: float | None
-    within: bool | None  # inside the stated tolerance; None where nothing was reproduced
-    tolerance: float
+    within: bool | None  # inside the tolerance; None where nothing was reproduced
+    tolerance: Tolerance | None  # None where nothing here can make the number
     others: Mapping[str, Value]  # one entry for every other scale asked for
 
     @property
@@ -101,6 +106,7 @@ class BoardTable:
     scale: str  # or "analytic", for what follows from shapes
     cost: str  # in words
     points: tuple[Point, ...]
+    board: papers.Board  # as paper.yaml states it
 
     @property
     def costed(self) -> bool:
@@ -115,18 +121,36 @@ class Records:
         self.results = results
         self._read: dict[Path, dict[str, Any]] = {}
 
+    @cached_property
+    def _older(self) -> Mapping[str, Path]:
+        """A record of each identity, whatever sources made it."""
+        found: dict[str, Path] = {}
+        for path in sorted((self.results / "records").glob("*.json")):
+            found.setdefault(path.stem.partition("-")[0], path)
+        return found
+
     def get(self, run: papers.Run) -> tuple[dict[str, Any] | None, bool]:
         """The run's record and whether it is stale; (None, False) where there is none."""
         path = run.path(self.results)
         old = False
         if not path.exists():
-            found = papers.stale(run, self.results) if run.scale == "paper" else None
+            found = self._older.get(run.identity) if run.scale == "paper" else None
             if found is None:
                 return None, False
             path, old = found, True
+        return self._at(path), old
+
+    def at(self, address: str) -> dict[str, Any]:
+        """A record by its address."""
+        path = self.results / "records" / f"{address}.json"
+        if not path.exists():
+            raise PrunelabError(f"there is no record {address} in {self.results}")
+        return self._at(path)
+
+    def _at(self, path: Path) -> dict[str, Any]:
         if path not in self._read:
             self._read[path] = provenance.read(path)
-        return self._read[path], old
+        return self._read[path]
 
     def value(self, run: papers.Run | str, metric: str, status: str) -> Value:
         """A cell's value, or the reason why there is none."""
@@ -161,12 +185,17 @@ def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[Paper
         for scale in papers.scales(config):
             if scale != "paper" and scale not in others:  # an exact number has no stand-in, nor has what nothing runs
                 others[scale] = reproduced if isinstance(at_paper_scale, str) else Value(EXACT)
+        if config["hub"]:
+            others[FOLDER] = Value(EXACT)
+        if isinstance(at_paper_scale, papers.Run) and at_paper_scale.stand_in and reproduced.value is not None:
+            others[FOLDER], reproduced = reproduced, Value(f"not run: needs {UNPUBLISHED}")
         difference = within = None
-        if reproduced.value is not None:
+        allowed = tolerance.of(cell, reproduced.stderr, reproduced.samples)
+        if reproduced.value is not None and allowed:
             difference = reproduced.value - cell.reported.value
-            within = abs(difference) <= cell.tolerance + 1e-9
+            within = allowed.allows(difference)
         lines.setdefault(cell.reported.table, []).append(
-            Line(cell.reported, reproduced, difference, within, cell.tolerance, others)
+            Line(cell.reported, reproduced, difference, within, allowed, others)
         )
     described = {table.name: table for table in paper.tables}
     return [PaperTable(n, described[n].caption, described[n].note, tuple(rows)) for n, rows in lines.items()]
@@ -180,9 +209,16 @@ def boards(slug: str, config: Mapping[str, Any], records: Records) -> list[Board
     return [_board(points, records) for points in groups.values()]
 
 
+def saving(cost: str) -> str:
+    """The metric of what is saved of a cost, which is named alike."""
+    return re.sub("g?(macs|parameters|bytes)$", "saving", cost)
+
+
 def _board(points: list[papers.BoardPoint], records: Records) -> BoardTable:
     board = points[0].board
     scale = papers.ANYWHERE.get(board.kind, points[0].scale)
+    if board.kind not in papers.ANYWHERE and any(isinstance(p.run, papers.Run) and p.run.stand_in for p in points):
+        scale = FOLDER
     base = records.get(points[0].run)[0] if isinstance(points[0].run, papers.Run) else None
     rows = []
     for point in points:
@@ -202,16 +238,10 @@ def _board(points: list[papers.BoardPoint], records: Records) -> BoardTable:
                 scale,
                 value,
                 figures.get(board.cost, {}).get("value"),
-                figures.get(re.sub("g?(macs|parameters|bytes)$", "saving", board.cost), {}).get("value"),
+                figures.get(saving(board.cost), {}).get("value"),
                 *(paired or (None, None)),
             )
         )
-    return BoardTable(board.name, board.caption, board.label or board.metric, scale, board.cost_label, tuple(rows))
-
-
-def record(records: Records, address: str) -> dict[str, Any]:
-    """A record by its address."""
-    path = records.results / "records" / f"{address}.json"
-    if not path.exists():
-        raise PrunelabError(f"there is no record {address} in {records.results}")
-    return provenance.read(path)
+    return BoardTable(
+        board.name, board.caption, board.label or board.metric, scale, board.cost_label, tuple(rows), board
+    )

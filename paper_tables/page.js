@@ -1,15 +1,17 @@
 "use strict";
-// Sorting and filtering only: without this script the page says the same.
+// Sorting, filtering and choosing only: without this script the pages say the same.
 (() => {
-  const tables = [...document.querySelectorAll("table.data")];
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const plain = (text) => text.replace(/\s+/g, " ").trim().toLowerCase();
 
+  // -- sorting: up, down, and back to the page's own order
   const key = (cell) => {
-    if (!cell.hasAttribute("data-v")) return cell.textContent.trim().toLowerCase();
+    if (!cell.hasAttribute("data-v")) return plain(cell.textContent);
     return cell.dataset.v === "" ? null : Number(cell.dataset.v);
   };
   const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
-
-  for (const table of tables) {
+  const NEXT = { none: "ascending", ascending: "descending", descending: "none" };
+  for (const table of all("table.data")) {
     const heads = [...table.tHead.rows[0].cells];
     const body = table.tBodies[0];
     const original = [...body.rows];
@@ -19,8 +21,7 @@
       button.append(...head.childNodes);
       head.append(button);
       button.addEventListener("click", () => {
-        // up, down, and back to the paper's own order
-        const next = { none: "ascending", ascending: "descending", descending: "none" }[head.getAttribute("aria-sort") ?? "none"];
+        const next = NEXT[head.getAttribute("aria-sort") ?? "none"];
         heads.forEach((other) => other.removeAttribute("aria-sort"));
         if (next !== "none") head.setAttribute("aria-sort", next);
         const sign = next === "descending" ? -1 : 1;
@@ -36,31 +37,94 @@
     });
   }
 
-  const field = document.getElementById("filter");
-  const count = document.querySelector("output[for=filter]");
-  const rows = tables.flatMap((table) => [...table.tBodies[0].rows]);
-  const texts = new Map(rows.map((row) => [row, row.textContent.replace(/\s+/g, " ").toLowerCase()]));
-  field.closest(".filter").hidden = false;
-  field.addEventListener("input", () => {
-    const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
-    for (const row of rows) {
-      row.hidden = !words.every((word) => texts.get(row).includes(word));
-      shown += !row.hidden;
-    }
-    for (const table of tables) table.closest(".block").hidden = [...table.tBodies[0].rows].every((row) => row.hidden);
-    count.textContent = words.length ? `${shown} of ${rows.length} rows` : "";
-  });
+  // -- filtering: rows that hold every word, and the chosen value of every list
+  for (const form of all("form.controls[data-for]")) {
+    const place = document.getElementById(form.dataset.for);
+    const rows = all("tbody tr", place);
+    const texts = rows.map((row) => plain(`${row.textContent} ${row.dataset.search ?? ""}`));
+    const lists = all("select[data-key]", form);
+    const nothing = document.querySelector(".nothing");
+    const apply = () => {
+      const words = plain(form.elements.search.value).split(" ").filter(Boolean);
+      const chosen = lists.filter((list) => list.value);
+      let shown = 0;
+      rows.forEach((row, i) => {
+        const fits = (list) => row.dataset[list.dataset.key].split(" ").includes(list.value);
+        row.hidden = !(words.every((word) => texts[i].includes(word)) && chosen.every(fits));
+        shown += !row.hidden;
+      });
+      for (const block of all(".block", place)) block.hidden = all("tbody tr", block).every((row) => row.hidden);
+      form.querySelector("output").textContent = words.length || chosen.length ? `${shown} of ${rows.length}` : "";
+      if (nothing) nothing.hidden = shown > 0 || !rows.length;
+    };
+    form.addEventListener("input", apply);
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.hidden = !rows.length;
+    apply(); // a browser that comes back may have kept what was typed
+  }
 
-  // A link to a run opens it, also in browsers that do not do so themselves.
-  const reveal = () => {
-    const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
-    const closed = target && target.closest("details:not([open])");
+  // -- choosing one board
+  const pick = document.querySelector("form.pick");
+  let show = () => false;
+  if (pick) {
+    const contests = all(".contest");
+    const { model, metric, budget } = pick.elements;
+    const fill = (list, values, wanted) => {
+      const unique = [...new Set(values)];
+      list.replaceChildren(...unique.map((value) => new Option(value, value)));
+      list.value = unique.includes(wanted) ? wanted : unique[0];
+    };
+    const ofModel = () => contests.filter((c) => c.dataset.model === model.value);
+    const twin = (c) => ofModel().some((other) => other !== c && other.dataset.metric === c.dataset.metric);
+    const label = (c) => (twin(c) ? `${c.dataset.metric} (${c.dataset.settings})` : c.dataset.metric);
+    const current = () => ofModel().find((c) => label(c) === metric.value);
+    const budgets = (c) => all(".block", c).map((block) => block.dataset.budget);
+    const update = () => {
+      fill(metric, ofModel().map(label), metric.value);
+      const chosen = current();
+      fill(budget, [...budgets(chosen), "all"], budget.value);
+      for (const c of contests) c.hidden = c !== chosen;
+      for (const block of all(".block", chosen)) block.hidden = budget.value !== "all" && block.dataset.budget !== budget.value;
+      const entries = all(".block", chosen).filter((block) => !block.hidden);
+      pick.querySelector("output").textContent = `${entries.reduce((n, block) => n + block.querySelectorAll("tbody tr").length, 0)} entries`;
+    };
+    show = (id) => {
+      const block = document.getElementById(id);
+      const chosen = block && block.closest(".contest");
+      if (!chosen) return false;
+      model.value = chosen.dataset.model;
+      fill(metric, ofModel().map(label), label(chosen));
+      fill(budget, [...budgets(chosen), "all"], block.dataset.budget ?? budget.value);
+      update();
+      return true;
+    };
+    fill(model, contests.map((c) => c.dataset.model));
+    pick.addEventListener("input", () => {
+      update();
+      const block = all(".block", current()).find((b) => !b.hidden);
+      history.replaceState(null, "", `#${budget.value === "all" ? current().id : block.id}`);
+    });
+    pick.addEventListener("submit", (event) => event.preventDefault());
+    pick.hidden = false;
+    update();
+  }
+
+  // -- arriving: a link to a run opens it; anchors of the time when all papers shared a page lead to their own
+  const arrive = () => {
+    const id = decodeURIComponent(location.hash.slice(1));
+    if (!id || show(id)) return;
+    const target = document.getElementById(id);
+    if (!target) {
+      const row = all("#papers tbody tr[id]").find((r) => id.startsWith(`${r.id}-`));
+      if (row) location.replace(`${row.id}/index.html#${id}`);
+      return;
+    }
+    const closed = target.closest("details:not([open])");
     if (closed) {
       closed.open = true;
       target.scrollIntoView();
     }
   };
-  addEventListener("hashchange", reveal);
-  reveal();
+  addEventListener("hashchange", arrive);
+  arrive();
 })();

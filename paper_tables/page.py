@@ -1,14 +1,19 @@
-"""The report: one HTML page that opens offline, with style and script inside and every number linked to its run.
+"""The report: a small site of static pages that open from the file system, every number linked to its run.
 
-Everything that comes from data is escaped, by the template or by `common.svg`; what is marked safe was made here.
+`index.html` lists the papers, `<slug>/index.html` shows one, `boards.html` sets methods of all papers side by side.
+Each page has style and script inside and loads nothing. Everything that comes from data is escaped, by the templates or
+by `common.svg`; what is marked safe was made here, and no script but our own may run: its hash is the page's policy.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +21,9 @@ import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from common import papers, provenance
+from common import papers, svg
 from common.figures import Figure
-from paper_tables import join, tables
+from paper_tables import cross, join, tables
 
 HERE = Path(__file__).parent
 OUTCOMES = tuple(tables.SHAPES)
@@ -38,15 +43,32 @@ class Section:
     figures: Sequence[Figure]
     made: Sequence[str]  # addresses of runs made for figures alone
 
-    @property
+    @cached_property
     def lines(self) -> list[join.Line]:
         """Every reported number."""
         return [line for table in self.tables for line in table.lines]
 
-    @property
+    @cached_property
     def outcomes(self) -> Counter[str]:
         """How many lines came out how."""
         return Counter(line.outcome for line in self.lines)
+
+    @cached_property
+    def lacking(self) -> list[tuple[str, int]]:
+        """What numbers that were not reproduced would take, with how many, the most frequent first. A number may take
+        several things."""
+        needs = (v.reproduced.needs or v.reproduced.status for v in self.lines if v.within is None)
+        return Counter(part for text in needs for part in dict.fromkeys(text.split("; "))).most_common()
+
+    @property
+    def named_tables(self) -> list[tuple[str, join.PaperTable]]:
+        """Tables with their file names."""
+        return list(zip(self.files, self.tables))
+
+    @property
+    def named_boards(self) -> list[tuple[str, join.BoardTable]]:
+        """Boards with their file names."""
+        return list(zip(self.files[len(self.tables) :], self.boards))
 
 
 @dataclass
@@ -54,13 +76,11 @@ class Notes:
     """Numbered notes of one table, each once."""
 
     place: str
-    texts: list[str] = field(default_factory=list)
+    numbers: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, text: str) -> Markup:
         """A mark that shows the note on hovering and leads to it."""
-        if text not in self.texts:
-            self.texts.append(text)
-        number = self.texts.index(text) + 1
+        number = self.numbers.setdefault(text, len(self.numbers) + 1)
         return Markup('<sup><a href="#{}-n{}" title="{}">{}</a></sup>').format(self.place, number, text, number)
 
 
@@ -69,15 +89,14 @@ class Runs:
     """Runs that the page leads to, in order of first mention."""
 
     records: join.Records
-    folder: Path
-    addresses: list[str] = field(default_factory=list)
+    folder: Path  # where the page will lie
+    addresses: dict[str, None] = field(default_factory=dict)
 
     def link(self, text: str, address: str | None) -> Markup:
         """A value that leads to how it was obtained."""
         if address is None:
             return Markup.escape(text)
-        if address not in self.addresses:
-            self.addresses.append(address)
+        self.addresses.setdefault(address)
         return Markup('<a href="#r-{}">{}</a>').format(address, text)
 
     def blocks(self) -> list[dict[str, Any]]:
@@ -85,7 +104,7 @@ class Runs:
         return [self._block(address) for address in self.addresses]
 
     def _block(self, address: str) -> dict[str, Any]:
-        record = join.record(self.records, address)
+        record = self.records.at(address)
         run, made = record["run"], record["environment"]
         options = ", ".join(f"{k}={v!r}" for k, v in run["options"].items())
         short = (f"{run['method']}({options})" if options else run["method"]) or "unpruned"
@@ -137,7 +156,7 @@ def markdown(source: str) -> Markup:
     tokens = reader.parse(source)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
-            token.tag = f"h{min(int(token.tag[1]) + 3, 6)}"
+            token.tag = f"h{min(int(token.tag[1]) + 2, 6)}"
         kept, dead = [], False
         for child in token.children or []:
             if child.type == "link_open":
@@ -148,41 +167,140 @@ def markdown(source: str) -> Markup:
     return Markup(reader.renderer.render(tokens, reader.options, {}))
 
 
-# -- the page --------------------------------------------------------------------------------------------------------
+# -- small pictures --------------------------------------------------------------------------------------------------
+
+BAR, INTERVAL = 120.0, 150.0  # widths
 
 
-def build(sections: Sequence[Section], config: Mapping[str, Any], records: join.Records, folder: Path) -> str:
-    """The page's HTML; `folder` is where it will lie."""
-    made = provenance.environment()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    runs = Runs(records, folder)
-    return environment.get_template("page.html").render(
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        js=Markup((HERE / "page.js").read_text(encoding="utf-8")),
-        sections=sections,
-        scale=config["scale"],
-        assets=bool(config["assets"]),
-        commit=made["commit"],
-        dirty=made["dirty"],
-        total=sum((s.outcomes for s in sections), Counter()),
-        outcomes=OUTCOMES,
-        shapes=tables.SHAPES,
-        words=tables.WORDS,
-        readme=_readme,
-        html=Markup,
-        zip=zip,
-        Notes=Notes,
-        runs=runs,
-        t=tables,
-        web=lambda link: link.startswith(("https://", "http://")),
-        plain=lambda tag: tag.replace("_", " "),
-    )
+def bar(outcomes: Mapping[str, int]) -> Markup:
+    """How a paper's numbers came out, as one bar; the counts beside it say the same in words."""
+    total, left, parts = sum(outcomes.values()), 0.0, []
+    for outcome in OUTCOMES:
+        if outcomes.get(outcome):
+            width = BAR * outcomes[outcome] / total
+            parts.append(svg.element("rect", class_=f"b-{_css(outcome)}", x=left, y=0.0, width=width, height=10.0))
+            left += width
+    said = ", ".join(f"{outcomes[o]} {tables.WORDS[o]}" for o in OUTCOMES if outcomes.get(o))
+    return Markup(svg.document(BAR, 10.0, said or "no numbers", "".join(parts), "bar")) if parts else Markup("–")
+
+
+def interval(value: join.Value, reach: tuple[float, float], level: float | None) -> Markup:
+    """A value with its 95 % interval on the axis that all rows of a board share, the unpruned model's value dashed."""
+    assert value.value is not None
+    low, span = reach[0], (reach[1] - reach[0]) or 1.0
+
+    def across(v: float) -> float:
+        return 6 + (v - low) / span * (INTERVAL - 12)
+
+    parts = [svg.element("line", class_="rule", x1=0.0, x2=INTERVAL, y1=7.0, y2=7.0)]
+    if level is not None:
+        parts.append(svg.element("line", class_="level", x1=across(level), x2=across(level), y1=0.0, y2=14.0))
+    x, margin = across(value.value), value.margin
+    if margin:
+        ends = across(value.value - margin), across(value.value + margin)
+        parts.append(svg.element("line", class_="error s0", x1=ends[0], x2=ends[1], y1=7.0, y2=7.0))
+    parts.append(svg.element("circle", class_="mark s0", cx=x, cy=7.0, r=3.6))
+    return Markup(svg.document(INTERVAL, 14.0, tables.shown(value, 2), "".join(parts), "interval"))
+
+
+def _css(outcome: str) -> str:
+    return outcome.replace(" ", "-")
+
+
+# -- the pages -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Site:
+    """What all pages share."""
+
+    sections: Sequence[Section]
+    contests: Sequence[cross.Contest]
+    config: Mapping[str, Any]
+    records: join.Records
+    folder: Path  # where index.html will lie
+    made: Mapping[str, Any]  # of this build: commit, dirty
+
+    @cached_property
+    def _templates(self) -> jinja2.Environment:
+        script = (HERE / "page.js").read_text(encoding="utf-8")
+        found = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(HERE),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        found.globals |= {
+            "css": Markup((HERE / "page.css").read_text(encoding="utf-8")),
+            "js": Markup(script),
+            "js_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            "sections": self.sections,
+            "contests": self.contests,
+            "scale": self.config["scale"],
+            "assets": bool(self.config["assets"]),
+            "commit": self.made["commit"],
+            "dirty": self.made["dirty"],
+            "outcomes": OUTCOMES,
+            "shapes": tables.SHAPES,
+            "words": tables.WORDS,
+            "css_of": _css,
+            "bar": bar,
+            "interval": interval,
+            "t": tables,
+            "html": Markup,
+            "web": lambda link: link.startswith(("https://", "http://")),
+            "plain": lambda tag: tag.replace("_", " "),
+        }
+        return found
+
+    def index(self) -> str:
+        """Papers with their status at a glance."""
+        total = sum((s.outcomes for s in self.sections), Counter[str]())
+        lacking: Counter[str] = Counter()
+        for section in self.sections:
+            lacking.update(dict(section.lacking))
+        return self._render(
+            "index.html",
+            up="",
+            total=total,
+            lacking=lacking.most_common(12),
+            more=max(len(lacking) - 12, 0),
+            families=sorted({s.paper.family for s in self.sections}),
+            targets=sorted({tag for s in self.sections for tag in s.paper.taxonomy.get("target", [])}),
+        )
+
+    def boards(self) -> str:
+        """Methods of all papers side by side."""
+        return self._render("boards.html", up="")
+
+    def paper(self, section: Section) -> str:
+        """One paper."""
+        folder = self.folder / section.paper.slug
+        return self._render(
+            "paper.html",
+            up="../",
+            s=section,
+            paper=section.paper,
+            readme=_readme(section.paper.slug),
+            code=_code(section.paper.slug, folder),
+            Notes=Notes,
+            runs=Runs(self.records, folder),
+        )
+
+    def _render(self, template: str, **values: Any) -> str:
+        return self._templates.get_template(template).render(**values)
+
+
+def _code(slug: str, folder: Path) -> list[tuple[str, str | None]]:
+    """The method's files with links from the page, where the page lies in the same tree."""
+    root, here = papers.ROOT.resolve(), folder.resolve()
+    found = []
+    for name in ("method.py", "paper.yaml", "reported.csv"):
+        path = papers.METHODS / slug / name
+        link = Path(os.path.relpath(path, here)).as_posix() if here.is_relative_to(root) else None
+        found.append((f"methods/{slug}/{name}", link))
+    return found
 
 
 def _readme(slug: str) -> Markup | None:

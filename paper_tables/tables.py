@@ -1,4 +1,4 @@
-"""The tables as CSV, for machines, and as Markdown, for readers."""
+"""The tables as CSV, for machines, and as grids of text, for readers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from common.errors import PrunelabError
+from paper_tables.grids import Grid, Notes
 from paper_tables.join import BoardTable, Line, Outcome, PaperTable, Value
+from paper_tables.tolerance import decimals
 
 SHAPES: dict[Outcome, str] = {"within": "●", "off": "▲", "stale": "◌", "stand-in": "◇", "not run": "–"}
 WORDS: dict[Outcome, str] = {
@@ -30,6 +32,7 @@ _OURS = (
     "reproduced",
     "difference",
     "tolerance",
+    "tolerance_from",
     "within_tolerance",
     "status",
     "needs",
@@ -78,7 +81,8 @@ def _cell(value: object) -> str:
     return f"{round(value, 6):.10g}" if isinstance(value, float) else str(value)
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Values as CSV: empty for None, ten significant digits."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
@@ -93,9 +97,9 @@ def table_csv(table: PaperTable) -> str:
 
     def row(line: Line) -> list[object]:
         r, own = line.reported, line.reproduced
-        tolerance = line.tolerance if own.value is not None else None
         cells: list[object] = [r.table, r.row, r.column, r.text, r.unit, r.source, r.quality]
-        cells += [own.value, line.difference, tolerance, line.within, own.status, own.needs, own.record]
+        cells += [own.value, line.difference, *(_tolerance(line)), line.within]
+        cells += [own.status, own.needs, own.record]
         cells += own.ours or (None, None)
         for scale in others:
             v = line.others[scale]
@@ -107,13 +111,17 @@ def table_csv(table: PaperTable) -> str:
     header = [*_LINE, *_OURS, *(f"{scale}{part}" for scale in others for part in _SCALE)]
     if told:
         header += ["protocol", *(f"{scale}_protocol" for scale in others)]
-    return _csv(header, map(row, table.lines))
+    return csv_text(header, map(row, table.lines))
+
+
+def _tolerance(line: Line) -> tuple[float | None, str | None]:
+    return (line.tolerance.value, line.tolerance.reason) if line.tolerance else (None, None)
 
 
 def board_csv(board: BoardTable) -> str:
     """One line a point; `interval` is the half width of the paired difference's 95 % interval."""
     told = any(p.value.protocol for p in board.points)
-    return _csv(
+    return csv_text(
         (*_POINT, "status", "record", *(("protocol",) if told else ())),
         (
             (
@@ -127,11 +135,6 @@ def board_csv(board: BoardTable) -> str:
 
 
 # -- shown numbers ---------------------------------------------------------------------------------------------------
-
-
-def decimals(text: str) -> int:
-    """Decimals of a printed number."""
-    return len(text.partition(".")[2])
 
 
 def shown(value: Value, places: int) -> str:
@@ -162,11 +165,17 @@ def fitting(value: Value) -> int:
     return max(1, min(6, 2 - math.floor(math.log10(size))))
 
 
+def held(tolerance: float) -> str:
+    """A tolerance as told in words."""
+    return f"{tolerance:.2g}" if tolerance < 10 else f"{tolerance:.4g}"
+
+
 def status(line: Line) -> str:
     """The line's outcome in words, with the tolerance that it was held to."""
     how = line.reproduced.status
-    if line.outcome in ("within", "off"):
-        return f"{how}, within ±{line.tolerance:g}" if line.within else f"{how}, off by more than ±{line.tolerance:g}"
+    if line.tolerance and line.outcome in ("within", "off"):
+        most = f"±{held(line.tolerance.value)}"
+        return f"{how}, within {most}" if line.within else f"{how}, off by more than {most}"
     if line.outcome == "stale":
         return "stale: made by other sources than these"
     return WORDS[line.outcome]
@@ -177,90 +186,78 @@ def cost(value: float) -> str:
     return f"{value:.3f} G" if value >= 0.1 else f"{1000 * value:.2f} M"
 
 
-# -- Markdown --------------------------------------------------------------------------------------------------------
+# -- grids -----------------------------------------------------------------------------------------------------------
 
 
-def _md(text: object) -> str:
-    """Text inside a Markdown table."""
-    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(str(text).split()))
+def tolerances(table: PaperTable) -> list[str]:
+    """What the columns' numbers are held to and why, one text a reason."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for line in table.lines:
+        if line.tolerance:
+            columns = found.setdefault(line.tolerance.reason, {})
+            columns.setdefault(line.reported.column, []).append(line.tolerance.value)
+    said = []
+    for reason, columns in found.items():
+        spans: dict[str, list[str]] = {}
+        for column, values in columns.items():
+            low, high = held(min(values)), held(max(values))
+            spans.setdefault(f"±{low}" + (f" to ±{high}" if high != low else ""), []).append(column)
+        limits = ", ".join(f"{span} ({', '.join(named)})" for span, named in spans.items())
+        said.append(f"Tolerance {limits}: {reason}.")
+    return said
 
 
-def _grid(header: Sequence[str], right: Sequence[bool], rows: Iterable[Sequence[str]]) -> list[str]:
-    rule = "|".join("--:" if r else "---" for r in right)
-    return [f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
-class _Notes:
-    """Numbered notes below a table, each once."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def __call__(self, text: str) -> str:
-        if text not in self.texts:
-            self.texts.append(text)
-        return f"({self.texts.index(text) + 1})"
-
-
-def table_markdown(slug: str, table: PaperTable) -> str:
+def table_grid(slug: str, table: PaperTable) -> Grid:
     """One line a reported number, sources and reasons below."""
-    others, notes = scales(table), _Notes()
+    others, notes = scales(table), Notes()
+    own_counts = any(line.reproduced.ours for line in table.lines)
 
     def noted(text: str, value: Value) -> str:
         return f"{text} {notes(value.protocol)}" if value.protocol else text
 
     def row(line: Line) -> list[str]:
         r, own, digits = line.reported, line.reproduced, places(line)
-        reported = f"{_md(r.text)} {_md(r.unit)} {notes(f'{r.source} ({r.quality})')}"
-        cells = [_md(r.row), _md(r.column), reported]
+        cells = [r.row, r.column, f"{r.text} {r.unit} {notes(f'{r.source} ({r.quality})')}"]
         cells.append(noted(shown(own, digits), own) if own.value is not None else f"– {notes(own.status)}")
-        if any(other.reproduced.ours for other in table.lines):
+        if own_counts:
             cells.append(counted(own))
         cells.append("–" if line.difference is None else signed(line.difference, digits))
         cells.append(f"{SHAPES[line.outcome]} {status(line)}")
         for scale in others:
             v = line.others[scale]
             samples = f" (n = {v.samples})" if v.samples else ""
-            number = noted(shown(v, fitting(v)) + samples, v) if v.value is not None else f"– {notes(v.status)}"
-            cells.append(number)
+            cells.append(noted(shown(v, fitting(v)) + samples, v) if v.value is not None else f"– {notes(v.status)}")
         return cells
 
-    header = ["row", "column", "reported", "reproduced", "difference", "status"]
-    right = [False, False, True, True, True, False, *(True for _ in others)]
-    if any(line.reproduced.ours for line in table.lines):
-        header.insert(4, "our count")
-        right.insert(4, True)
-    grid = _grid([*header, *(f"stand-in: {scale}" for scale in others)], right, map(row, table.lines))
+    count = ["our count"] if own_counts else []
+    header = ["row", "column", "reported", "reproduced", *count, "difference", "status"]
+    header += [f"stand-in: {scale}" for scale in others]
+    right = [name not in ("row", "column", "status") for name in header]
     legend = ["± is the 95 % half width. A stand-in is another model on other data, not the paper's number."]
-    if "our count" in header:
+    if own_counts:
         legend.append(COUNTS)
-    listed = [f"{i}. {_md(text)}" for i, text in enumerate(notes.texts, 1)]
-    return _page([f"# {_md(slug)}: {_md(table.name)}", _md(table.caption), _md(table.note)], grid, legend, listed)
+    rows = [row(line) for line in table.lines]
+    name = f"{slug}: {table.name}"
+    return Grid(name, (table.caption, table.note), header, right, rows, [*legend, *tolerances(table)], notes.texts)
 
 
-def board_markdown(slug: str, board: BoardTable) -> str:
+def board_grid(slug: str, board: BoardTable) -> Grid:
     """One line a point of a board."""
-    rows, notes = [], _Notes()
+    rows, notes = [], Notes()
     for p in board.points:
         value = shown(p.value, 2) if p.value.value is not None else f"– {notes(p.value.status)}"
         value += f" {notes(p.value.protocol)}" if p.value.protocol else ""
         saving = "–" if p.saving is None else f"{p.saving:.1f} %"
         spent = ["–" if p.cost is None else cost(p.cost), saving] if board.costed else []
-        rows.append([_md(p.entry), p.budget or "none", value, *spent, gap(p.difference, p.interval)])
-    costs = [_md(board.cost), "saved"] if board.costed else []
-    header = ["method", "budget", _md(board.metric), *costs, f"difference to {_md(board.points[0].entry)}"]
+        rows.append([p.entry, p.budget or "none", value, *spent, gap(p.difference, p.interval)])
+    costs = [board.cost, "saved"] if board.costed else []
+    header = ["method", "budget", board.metric, *costs, f"difference to {board.points[0].entry}"]
     legend = ["± is the 95 % half width; differences are paired over the same samples."]
-    listed = [f"{i}. {_md(text)}" for i, text in enumerate(notes.texts, 1)]
     scale = board.scale if board.scale == "analytic" else f"{board.scale} scale"
-    head = [f"# {_md(slug)}: {_md(board.name)}, {scale}", _md(board.caption)]
-    return _page(head, _grid(header, [False, False] + [True] * (len(header) - 2), rows), legend, listed)
+    right = [False, False] + [True] * (len(header) - 2)
+    return Grid(f"{slug}: {board.name}, {scale}", (board.caption,), header, right, rows, legend, notes.texts)
 
 
 def gap(difference: float | None, interval: float | None) -> str:
     """A paired difference with its interval."""
     return "–" if difference is None or interval is None else f"{signed(difference, 2)} ± {interval:.2f}"
-
-
-def _page(head: Sequence[str], *blocks: Sequence[str]) -> str:
-    parts = [*(text for text in head if text), *("\n".join(block) for block in blocks if block)]
-    return "\n\n".join(parts) + "\n"

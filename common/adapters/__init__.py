@@ -25,10 +25,11 @@ def adapters() -> dict[str, type[Adapter]]:
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of the model's class or of a parent class of it."""
-    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
-    for adapter in adapters().values():
-        if names & set(adapter.model_classes):
+    """The adapter of the model's class, else that of its nearest parent class that has one."""
+    known = {name: adapter for adapter in adapters().values() for name in adapter.model_classes}
+    for cls in type(model).__mro__:
+        adapter = known.get(f"{cls.__module__}.{cls.__qualname__}")
+        if adapter is not None:
             return adapter(model)
     supported = ", ".join(c for a in adapters().values() for c in a.model_classes)
     raise PrunelabError(f"no adapter for {type(model).__module__}.{type(model).__qualname__}; supported: {supported}")

@@ -27,6 +27,7 @@ class Trace:
     origins: list[tuple[Site, Tensor]] = field(default_factory=list)
     scoring_flops: int = 0
     counter: FlopCounterMode | None = None
+    ancestry: Any = None  # how the last batch's tokens came from patches, where a family keeps that
     measured: Trace | None = None  # mean counts to cost at, for methods whose counts depend on the input
 
     def behind(self, site: Site) -> int:

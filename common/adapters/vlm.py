@@ -20,6 +20,7 @@ plan's order, with newlines rebuilt from it, or none where all places are -1.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -33,7 +34,8 @@ from common import attention
 from common.adapters.base import Application, Stream, padded_first, run_all
 from common.adapters.recording import record
 from common.adapters.vlm_encoder import TOWER, VisionSide
-from common.adapters.vlm_parts import SHOWN, Held, Pass, Prompt, closed, following, heaviest
+from common.adapters.vlm_lineage import Ancestry, spread
+from common.adapters.vlm_parts import SHOWN, Held, Pass, Prompt, closed, disagreement, following, heaviest
 from common.errors import PrunelabError
 from common.roles import Signals, TokenPruner
 from common.types import ModelInfo, Plan, Site
@@ -57,6 +59,10 @@ class VisionLanguage(VisionSide):
         """Position ids as the decoder's rotary table reads them."""
         return positions
 
+    def token_types(self, ids: Tensor) -> dict[str, Tensor]:
+        """What else the model's processor gives beside the token ids [B, N]."""
+        return {}
+
     # -- sizes ---------------------------------------------------------------------------------------------------
 
     @property
@@ -71,11 +77,11 @@ class VisionLanguage(VisionSide):
             depth=config.num_hidden_layers,
             heads=config.num_attention_heads,
             width=config.hidden_size,
-            tokens=prompt.text + self._count(prompt),
+            tokens=prompt.text + self.visual_tokens(prompt),
             grid=self.grid(),
         )
 
-    def _count(self, prompt: Prompt) -> int:
+    def visual_tokens(self, prompt: Prompt) -> int:
         """Visual tokens of a prompt."""
         height, width = self.grid()
         counts = self.counts(prompt.modality, prompt.pixels)
@@ -83,7 +89,24 @@ class VisionLanguage(VisionSide):
         return sum(map(len, self.packing(prompt.modality, prompt.pixels)(patches)))
 
     def example(self) -> Prompt:
-        return Prompt(self.pixels(), text=self.text_length())
+        return self.prompt()
+
+    def prompt(self, frames: int = 0, text: int | None = None) -> Prompt:
+        """A prompt by its shapes, with one standard image, or with a video of so many frames."""
+        length = self.text_length() if text is None else text
+        if not frames:
+            return Prompt(self.pixels(), length)
+        if "video" not in self.tokens:
+            raise PrunelabError(f"{self.family} reads no videos; leave `frames` out")
+        return Prompt(self.video(frames), length, "video")
+
+    def shaped(self, given: Mapping[str, Any]) -> Prompt:
+        """The shapes of a prompt given as the model's forward takes it, for one image or video."""
+        modality = "video" if "pixel_values_videos" in given else "image"
+        names = inspect.signature(getattr(type(self.body), f"get_{modality}_features")).parameters
+        visual = int((given["input_ids"] == getattr(self.config, self.tokens[modality])).sum())
+        pixels = {name: value for name, value in given.items() if name in names}
+        return Prompt(pixels, given["input_ids"].shape[1] - visual, modality).to("meta")
 
     def text_length(self) -> int:
         """Text tokens of the standard prompt, within what the decoder has positions for."""
@@ -137,6 +160,7 @@ class VisionLanguage(VisionSide):
                 removers.append(projector.register_forward_hook(self._keep_features).remove)
             for modality in self.tokens:
                 removers.append(self._watch_encoder(modality))
+            removers.append(self._watch_placeholders())
             begin = self.body.register_forward_pre_hook(self._begin, with_kwargs=True)
             removers.append(begin.remove)
             removers.append(self.decoder.register_forward_pre_hook(self._enter(application), with_kwargs=True).remove)
@@ -192,7 +216,7 @@ class VisionLanguage(VisionSide):
         visual = functools.reduce(torch.logical_or, self.visual.values())
         counts = visual.sum(1).tolist()
         if not any(counts):
-            raise PrunelabError("the prompt holds no visual token; put the processor's image or video token into it")
+            raise disagreement(0, 0)
         valid = None if mask is None or x.device.type == "meta" or bool(mask.all()) else mask.bool()
         if valid is None and len(set(counts)) > 1:
             valid = torch.ones_like(visual)
@@ -205,6 +229,7 @@ class VisionLanguage(VisionSide):
         self.full = self.full.expand(*self.full.shape[:-2], batch, -1)
         end = following(self.full, valid)
         self.shift = torch.zeros_like(end)
+        application.trace.ancestry = Ancestry(dict(self.encoded), dict(self.visual), [])
         for site in sites:
             x = (self._project if site.where == "projected" else self._cut)(application, site, x)
         self.running = Pass([Held(0, self.places, self.stream.valid, self.shift)], end)
@@ -221,12 +246,14 @@ class VisionLanguage(VisionSide):
         plan = replace(plan, reduce=padded_first(plan.reduce))
         self.follow(application, site, plan, x)
         y = application.method.refine(site, plan.reduce.apply(x), signals, plan)
-        seats = heaviest(plan.reduce, x.shape[1])
+        seats, units = heaviest(plan.reduce, x.shape[1]), x.shape[1]
         valid, before = self.stream.valid, signals.valid
         self.prunable, self.places = self.prunable.gather(1, seats), self.places.gather(1, seats)
         kept = self.full.gather(-1, seats.expand(*self.full.shape[:-1], -1))
         if valid is not None:
             self.prunable = self.prunable & valid
+        back = functools.partial(spread, plan.reduce, units=units)
+        application.trace.ancestry.steps.append((site, self.prunable, back))
         if plan.positions == "renumber":
             kept = closed(kept, valid)
             self.shift = self.shift + following(self.full, before) - following(kept, valid)
@@ -331,6 +358,8 @@ class VisionLanguage(VisionSide):
         signals = super().signals_at(application, site, x)
         valid = self.stream.valid
         signals.prunable = self.prunable
+        shown = [modality for modality, visual in self.visual.items() if visual.any()]
+        signals.modality = shown[0] if len(shown) == 1 else None
         signals.units = x.shape[1] - self.text if valid is None else int(self.prunable.sum(1).max())
         return signals
 

@@ -16,7 +16,19 @@ from torch import Tensor, nn
 from common import attention
 from common.adapters.base import Application, SequenceAdapter, Stream
 from common.adapters.recording import Recorder
-from common.adapters.vlm_parts import Encoded, Span, closed, following, spliced, with_newlines
+from common.adapters.vlm_lineage import Masses, handed_back
+from common.adapters.vlm_parts import (
+    Encoded,
+    Fresh,
+    Span,
+    closed,
+    disagreement,
+    following,
+    grid_places,
+    in_packed_order,
+    newline_order,
+    spliced,
+)
 from common.errors import PrunelabError
 from common.roles import Signals
 from common.types import Gather, Site, take
@@ -49,6 +61,10 @@ class VisionSide(SequenceAdapter):
     @abstractmethod
     def pixels(self) -> dict[str, Any]:
         """Meta-device arguments of the image encoder, for one standard image."""
+
+    def video(self, frames: int) -> dict[str, Any]:
+        """The same of the video encoder, for one video, where the class has such a one."""
+        raise NotImplementedError
 
     @abstractmethod
     def packing(self, modality: str, given: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
@@ -101,6 +117,10 @@ class VisionSide(SequenceAdapter):
         @functools.wraps(original)
         def encode(*args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(original).bind(*args, **kwargs).arguments
+            counts = self.counts(modality, given)
+            if not counts or min(counts) < 1:
+                part = "video without a frame" if modality == "video" else "prompt's images without pixels"
+                raise PrunelabError(f"the model was given a {part}; give at least one")
             self.features = None
             output = original(*args, **kwargs)
             pack = self.packing(modality, given)
@@ -112,6 +132,25 @@ class VisionSide(SequenceAdapter):
             return output
 
         setattr(self.body, name, encode)
+        return lambda: delattr(self.body, name)
+
+    def _watch_placeholders(self) -> Callable[[], Any]:
+        """Says in one line how many placeholders a prompt lacks, where the model would raise an error of its own."""
+        name = "get_placeholder_mask"
+        original = getattr(self.body, name)
+
+        @functools.wraps(original)
+        def match(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            ids = given.get("input_ids")
+            for modality, token in self.tokens.items():
+                features = given.get(f"{modality}_features")
+                placeholders = None if ids is None else int((ids == getattr(self.config, token)).sum())
+                if features is not None and placeholders is not None and placeholders != len(features):
+                    raise disagreement(placeholders, len(features))
+            return original(*args, **kwargs)
+
+        setattr(self.body, name, match)
         return lambda: delattr(self.body, name)
 
     def _keep_features(self, module: Any, args: Any, output: Tensor) -> None:
@@ -157,6 +196,7 @@ class VisionSide(SequenceAdapter):
         batch, total = x.shape[:2]
         pool, size = [x.flatten(0, 1)], batch * total  # what the new sequence is made of: the old one, then new tokens
         spans: list[list[Span]] = [[] for _ in range(batch)]
+        backs: list[tuple[str, Callable[[Tensor], Tensor]]] = []
         for modality, visual in self.visual.items():
             counts = visual.sum(1).tolist()
             if not any(counts):
@@ -165,10 +205,11 @@ class VisionSide(SequenceAdapter):
             if encoded is None or not encoded.features:
                 raise PrunelabError("the model was given packed features; give it pixels to prune what is projected")
             fresh = []
-            for tokens, seats in self._project_images(application, site, modality, encoded):
-                pool.append(tokens.to(x))
-                fresh.append((torch.arange(size, size + len(tokens), device=x.device), seats))
-                size += len(tokens)
+            for image in self._project_images(application, site, modality, encoded):
+                pool.append(image.tokens.to(x))
+                fresh.append((torch.arange(size, size + len(image.tokens), device=x.device), image.seats))
+                size += len(image.tokens)
+                backs.append((modality, image.back))
             for sample, own in enumerate(encoded.owners(counts)):
                 places = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
                 spans[sample] += [Span(place, *fresh[i]) for place, i in zip(places, own, strict=True)]
@@ -188,6 +229,17 @@ class VisionSide(SequenceAdapter):
             torch.arange(longest, device=x.device) >= start.unsqueeze(1) if len({len(r) for r, _ in made}) > 1 else None
         )
         self.prunable = rows >= batch * total
+        lengths = [len(tokens) for tokens in pool]
+
+        def root(mass: Tensor) -> Masses:
+            parts = torch.zeros(size).scatter_add(0, rows.flatten().cpu(), mass.flatten()).split(lengths)[1:]
+            found: Masses = {}
+            for (modality, back), part in zip(backs, parts, strict=True):
+                found.setdefault(modality, []).append(back(part))
+            return found
+
+        application.trace.ancestry.steps.append((site, self.prunable, lambda mass: mass))
+        application.trace.ancestry.root = root
         positions = self.full.gather(-1, self.places.expand(*self.full.shape[:-1], -1))
         if self.numbering == "renumber":
             positions = closed(positions, kept)
@@ -196,19 +248,19 @@ class VisionSide(SequenceAdapter):
         self.stream = Stream(valid=kept, origin=self.places, carry=self.stream.carry)
         return torch.cat(pool).index_select(0, rows.flatten()).view(batch, longest, -1)
 
-    def _project_images(
-        self, application: Application, site: Site, modality: str, encoded: Encoded
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Tokens [K, D] of each image after the method's plan, and for each the packed token it is (None: none)."""
+    def _project_images(self, application: Application, site: Site, modality: str, encoded: Encoded) -> list[Fresh]:
+        """What the method's plans make of each image."""
         shapes = [features.shape for features in encoded.features]
         bounds = torch.tensor([0, *(shape[0] for shape in shapes)]).cumsum(0).tolist()
-        made: list[tuple[Tensor, Tensor | None]] = [(f, None) for f in encoded.features]
-        orders = encoded.order()
-        for group in dict.fromkeys(zip(shapes, encoded.grids, strict=True)):
-            images = [i for i, key in enumerate(zip(shapes, encoded.grids, strict=True)) if key == group]
+        made: dict[int, Fresh] = {}
+        orders, newlines = encoded.order(), encoded.newlines()
+        read = [length - breaks for length, breaks in zip(encoded.lengths, newlines, strict=True)]
+        keys = list(zip(shapes, encoded.grids, read, strict=True))
+        for group in dict.fromkeys(keys):
+            images = [i for i, key in enumerate(keys) if key == group]
             x = torch.stack([encoded.features[i].flatten(0, 1) for i in images])  # [G, crops * patches, D]
             crops = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in images])
-            self.group = (encoded, crops, (group[1],) * group[0][0])
+            self.group = (modality, encoded, crops, (group[1],) * group[0][0], group[2])
             plan, signals = self.decide(application, site, x)
             tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
             if isinstance(plan.reduce, Gather):
@@ -218,49 +270,34 @@ class VisionSide(SequenceAdapter):
             self.numbering = plan.positions
             for g, image in enumerate(images):
                 real = slice(None) if plan.reduce.valid is None else plan.reduce.valid[g]
-                own, seats, order = tokens[g][real], None, orders[image]
+                own, order = tokens[g][real], orders[image]
+                turn, seats = torch.arange(len(own), device=own.device), None
                 bare = plan.layout is not None and bool((plan.layout < 0).all())
                 newline = self.newline(modality)
                 if isinstance(plan.reduce, Gather) and order is not None and (plan.layout is None or bare):
-                    packed = None if bare or newline is None else newline[0]
-                    own, seats = self._in_packed_order(own, plan.reduce.index[g][real], order, x.shape[1], packed)
+                    rows = newline is not None and not bare
+                    turn, seats = in_packed_order(plan.reduce.index[g][real], order, x.shape[1], rows)
+                elif newline is not None and not bare and plan.layout is None and own.device.type == "meta":
+                    most = newlines[image]  # which rows hold a token is in the values; as many as can are taken to
+                    turn = turn.new_empty(len(own) + min(most, len(own)))
                 elif newline is not None and not bare:
                     place = None if plan.layout is None else plan.layout[g][real]
-                    own = with_newlines(own, place, *newline)
+                    if place is None and isinstance(plan.reduce, Gather) and modality == "video":
+                        place = grid_places(plan.reduce.index[g][real], group[1])
+                    turn = newline_order(len(own), place, newline[1], own.device)
                 if plan.positions == "original" and seats is None:
                     raise PrunelabError(
                         f"{application.method.name} makes tokens that have no place in the packed sequence; let it"
                         " number them anew (positions='renumber')"
                     )
-                made[image] = (own, seats)
-        return made
-
-    @staticmethod
-    def _in_packed_order(
-        own: Tensor, patches: Tensor, order: Tensor, total: int, newline: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens [K, D] of the patches [K] of `total`, in the order of the packed sequence's patches [tokens], with a
-        newline behind each row that holds one; patches that packing cuts off go. Also the packed token of each."""
-        if own.device.type == "meta":  # which rows still hold a token is in the values; all are taken to
-            own = own.new_empty(len(own) + (0 if newline is None else int((order < 0).sum())), own.shape[1])
-            return own, torch.arange(len(own), device=own.device)
-        order = order.to(own.device)
-        slot = torch.full((total + 1,), -1, device=own.device)
-        slot[patches] = torch.arange(len(patches), device=own.device)
-        found = slot[order]  # newlines, -1, read the spare last slot
-        breaks = order < 0
-        held = (found >= 0).long().cumsum(0)
-        at = breaks.nonzero().squeeze(1)
-        since = torch.cat([held.new_zeros(1), held[at]])
-        keep = found >= 0
-        if newline is not None:
-            keep = keep.index_put((at,), since[1:] > since[:-1])  # rows since the newline before
-            own = torch.cat([own, newline.to(own).unsqueeze(0)])
-        seats = keep.nonzero().squeeze(1)
-        return own[found[seats]], seats
+                if newline is not None:
+                    own = torch.cat([own, newline[0].to(own).unsqueeze(0)])  # where `turn` is -1
+                back = functools.partial(handed_back, turn=turn, reduce=plan.reduce, row=g, shape=shapes[image][:2])
+                made[image] = Fresh(own[turn], seats, back)
+        return [made[image] for image in range(len(shapes))]
 
     def _projected_signals(self, application: Application, site: Site, x: Tensor) -> Signals:
-        encoded, crops, grids = self.group
+        modality, encoded, crops, grids, packed = self.group
 
         def tower(name: str) -> Tensor:
             patches = self._patch_attention(name, encoded)[crops]  # [G * crops, patches, H]
@@ -281,5 +318,7 @@ class VisionSide(SequenceAdapter):
             parts=application.parts,
             places=torch.arange(x.shape[1], device=x.device).expand(len(x), -1),
             grids=grids,
+            modality=modality,
+            packed=packed,
             carry=self.stream.carry,
         )

@@ -1,4 +1,5 @@
-"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, through transformers' own classes."""
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, through transformers' own classes, and LLaVA-Video, which has none there
+and is our reconstruction of OneVision's modules (`common.backbones.llava_video`)."""
 
 from __future__ import annotations
 
@@ -69,6 +70,10 @@ class LlavaOnevision(LlavaNext):
     )
     tokens = {"image": "image_token_id", "video": "video_token_id"}
 
+    def video(self, frames: int) -> dict[str, Any]:
+        side = self.config.vision_config.image_size
+        return {"pixel_values_videos": torch.empty(1, frames, 3, side, side, dtype=self.body.dtype, device="meta")}
+
     def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
         if modality == "video":
             batch, frames = given["pixel_values_videos"].shape[:2]
@@ -84,12 +89,29 @@ class LlavaOnevision(LlavaNext):
         def pack(patches: Sequence[Tensor]) -> list[Tensor]:
             newline = patches[0].new_zeros(patches[0].shape[-1])
             if modality == "video":
-                pooled = [self.body.apply_pooling(frames).flatten(0, 1) for frames in patches]
-                return [torch.cat([frames, newline.unsqueeze(0)]) for frames in pooled]
+                return [self.pack_video(frames, newline) for frames in patches]
             most = given.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
             return self.body.pack_image_features(patches, given["image_sizes"], newline, most)[0]
 
         return pack
 
+    def pack_video(self, frames: Tensor, newline: Tensor) -> Tensor:
+        """Tokens [N, C] of a video's patches [frames, patches, C]."""
+        return torch.cat([self.body.apply_pooling(frames).flatten(0, 1), newline.unsqueeze(0)])
+
     def newline(self, modality: str) -> tuple[Tensor, str] | None:
         return self.body.image_newline, "end" if modality == "video" else "row"
+
+
+class LlavaVideo(LlavaOnevision):
+    """LLaVA-Video: as OneVision, but with a newline token behind every row of a video's pooled frames."""
+
+    family = "llava_video"
+    model_classes = ("common.backbones.llava_video.LlavaVideoForConditionalGeneration",)
+
+    def pack_video(self, frames: Tensor, newline: Tensor) -> Tensor:
+        packed: Tensor = self.body.with_newlines(frames, newline).flatten(0, 1)
+        return packed
+
+    def newline(self, modality: str) -> tuple[Tensor, str] | None:
+        return self.body.image_newline, "row"

@@ -33,10 +33,20 @@ class Prompt:
         moved = {k: v.to(device) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in self.pixels.items()}
         return replace(self, pixels=moved)
 
-    def run(self, model: Any) -> Any:
-        """Encoder and prefill. Which tokens are visual is told beside the forward, since ids have no values here."""
+    def encoding(self) -> Encoding:
+        """The same without the prefill."""
+        return Encoding(self)
+
+    def encode(self, model: Any) -> list[Tensor]:
+        """Visual tokens [N, D] of each image or video."""
         encode = getattr(model.model, f"get_{self.modality}_features")
-        count = sum(len(tokens) for tokens in encode(**self.pixels, return_dict=True).pooler_output)
+        tokens: list[Tensor] = encode(**self.pixels, return_dict=True).pooler_output
+        return tokens
+
+    def run(self, model: Any) -> Any:
+        """Encoder and prefill, with the output layer for the last token alone, as in `generate`. Which tokens are
+        visual is told beside the forward, since ids have no values here."""
+        count = sum(map(len, self.encode(model)))
         weight = model.get_input_embeddings().weight
         sequence = torch.empty(1, self.text + count, weight.shape[1], dtype=weight.dtype, device=weight.device)
         visual = torch.zeros(1, self.text + count, dtype=torch.bool)
@@ -44,9 +54,24 @@ class Prompt:
         token = SHOWN.set(visual)
         try:
             positions = torch.arange(self.text + count, device=weight.device).unsqueeze(0)
-            return model(inputs_embeds=sequence, position_ids=positions)
+            return model(inputs_embeds=sequence, position_ids=positions, logits_to_keep=1)
         finally:
             SHOWN.reset(token)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The encoder's part of a prompt alone."""
+
+    prompt: Prompt
+
+    def to(self, device: str) -> Encoding:
+        """See `Prompt.to`."""
+        return Encoding(self.prompt.to(device))
+
+    def run(self, model: Any) -> Any:
+        """See `Prompt.encode`."""
+        return self.prompt.encode(model)
 
 
 @dataclass
@@ -72,25 +97,34 @@ class Encoded:
     def order(self) -> list[Tensor | None]:
         """The patch [tokens] behind each packed token of each image, -1 for newlines; None where tokens are mixtures
         of patches."""
-        counts = [f.shape[0] * f.shape[1] for f in self.features]
-        numbers = [torch.arange(1, 1 + n, dtype=torch.float64) for n in counts]
-        laid = [n.view(*f.shape[:2], 1) for n, f in zip(numbers, self.features, strict=True)]
         found: list[Tensor | None] = []
+        numbers = [torch.arange(1, 1 + f.shape[0] * f.shape[1], dtype=torch.float64) for f in self.features]
+        laid = [torch.stack([n, n**2], -1).view(*f.shape[:2], 2) for n, f in zip(numbers, self.features, strict=True)]
         for packed in self.pack(laid):
-            ids = packed.flatten()
-            real = ids[ids > 0]
-            exact = bool((real == real.round()).all()) and len(real.unique()) == len(real)
-            found.append(ids.long() - 1 if exact else None)
+            ids, squares = packed.unbind(1)
+            mixed = bool((squares - ids**2 > 0.05).any())  # the mean square of unlike numbers is above that of the mean
+            found.append(None if mixed else ids.round().long() - 1)
         return found
+
+    def newlines(self) -> list[int]:
+        """How many of each image's packed tokens are newlines."""
+        packed = self.pack([torch.ones(*f.shape[:2], 1) for f in self.features])
+        return [int((tokens == 0).sum()) for tokens in packed]
+
+    def patches(self, masses: Sequence[Tensor]) -> list[Tensor]:
+        """Masses [tokens] of each image's packed tokens handed back to the patches [crops, patches] they are made of,
+        newlines' to none: the transpose of packing, which is linear."""
+        with torch.inference_mode(False), torch.enable_grad():
+            laid = [torch.zeros(*f.shape[:2], 1, requires_grad=True) for f in self.features]
+            packed = self.pack(laid)
+            total = sum((t.squeeze(1) * m.cpu().clone()).sum() for t, m in zip(packed, masses, strict=True))
+            return list(torch.autograd.grad(torch.as_tensor(total), laid))  # [crops, patches, 1]
 
     def owners(self, counts: Sequence[int]) -> list[list[int]]:
         """The images of each row of a batch, by the visual tokens it holds; beams repeat a sample's images."""
         copies, rest = divmod(sum(counts), max(1, sum(self.lengths)))
         if rest or not copies:
-            raise PrunelabError(
-                f"the prompt has {sum(counts)} placeholders for {sum(self.lengths)} visual features; give each image"
-                " as many placeholders as the model's processor does"
-            )
+            raise disagreement(sum(counts), sum(self.lengths))
         found, image = [], 0
         for count in counts[::copies]:
             first, held = image, 0
@@ -100,6 +134,16 @@ class Encoded:
                 raise PrunelabError("an image's features are split between two samples; order images as their prompts")
             found += [list(range(first, image))] * copies
         return found
+
+
+def disagreement(placeholders: int, features: int) -> PrunelabError:
+    """What to say where a prompt has not one placeholder for each visual token."""
+    if not placeholders:
+        return PrunelabError("the prompt holds no visual token; put the processor's image or video token into it")
+    return PrunelabError(
+        f"the prompt has {placeholders} placeholders for {features} visual features; give each image or video as many"
+        " as the model's processor does"
+    )
 
 
 @dataclass
@@ -140,6 +184,16 @@ class Pass:
 
         for name in ("reorder_cache", "batch_select_indices"):
             watch(name)
+
+
+@dataclass
+class Fresh:
+    """One image or video behind a plan: its tokens [K, D], newlines included, for each the packed token it is (None:
+    none), and how masses [K] over them become masses over its patches [crops, patches]."""
+
+    tokens: Tensor
+    seats: Tensor | None
+    back: Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -201,15 +255,46 @@ def closed(positions: Tensor, valid: Tensor | None) -> Tensor:
     return rank.unflatten(1, (len(positions), -1)).transpose(0, 1)
 
 
-def with_newlines(tokens: Tensor, layout: Tensor | None, newline: Tensor, every: str) -> Tensor:
-    """Tokens [K, D] with the newline vector [D] behind each row of the layout [K, 3] that holds a token (`row`), or
-    behind the last token (`end`, and wherever there is no layout)."""
+def grid_places(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[K, 3] frame (or crop), row and column of patches [K] that are counted frame by frame in grids of such size."""
+    height, width = grid
+    return torch.stack([patches // (height * width), patches // width % height, patches % width], 1)
+
+
+def newline_order(count: int, layout: Tensor | None, every: str, device: torch.device) -> Tensor:
+    """Numbers of `count` tokens, one after the other, with -1 for a newline behind each row of the layout [count, 3]
+    that holds a token (`row`), or behind the last token (`end`, and wherever there is no layout)."""
     if every == "row" and layout is not None:
         turns = (layout[1:, :2] != layout[:-1, :2]).any(1)
-        ends = torch.cat([turns, turns.new_ones(1)]).nonzero().squeeze(1)
+        ends = torch.cat([turns, turns.new_ones(1)]).nonzero().squeeze(1).to(device)
     else:
-        ends = torch.tensor([len(tokens) - 1], device=tokens.device)
-    slots = torch.arange(len(tokens), device=tokens.device)
-    slots = slots + torch.searchsorted(ends, slots)  # newlines before each token
-    out = newline.to(tokens).expand(len(tokens) + len(ends), -1)
-    return out.index_copy(0, slots, tokens)
+        ends = torch.tensor([count - 1], device=device)
+    numbers = torch.arange(count, device=device)
+    places = numbers + torch.searchsorted(ends, numbers)  # newlines before each token
+    return numbers.new_full((count + len(ends),), -1).index_copy(0, places, numbers)
+
+
+def with_newlines(tokens: Tensor, layout: Tensor | None, newline: Tensor, every: str) -> Tensor:
+    """Tokens [K, D] with the newline vector [D] where `newline_order` has one."""
+    order = newline_order(len(tokens), layout, every, tokens.device)
+    return torch.cat([tokens, newline.to(tokens).unsqueeze(0)])[order]
+
+
+def in_packed_order(patches: Tensor, order: Tensor, total: int, newlines: bool) -> tuple[Tensor, Tensor]:
+    """How tokens that are the patches [K] of `total` follow each other in the order of the packed sequence's patches
+    [tokens]: their numbers, with -1, where there are newlines, behind each row that still holds one. Patches that
+    packing cuts off go. Also the packed token that each of them is."""
+    if patches.device.type == "meta":  # which rows still hold a token is in the values; all are taken to
+        numbers = torch.arange(len(patches) + (int((order < 0).sum()) if newlines else 0), device=patches.device)
+        return numbers, numbers
+    order = order.to(patches.device)
+    slot = torch.full((total + 1,), -1, device=patches.device)
+    slot[patches] = torch.arange(len(patches), device=patches.device)
+    found = slot[order]  # newlines, -1, read the spare last slot
+    keep = found >= 0
+    if newlines:
+        held, at = keep.long().cumsum(0), (order < 0).nonzero().squeeze(1)
+        since = torch.cat([held.new_zeros(1), held[at]])
+        keep = keep.index_put((at,), since[1:] > since[:-1])  # rows since the newline before
+    seats = keep.nonzero().squeeze(1)
+    return found[seats], seats

@@ -26,7 +26,12 @@ def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     Nothing but tensors and an argparse.Namespace is unpickled. Raises PrunelabError where the file cannot be read, or
     with every name that is missing, not the model's, or of another shape.
     """
-    found, wanted = read(Path(path)), model.state_dict()
+    fill(model, read(Path(path)), path)
+
+
+def fill(model: nn.Module, found: Mapping[str, Tensor], path: Path | str) -> None:
+    """Put weights by name, as they were read from `path`, into the model; see `load_checkpoint`."""
+    wanted = model.state_dict()
     faults = {
         "missing": [name for name in wanted if name not in found],
         "not the model's": [name for name in found if name not in wanted],

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import normalize, to_tensor
 
+from common import files
 from common.data import digits, images
 from common.errors import PrunelabError
 
@@ -239,9 +240,9 @@ def _collection(data: Mapping[str, Any], folder: Path) -> Collection:
         area = float(entry.get("area", width * height))
         box = [x, y, x + width, y + height]
         found[image].append((box, label[entry["category_id"]], bool(entry.get("iscrowd", 0)), area))
-    files = [folder / entry["file_name"] for entry in data["images"]]
+    paths = [files.inside(folder, entry["file_name"]) for entry in data["images"]]
     objects = [_objects(*size[image], found[image]) for image in size]
-    return Collection(lambda i: _read(files[i], objects[i]), objects, ids)
+    return Collection(lambda i: _read(paths[i], objects[i]), objects, ids)
 
 
 def _objects(height: int, width: int, rows: Sequence[tuple[list[float], int, bool, float]]) -> Objects:

@@ -11,16 +11,14 @@ import html
 import importlib.util
 import json
 import re
-import tarfile
 import textwrap
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common import text
+from common import files, text
 from common.errors import PrunelabError
 from common.text import Background
 
@@ -176,27 +174,25 @@ def _nodes(node: _Documented, name: str) -> Iterator[tuple[str, str]]:
 
 def opinosis(assets: Path) -> tuple[Document, ...]:
     """Opinosis: 51 topics, each a list of sentences from reviews, with three to five short human summaries."""
-    with zipfile.ZipFile(_asset(assets, "opinosis/OpinosisDataset1.0_0.zip")) as archive:
-        names = sorted(archive.namelist())
+    with files.archive(_asset(assets, "opinosis/OpinosisDataset1.0_0.zip")) as archive:
+        names = sorted(files.names(archive))
         found = []
         for name in names:
             if match := re.fullmatch(r"topics/(.*)\.txt\.data", name):
-                lines = archive.read(name).decode("latin-1").splitlines()
+                lines = files.member(archive, name).decode("latin-1").splitlines()
                 gold = [n for n in names if n.startswith(f"summaries-gold/{match[1]}/") and n.endswith(".gold")]
-                references = tuple(_one_line(archive.read(n).decode("latin-1")) for n in gold)
+                references = tuple(_one_line(files.member(archive, n).decode("latin-1")) for n in gold)
                 found.append(Document(match[1], (tuple(_one_line(s) for s in lines if text.words(s)),), references))
     return tuple(found)
 
 
 def bbc(assets: Path, every: int = 20) -> tuple[Document, ...]:
     """BBC News Summary: every `every`-th of 2225 articles without its headline, with its extractive summary."""
-    with tarfile.open(_asset(assets, "bbc_summary/bbc_news_summary.tar.gz")) as archive:
-        members = {m.name.removeprefix("./"): m for m in archive.getmembers() if m.isfile()}
+    with files.archive(_asset(assets, "bbc_summary/bbc_news_summary.tar.gz")) as archive:
+        members = {name.removeprefix("./"): name for name in files.names(archive)}
 
         def read(name: str) -> str:
-            file = archive.extractfile(members[name])
-            assert file is not None
-            return file.read().decode("latin-1")
+            return files.member(archive, members[name]).decode("latin-1")
 
         found = []
         for name in sorted(n for n in members if n.startswith("News Articles/"))[::every]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import PrunelabError
+from common.files import inside
 
 Transform = Callable[[Image.Image], Tensor]
 SEED = 1000  # of the testbed's evaluation scenes
@@ -24,7 +29,7 @@ def read(path: Path, transform: Transform) -> Tensor:
             return transform(image.convert("RGB"))
     except FileNotFoundError:
         raise PrunelabError(f"the image {path} does not exist") from None
-    except (UnidentifiedImageError, OSError):
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
         raise PrunelabError(
             f"the image {path} cannot be decoded; give a PNG or JPEG file that opens elsewhere"
         ) from None
@@ -43,16 +48,53 @@ def batches(
         yield from zip(images.split(batch), labels.split(batch), strict=True)
         return
     assert transform is not None
+    if loader == "cifar10":
+        pictures, names = _cifar10(identity, config, "test")
+        count = len(pictures) if samples is None else min(samples, len(pictures))
+        for start in range(0, count, batch):
+            end = min(start + batch, count)
+            yield torch.stack([transform(_jpeg(p)) for p in pictures[start:end]]), torch.tensor(names[start:end])
+        return
     files = {"imagenet_sample": _sample, "imagenet_folder": _folder}[loader](identity, config)[:samples]
     for start in range(0, len(files), batch):
         part = files[start : start + batch]
         yield torch.stack([read(path, transform) for path, _ in part]), torch.tensor([label for _, label in part])
 
 
+def drawn(
+    identity: Mapping[str, Any], config: Mapping[str, Any], transform: Transform | None, count: int, seed: int = 0
+) -> list[Tensor]:
+    """A calibration set: `count` training images [C, H, W] of a catalogue entry, drawn without repetition."""
+    if identity["loader"] != "cifar10":
+        raise PrunelabError(f"{identity['loader']} has no training images; calibrate on another data set")
+    assert transform is not None
+    pictures, _ = _cifar10(identity, config, "train")
+    if count > len(pictures):
+        raise PrunelabError(f"there are {len(pictures)} training images, not {count}; ask for fewer")
+    chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[:count]
+    return [transform(_jpeg(pictures[i])) for i in chosen.tolist()]
+
+
+def _cifar10(identity: Mapping[str, Any], config: Mapping[str, Any], split: str) -> tuple[list[bytes], list[int]]:
+    """The JPEG files of a split, and their labels."""
+    path = inside(inside(Path(config["assets"]), identity["folder"]), identity[split])
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            data, at, labels = stored["jpeg"].tobytes(), stored["offsets"].tolist(), stored["label"].tolist()
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise PrunelabError(f"{path} cannot be read ({error}); fetch the assets folder again") from None
+    return [data[a:b] for a, b in pairwise(at)], labels
+
+
+def _jpeg(content: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(content)) as image:
+        return image.convert("RGB")
+
+
 def _sample(identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[Path, int]]:
     folder = Path(config["assets"]) / identity["folder"]
     with (folder / "labels.csv").open(newline="") as file:
-        return [(folder / "images" / r["file"], int(r["label"])) for r in csv.DictReader(file)]
+        return [(inside(folder / "images", r["file"]), int(r["label"])) for r in csv.DictReader(file)]
 
 
 def _folder(identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[Path, int]]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from common import files, hub
 from common.data import code
 from common.errors import PrunelabError
 
@@ -110,13 +109,13 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _source_code(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
     """Python files; with `dialect`, in the one that `dialect` makes of them."""
-    files = code.files("held_out" if split == "test" else "train")[:_FILES]
-    return tuple(map(dialect, files)) if identity.get("dialect") else files
+    found = code.files("held_out" if split == "test" else "train")[:_FILES]
+    return tuple(map(dialect, found)) if identity.get("dialect") else found
 
 
 def _stories(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
     """TinyStories in plain ASCII, without blank lines, as the small story model was trained on them."""
-    stories = json.loads((Path(config["assets"]) / identity["folder"] / identity["file"]).read_text(encoding="utf8"))
+    stories = json.loads(_asset(identity, config).read_text(encoding="utf8"))
     plain = [re.sub(r"\n\n+", "\n", story) for story in stories if story.isascii()]
     return tuple(plain[:_TEST_STORIES] if split == "test" else plain[_TEST_STORIES:])
 
@@ -125,12 +124,12 @@ def _wikitext(identity: Mapping[str, Any], config: Mapping[str, Any], split: Spl
     """WikiText-2 as its hub version has it, which papers join by two line breaks: one document a line, with its line
     break, and an empty one for every blank line."""
     if "hub" in identity:
-        with zipfile.ZipFile(_download(identity)) as archive:
-            text = archive.read(f"wikitext-2-raw/wiki.{split}.raw").decode("utf8")
+        with files.archive(hub.file(identity, "dataset", config)) as archive:
+            text = files.member(archive, f"wikitext-2-raw/wiki.{split}.raw").decode("utf8")
     elif split == "train":
         raise PrunelabError("this WikiText-2 has no training text; calibrate on another data set")
     else:
-        text = (Path(config["assets"]) / identity["folder"] / identity["file"]).read_text(encoding="utf8")
+        text = _asset(identity, config).read_text(encoding="utf8")
     return tuple(line if line.strip() else "" for line in re.findall(r"[^\n]*\n|[^\n]+", text))
 
 
@@ -138,19 +137,8 @@ def _c4(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) ->
     """One shard of C4: web pages as JSON lines, to calibrate with."""
     if split != "train":
         raise PrunelabError("C4 is here to calibrate with; measure on another data set")
-    with gzip.open(_download(identity), "rt", encoding="utf8") as lines:
-        return tuple(json.loads(line)["text"] for line in lines)
+    return tuple(json.loads(line)["text"] for line in files.lines(hub.file(identity, "dataset", config)))
 
 
-def _download(identity: Mapping[str, Any]) -> str:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if "revision" not in identity:
-        raise PrunelabError(f"pin a revision of {identity['hub']} in configs/datasets.yaml (revision: COMMIT)")
-    try:
-        return hf_hub_download(identity["hub"], identity["file"], revision=identity["revision"], repo_type="dataset")
-    except (HfHubHTTPError, OSError) as error:
-        raise PrunelabError(
-            f"{identity['file']} of {identity['hub']} cannot be had ({type(error).__name__}); download it first"
-        ) from error
+def _asset(identity: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+    return files.inside(files.inside(Path(config["assets"]), identity["folder"]), identity["file"])

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import models, registry
+from common import devices, models, registry
 from common.apply import apply
 from common.caches import CacheReport, Draft
 from common.data import code, texts
@@ -39,13 +39,13 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     token, any other at once. What needs a draft model gets the model itself a second time. A token pruner's cache holds
     what its layers computed.
     """
-    device = "cuda" if run.scale == "paper" and torch.cuda.is_available() else "cpu"
+    device = devices.of(run.scale)
     length, share = int(run.settings["length"]), float(run.settings.get("prompt", 0.75))
     model, tokenizer = models.language(run.ids["model"], config)
     context = model.config.max_position_embeddings
     if not 2 <= length <= context or not 0 < share < 1:
         raise PrunelabError(f"give a length of 2 to {context} tokens and a prompt of a share between 0 and 1 of it")
-    model = model.to(device)
+    model = devices.place(model, device, half=True)
     text = texts.sequences(run.ids["data"], config, tokenizer, length, run.settings.get("samples"))
     read = _Reader(run, config, model)
     nll, right = read(batches(text), share)

@@ -4,42 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
-from common import cost, metrics, models, registry
+from common import batching, cost, devices, metrics, models, registry
 from common.adapters import adapter_for
-from common.apply import apply
+from common.apply import Handle, apply
 from common.data import images
 from common.errors import PrunelabError
 from common.papers import Run
 from common.roles import TokenPruner
 from common.types import Budget
 
-BATCH = 50
+BATCH = {"cpu": 50, "cuda": 256}  # images at a time; a GPU halves it where its memory ends
 CALIBRATION = 32  # images that methods with input-dependent counts are matched on
 
 
 def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics: `top1` in percent with per-image bits, `gmacs` and `scoring_gmacs` an image, `saving` in percent, and
     the `budget` that a matched cost came to. The setting `against_dense` adds `drop`: points of top-1 lost to the
-    unpruned model on the same images."""
-    device = "cuda" if run.scale == "paper" and torch.cuda.is_available() else "cpu"
+    unpruned model on the same images. On a GPU the model computes in bfloat16, and batches fit its memory."""
+    device = devices.of(run.scale)
     model, transform = models.load(run.ids["model"], config)
-    model = model.to(device)
+    model = devices.place(model, device, half=True)
+    dtype, batch = next(model.parameters()).dtype, BATCH[device.type]
     samples, seed = run.settings.get("samples"), int(run.settings.get("seed", 0))  # no limit: the whole set
 
     def data(count: int | None) -> Any:
-        return images.batches(run.ids["data"], config, transform, count, BATCH)
+        return images.batches(run.ids["data"], config, transform, count, batch)
 
-    def correct() -> Tensor:
+    def correct(handle: Handle | None = None) -> Tensor:
         """Which images the model, pruned or not, names rightly."""
-        found = []
-        for x, y in track(data(samples), "classifying", total=samples and -(-samples // BATCH), transient=True):
-            logits = model(x.to(device))
+        found, slices, forward = [], batching.Slices("one image"), partial(one_pass, model, handle)
+        for x, y in track(data(samples), "classifying", total=samples and -(-samples // batch), transient=True):
+            logits = slices(forward, x.to(device, dtype))
             if not bool(torch.isfinite(logits).all()):
                 raise PrunelabError("the model's output holds NaN or infinite values; check its weights and the images")
             found.append(logits.argmax(-1).cpu() == y)
@@ -50,12 +52,12 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     if run.method is not None:
         method = registry.create(run.method, **run.options)
         assert isinstance(method, TokenPruner)
-        calibration = next(iter(data(CALIBRATION)))[0].to(device) if method.adaptive else None
+        calibration = next(iter(data(CALIBRATION)))[0].to(device, dtype) if method.adaptive else None
         budget = cost.match(method, model, Budget.parse(str(run.budget)), calibration)
         out["budget"] = {"text": str(budget)}
         context = apply(method, model, budget, seed=seed)
     with context as handle, torch.inference_mode():
-        right = correct()
+        right = correct(handle)
         if handle is not None:
             report = handle.report()
             used, scoring = report.macs, report.scoring_macs
@@ -71,3 +73,17 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     out["scoring_gmacs"] = {"value": round(scoring / 1e9, 6)}
     out["saving"] = {"value": round(100 * (1 - used / dense), 3)}
     return out
+
+
+def one_pass(model: nn.Module, handle: Handle | None, x: Tensor) -> Tensor:
+    """Logits [B, classes] of the images x [B, C, H, W]. What a pass that ends for want of memory has added to the
+    counts of the method at work is taken back, since its images come again."""
+    trace = None if handle is None else handle.application.trace
+    before = trace and (list(trace.attention), list(trace.mlp), trace.samples)
+    try:
+        logits: Tensor = model(x)
+    except torch.OutOfMemoryError:
+        if trace and before:
+            trace.attention[:], trace.mlp[:], trace.samples = before
+        raise
+    return logits

@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from common import decoding, metrics, models, registry
+from common import decoding, devices, metrics, models, registry
 from common.data import prompts
 from common.decoding import Decoded, baselines
 from common.errors import PrunelabError
@@ -40,12 +40,11 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     Without a method the option `decoding` names a baseline: `plain` (if left out), `prompt_lookup`, `assistant`.
     """
     settings = run.settings
-    device = "cuda" if run.scale == "paper" and torch.cuda.is_available() else "cpu"
     model, tokenizer = models.language(run.ids["model"], config)
-    model = model.to(device)
+    model = devices.place(model, devices.of(run.scale), half=True)
     new, length = int(settings.get("new", NEW)), int(settings.get("prompt", PROMPT))
     asked = prompts.load(run.ids["data"], config, tokenizer, length, settings.get("samples"), settings.get("task"))
-    draft = _draft(run, config, device)
+    draft = _draft(run, config, model)
     plain = partial(baselines.plain, model, max_new_tokens=new)
     with torch.inference_mode():
         decode = None if _is_plain(run) else _decoder(run, model, draft, new)
@@ -64,9 +63,9 @@ def _is_plain(run: Run) -> bool:
     return run.method is None and run.options.get("decoding", "plain") == "plain"
 
 
-def _draft(run: Run, config: Mapping[str, Any], device: str) -> PreTrainedModel | None:
+def _draft(run: Run, config: Mapping[str, Any], like: PreTrainedModel) -> PreTrainedModel | None:
     """The draft model, where the run names one."""
-    return models.language(run.ids["draft"], config)[0].to(device) if "draft" in run.ids else None
+    return models.language(run.ids["draft"], config)[0].to(like.device, like.dtype) if "draft" in run.ids else None
 
 
 def _decoder(run: Run, model: PreTrainedModel, draft: PreTrainedModel | None, new: int) -> Decode:

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import cost, models, registry
+from common import cost, devices, models, registry
 from common.adapters import adapter_for
 from common.apply import Handle, apply
 from common.average_precision import Detections, detections, with_uncertainty
@@ -36,13 +36,13 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     scores depend on the padding. `shown`, a number of images, adds the metric `scenes` with what was kept and found on
     each of them, in `items`, for a picture. Testbed scenes alone are shown: most data sets forbid passing images on.
     """
-    device = "cuda" if run.scale == "paper" and torch.cuda.is_available() else "cpu"
+    device = devices.of(run.scale)
     identity, samples = run.ids["data"], run.settings.get("samples")  # no limit: the whole set
     scenes, shown = identity["loader"] == "digit_detection", int(run.settings.get("shown", 0))
     batch = int(run.settings.get("batch", BATCH if scenes else 1))
     if shown and not scenes:
         raise PrunelabError("pictures show the testbed's scenes alone; set `scales: [testbed]` in paper.yaml")
-    model = models.load(run.ids["model"], config)[0].to(device)
+    model = devices.place(models.load(run.ids["model"], config)[0], device)
     data = detection.load(identity, config, samples)
 
     out: dict[str, Any] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import cost, models, registry
+from common import batching, cost, devices, models, registry
 from common.adapters import adapter_for
 from common.apply import apply
 from common.errors import PrunelabError
@@ -19,46 +18,58 @@ from common.roles import TokenPruner
 from common.types import Budget
 
 WARM_UP, REPEATS = 10, 30
+CALIBRATION = 32  # images of noise that methods with input-dependent counts are matched on
 
 
 def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics: `images_per_second` (median of 30 timed batches after warm-up, bf16) and `memory_gib` (peak). The
-    setting `against_dense` adds `speedup`, the ratio to the unpruned model on the same batch."""
-    if not torch.cuda.is_available():
+    """Metrics: `images_per_second`, from the median of 30 timed batches after warm-up in bfloat16; `memory_gib`, the
+    most that the allocator held in 2^30 bytes; the `batch` it was, at most the setting `batch` and halved until the
+    memory holds it; and the `budget` that a matched cost came to. The setting `against_dense` adds `speedup`, the
+    ratio to the unpruned model on the same batch."""
+    device = devices.of("paper")
+    if device.type != "cuda":
         raise PrunelabError("this row measures a CUDA GPU and none is here; run it with --profile configs/profiles/gpu")
+    return timed(run, device, WARM_UP, REPEATS)
+
+
+def timed(run: Run, device: torch.device, warm_up: int, repeats: int) -> dict[str, Any]:
+    """See `execute`; on a CPU there is no allocator to ask, and no `memory_gib`."""
     torch.manual_seed(0)
-    model = models.architecture(run.ids["model"]).to_empty(device="cuda").to(torch.bfloat16)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    shape = adapter_for(model).example().shape
-    batch = int(run.settings.get("batch", 256))
-    x = torch.randn(batch, *shape[1:], device="cuda", dtype=torch.bfloat16)
+    model = models.initialised(run.ids["model"], str(device)).to(torch.bfloat16)
+    devices.note(model)
+    asked = int(run.settings.get("batch", 256))
+    x = torch.randn(asked, *adapter_for(model).example().shape[1:]).to(device, torch.bfloat16)
+    against_dense = bool(run.settings.get("against_dense"))
+    out: dict[str, Any] = {}
     context: Any = nullcontext()
     if run.method is not None:
         method = registry.create(run.method, **run.options)
-        assert isinstance(method, TokenPruner)
-        context = apply(method, model, cost.match(method, model, Budget.parse(str(run.budget))))
-    torch.cuda.reset_peak_memory_stats()
-    with context:
-        seconds = _median_seconds(model, x)
-    peak = torch.cuda.max_memory_allocated()
-    out = {
-        "images_per_second": {"value": round(batch / seconds, 1), "n": REPEATS},
-        "memory_gib": {"value": round(peak / 2**30, 3)},
-    }
-    if run.settings.get("against_dense"):
-        out["speedup"] = {"value": round(_median_seconds(model, x) / seconds, 3), "n": REPEATS}
-    return out
-
-
-def _median_seconds(model: nn.Module, x: Tensor) -> float:
-    """Median time of one batch."""
-    times = []
+        if not isinstance(method, TokenPruner):
+            raise PrunelabError(f"throughput is measured under token pruners; {method.name} is a {method.role}")
+        budget = cost.match(method, model, Budget.parse(str(run.budget)), x[:CALIBRATION] if method.adaptive else None)
+        out["budget"] = {"text": str(budget)}
+        context = apply(method, model, budget, seed=int(run.settings.get("seed", 0)))
     with torch.inference_mode():
-        for _ in range(WARM_UP + REPEATS):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            model(x)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    return sorted(times[WARM_UP:])[REPEATS // 2]
+        # The unpruned model is the larger one, and both are timed on one batch.
+        batch = fitting(model, x) if against_dense else asked
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with context:
+            batch = fitting(model, x[:batch])
+            seconds = devices.median_seconds(lambda: model(x[:batch]), device, warm_up=warm_up, repeats=repeats)
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        if against_dense:
+            dense = devices.median_seconds(lambda: model(x[:batch]), device, warm_up=warm_up, repeats=repeats)
+            out["speedup"] = {"value": round(dense / seconds, 3), "n": repeats}
+    out["images_per_second"] = {"value": round(batch / seconds, 1), "n": repeats}
+    out["batch"] = {"value": batch}
+    if memory is not None:
+        out["memory_gib"] = {"value": round(memory / 2**30, 3)}
+    less = "" if batch == asked else f", as {asked} do not fit"
+    told = f"random weights in bfloat16; batches of {batch}{less}; median of {repeats} after {warm_up} to warm up"
+    return {name: {**metric, "protocol": told} for name, metric in out.items()}
+
+
+def fitting(model: nn.Module, x: Tensor) -> int:
+    """How many of the images x [B, C, H, W] the memory holds in one forward pass: B, B / 2, ..."""
+    return batching.largest(lambda size: len(model(x[:size])), len(x), "one image")[1]

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import models, provenance, registry, weights
+from common import batching, devices, models, provenance, registry, weights
 from common.data import texts
 from common.errors import PrunelabError
 from common.papers import Run
@@ -37,15 +37,15 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     many of them (all there are); `calibration`, how many to calibrate with, of the same length; `seed`. The run's
     identity names the calibration set, and the model before fine-tuning for methods that prune what that changed.
     """
-    device = "cuda" if run.scale == "paper" and torch.cuda.is_available() else "cpu"
+    device = devices.of(run.scale)
     length, samples = int(run.settings["length"]), run.settings.get("samples")
     model, tokenizer = models.language(run.ids["model"], config)
     context = model.config.max_position_embeddings
     if not 2 <= length <= context:
         raise PrunelabError(f"a length of {length} tokens does not fit this model; give 2 to {context}")
     test = texts.sequences(run.ids["data"], config, tokenizer, length, samples)
-    model = model.to(device)
-    key = provenance.digest([run.ids["model"], run.ids["data"], length, samples, device])
+    model = devices.place(model, device, half=True)
+    key = provenance.digest([run.ids["model"], run.ids["data"], length, samples, str(device)])
     if key not in _UNPRUNED:
         _UNPRUNED[key] = measure(model, test)
     dense, out, calibrated = _UNPRUNED[key], sizes(model), ""
@@ -79,7 +79,7 @@ def prune(
     if method.needs_base:
         if "base" not in run.ids:
             raise PrunelabError(f"{method.name} needs the model before fine-tuning; name it as base in models.yaml")
-        base = models.language(run.ids["base"], config)[0].to(model.device)
+        base = models.language(run.ids["base"], config)[0].to(model.device, model.dtype)
     budget = Budget.parse(str(run.budget))
     plan = weights.prune(method, model, budget, calibration, base=base, seed=seed, progress=False)
     return plan.report, told
@@ -111,7 +111,8 @@ def measure(model: nn.Module, test: Sequence[Tensor]) -> dict[str, dict[str, Any
     losses, right = [], []
     with torch.inference_mode():
         for tokens in track(test, "predicting", transient=True):
-            nll, correct = predict(model, tokens.to(device))
+            ids = tokens.to(device)
+            (nll, correct), _ = batching.largest(lambda _, ids=ids: predict(model, ids), 1, f"{len(ids)} tokens")  # type: ignore[misc]
             losses.append(nll.double().cpu())
             right.append(correct.double().cpu())
     loss = per_token(losses)

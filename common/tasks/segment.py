@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from common import cost, models, registry
+from common import cost, devices, models, registry
 from common.adapters import adapter_for
 from common.adapters.base import Trace
 from common.apply import Handle, apply
@@ -37,11 +37,11 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     where in the testbed's first so many scenes. How real images are cut up belongs to the model: `windows` in its
     catalogue entry holds `stride`, `bound` and `norm`.
     """
-    device = "cuda" if run.scale == "paper" and torch.cuda.is_available() else "cpu"
+    device = devices.of(run.scale)
     model, _ = models.load(run.ids["model"], config)
     if not isinstance(model, Segmenter):
         raise PrunelabError(f"{type(model).__name__} makes no maps; name a segmenter of configs/models.yaml")
-    model = model.to(device)
+    model = devices.place(model, device)
     model.presence = run.settings.get("presence", "last")
     windows = dict(run.ids["model"].get("windows", {}))
     stride = windows.pop("stride", None)

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import torch
-
-from common import caches, models, registry
+from common import caches, devices, hub, models, registry
 from common.apply import apply
 from common.errors import PrunelabError
 from common.papers import Run
@@ -33,7 +31,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     lm_eval, wrapper = harness()
     model, tokenizer = models.language(run.ids["model"], config)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = devices.place(model, devices.of(run.scale), half=True)
     out, calibrated = sizes(model), ""
     context: Any = nullcontext()
     if run.method is not None:
@@ -48,7 +46,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     with context:
         found = lm_eval.simple_evaluate(
             model=asked,
-            tasks=list(run.settings["tasks"]),
+            tasks=located(run.settings["tasks"], run.ids, config),
             num_fewshot=run.settings.get("shots"),
             limit=run.settings.get("limit"),
             log_samples=False,
@@ -60,6 +58,20 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     if "average" in run.settings:
         measured["average"] = {"value": average(measured, run.settings["average"]), "protocol": protocol}
     return {**measured, **out}
+
+
+def located(tasks: Sequence[str], ids: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:
+    """Tasks of the harness that read their data from where they were downloaded at their locked revision, as members
+    of a group, which alone may change what a task says; those whose data the run does not name are left as they are."""
+    found: list[Any] = list(tasks)
+    for name, data in ids.items():
+        if name.startswith("data of "):
+            begins = tuple(f"{task}_" for task in data["tasks"])
+            place = str(hub.folder(data, "dataset", config))
+            for i, task in enumerate(tasks):
+                if f"{task}_".startswith(begins):
+                    found[i] = {"task": task, "dataset_path": place}
+    return found if found == list(tasks) else [{"group": "prunelab", "task": found}]
 
 
 def harness() -> tuple[Any, Any]:

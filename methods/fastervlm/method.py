@@ -61,5 +61,6 @@ class FasterVLM(TokenPruner):
             kept = Gather(top_per_crop(scores, crops, budget.count(scores.shape[1] // crops)))
         else:
             kept = self.select(scores, signals, budget)
-        nowhere = None if self.newlines else kept.index.new_full((*kept.index.shape, 3), -1)
+        # places are values, which the meta device has none of
+        nowhere = None if self.newlines else torch.full((*kept.index.shape, 3), -1, device="cpu")
         return Plan(kept, layout=nowhere, positions=self.positions)

@@ -189,7 +189,8 @@ class HoliTom(TokenPruner):
 
     layer: K, the first decoder layer (from 0) that sees tokens merged by the attention of layer K - 1; None leaves it.
     similarity: tau, the cosine above which a token repeats; the paper takes 0.65 at a ratio of 0.1.
-    pooling: how the model pools its videos. An image is a video of its crops; images are not pooled (`none`).
+    pooling: how the model pools its videos. An image is taken for a video of its crops that is not pooled; the released
+        code prunes videos alone.
     order: outputs of a segment one after the other, repeated ones first (LLaVA-OneVision), or by `grid` place, for
         models with newline tokens behind rows (LLaVA-Video).
     centre_share: the centre's part in the token of a cluster; None takes the mean of all.
@@ -233,13 +234,14 @@ class HoliTom(TokenPruner):
         width = units // frames // height
         seen: tuple[Tensor, ...] = (signals.hidden.float(), signals.received.float().mean(1).unsqueeze(-1))
         seen = seen if protected.shape[1] == 0 else tuple(take(x, visual) for x in seen)  # spares a copy of a video
-        tokens, attention = (pooled(x.reshape(-1, height, width, x.shape[2]), self.pooling) for x in seen)
+        pooling: Pooling = "none" if signals.modality == "image" else self.pooling
+        tokens, attention = (pooled(x.reshape(-1, height, width, x.shape[2]), pooling) for x in seen)
         cells, side = attention[0].numel(), attention.shape[2]
         tokens = tokens.reshape(len(visual), frames, cells, -1)
         attention = attention.reshape(len(visual), frames, cells)
         ratio = budget.amounts[0] if budget.unit == "ratio" else budget.count(frames * cells) / (frames * cells)
         noise = self.noise * torch.rand(frames, cells, generator=signals.rng, device=visual.device)  # one for the batch
-        patch, share = (t.to(visual.device) for t in footprints(height, width, self.pooling))
+        patch, share = (t.to(visual.device) for t in footprints(height, width, pooling))
         merged = [self.merged(x, a, ratio, noise) for x, a in zip(tokens, attention, strict=True)]
         reduce = stacked([through(m, patch, share, height * width) for m in merged], visual, protected)
         if visual.device.type == "meta":

@@ -21,7 +21,8 @@ _TEXT = {
     "eos_token_id": 2,
 }
 _CROPS = [[32, 64], [64, 32], [64, 64]]
-VLMS = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl")
+VLMS = ("llava", "llava_next", "llava_onevision", "llava_video", "qwen2_5_vl")
+_SIDES = {"llava_onevision": 24, "llava_video": 40}  # pixels of a crop: 3 x 3 and 5 x 5 patches; the others' 32: 4 x 4
 
 
 def vlm(family: str, **text: Any) -> Any:
@@ -30,7 +31,8 @@ def vlm(family: str, **text: Any) -> Any:
 
     torch.manual_seed(0)
     clip = t.CLIPVisionConfig(**_VISION, image_size=32, patch_size=8)
-    siglip = t.SiglipVisionConfig(**_VISION, image_size=24, patch_size=8, vision_use_head=False)
+    side = _SIDES.get(family, 32)
+    siglip = t.SiglipVisionConfig(**_VISION, image_size=side, patch_size=8, vision_use_head=False)
     options = _TEXT | text
     model: nn.Module
     if family == "llava":
@@ -44,15 +46,20 @@ def vlm(family: str, **text: Any) -> Any:
             vision_config=clip, text_config=llama, image_token_id=IMAGE, image_grid_pinpoints=_CROPS
         )
         model = t.LlavaNextForConditionalGeneration(config)
-    elif family == "llava_onevision":
-        config = t.LlavaOnevisionConfig(
-            vision_config=siglip,
-            text_config=t.Qwen2Config(**options),
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            image_grid_pinpoints=[[24, 48], [48, 24], [48, 48]],
-        )
-        model = t.LlavaOnevisionForConditionalGeneration(config)
+    elif family in ("llava_onevision", "llava_video"):
+        sizes: dict[str, Any] = {
+            "vision_config": siglip,
+            "text_config": t.Qwen2Config(**options),
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "image_grid_pinpoints": [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
+        }
+        if family == "llava_video":
+            from common.backbones.llava_video import llava_video
+
+            model = llava_video(**sizes)
+        else:
+            model = t.LlavaOnevisionForConditionalGeneration(t.LlavaOnevisionConfig(**sizes))
     else:
         vision = {
             "depth": 2,
@@ -85,7 +92,7 @@ def vlm(family: str, **text: Any) -> Any:
 
 def images(family: str, batch: int = 3, seed: int = 1) -> Tensor:
     """Pixels of one image a sample, of the size that the family's tiny model takes."""
-    side = 24 if family == "llava_onevision" else 32
+    side = _SIDES.get(family, 32)
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
@@ -95,7 +102,7 @@ def prompt(family: str, pixels: Tensor, text: int = 4) -> dict[str, Any]:
     given: dict[str, Any]
     if family == "llava":
         given, visual = {"pixel_values": pixels}, 16
-    elif family in ("llava_next", "llava_onevision"):  # a square image: thumbnail and two by two crops
+    elif family in ("llava_next", "llava_onevision", "llava_video"):  # a square image: thumbnail and two by two crops
         crops = torch.stack([pixels, pixels.flip(-1), -pixels, pixels.flip(-2), pixels * 0.5], 1)
         patches = side // 8
         given = {"pixel_values": crops, "image_sizes": torch.tensor([[2 * side, 2 * side]] * batch)}
@@ -107,9 +114,25 @@ def prompt(family: str, pixels: Tensor, text: int = 4) -> dict[str, Any]:
     return given | {name: tokens.expand(batch, -1) for name, tokens in words.items()}
 
 
-def patched(pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, 32, 32] as Qwen's encoder reads them: [B * 64, 3 * 2 * 4 * 4], two by two patches together."""
-    frames = pixels.unsqueeze(2).expand(-1, -1, 2, -1, -1)  # each image stands for two frames
+def film(family: str, frames: int = 4, words: tuple[int, ...] = (4, 4), left: bool = True) -> dict[str, Any]:
+    """A prompt of one video a sample, with so many words behind each."""
+    batch, side = len(words), _SIDES.get(family, 32)
+    pixels = torch.randn(batch, frames, 3, side, side, generator=torch.Generator().manual_seed(2))
+    given: dict[str, Any]
+    if family == "qwen2_5_vl":
+        cut = torch.cat([patched(video[::2], video[1::2]) for video in pixels])
+        given = {"pixel_values_videos": cut, "video_grid_thw": torch.tensor([[frames // 2, 8, 8]] * batch)}
+        tokens = frames // 2 * 16
+    else:
+        given = {"pixel_values_videos": pixels}
+        tokens = frames * 2 * 3 if family == "llava_video" else frames * 4 + 1
+    return given | ids([[("text", 3), (VIDEO, tokens), ("text", n)] for n in words], left)
+
+
+def patched(pixels: Tensor, after: Tensor | None = None) -> Tensor:
+    """Pixels [B, 3, 32, 32] as Qwen's encoder reads them: [B * 64, 3 * 2 * 4 * 4], two by two patches together. Each is
+    the first of two frames, `after` the second; an image stands for both."""
+    frames = torch.stack([pixels, pixels if after is None else after], 2)
     cut = frames.unflatten(4, (4, 2, 4)).unflatten(3, (4, 2, 4))  # [B, 3, 2, 4, 2, 4, 4, 2, 4]
     return cut.permute(0, 3, 6, 4, 7, 1, 2, 5, 8).reshape(-1, 96).to(pixels.dtype)
 
@@ -137,3 +160,64 @@ def typed(model: Any, given: dict[str, Any]) -> dict[str, Any]:
         tokens = given["input_ids"]
         given = given | {"mm_token_type_ids": (tokens == IMAGE).long() + 2 * (tokens == VIDEO).long()}
     return given
+
+
+TEMPLATE = (
+    "{% for message in messages %}user {% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}"
+    "{% endfor %} {% endfor %}{% if add_generation_prompt %}answer {% endif %}"
+)
+
+
+def processor(family: str) -> Any:
+    """A processor for a family's tiny model, with words of its own and a chat template."""
+    import transformers as t
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    marks = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE, "<video>": VIDEO}
+    words = marks | {f"w{i}": i for i in range(VOCABULARY) if i not in marks.values()}
+    backend = Tokenizer(models.WordLevel(words, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    seen = {"image_token": "<image>", "video_token": "<video>"}
+    if family == "qwen2_5_vl":
+        seen |= {"vision_bos_token": "w58", "vision_eos_token": "w59"}
+    tokenizer = t.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        extra_special_tokens=seen,
+    )  # fmt: skip
+    side = _SIDES.get(family, 32)
+    square = {"size": {"height": side, "width": side}}
+    if family in ("llava", "llava_next"):
+        size: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        cls, images = t.LlavaProcessor, t.CLIPImageProcessor(**size)
+        if family == "llava_next":
+            cls, images = t.LlavaNextProcessor, t.LlavaNextImageProcessor(**size, image_grid_pinpoints=_CROPS)
+        made = cls(
+            images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+            chat_template=TEMPLATE,
+        )  # fmt: skip
+    elif family == "qwen2_5_vl":
+        pixels = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 1024}}
+        made = t.Qwen2_5_VLProcessor(
+            t.Qwen2VLImageProcessor(**pixels), tokenizer, t.Qwen2VLVideoProcessor(**pixels), chat_template=TEMPLATE
+        )
+    else:
+        from common.backbones.llava_video import LlavaVideoProcessor
+
+        grid = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
+        cls = LlavaVideoProcessor if family == "llava_video" else t.LlavaOnevisionProcessor
+        made = cls(
+            t.LlavaOnevisionImageProcessor(**square, image_grid_pinpoints=grid), tokenizer,
+            t.LlavaOnevisionVideoProcessor(**square), num_image_tokens=(side // 8) ** 2,
+            vision_feature_select_strategy="full", chat_template=TEMPLATE,
+        )  # fmt: skip
+    return made
+
+
+def checkpoint(folder: Any, family: str) -> Any:
+    """The tiny model and its processor, saved as a hub repository lies on disk."""
+    model = vlm(family)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    processor(family).save_pretrained(folder)
+    return folder

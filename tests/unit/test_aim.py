@@ -13,8 +13,8 @@ from common.errors import PrunelabError
 from common.types import Budget
 from methods.aim.method import AIM, importance, keep, merge, retained
 from methods.aim.tables import QWEN2_7B, VICUNA_7B, costs, prefill, scheduled, staged
-from tests.contract.vlms import VLMS, images, prompt, typed, vlm
-from tests.unit.test_vlm import oracle, pair, video
+from tests.contract.vlms import VLMS, film, images, prompt, typed, vlm
+from tests.unit.test_vlm import oracle, pair
 
 # -- merging -----------------------------------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ def test_rounds_end_where_they_should_and_share_every_token_out(outputs):
 def test_pooling_alone_is_the_models_own():
     """A video that is pooled and not merged: the decoder reads what it reads without the method."""
     model = vlm("llava_onevision")
-    given = video(model)
+    given = film("llava_onevision")
     with torch.no_grad():
         dense = model(**given).logits
         with apply(AIM(pool=2), model, 1.0):
@@ -51,7 +51,7 @@ def test_pooling_alone_is_the_models_own():
 
 def test_frames_are_merged_apart():
     model = vlm("llava_onevision")
-    given = video(model)
+    given = film("llava_onevision")
     with torch.no_grad(), apply(AIM(pool=2), model, Budget(2, "count")) as handle:
         output = model(**given)
         assert output.past_key_values.layers[0].keys.shape[2] == 7 + 4 * 2 + 1

@@ -312,12 +312,12 @@ def test_output_that_is_not_finite_is_refused(monkeypatch):
 
 
 def test_a_stock_detector_of_transformers_goes_the_whole_way(monkeypatch, tmp_path):
-    FAMILIES["deformable_detr"]().save_pretrained(tmp_path / "checkpoint")
-    identity = {"hub": str(tmp_path / "checkpoint"), "revision": "main", "class": "DeformableDetrForObjectDetection"}
-    model, transform = models.load(identity, SETTINGS)
+    FAMILIES["deformable_detr"]().save_pretrained(tmp_path / "own" / "checkpoint")
+    identity = {"hub": "own/checkpoint", "local": "", "class": "DeformableDetrForObjectDetection"}
+    model, transform = models.load(identity, {**SETTINGS, "hub": str(tmp_path)})
     assert transform is None and not model.training
     with pytest.raises(PrunelabError, match="cannot be had"):
-        models.load({**identity, "hub": str(tmp_path / "nothing")}, SETTINGS)
+        models.load({**identity, "hub": "own/nothing"}, {**SETTINGS, "hub": str(tmp_path)})
 
     x = torch.rand(2, 3, 192, 128, generator=torch.Generator().manual_seed(0))
     nowhere = torch.zeros(2, 192, 128, dtype=torch.bool)

@@ -257,10 +257,10 @@ def test_tokens_merged_inside_the_decoder_keep_their_positions():
     assert bool((positions.diff() > 0).all())
 
 
-def test_without_pooling_an_image_keeps_what_receives_most_attention():
+def test_an_image_is_not_pooled_and_keeps_what_receives_most_attention():
     model, pixels = vlm("llava"), images("llava", 2)
     with torch.no_grad():
-        with apply(HoliTom(pooling="none"), model, 0.3):
+        with apply(HoliTom(), model, 0.3):
             got = model(**prompt("llava", pixels)).logits[:, -1]
         with apply(ByReceived(), model, Budget(kept_count(16, 0.3), "count")):
             assert torch.allclose(model(**prompt("llava", pixels)).logits[:, -1], got, atol=1e-5)
@@ -278,7 +278,7 @@ class ByReceived(HoliTom):
 def test_newlines_stand_behind_rows_where_the_model_has_them():
     model, pixels = vlm("llava_next"), images("llava_next", 1)
     asked = prompt("llava_next", pixels)
-    with torch.no_grad(), apply(HoliTom(pooling="none", similarity=1.0, order="grid"), model, 1.0):
+    with torch.no_grad(), apply(HoliTom(similarity=1.0, order="grid"), model, 1.0):
         assert model(**asked).logits.shape[1] == 7 + 5 * (16 + 4), "five crops of four rows, each with its newline"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common import catalogue, papers, provenance, registry
+from common import catalogue, hub, papers, provenance, registry
 from common.errors import PrunelabError
 
 SETTINGS = catalogue.settings({})
@@ -119,16 +119,25 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def downloaded(name: str, folder: Path, monkeypatch) -> None:
+    """A repository of the hub that is locked, and said to be whole in the hub client's cache."""
+    lock = hub.Lock(models={name: hub.Locked(revision="0" * 40)})
+    monkeypatch.setattr(hub, "lock", lambda: lock)
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder))
+    storage = hub.storage(folder, name, "model")
+    (storage / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (storage / hub.RECEIPT).write_text(f'{{"{"0" * 40}": ["*"]}}')
+
+
 def test_paper_records_of_older_sources_are_stale_and_not_rerun(tmp_path, monkeypatch):
     monkeypatch.setitem(catalogue._read("datasets.yaml")["imagenet"]["paper"], "setting", "results")  # at hand
-    monkeypatch.setitem(catalogue._read("models.yaml")["deit_small"]["paper"], "revision", "0" * 40)
+    downloaded("timm/deit_small_patch16_224.fb_in1k", tmp_path, monkeypatch)
     config = {**SETTINGS, "scale": "paper", "results": str(tmp_path)}
     wanted = {a: r for a, r in papers.jobs(config).items() if r.scale == "paper"}
     assert wanted
     job = next(iter(wanted.values()))
     old = tmp_path / "records" / f"{job.identity}-{'0' * 12}.json"
     provenance.write(old, {"identity": job.identity, "sources": "0" * 12, "metrics": {"top1": {"value": 50.0}}})
-    assert papers.stale(job, tmp_path) == old
     assert job.address not in papers.jobs(config)
     from paper_tables.join import Records
 
@@ -170,7 +179,7 @@ def test_paper_scale_runs_the_whole_set_and_only_pinned_checkpoints(tmp_path, mo
     assert not [r for r in papers.jobs(config).values() if r.kind == "classify"]
     needs = [getattr(c.runs["paper"], "needs", "") for c in papers.cells("zero_tprune", config)]
     assert any("a pinned revision of timm/deit_small" in reason for reason in needs)
-    monkeypatch.setitem(catalogue._read("models.yaml")["deit_small"]["paper"], "revision", "0" * 40)
+    downloaded("timm/deit_small_patch16_224.fb_in1k", tmp_path, monkeypatch)
     (job, *_) = [r for r in papers.jobs(config).values() if r.kind == "classify"]
     assert job.ids["model"]["revision"] == "0" * 40
     assert "samples" not in job.settings

@@ -204,13 +204,14 @@ def test_calibration_draws_are_those_of_the_papers_code(monkeypatch, assets):
     assert window.tolist() == Letters()(joined[start : start + 40])["input_ids"]
 
 
-def test_c4_is_read_from_its_shard_and_only_calibrates(monkeypatch, tmp_path):
-    with gzip.open(tmp_path / "shard.json.gz", "wt") as file:
+def test_c4_is_read_from_its_shard_and_only_calibrates(tmp_path):
+    (tmp_path / "own" / "c4").mkdir(parents=True)
+    with gzip.open(tmp_path / "own" / "c4" / "shard.json.gz", "wt") as file:
         file.write('{"text": "one page"}\n{"text": "another"}\n')
-    monkeypatch.setattr(texts, "_download", lambda identity: tmp_path / "shard.json.gz")
-    assert texts.load({"loader": "c4"}, {}, "train") == ("one page", "another")
+    identity = {"loader": "c4", "hub": "own/c4", "local": "", "file": "shard.json.gz"}
+    assert texts.load(identity, {"hub": str(tmp_path)}, "train") == ("one page", "another")
     with pytest.raises(PrunelabError, match="calibrate with"):
-        texts.load({"loader": "c4"}, {}, "test")
+        texts.load(identity, {"hub": str(tmp_path)}, "test")
 
 
 def test_the_dialect_swaps_whole_words_and_is_its_own_inverse():

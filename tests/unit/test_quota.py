@@ -29,8 +29,7 @@ from methods.quota.method import (
     sharpened,
 )
 from methods.quota.scoring import DECOUPLE, FrameScorer, decouple, frame_prompt, parse, speaker, timing
-from tests.contract.vlms import VLMS, images, prompt, typed, vlm
-from tests.unit.test_vlm import video
+from tests.contract.vlms import VLMS, film, images, prompt, typed, vlm
 
 ASSIGNERS = ("bilinear", "average", "linspace", "merge", "axes")
 
@@ -148,7 +147,7 @@ def by_hand(model: Any, words: Tensor, frames: Tensor, counts: list[int]) -> Ten
 def test_the_decoder_reads_resized_frames():
     """Two videos of one batch, with other scores: frames grow beyond nine patches, shrink, and vanish."""
     model = vlm("llava_onevision")
-    batch = video(model)
+    batch = film("llava_onevision")
     scores = [torch.tensor([0.9, 0.1, 0.3, 0.01]), torch.tensor([0.2, 0.2, 0.2, 0.2])]
     method, budget = QuoTA("query"), Budget(20, "count")
     counts = [method.counts(20, 4, 9, s) for s in scores]
@@ -169,7 +168,7 @@ def test_the_decoder_reads_resized_frames():
 @pytest.mark.parametrize("how", ASSIGNERS)
 def test_every_assigner_runs_and_costs_what_it_keeps(how):
     model = vlm("llava_onevision")
-    batch = video(model)
+    batch = film("llava_onevision")
     services = {SCORES: torch.tensor([[0.9, 0.3, 0.5, 0.1]] * 2)}
     method = QuoTA("query", how)
     with torch.no_grad(), apply(method, model, Budget(18, "count"), services=services) as handle:
@@ -193,7 +192,7 @@ def test_a_budget_of_everything_changes_nothing(family):
 
 def test_mistakes_are_named():
     model = vlm("llava_onevision")
-    batch = video(model)
+    batch = film("llava_onevision")
 
     def run(services: Any, tokens: int = 20) -> None:
         with torch.no_grad(), apply(QuoTA("query"), model, Budget(tokens, "count"), services=services):

@@ -9,9 +9,11 @@ from tokenizers import Tokenizer
 from common import testbeds
 from common.apply import apply
 from common.average_precision import average_precision, detections
-from common.data import code, detection, segmentation
+from common.data import code, detection, questions, segmentation
 from common.testbeds.base import read_extra, read_log
+from common.testbeds.digits_qa import answers
 from methods.dtop.method import DToP
+from methods.fastv.method import FastV
 from methods.focus_detr.method import FocusDETR
 from methods.random_drop.method import RandomDrop
 
@@ -105,3 +107,41 @@ def test_language_models_are_as_good_as_their_logs(name, held_out):
         assert found["recall"] == pytest.approx(last["recall"], abs=0.05) and last["recall"] > 0.75
     if "bigram_perplexity" in log["test"]:
         assert log["test"]["perplexity"] < 0.6 * log["test"]["bigram_perplexity"]
+
+
+# -- the models that answer questions --------------------------------------------------------------------------------
+
+
+def accuracy(model, name: str, count: int = 150) -> float:
+    """Percent right on the samples that methods are measured on."""
+    batch = questions.draw(testbeds.get(name).kind, "test", count, questions.SEED)
+    with torch.inference_mode():
+        given = answers(model, batch)
+    return 100 * sum(a == sample.answer for a, sample in zip(given, batch, strict=True)) / count
+
+
+@pytest.mark.parametrize("name", ["digits_qa", "digits_video_qa"])
+def test_answers_are_as_good_as_their_logs_and_are_lost_by_chance(name):
+    model, log = testbeds.load(name)
+    dense = accuracy(model, name)
+    assert dense == pytest.approx(100 * log["test"]["accuracy"], abs=8)
+    assert log["test"]["accuracy"] >= 0.85 and log["test"]["blind"] < 0.3
+    with apply(RandomDrop((0,), "packed"), model, 0.25):
+        chance = accuracy(model, name)
+    assert dense - chance > 10
+
+
+def test_the_question_says_which_tokens_matter():
+    model, _ = testbeds.load("digits_qa")
+    dense = accuracy(model, "digits_qa")
+    with apply(FastV(3), model, 0.25):
+        guided = accuracy(model, "digits_qa")
+    with apply(RandomDrop((3,), "input"), model, 0.25):
+        chance = accuracy(model, "digits_qa")
+    assert dense - chance > 10 and guided - chance > 8
+
+
+def test_the_answers_tokenizer_is_the_vocabulary():
+    for name in ("digits_qa", "digits_video_qa"):
+        shipped = Tokenizer.from_str(read_extra(testbeds.SHIPPED / name, "tokenizer.json"))
+        assert shipped.get_vocab() == questions.IDS

@@ -15,7 +15,7 @@ from common.adapters.vlm_parts import closed, with_newlines
 from common.apply import apply
 from common.errors import PrunelabError
 from common.roles import TokenPruner
-from common.types import Budget, Mix, Plan, Site
+from common.types import Budget, Plan, Site
 from methods.divprune.method import DivPrune
 from methods.fastervlm.method import FasterVLM
 from methods.fastv.method import FastV
@@ -114,14 +114,19 @@ def test_prefill_equals_the_oracle(family, method, padded):
 @pytest.mark.parametrize("how", ["greedy", "sampling", "beams"])
 def test_generate_equals_the_oracle(family, method, how):
     model = vlm(family)
-    given = pair(family, model)
+    check_generation(model, pair(family, model), method, how)
+
+
+def check_generation(model: Any, given: dict[str, Any], method: TokenPruner, how: str) -> None:
+    """What two padded prompts are answered with, word by word, against the oracle."""
     options = {
         "greedy": {"do_sample": False},
         "sampling": {"do_sample": True, "top_k": 20},
         "beams": {"num_beams": 3, "length_penalty": 0.0, "do_sample": False},
     }[how]
     if how == "beams" and type(method) is RandomDrop:
-        method = FastV(2, method.positions) if method.where == "input" else DivPrune(positions=method.positions)
+        inside = method.where == "input"
+        method = FastV(2, method.positions) if inside else DivPrune(positions=method.positions)
     torch.manual_seed(0)
     bad = [[IMAGE], [VIDEO]]
     with apply(method, model, 0.5) as handle:
@@ -151,7 +156,7 @@ def test_generate_equals_the_oracle(family, method, how):
     )
     logits = oracle(model, longer, kept, method.positions == "renumber")[:, start - 1 : -1]
     if how != "beams":
-        assert torch.allclose(torch.stack(made.logits, 1), logits, atol=5e-5)
+        assert torch.allclose(torch.stack(made.logits, 1), logits, atol=1e-4)
     else:
         scores = logits.log_softmax(-1).gather(2, tokens.unsqueeze(-1)).sum((1, 2))
         assert torch.allclose(made.sequences_scores, scores, atol=1e-4)
@@ -218,7 +223,7 @@ class Reader(TokenPruner):
 
     def plan(self, site: Site, signals: Any, budget: Budget) -> Plan:
         self.read = {name: getattr(signals, name) for name in self.names}
-        self.grids = signals.grids
+        self.grids, self.modality = signals.grids, signals.modality
         return Plan(self.select(torch.zeros(signals.prunable.shape), signals, Budget(1.0)))
 
 
@@ -313,70 +318,6 @@ def test_closing_up_positions():
     assert closed(axes, None)[:, 0].tolist() == [[0, 1, 1, 4], [0, 1, 3, 4], [0, 2, 1, 4]]
 
 
-class FrameMeans(TokenPruner):
-    """One token a crop or frame, its mean, laid out in time: stands in for methods that resize."""
-
-    name: ClassVar[str] = "frame_means"
-
-    def sites(self, info: Any) -> list[Site]:
-        return [Site(0, "projected")]
-
-    def requires(self, site: Site) -> frozenset[str]:
-        return frozenset({"hidden"})
-
-    def plan(self, site: Site, signals: Any, budget: Budget) -> Plan:
-        frames, batch = len(signals.grids), len(signals.hidden)
-        per = signals.hidden.shape[1] // frames
-        matrix = torch.eye(frames).repeat_interleave(per, 1).expand(batch, -1, -1) / per
-        layout = torch.stack([torch.arange(frames), torch.zeros(frames), torch.zeros(frames)], 1).long()
-        return Plan(Mix.from_matrix(matrix), layout.expand(batch, -1, -1), positions="renumber")
-
-
-def video(model: Any, frames: int = 4) -> dict[str, Any]:
-    """A moving prompt for OneVision, 2 x 2 tokens a frame and a newline behind the last."""
-    pixels = torch.randn(2, frames, 3, 24, 24, generator=torch.Generator().manual_seed(2))
-    runs = [[("text", 3), (VIDEO, 4 * frames + 1), ("text", 4)]] * 2
-    return {"pixel_values_videos": pixels} | ids(runs)
-
-
-def test_videos_are_pruned_before_pooling_and_after_packing():
-    model = vlm("llava_onevision")
-    given = video(model)
-    with torch.no_grad():
-        for method in (DivPrune(), FastV()):
-            with apply(method, model, Budget(6, "count")) as handle:
-                pruned, kept = model(**given).logits, handle.kept()
-            assert pruned.shape[1] == 7 + 6
-            want = oracle(model, given, kept, method.positions == "renumber")
-            assert torch.allclose(pruned[:, -1], want[:, -1], atol=5e-5)
-        reader = Reader(Site(0, "projected"), "received", "hidden")
-        with apply(reader, model, 1.0), pytest.raises(PrunelabError, match="renumber"):
-            model(**given)  # pooled tokens are mixtures of patches
-        assert reader.read["received"].shape == (2, 3, 36)
-        assert reader.grids == ((3, 3),) * 4
-        with apply(FrameMeans(), model, 1.0):
-            assert model(**given).logits.shape[1] == 7 + 4 + 1
-            words = model.generate(**given, max_new_tokens=3, min_new_tokens=3, num_beams=2)
-        assert words.shape == (2, given["input_ids"].shape[1] + 3)
-
-
-def test_projected_plans_are_what_the_decoder_reads():
-    """Frame means built by hand from the projector's features, then the newline, between the words."""
-    model = vlm("llava_onevision")
-    given = video(model)
-    with torch.no_grad():
-        with apply(FrameMeans(), model, 1.0):
-            got = model(**given).logits
-        body = model.model
-        hidden = body.vision_tower(given["pixel_values_videos"].flatten(0, 1), output_hidden_states=True)
-        means = body.multi_modal_projector(hidden.hidden_states[-1]).mean(1).unflatten(0, (2, 4))
-        newline = body.image_newline.expand(2, 1, -1)
-        words = model.get_input_embeddings()(given["input_ids"])
-        sequence = torch.cat([words[:, :3], means, newline, words[:, -4:]], 1)
-        want = model.lm_head(body.language_model(inputs_embeds=sequence).last_hidden_state)
-    assert torch.allclose(got, want, atol=1e-5)
-
-
 def test_several_images_a_sample_and_mixed_numbers_of_them():
     model = vlm("llava")
     pixels = images("llava", 3)
@@ -398,14 +339,17 @@ def test_several_images_a_sample_and_mixed_numbers_of_them():
             assert torch.equal(single, together[1:])
 
 
-def test_several_images_of_onevision_are_one_crop_each():
-    model = vlm("llava_onevision")
-    pixels = images("llava_onevision", 2).unsqueeze(0).transpose(0, 1)  # two images of one crop
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_video"])
+def test_several_images_of_onevision_are_one_crop_each(family):
+    model = vlm(family)
+    pixels = images(family, 2).unsqueeze(0).transpose(0, 1)  # two images of one crop
+    side = pixels.shape[-1]
+    tokens = (side // 8) ** 2 + 1
     given = {
         "pixel_values": pixels,
-        "image_sizes": torch.tensor([[24, 24]] * 2),
+        "image_sizes": torch.tensor([[side, side]] * 2),
         "batch_num_images": torch.tensor([2]),
-    } | ids([[("text", 2), (IMAGE, 10), ("text", 1), (IMAGE, 10), ("text", 3)]])
+    } | ids([[("text", 2), (IMAGE, tokens), ("text", 1), (IMAGE, tokens), ("text", 3)]])
     with torch.no_grad():
         dense = model(**given).logits
         for method in (RandomDrop((0,), "projected"), DivPrune()):
@@ -467,7 +411,7 @@ def test_mistakes_are_named():
     with torch.no_grad():
         with apply(DivPrune(), model, 0.5), pytest.raises(PrunelabError, match="no visual token"):
             model(**words)
-        with apply(DivPrune(), model, 0.5), pytest.raises((PrunelabError, ValueError), match="tokens"):
+        with apply(DivPrune(), model, 0.5), pytest.raises((PrunelabError, ValueError), match="placeholders"):
             model(**given | {k: v[:, 1:] for k, v in ids([[("text", 3), (IMAGE, 15), ("text", 4)]]).items()})
         features = {"image": model.model.get_image_features(given["pixel_values"], return_dict=True)}
         rest = {k: v for k, v in given.items() if k != "pixel_values"}
@@ -519,7 +463,7 @@ def test_costs_before_the_decoder_follow_the_tokens(family):
         assert handle.report().tokens == ((text + (tokens - text) // 4,) * 2,) * 4
     with apply(RandomDrop((0,), "projected", positions="renumber"), model, Budget(1, "count")) as handle:
         report = handle.report()
-    newlines = {"llava_next": 8, "llava_onevision": 6}.get(family, 0)
+    newlines = {"llava_next": 8, "llava_onevision": 6, "llava_video": 10}.get(family, 0)
     assert report.tokens[0] == (text + 1 + newlines,) * 2, "without values, every row is taken to hold a token"
     assert report.macs < report.dense_macs
 
@@ -539,5 +483,4 @@ def test_costs_follow_the_tokens(family):
     layer = report.dense_macs - report.macs + report.scoring_macs
     flat = (tokens - half) * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 40)
     attention = 2 * 2 * 32 * (tokens**2 - half**2)
-    head = (tokens - half) * 32 * 64
-    assert layer == pytest.approx(flat + attention + head)
+    assert layer == pytest.approx(flat + attention), "the output layer reads the last token alone"

@@ -32,6 +32,6 @@ def test_the_table_has_every_method_and_model():
     assert all(family in text.splitlines()[0] for family in VLMS)
     assert len(text.splitlines()) == 2 + len(pruners())
     rows = {line.split("`")[1].split("(")[0]: line.split("|")[2:-1] for line in text.splitlines()[2:]}
-    assert [cell.strip() for cell in rows["FastV"]] == ["yes"] * 4
-    assert [cell.strip() for cell in rows["DivPrune"]] == ["yes"] * 4
-    assert [cell.strip() == "yes" for cell in rows["FasterVLM"]] == [True, True, False, False]
+    assert [cell.strip() for cell in rows["FastV"]] == ["yes"] * len(VLMS)
+    assert [cell.strip() for cell in rows["DivPrune"]] == ["yes"] * len(VLMS)
+    assert [cell.strip() == "yes" for cell in rows["FasterVLM"]] == [True, True, False, False, False]

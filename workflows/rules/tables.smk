@@ -1,3 +1,21 @@
+# What the page is made from besides records, noted by content: times of files say little once a clock jumped.
+MADE_FROM = [
+    *(p for p in papers.METHODS.glob("*/*") if p.suffix in (".yaml", ".csv", ".md") or p.name == "figures.py"),
+    *provenance.closure(papers.ROOT.glob("paper_tables/*.py")),
+    *(p for p in papers.ROOT.glob("paper_tables/*") if p.suffix in (".html", ".css", ".js")),
+    *papers.ROOT.glob("configs/*.yaml"),
+    papers.ROOT / "CITATION.cff",
+]
+NOTE = RESULTS / "made_from.json"
+if workflow.is_main_process:
+    try:
+        workspace.check_writable(RESULTS, [TABLES / "index.html", *map(Path, RECORDS)])
+        workspace.note_inputs(NOTE, SETTINGS, map(Path, RECORDS), MADE_FROM)
+        workspace.settle(made=[TABLES / "index.html"], made_from=[NOTE, *map(Path, RECORDS)])
+    except PrunelabError as error:
+        sys.exit(f"error: {error}")
+
+
 rule paper_tables:
     """Every record and the page. Records are targets of their own, so that one that went missing is made anew."""
     default_target: True
@@ -7,18 +25,13 @@ rule paper_tables:
 
 
 rule page:
-    """Join what the papers report with the records: CSV, Markdown and one HTML page."""
+    """Join what the papers report with the records: a site of HTML pages, with CSV, Markdown, LaTeX and BibTeX."""
     input:
         records=RECORDS,
-        papers=[str(p) for p in sorted(papers.METHODS.glob("*/*")) if p.suffix in (".yaml", ".csv", ".md")],
-        code=[str(p) for p in sorted(provenance.closure(papers.ROOT.glob("paper_tables/*.py")))],
-        figures=[str(p) for p in sorted(papers.METHODS.glob("*/figures.py"))],
-        page=[str(p) for p in sorted(papers.ROOT.glob("paper_tables/page.*"))],
+        note=local(str(NOTE)),
     output:
         str(TABLES / "index.html"),
-    params:
-        runs=provenance.digest(sorted(RUNS)),  # another set of runs makes another page
     log:
         str(RESULTS / "logs" / "paper_tables.log"),
     shell:
-        "{sys.executable} -m paper_tables {OVERRIDES} >{log} 2>&1"
+        "{sys.executable} -m paper_tables {OVERRIDES} >{log:q} 2>&1"

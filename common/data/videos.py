@@ -1,0 +1,74 @@
+"""Frames of a video file, sampled uniformly over its length (PyAV, the extra `video`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import PrunelabError
+
+UNREADABLE = "cannot be decoded; give a video that plays elsewhere (MP4, WebM, MKV, AVI, GIF)"
+
+
+def frames(path: Path, count: int) -> NDArray[np.uint8]:
+    """`count` frames [F, H, W, 3] in RGB at even distances, the first and the last of the video among them; all of
+    them (F < count) of a shorter one, as lmms-eval's PyAV reader samples; scripts of LLaVA-NeXT repeat frames there.
+
+    Raises PrunelabError for a count below 1, a file that is not there, does not decode or holds no frame.
+    """
+    if count < 1:
+        raise PrunelabError(f"{count} frames of a video are asked for; ask for at least 1")
+    if not path.is_file():
+        raise PrunelabError(f"the video {path} does not exist")
+    av = library()
+    try:
+        total = length(path)
+        chosen = _decode(path, places(total, count))
+        if len(chosen) < min(total, count):  # packets that decode to nothing: count what does
+            total = len(_decode(path, None))
+            chosen = _decode(path, places(total, count))
+    except (av.error.FFmpegError, IndexError, ValueError) as error:  # IndexError: no video stream
+        raise PrunelabError(f"the video {path} {UNREADABLE}") from error
+    if not chosen:
+        raise PrunelabError(f"the video {path} holds no frame that decodes; give one that plays elsewhere")
+    return np.stack(chosen)
+
+
+def places(total: int, count: int) -> list[int]:
+    """Numbers of the frames that are taken of `total`: `count` at even distances, or all where there are fewer."""
+    return [int(place) for place in np.linspace(0, total - 1, min(total, count), dtype=int)] if total else []
+
+
+def length(path: Path) -> int:
+    """Frames that the file holds, counted by its packets: a header's own count may be absent or wrong."""
+    with library().open(str(path)) as container:
+        stream = container.streams.video[0]
+        return sum(packet.size > 0 for packet in container.demux(stream))
+
+
+def library() -> Any:
+    """PyAV."""
+    try:
+        import av
+    except ImportError:
+        raise PrunelabError('videos need PyAV; install it with pip install -e ".[video]"') from None
+    return av
+
+
+def _decode(path: Path, wanted: list[int] | None) -> list[Any]:
+    """The frames of these numbers as arrays [H, W, 3]; without numbers one empty place for each that decodes."""
+    with library().open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        if wanted is None:
+            return [None for _ in container.decode(stream)]
+        asked, found = set(wanted), []
+        for number, frame in enumerate(container.decode(stream)):
+            if number in asked:
+                found.append(frame.to_ndarray(format="rgb24"))
+            if wanted and number == wanted[-1]:
+                break
+        return found

@@ -1,0 +1,62 @@
+"""What pruning leaves of a testbed's pictures and videos, frame by frame, with the answers before and after.
+
+Real images never enter a record: most data sets forbid passing them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import models, registry
+from common.data import questions
+from common.data.questions import Sample
+from common.errors import PrunelabError
+from common.looking import Asked, Look, Stage, look
+from common.papers import Run
+from common.roles import TokenPruner
+from common.types import Budget
+
+WHOLE = 100  # the share that a patch has without pruning, in a record
+
+
+def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Metric `looks`: how many, and in `items` for each question its words, the true, the unpruned and the pruned
+    answer, the frames (rows of hexadecimal RGB bytes), the `tokens` of each unpruned, the `grid` of patches, and for
+    each site in `stages` its name, the tokens left of each frame and the share of each patch (see `shares`)."""
+    if run.ids["data"]["loader"] not in questions.LOADERS:
+        raise PrunelabError("this figure shows the testbeds' scenes alone; set `scales: [testbed]` in paper.yaml")
+    if run.method is None:
+        raise PrunelabError("this figure shows what a method leaves; name one under `configuration` in paper.yaml")
+    model = models.vision_language(run.ids["model"], config)[0]
+    method, budget = registry.create(run.method, **run.options), Budget.parse(str(run.budget))
+    if not isinstance(method, TokenPruner):
+        raise PrunelabError(f"this figure is about token pruners; {method.name} is a {method.role}")
+    items = []
+    for sample in questions.samples(run.ids["data"], int(run.settings["samples"])):
+        asked = Asked(questions.inputs([sample]), lambda new: questions.WORDS[int(new[0])], words=1)
+        items.append(told(sample, look(model, asked, method, budget, int(run.settings.get("seed", 0)))))
+    return {"looks": {"value": len(items), "items": items}, "budget": {"text": str(budget)}}
+
+
+def told(sample: Sample, found: Look) -> dict[str, Any]:
+    """A look as plain values."""
+    return {
+        "question": sample.question,
+        "answer": sample.word,
+        "dense": found.dense,
+        "pruned": found.pruned,
+        "frames": [[bytes(row).hex() for row in frame.flatten(1).tolist()] for frame in sample.shown],
+        "tokens": found.tokens,
+        "grid": list(found.stages[0].shares[0].shape),
+        "stages": [{"name": stage.name, "tokens": stage.tokens, "shares": shares(stage)} for stage in found.stages],
+    }
+
+
+def shares(stage: Stage) -> list[str]:
+    """Each frame's shares row by row as hexadecimal bytes: WHOLE is what a patch has unpruned, 255 that or more."""
+    bounded: list[Tensor] = [(WHOLE * share).round().clamp(0, 255).to(torch.uint8) for share in stage.shares]
+    return [bytes(share.flatten().tolist()).hex() for share in bounded]

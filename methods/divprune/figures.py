@@ -1,0 +1,13 @@
+"""What is left of the testbeds' pictures and videos."""
+
+from __future__ import annotations
+
+from common import svg_sheets
+from common.figures import Context, Figure
+
+
+def figures(context: Context) -> list[Figure]:
+    """Kept tokens with the answers, where the runs have been made."""
+    return context.drawn(
+        "looks", "What is left, and what is answered", lambda metrics: svg_sheets.looks(metrics["looks"])
+    )

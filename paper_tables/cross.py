@@ -1,0 +1,209 @@
+"""Boards across papers: every method that ran on one model and data set, at one budget, beside every other.
+
+The papers' own boards hold a few methods each. Their runs are joined here where model, data and metric are the same,
+so that methods of different papers stand in one order. Nothing is run for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from common import metrics, papers, provenance
+from paper_tables import tables
+from paper_tables.grids import Grid, Notes
+from paper_tables.join import BoardTable, Records, Value, saving
+
+LOWER = ("perplexity", "calls", "drop", "milliseconds", "seconds")  # metrics that are better when smaller
+UNPRUNED = "unpruned"
+OWN = ("calibration",)  # settings that a method has and the unpruned model has not
+
+
+@dataclass(frozen=True)
+class Place:
+    """One method under one budget. difference and interval are paired with the unpruned model, samples alike."""
+
+    method: str
+    options: str
+    slug: str  # a paper whose board runs it
+    budget: str | None
+    value: Value
+    cost: float | None
+    saving: float | None
+    difference: float | None
+    interval: float | None
+
+
+@dataclass(frozen=True)
+class Contest:
+    """All methods that ran on one model and data set, judged by one metric; the unpruned model stands at every
+    budget."""
+
+    name: str  # of files, and fragment
+    model: str
+    data: str
+    metric: str  # in words
+    lower: bool  # whether less is better
+    cost: str  # in words
+    scale: str
+    stands_for: str  # the papers' models that this one stands in for; empty at paper scale
+    settings: str  # in words
+    unpruned: Place | None
+    budgets: Mapping[str, Sequence[Place]]  # best first
+
+    @property
+    def size(self) -> int:
+        """Entries under all budgets."""
+        return sum(map(len, self.budgets.values()))
+
+    @property
+    def title(self) -> str:
+        """In one line."""
+        return f"{self.model} on {self.data}: {self.metric}" if self.model else f"{self.data}: {self.metric}"
+
+    @property
+    def costed(self) -> bool:
+        """Whether any entry has a cost beside its metric."""
+        return any(p.cost is not None for places in self.budgets.values() for p in places)
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """From the lowest to the highest end of all intervals."""
+        values = [p.value for group in self.blocks.values() for p in group]
+        ends = [v.value + s * (v.margin or 0.0) for v in values for s in (-1, 1) if v.value is not None]
+        return min(ends), max(ends)
+
+    @property
+    def blocks(self) -> dict[str, list[Place]]:
+        """Every budget's places with the unpruned model among them, best first."""
+        extra = [self.unpruned] if self.unpruned else []
+        return {b: sorted([*extra, *places], key=self._rank) for b, places in self.budgets.items()}
+
+    def _rank(self, place: Place) -> tuple[float, str]:
+        return (place.value.value or 0.0) * (1 if self.lower else -1), place.method
+
+
+Point = tuple[str, BoardTable, str, str | None, dict[str, Any]]  # slug, board, entry, budget, record
+
+
+def contests(boards: Iterable[tuple[str, BoardTable]], records: Records) -> list[Contest]:
+    """Every group with two methods or more under one budget, from the papers' boards, given with their slugs."""
+    groups: dict[str, list[Point]] = {}
+    for slug, board in boards:
+        if board.board.kind in papers.ANYWHERE:  # exact sizes and costs say nothing of quality
+            continue
+        for point in board.points:
+            if point.value.record is None or point.value.value is None or point.value.status == "stale":
+                continue
+            record = records.at(point.value.record)
+            run = record["run"]
+            same = (run["kind"], run["scale"], run["ids"].get("model"), run["ids"].get("data"), _settings(run))
+            key = provenance.digest((*same, board.board.metric, board.board.cost))
+            groups.setdefault(key, []).append((slug, board, point.entry, point.budget, record))
+    found = [contest for contest in map(_contest, groups.values()) if contest.budgets]
+    sizes: Counter[tuple[str, str, str]] = Counter()
+    for contest in found:
+        sizes[contest.scale, contest.model, contest.data] += contest.size
+    found.sort(
+        key=lambda c: (-sizes[c.scale, c.model, c.data], c.model, c.data, c.scale, -c.size, c.metric, c.settings)
+    )
+    taken: dict[str, int] = {}
+    for i, contest in enumerate(found):  # what differs in settings alone is told apart by a number
+        taken[contest.name] = taken.get(contest.name, 0) + 1
+        if taken[contest.name] > 1:
+            found[i] = replace(contest, name=f"{contest.name}-{taken[contest.name]}")
+    return found
+
+
+def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in run["settings"].items() if k not in OWN}
+
+
+def _contest(group: Sequence[Point]) -> Contest:
+    _, board, _, _, record = group[0]
+    stated, run = board.board, record["run"]
+    unique: dict[str, Point] = {}
+    for point in group:
+        unique.setdefault(point[-1]["identity"], point)
+    base = next((r["metrics"][stated.metric] for *_, r in unique.values() if r["run"]["method"] is None), None)
+    places = [_place(slug, entry, budget, r, stated, base) for slug, _, entry, budget, r in unique.values()]
+    unpruned = next((p for p in places if p.method == UNPRUNED), None)
+    budgets: dict[str, list[Place]] = {}
+    for place in places:
+        if place is not unpruned:
+            budgets.setdefault(place.budget or "none", []).append(place)
+    matched = {b: _distinct(found) for b, found in sorted(budgets.items()) if len({p.method for p in found}) > 1}
+    models = dict.fromkeys(b.board.model for _, b, *_ in group if b.board.model)
+    model, data = _named(run["ids"].get("model")), _named(run["ids"].get("data"))
+    name = tables.identifier(" ".join((model, data, stated.metric, stated.cost, run["scale"])))
+    stands = "" if run["scale"] == "paper" else ", ".join(models)
+    settings = ", ".join(f"{k} {v}" for k, v in _settings(run).items())
+    lower = stated.metric in LOWER
+    return Contest(
+        name, model, data, board.metric, lower, board.cost, run["scale"], stands, settings, unpruned, matched
+    )
+
+
+def _distinct(places: Sequence[Place]) -> list[Place]:
+    """Places whose methods would read the same are told apart by their options."""
+    names = Counter(p.method for p in places)
+    return [replace(p, method=f"{p.method} ({p.options or 'defaults'})") if names[p.method] > 1 else p for p in places]
+
+
+def _place(
+    slug: str, entry: str, budget: str | None, record: Mapping[str, Any], stated: papers.Board, base: Any
+) -> Place:
+    run, figures = record["run"], record["metrics"]
+    found = figures[stated.metric]
+    address = f"{record['identity']}-{record['sources']}"
+    value = Value(
+        run["scale"], found["value"], found.get("stderr"), found.get("n"), address, None, found.get("protocol", "")
+    )
+    paired = metrics.paired_difference(found, base) if base is not None and run["method"] is not None else None
+    spent, saved = (figures.get(key, {}).get("value") for key in (stated.cost, saving(stated.cost)))
+    options = ", ".join(f"{k}={v}" for k, v in run["options"].items())
+    name = UNPRUNED if run["method"] is None else entry
+    return Place(name, options, slug, budget, value, spent, saved, *(paired or (None, None)))
+
+
+def _named(identity: Mapping[str, Any] | None) -> str:
+    """A model or data set in one or two words: its testbed, asset, checkpoint or loader."""
+    if not identity:
+        return ""
+    name = next(
+        (identity[key] for key in ("testbed", "assets", "hub", "listed", "name", "loader", "file") if key in identity),
+        "",
+    )
+    more = [word for word in ("dialect", "shuffled") if identity.get(word)]
+    return " ".join([str(name).replace("_", " "), *more])
+
+
+def grid(contest: Contest) -> Grid:
+    """All budgets of a contest, one block after the other."""
+    notes, rows = Notes(), []
+    for budget, places in contest.blocks.items():
+        for place in places:
+            note = notes(place.value.protocol) if place.value.protocol else ""
+            spent = tables.cost(place.cost) if place.cost is not None else "–"
+            saved = f"{place.saving:.1f} %" if place.saving is not None else "–"
+            cells = [budget, place.method, f"{tables.shown(place.value, 2)} {note}".strip(), spent, saved]
+            rows.append([*cells, tables.gap(place.difference, place.interval)])
+    header = ["budget", "method", contest.metric, contest.cost, "saved", "difference to unpruned"]
+    head = (f"{contest.scale} scale" + (f", in place of {contest.stands_for}." if contest.stands_for else "."),)
+    return Grid(contest.title, head, header, [False, False, True, True, True, True], rows, (), notes.texts)
+
+
+def csv(contest: Contest) -> str:
+    """One line a method and budget."""
+    found = [(budget, place) for budget, places in contest.blocks.items() for place in places]
+    header = ("budget", "method", "options", "paper", "value", "stderr", "samples", "cost", "saving", "difference")
+    rows = (
+        (
+            b, p.method, p.options, p.slug, p.value.value, p.value.stderr, p.value.samples, p.cost, p.saving,
+            p.difference, p.interval, p.value.record,
+        )
+        for b, p in found
+    )  # fmt: skip
+    return tables.csv_text((*header, "interval", "record"), rows)

@@ -1,0 +1,108 @@
+"""How far a reproduction may lie from a printed number and still agree with it: computed, with its reason in words.
+
+Two things are always forgiven. The paper rounds: half a unit of the last digit it prints. And a metric over an
+evaluation set is a sample: one standard error of the set, sqrt(p (1 - p) / n) for a share p of n right answers, with n
+from `configs/evaluation_sets.yaml`; for other means, the standard error that our own run found. A `tolerance` in
+paper.yaml goes before both and carries its own reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common import papers
+from common.errors import PrunelabError
+
+FILE = papers.ROOT / "configs" / "evaluation_sets.yaml"
+SLACK = 1e-9  # differences are sums of floats
+
+
+class EvaluationSet(BaseModel):
+    """An evaluation set's size, and its metrics that are shares of right answers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    size: int = Field(gt=0)
+    of: str
+    shares: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a difference may come to, in the printed number's unit, and why."""
+
+    value: float
+    reason: str
+
+    def allows(self, difference: float) -> bool:
+        """Whether a reproduction that far off counts as reproduced."""
+        return abs(difference) <= self.value + SLACK
+
+
+@cache
+def evaluation_sets() -> Mapping[str, EvaluationSet]:
+    """The sets of `configs/evaluation_sets.yaml`, validated."""
+    try:
+        return {k: EvaluationSet.model_validate(v) for k, v in yaml.safe_load(FILE.read_text(encoding="utf-8")).items()}
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PrunelabError(f"configs/evaluation_sets.yaml, {first['loc']}: {first['msg']}") from None
+
+
+def decimals(text: str) -> int:
+    """Decimals of a printed number."""
+    return len(text.partition(".")[2])
+
+
+def rounding(text: str) -> float:
+    """Half a unit of a printed number's last digit."""
+    return 0.5 * 10.0 ** -decimals(text)
+
+
+def share_error(percent: float, sizes: tuple[int, ...]) -> float:
+    """Standard error, in points, of the mean over sets of these sizes of their shares of right answers. Papers print
+    the mean of several sets alone, so every set is taken to have its p."""
+    p = min(max(percent / 100, 0.0), 1.0)
+    return 100 * math.sqrt(p * (1 - p) * sum(1 / n for n in sizes)) / len(sizes)
+
+
+def _set(metric: str, data: str | None) -> EvaluationSet | None:
+    """The set over which a metric is a share: that of the data set, or of the task that the metric names first."""
+    task, _, measure = metric.partition(" ")
+    name, measured = (data, metric) if data else (task, measure.partition(",")[0])
+    found = evaluation_sets().get(name or "")
+    return found if found and measured in found.shares else None
+
+
+def sets(column: papers.Column, metric: str) -> tuple[EvaluationSet, ...]:
+    """The sets behind a column's metric, one for each part of an average; none unless all are shares."""
+    parts = column.settings.get("average", ()) if metric == "average" else (metric,)
+    found = [_set(part, column.data) for part in parts]
+    return tuple(s for s in found if s) if all(found) else ()
+
+
+def of(cell: papers.Cell, stderr: float | None = None, samples: int | None = None) -> Tolerance | None:
+    """The tolerance of a reported number; None where nothing here can make it. `stderr` and `samples` are our run's,
+    where there is one: a run over fewer samples than the set has is forgiven its own sampling error."""
+    column, text = cell.column, cell.reported.text
+    if column is None:
+        return None
+    if column.tolerance:
+        return Tolerance(column.tolerance.value, column.tolerance.because)
+    error, reason = 0.0, "half a unit of the last printed digit"
+    if behind := sets(column, cell.metric):
+        sizes = tuple(s.size for s in behind)
+        if len(sizes) == 1:
+            sizes = (min(sizes[0], samples or sizes[0]),)
+        error = share_error(cell.reported.value, sizes)
+        over = f"{sizes[0]:,} {behind[0].of}" if len(sizes) == 1 else f"the {sum(sizes):,} of {len(sizes)} sets"
+        reason += f" and one standard error of a share of {over}"
+    elif stderr:
+        error = stderr
+        reason += " and one standard error of our run's mean"
+    return Tolerance(round(rounding(text) + error, 6), reason)
