@@ -255,5 +255,5 @@ def vision_language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> t
         raise PrunelabError(f"cannot load an image or video model from {dict(identity)}; see configs/models.yaml")
     if not (folder / "config.json").exists():
         raise PrunelabError(f"{folder} holds no config.json; give a folder in the hub's layout")
-    model = pretrained(AutoModelForImageTextToText, folder, dtype="auto", use_safetensors=True)
+    model = pretrained(AutoModelForImageTextToText, folder, dtype="auto", use_safetensors=True, **devices.spread())
     return model.eval(), pretrained(AutoProcessor, folder)
