@@ -71,6 +71,7 @@ class Column(_Strict):
     settings: dict[str, Any] = Field(default_factory=dict)
     scales: tuple[str, ...] = ("paper", "testbed")
     tolerance: Tolerance | None = None  # instead of the computed one
+    count: dict[str, Any] | None = None  # the prompt, as settings of `prompt_macs`, of our own count beside a cost
 
 
 class Row(_Strict):
@@ -253,6 +254,7 @@ class Cell:
     status: Literal["analytic", "measured"]
     column: Column | None  # how it is made; None where nothing here can make it
     runs: Mapping[str, Run | str]
+    count: Run | None = None  # our own count of a cost that the paper's formula gives
 
 
 def slugs() -> list[str]:
@@ -445,7 +447,13 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
                     settings=column.settings,
                 )
         status = ANYWHERE.get(column.kind, "measured")
-        yield Cell(number, metric, status, column, runs)  # type: ignore[arg-type]
+        count = None
+        if column.count is not None and chosen is not None and (config["scale"] != "smoke" or table.smoke):
+            model, prompt = column.model or row.model or table.model, column.count
+            configuration = paper.configuration(chosen).model_copy(update={"settings": {}})
+            made = resolve("prompt_macs", "", config, configuration, model=model, budget=row.budget, settings=prompt)
+            count = made if isinstance(made, Run) else None
+        yield Cell(number, metric, status, column, runs, count)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -531,6 +539,8 @@ def jobs(config: Mapping[str, Any]) -> dict[str, Run]:
             for scale, run in cell.runs.items():
                 if isinstance(run, Run) and (scale in wanted or run.scale == ""):
                     found[run.address] = run
+            if cell.count:
+                found[cell.count.address] = cell.count
         for point in points(slug, config):
             if isinstance(point.run, Run):
                 found[point.run.address] = point.run

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,18 @@ Outcome = Literal["within", "off", "stale", "stand-in", "not run"]
 
 
 @dataclass(frozen=True)
+class Count:
+    """Our own count of a cost, in G multiply-adds: with the method's scoring, and the scoring in it; and what a
+    decoder's key-value cache then holds, in MiB."""
+
+    gmacs: float
+    scoring: float
+    record: str
+    cache: float | None = None
+    protocol: str = ""
+
+
+@dataclass(frozen=True)
 class Value:
     """What one scale gives for a cell. status: measured, analytic, stale, the scale of a stand-in, or, where there is
     no value, `not run: ...` or `not needed: ...`."""
@@ -37,7 +49,7 @@ class Value:
     stderr: float | None = None
     samples: int | None = None
     record: str | None = None
-    ours: tuple[float, float] | None = None  # for a cost: our own count in G with scoring, and the scoring in it
+    ours: Count | None = None  # for a cost
     protocol: str = ""  # what the number depends on and papers differ in, in words
 
     @property
@@ -152,6 +164,15 @@ class Records:
             self._read[path] = provenance.read(path)
         return self._read[path]
 
+    def count(self, run: papers.Run) -> Count | None:
+        """Our count of a prompt: the decoder's, which the papers' formulas are of."""
+        record, _ = self.get(run)
+        if record is None:
+            return None
+        decoder, scoring, cache = (record["metrics"][name] for name in ("decoder_macs", "scoring_macs", "cache_mib"))
+        told = decoder.get("protocol", "")
+        return Count(decoder["value"], scoring["value"], run.address, cache["value"], told)
+
     def value(self, run: papers.Run | str, metric: str, status: str) -> Value:
         """A cell's value, or the reason why there is none."""
         if isinstance(run, str):
@@ -167,7 +188,7 @@ class Records:
         metrics_of = record["metrics"]
         count = None
         if run.kind == "macs" and {"macs", "scoring"} <= metrics_of.keys():
-            count = (metrics_of["macs"]["value"], metrics_of["scoring"]["value"])
+            count = Count(metrics_of["macs"]["value"], metrics_of["scoring"]["value"], address)
         protocol = found.get("protocol", "")
         status = "stale" if old else status
         return Value(status, found["value"], found.get("stderr"), found.get("n"), address, count, protocol)
@@ -181,6 +202,8 @@ def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[Paper
         runs = dict(cell.runs)
         at_paper_scale = runs.pop("paper", ON_REQUEST)
         reproduced = records.value(at_paper_scale, cell.metric, cell.status)
+        if cell.count:
+            reproduced = replace(reproduced, ours=records.count(cell.count))
         others = {scale: records.value(run, cell.metric, scale) for scale, run in runs.items()}
         for scale in papers.scales(config):
             if scale != "paper" and scale not in others:  # an exact number has no stand-in, nor has what nothing runs

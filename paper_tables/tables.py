@@ -22,8 +22,8 @@ WORDS: dict[Outcome, str] = {
     "not run": "not run",
 }
 COUNTS = (
-    "A cost is reproduced as the paper counts it; our count has matrix products alone, with the method's scoring"
-    " included and named."
+    "A cost is reproduced as the paper counts it; our count is in multiply-adds of matrix products alone, of a prompt"
+    " those of the decoder, with the method's scoring included and named."
 )
 STAND_IN = "stand-in"  # what a number of another scale is: never the paper's, whatever it comes to
 
@@ -39,6 +39,8 @@ _OURS = (
     "record",
     "our_gmacs",
     "our_scoring_gmacs",
+    "our_cache_mib",
+    "our_record",
 )
 _SCALE = ("", "_stderr", "_samples", "_record", "_status")
 _POINT = ("entry", "budget", "scale", "value", "stderr", "samples", "gmacs", "saving", "difference", "interval")
@@ -100,7 +102,7 @@ def table_csv(table: PaperTable) -> str:
         cells: list[object] = [r.table, r.row, r.column, r.text, r.unit, r.source, r.quality]
         cells += [own.value, line.difference, *(_tolerance(line)), line.within]
         cells += [own.status, own.needs, own.record]
-        cells += own.ours or (None, None)
+        cells += (own.ours.gmacs, own.ours.scoring, own.ours.cache, own.ours.record) if own.ours else (None,) * 4
         for scale in others:
             v = line.others[scale]
             cells += [v.value, v.stderr, v.samples, v.record, v.status if v.value is None else STAND_IN]
@@ -144,8 +146,11 @@ def shown(value: Value, places: int) -> str:
 
 
 def counted(value: Value) -> str:
-    """Our own count of a cost, with the method's scoring in it."""
-    return "–" if value.ours is None else f"{value.ours[0]:.4g} G ({value.ours[1]:.2g} scoring)"
+    """Our own count of a cost, with the method's scoring in it, and the cache of a decoder."""
+    if value.ours is None:
+        return "–"
+    cache = "" if value.ours.cache is None else f", cache {value.ours.cache:.3g} MiB"
+    return f"{value.ours.gmacs:.5g} G ({value.ours.scoring:.2g} scoring){cache}"
 
 
 def signed(value: float, places: int) -> str:
@@ -220,7 +225,8 @@ def table_grid(slug: str, table: PaperTable) -> Grid:
         cells = [r.row, r.column, f"{r.text} {r.unit} {notes(f'{r.source} ({r.quality})')}"]
         cells.append(noted(shown(own, digits), own) if own.value is not None else f"– {notes(own.status)}")
         if own_counts:
-            cells.append(counted(own))
+            told = f" {notes(own.ours.protocol)}" if own.ours and own.ours.protocol else ""
+            cells.append(counted(own) + told)
         cells.append("–" if line.difference is None else signed(line.difference, digits))
         cells.append(f"{SHAPES[line.outcome]} {status(line)}")
         for scale in others:

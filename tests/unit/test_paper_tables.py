@@ -157,6 +157,22 @@ def test_a_record_of_other_sources_is_stale_at_paper_scale(bare: dict[str, Any],
     assert line.reproduced.record == f"{run.identity}-0123456789ab"
 
 
+def test_a_formulas_figure_stands_beside_our_own_count(bare: dict[str, Any]) -> None:
+    config = bare | {"papers": "fastv"}
+    cells = [c for c in papers.cells("fastv", config) if c.count and c.reported.table == "T1"]
+    assert len({c.count.address for c in cells if c.count}) == 4  # the unpruned model and three shares
+    counted = next(c.count for c in cells if c.count and c.count.budget == "0.25")
+    figures = {"decoder_macs": {"value": 1348.18, "protocol": "35 text tokens"}, "scoring_macs": {"value": 0.0025}}
+    write(counted, figures | {"cache_mib": {"value": 103.0}}, config)
+    found = next(t for t in join.tables("fastv", config, join.Records(Path(config["results"]))) if t.name == "T1")
+    own = {v.reported.row: v.reproduced.ours for v in found.lines if v.reported.column == "relative FLOPs"}
+    assert own["LLaVA-1.5-7B K=2 R=75%"] == join.Count(1348.18, 0.0025, counted.address, 103.0, "35 text tokens")
+    assert own["LLaVA-1.5-7B baseline"] is None
+    command.build(config)
+    text = (Path(config["results"]) / "paper_tables" / "fastv" / "t1.md").read_text()
+    assert "1348.2 G (0.0025 scoring), cache 103 MiB" in text and "35 text tokens" in text
+
+
 def test_what_ran_on_a_folder_of_ones_own_is_no_reproduction(bare: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "hub" / "timm" / "deit_small_patch16_224.fb_in1k"
     folder.mkdir(parents=True)
