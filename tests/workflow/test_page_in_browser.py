@@ -29,10 +29,15 @@ CHROMIUM = next(
 )
 PAPERS = ("zero_tprune", "tome", "lexrank")
 PATIENCE = 90.0  # seconds that a crowded machine may take
+MOVED = ("navigated or closed", "Cannot find context", "Could not find node")  # answers of a page that went on
 EVIL = '<script>window.evil = 1</script><img src=x onerror="window.evil = 1">'
 HEIGHT, DESKTOP, PHONE = 900, 1280, 390
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on PATH")
+
+
+class NavigatedError(Exception):
+    """The page went away while it was asked something."""
 
 
 class Browser:
@@ -89,6 +94,8 @@ class Browser:
         while True:
             answer = self._read(deadline)
             if answer.get("id") == self._number:
+                if any(said in str(answer.get("error")) for said in MOVED):
+                    raise NavigatedError(answer)
                 assert "error" not in answer, answer
                 return answer["result"]
             self.events.append(answer)
@@ -102,9 +109,15 @@ class Browser:
 
     def until(self, condition: str) -> None:
         deadline = time.monotonic() + PATIENCE
-        while not self.js(condition):
+        while not self._holds(condition):
             assert time.monotonic() < deadline, f"never came true: {condition}"
             time.sleep(0.05)
+
+    def _holds(self, condition: str) -> bool:
+        try:
+            return bool(self.js(condition))
+        except NavigatedError:  # asked while the page went on to another
+            return False
 
     def js(self, expression: str) -> Any:
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
@@ -366,16 +379,18 @@ def test_without_the_script_everything_is_there(browser: Browser, site: Path) ->
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
         for path in pages(site):
+            browser.call("Page.navigate", url="about:blank")  # never what an earlier test left of the same page
             browser.call("Page.navigate", url=path.as_uri())
             document = {}
             for _ in range(200):  # what runs in the page is off, so the document is asked for from outside
                 time.sleep(0.05)
-                root = browser.call("DOM.getDocument", depth=-1)["root"]
+                try:
+                    root = browser.call("DOM.getDocument", depth=-1)["root"]
+                    ends = browser.call("DOM.querySelectorAll", nodeId=root["nodeId"], selector="footer")["nodeIds"]
+                except NavigatedError:
+                    continue
                 document = root if root["documentURL"] == path.as_uri() else {}
-                if (
-                    document
-                    and browser.call("DOM.querySelectorAll", nodeId=root["nodeId"], selector="footer")["nodeIds"]
-                ):
+                if document and ends:
                     break
             assert document, path
 
