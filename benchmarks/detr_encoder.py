@@ -13,11 +13,12 @@ import time
 
 import torch
 
-from common import cost, registry
-from common.adapters import adapter_for
-from common.apply import apply
-from common.backbones.dino import dino_r50
-from common.types import Budget
+from prunelab.common.apply import apply
+from prunelab.common.backbones.dino import dino_r50
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.costs import meter
+from prunelab.common.tokens.adapters import adapter_for
 
 CASES = [
     ("focus_detr", "0.5", {}),
@@ -49,7 +50,7 @@ def main() -> None:
         model(x)
         return clock["spent"]
 
-    inside = cost.module_macs(model, x, "encoder")
+    inside = meter.module_macs(model, x, "encoder")
     print(
         f"DINO R50, {arguments.size[0]} x {arguments.size[1]}, {arguments.threads} threads, {arguments.rounds} rounds"
     )

@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from common.decoding import Reader
-from common.types import Budget
-from methods.token_recycling.method import TokenRecycling
+from prunelab.common.core.budget import Budget
+from prunelab.common.speculative import Reader
+from prunelab.methods.token_recycling.method import TokenRecycling
 
 LAYERS, CONTEXT = 24, 512
 SHAPE = {

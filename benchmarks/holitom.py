@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from common.adapters import adapter_for
-from common.adapters.vlm_parts import Prompt
-from common.apply import apply
-from common.roles import Signals
-from common.types import Budget, ModelInfo
-from methods.holitom.method import HoliTom
-from methods.holitom.segmentation import run_lengths, segment
+from prunelab.common.apply import apply
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import ModelInfo
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.adapters.vlm_prompt import Prompt
+from prunelab.methods.holitom.method import HoliTom
+from prunelab.methods.holitom.segmentation import run_lengths, segment
 
 SIDE, CELLS, FRAMES = 27, 196, 32
 

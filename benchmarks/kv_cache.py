@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from common import registry
-from common.caches import applied
-from common.types import Budget
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.kv_cache import applied
 
 PREFILL = ("streaming_llm", "snapkv", "tova", "a2sf_prefill", "h2o", "observed_attention", "spatten_chat", "mustafar")
 DECODE = ("streaming_llm", "h2o", "tova", "mustafar")

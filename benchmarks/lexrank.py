@@ -53,8 +53,8 @@ def _letters(number: int) -> str:
 
 def ours(sentences: Sequence[str], centrality: str = "lexrank") -> dict[str, float]:
     """Prunelab's LexRank, and the number of edges where there is a graph."""
-    from common.roles import Passage
-    from methods.lexrank.method import LexRank
+    from prunelab.common.ranking.sentences import Passage
+    from prunelab.methods.lexrank.method import LexRank
 
     method = LexRank(centrality=centrality)  # type: ignore[arg-type]
     start = time.perf_counter()
@@ -65,8 +65,8 @@ def ours(sentences: Sequence[str], centrality: str = "lexrank") -> dict[str, flo
 
 def edges(sentences: Sequence[str]) -> dict[str, float]:
     """Links of the graph above 0.1, each way and with self links, and the time to find them."""
-    from common.roles import Passage
-    from methods.lexrank.method import LexRank
+    from prunelab.common.ranking.sentences import Passage
+    from prunelab.methods.lexrank.method import LexRank
 
     method, passage = LexRank(), Passage(tuple(sentences))
     similarity = method.similarity(passage)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from common.scan import selective_scan
+from prunelab.common.backbones.scan import selective_scan
 
 
 def inputs(batch: int, channels: int, states: int, length: int, device: str) -> dict[str, Tensor]:

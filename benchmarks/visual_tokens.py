@@ -23,14 +23,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import catalogue, models, registry
-from common.adapters import adapter_for
-from common.adapters.vlm import VisionLanguage
-from common.apply import apply
-from common.roles import TokenPruner
-from common.tasks.prefill import contents
-from common.tasks.prompt_macs import even_scores
-from common.types import Budget
+from prunelab.common.apply import apply
+from prunelab.common.catalogue import lookup
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.models import loading
+from prunelab.common.tasks.prefill import contents
+from prunelab.common.tasks.prompt_macs import even_scores
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.adapters.vlm import VisionLanguage
+from prunelab.common.tokens.role import TokenPruner
 
 BUDGET = 0.25
 DEPTH = 4  # decoder layers of the cut models: enough for what acts before the third
@@ -64,11 +66,11 @@ def clocked(name: str, options: Mapping[str, Any]) -> tuple[TokenPruner, list[fl
 
 def cut(name: str) -> Any:
     """A catalogue model with few and slim layers but all widths that decisions read."""
-    entry = deepcopy(dict(catalogue.model(name)["architecture"]))
+    entry = deepcopy(dict(lookup.model(name)["architecture"]))
     vision, text = (entry["arguments"][part] for part in ("vision_config", "text_config"))
     vision |= {"num_hidden_layers": 3, "intermediate_size": 256}
     text |= {"num_hidden_layers": DEPTH, "intermediate_size": 256}
-    return models.initialised(entry | {"dtype": "float32"}, "cpu")
+    return loading.initialised(entry | {"dtype": "float32"}, "cpu")
 
 
 def decisions(model: str, frames: int, names: list[str], rounds: int) -> list[tuple[str, float]]:
@@ -93,7 +95,7 @@ def decisions(model: str, frames: int, names: list[str], rounds: int) -> list[tu
 def prefills(frames: int, names: list[str], rounds: int) -> tuple[float, list[tuple[str, float, float, str]]]:
     """Median seconds of the unpruned prefill; and for each method the ratio of its time and MACs to the unpruned ones,
     and the tokens that the first, middle and last layers see."""
-    net = models.initialised({**catalogue.model("llava_onevision_0_5b")["architecture"], "dtype": "float32"}, "cpu")
+    net = loading.initialised({**lookup.model("llava_onevision_0_5b")["architecture"], "dtype": "float32"}, "cpu")
     adapter = adapter_for(net)
     assert isinstance(adapter, VisionLanguage)
     prompt = adapter.prompt(frames)

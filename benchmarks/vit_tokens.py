@@ -14,9 +14,9 @@ import time
 import timm
 import torch
 
-from common import registry
-from common.apply import apply
-from common.types import Budget
+from prunelab.common.apply import apply
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
 
 CASES = [
     ("zero_tprune", "0.9,0.8,0.7", {}),

@@ -34,21 +34,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.memory import Live
-from common import cost
-from common.roles import WeightPruner
-from common.types import Budget
-from common.weights import load_pruned, prune, save_pruned
-from methods.amp.method import AMP
-from methods.cfsp.method import CFSP
-from methods.darex.method import Dare, Darex
-from methods.easy_ep.method import EasyEP
-from methods.flap.method import FLAP, WandaSP, above_common_threshold
-from methods.gblm.method import GBLM
-from methods.magnitude.method import Magnitude
-from methods.random_weights.method import RandomWeights
-from methods.sparsegpt.method import SparseGPT, inverse_factor, prune_matrix
-from methods.stun.method import Owl, Stun
-from methods.wanda.method import Wanda
+from prunelab.common.core.budget import Budget
+from prunelab.common.costs import meter
+from prunelab.common.weights import load_pruned, prune, save_pruned
+from prunelab.common.weights.role import WeightPruner
+from prunelab.methods.amp.method import AMP
+from prunelab.methods.cfsp.method import CFSP
+from prunelab.methods.darex.method import Dare, Darex
+from prunelab.methods.easy_ep.method import EasyEP
+from prunelab.methods.flap.method import FLAP, WandaSP, above_common_threshold
+from prunelab.methods.gblm.method import GBLM
+from prunelab.methods.magnitude.method import Magnitude
+from prunelab.methods.random_weights.method import RandomWeights
+from prunelab.methods.sparsegpt.method import SparseGPT, inverse_factor, prune_matrix
+from prunelab.methods.stun.method import Owl, Stun
+from prunelab.methods.wanda.method import Wanda
 
 VOCABULARY = 512
 HEAD = 32  # channels of a head; a key-value head serves two query heads
@@ -430,9 +430,9 @@ def removal_table(quick: bool) -> Table:
         "faster",
         title=f"after reload: depth {depth}, width {width}, prompt of {prompt.shape[1]}, medians of {rounds} rounds",
     )
-    dense = cost.macs(loaded["dense"].model, prompt)
+    dense = meter.macs(loaded["dense"].model, prompt)
     for name, entry in loaded.items():
-        parameters, macs = list(entry.model.parameters()), cost.macs(entry.model, prompt)
+        parameters, macs = list(entry.model.parameters()), meter.macs(entry.model, prompt)
         count, zeros = sum(p.numel() for p in parameters), sum(int((p == 0).sum()) for p in parameters)
         sizes = (f"{entry.weights / 1e6:.1f}", f"{entry.plan / 1e6:.2f}", f"{count / 1e6:.2f}", f"{zeros / count:.0%}")
         table.add_row(name, *sizes, f"{macs / 1e9:.2f}", f"{dense / macs:.2f} x", f"{times[name]:.2f} x")

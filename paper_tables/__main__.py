@@ -1,4 +1,4 @@
-"""`python -m paper_tables`: everything the papers report beside what we obtained, as a site of HTML pages, with CSV,
+"""The report: everything the papers report beside what we obtained, as a site of HTML pages, with CSV,
 Markdown, LaTeX and BibTeX.
 
 Reads reported.csv, paper.yaml and run records; runs nothing.
@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import catalogue, papers, provenance
-from common.errors import PrunelabError
-from paper_tables import cite, cross, figures, grids, join, page, tables
+from prunelab.common.catalogue import lookup
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.files import write_text
+from prunelab.common.experiments import papers, planning, provenance
+from prunelab.paper_tables import cite, cross, figures, grids, join, page, tables
 
 
 def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
@@ -23,7 +25,7 @@ def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
     so does all it links to."""
     results = Path(config["results"])
     folder, records = results / "paper_tables", join.Records(results)
-    sections = [_section(slug, config, records) for slug in papers.selected(config)]
+    sections = [_section(slug, config, records) for slug in planning.selected(config)]
     contests = cross.contests(((s.paper.slug, board) for s in sections for board in s.boards), records)
     made = provenance.environment()
     site = page.Site(sections, contests, config, records, folder, made)
@@ -42,7 +44,7 @@ def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
     files["boards.html"] = site.boards()
     files["index.html"] = site.index()
     for path, text in files.items():
-        provenance.write_text(folder / path, text)
+        write_text(folder / path, text)
     return folder / "index.html", [line for section in sections for line in section.lines]
 
 
@@ -74,13 +76,13 @@ def counts(lines: list[join.Line]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point: a mistake in the input is one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m paper_tables", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m prunelab.paper_tables", description=__doc__)
     parser.add_argument(
         "--config", action="append", nargs="+", default=[], metavar="KEY=VALUE", help="setting of configs/default.yaml"
     )
     given = parser.parse_args(arguments)
     try:
-        path, lines = build(catalogue.settings(catalogue.pairs([pair for group in given.config for pair in group])))
+        path, lines = build(lookup.settings(lookup.pairs([pair for group in given.config for pair in group])))
     except PrunelabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

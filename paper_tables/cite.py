@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from common import papers
+from prunelab.common.core import files
+from prunelab.common.experiments import papers
 
-FILE = papers.ROOT / "CITATION.cff"
+FILE = files.ROOT / "CITATION.cff"
 
 
 @dataclass(frozen=True)

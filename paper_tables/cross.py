@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common import metrics, papers, provenance
-from paper_tables import tables
-from paper_tables.grids import Grid, Notes
-from paper_tables.join import BoardTable, Records, Value, saving
+from prunelab.common.core import files
+from prunelab.common.experiments import papers, planning
+from prunelab.common.metrics import uncertainty
+from prunelab.paper_tables import tables
+from prunelab.paper_tables.grids import Grid, Notes
+from prunelab.paper_tables.join import BoardTable, Records, Value, saving
 
 LOWER = ("perplexity", "calls", "drop", "milliseconds", "seconds")  # metrics that are better when smaller
 UNPRUNED = "unpruned"
@@ -92,7 +94,7 @@ def contests(boards: Iterable[tuple[str, BoardTable]], records: Records) -> list
     """Every group with two methods or more under one budget, from the papers' boards, given with their slugs."""
     groups: dict[str, list[Point]] = {}
     for slug, board in boards:
-        if board.board.kind in papers.ANYWHERE:  # exact sizes and costs say nothing of quality
+        if board.board.kind in planning.ANYWHERE:  # exact sizes and costs say nothing of quality
             continue
         for point in board.points:
             if point.value.record is None or point.value.value is None or point.value.status == "stale":
@@ -100,7 +102,7 @@ def contests(boards: Iterable[tuple[str, BoardTable]], records: Records) -> list
             record = records.at(point.value.record)
             run = record["run"]
             same = (run["kind"], run["scale"], run["ids"].get("model"), run["ids"].get("data"), _settings(run))
-            key = provenance.digest((*same, board.board.metric, board.board.cost))
+            key = files.digest((*same, board.board.metric, board.board.cost))
             groups.setdefault(key, []).append((slug, board, point.entry, point.budget, record))
     found = [contest for contest in map(_contest, groups.values()) if contest.budgets]
     sizes: Counter[tuple[str, str, str]] = Counter()
@@ -161,7 +163,7 @@ def _place(
     value = Value(
         run["scale"], found["value"], found.get("stderr"), found.get("n"), address, None, found.get("protocol", "")
     )
-    paired = metrics.paired_difference(found, base) if base is not None and run["method"] is not None else None
+    paired = uncertainty.paired_difference(found, base) if base is not None and run["method"] is not None else None
     spent, saved = (figures.get(key, {}).get("value") for key in (stated.cost, saving(stated.cost)))
     options = ", ".join(f"{k}={v}" for k, v in run["options"].items())
     name = UNPRUNED if run["method"] is None else entry

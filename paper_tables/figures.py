@@ -7,26 +7,28 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from common import papers, svg
-from common.figures import Context, Curves, Figure
-from paper_tables import tables
-from paper_tables.join import BoardTable, Line, Records
+from prunelab.common.drawing import svg
+from prunelab.common.drawing.figures import Context, Curves, Figure
+from prunelab.common.experiments import papers, planning
+from prunelab.common.experiments.run import Run
+from prunelab.paper_tables import tables
+from prunelab.paper_tables.join import BoardTable, Line, Records
 
 
 def hook(slug: str) -> ModuleType | None:
     """The paper's own `figures.py`, where it has one."""
     if not (papers.METHODS / slug / "figures.py").exists():
         return None
-    return importlib.import_module(f"methods.{slug}.figures")
+    return importlib.import_module(f"prunelab.methods.{slug}.figures")
 
 
 def of(
     slug: str, config: Mapping[str, Any], lines: Sequence[Line], boards: Sequence[BoardTable], records: Records
 ) -> tuple[list[Figure], list[str]]:
     """A paper's figures, and the addresses of the runs that were made for figures alone."""
-    runs = list(papers.figures(slug, config))
+    runs = list(planning.figures(slug, config))
 
-    def record(run: papers.Run | str) -> Mapping[str, Any] | None:
+    def record(run: Run | str) -> Mapping[str, Any] | None:
         return None if isinstance(run, str) else records.get(run)[0]
 
     context = Context(slug, config, lines, boards, runs, record)

@@ -12,10 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from common import metrics, papers, provenance
-from common.errors import PrunelabError
-from paper_tables import tolerance
-from paper_tables.tolerance import Tolerance
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments import papers, planning, provenance
+from prunelab.common.experiments.run import Run
+from prunelab.common.metrics import uncertainty
+from prunelab.paper_tables import tolerance
+from prunelab.paper_tables.tolerance import Tolerance
 
 ON_REQUEST = "--config scale=paper; the data are at hand"
 MISSING = "its record, which snakemake paper_tables makes"
@@ -141,7 +143,7 @@ class Records:
             found.setdefault(path.stem.partition("-")[0], path)
         return found
 
-    def get(self, run: papers.Run) -> tuple[dict[str, Any] | None, bool]:
+    def get(self, run: Run) -> tuple[dict[str, Any] | None, bool]:
         """The run's record and whether it is stale; (None, False) where there is none."""
         path = run.path(self.results)
         old = False
@@ -164,7 +166,7 @@ class Records:
             self._read[path] = provenance.read(path)
         return self._read[path]
 
-    def count(self, run: papers.Run) -> Count | None:
+    def count(self, run: Run) -> Count | None:
         """Our count of a prompt: the decoder's, which the papers' formulas are of."""
         record, _ = self.get(run)
         if record is None:
@@ -173,7 +175,7 @@ class Records:
         told = decoder.get("protocol", "")
         return Count(decoder["value"], scoring["value"], run.address, cache["value"], told)
 
-    def value(self, run: papers.Run | str, metric: str, status: str) -> Value:
+    def value(self, run: Run | str, metric: str, status: str) -> Value:
         """A cell's value, or the reason why there is none."""
         if isinstance(run, str):
             nothing = run.removeprefix("nothing: ")
@@ -198,19 +200,19 @@ def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[Paper
     """Every reported table of a paper, line by line."""
     paper = papers.load(slug)
     lines: dict[str, list[Line]] = {}
-    for cell in papers.cells(slug, config):
+    for cell in planning.cells(slug, config):
         runs = dict(cell.runs)
         at_paper_scale = runs.pop("paper", ON_REQUEST)
         reproduced = records.value(at_paper_scale, cell.metric, cell.status)
         if cell.count:
             reproduced = replace(reproduced, ours=records.count(cell.count))
         others = {scale: records.value(run, cell.metric, scale) for scale, run in runs.items()}
-        for scale in papers.scales(config):
+        for scale in planning.scales(config):
             if scale != "paper" and scale not in others:  # an exact number has no stand-in, nor has what nothing runs
                 others[scale] = reproduced if isinstance(at_paper_scale, str) else Value(EXACT)
         if config["hub"]:
             others[FOLDER] = Value(EXACT)
-        if isinstance(at_paper_scale, papers.Run) and at_paper_scale.stand_in and reproduced.value is not None:
+        if isinstance(at_paper_scale, Run) and at_paper_scale.stand_in and reproduced.value is not None:
             others[FOLDER], reproduced = reproduced, Value(f"not run: needs {UNPUBLISHED}")
         difference = within = None
         allowed = tolerance.of(cell, reproduced.stderr, reproduced.samples)
@@ -226,8 +228,8 @@ def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[Paper
 
 def boards(slug: str, config: Mapping[str, Any], records: Records) -> list[BoardTable]:
     """Every board of a paper at every scale that ran."""
-    groups: dict[tuple[str, str], list[papers.BoardPoint]] = {}
-    for point in papers.points(slug, config):
+    groups: dict[tuple[str, str], list[planning.BoardPoint]] = {}
+    for point in planning.points(slug, config):
         groups.setdefault((point.board.name, point.scale), []).append(point)
     return [_board(points, records) for points in groups.values()]
 
@@ -237,23 +239,23 @@ def saving(cost: str) -> str:
     return re.sub("g?(macs|parameters|bytes)$", "saving", cost)
 
 
-def _board(points: list[papers.BoardPoint], records: Records) -> BoardTable:
+def _board(points: list[planning.BoardPoint], records: Records) -> BoardTable:
     board = points[0].board
-    scale = papers.ANYWHERE.get(board.kind, points[0].scale)
-    if board.kind not in papers.ANYWHERE and any(isinstance(p.run, papers.Run) and p.run.stand_in for p in points):
+    scale = planning.ANYWHERE.get(board.kind, points[0].scale)
+    if board.kind not in planning.ANYWHERE and any(isinstance(p.run, Run) and p.run.stand_in for p in points):
         scale = FOLDER
-    base = records.get(points[0].run)[0] if isinstance(points[0].run, papers.Run) else None
+    base = records.get(points[0].run)[0] if isinstance(points[0].run, Run) else None
     rows = []
     for point in points:
         value = records.value(point.run, board.metric, scale)
-        record = records.get(point.run)[0] if isinstance(point.run, papers.Run) else None
+        record = records.get(point.run)[0] if isinstance(point.run, Run) else None
         if record is None or board.metric not in record["metrics"]:
             rows.append(Point(point.entry, point.budget, scale, value))
             continue
         figures = record["metrics"]
         paired = None
         if point is not points[0] and base and board.metric in base["metrics"]:
-            paired = metrics.paired_difference(figures[board.metric], base["metrics"][board.metric])
+            paired = uncertainty.paired_difference(figures[board.metric], base["metrics"][board.metric])
         rows.append(
             Point(
                 point.entry,

@@ -2,7 +2,7 @@
 
 `index.html` lists the papers, `<slug>/index.html` shows one, `boards.html` sets methods of all papers side by side.
 Each page has style and script inside and loads nothing. Everything that comes from data is escaped, by the templates or
-by `common.svg`; what is marked safe was made here, and no script but our own may run: its hash is the page's policy.
+by `drawing.svg`; what is marked safe was made here, and no script but our own may run: its hash is the page's policy.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import jinja2
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from common import papers, svg
-from common.figures import Figure
-from paper_tables import cross, join, tables
+from prunelab.common.core import files
+from prunelab.common.drawing import svg
+from prunelab.common.drawing.figures import Figure
+from prunelab.common.experiments import papers
+from prunelab.paper_tables import cross, join, tables
 
 HERE = Path(__file__).parent
 OUTCOMES = tuple(tables.SHAPES)
@@ -294,7 +296,7 @@ class Site:
 
 def _code(slug: str, folder: Path) -> list[tuple[str, str | None]]:
     """The method's files with links from the page, where the page lies in the same tree."""
-    root, here = papers.ROOT.resolve(), folder.resolve()
+    root, here = files.ROOT.resolve(), folder.resolve()
     found = []
     for name in ("method.py", "paper.yaml", "reported.csv"):
         path = papers.METHODS / slug / name

@@ -8,10 +8,10 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from common.errors import PrunelabError
-from paper_tables.grids import Grid, Notes
-from paper_tables.join import BoardTable, Line, Outcome, PaperTable, Value
-from paper_tables.tolerance import decimals
+from prunelab.common.core.errors import PrunelabError
+from prunelab.paper_tables.grids import Grid, Notes
+from prunelab.paper_tables.join import BoardTable, Line, Outcome, PaperTable, Value
+from prunelab.paper_tables.tolerance import decimals
 
 SHAPES: dict[Outcome, str] = {"within": "●", "off": "▲", "stale": "◌", "stand-in": "◇", "not run": "–"}
 WORDS: dict[Outcome, str] = {

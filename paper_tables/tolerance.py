@@ -16,10 +16,11 @@ from functools import cache
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common import papers
-from common.errors import PrunelabError
+from prunelab.common.core import files
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments import papers, planning
 
-FILE = papers.ROOT / "configs" / "evaluation_sets.yaml"
+FILE = files.ROOT / "configs" / "evaluation_sets.yaml"
 SLACK = 1e-9  # differences are sums of floats
 
 
@@ -86,7 +87,7 @@ def sets(column: papers.Column, metric: str) -> tuple[EvaluationSet, ...]:
     return tuple(s for s in found if s) if all(found) else ()
 
 
-def of(cell: papers.Cell, stderr: float | None = None, samples: int | None = None) -> Tolerance | None:
+def of(cell: planning.Cell, stderr: float | None = None, samples: int | None = None) -> Tolerance | None:
     """The tolerance of a reported number; None where nothing here can make it. `stderr` and `samples` are our run's,
     where there is one: a run over fewer samples than the set has is forgiven its own sampling error."""
     column, text = cell.column, cell.reported.text

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
 
 ROOTS = ("model", "state_dict")  # where training scripts keep the weights, beside optimiser, epoch and arguments
 AVERAGES = "ema_"  # buffers of mmcv's EMA hook; the plain names hold the averaged weights already

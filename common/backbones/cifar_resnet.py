@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.backbones.checkpoint import fill, read
+from prunelab.common.backbones.checkpoint import fill, read
 
 CHANNELS = (16, 32, 64)
 

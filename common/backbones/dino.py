@@ -23,11 +23,11 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
 )
 
-from common import detection
-from common.backbones.checkpoint import load_checkpoint
-from common.backbones.pyramid import ConvPyramid, Neck, ResNet
-from common.detection import Target, logit
-from common.errors import PrunelabError
+from prunelab.common.backbones import detection
+from prunelab.common.backbones.checkpoint import load_checkpoint
+from prunelab.common.backbones.detection import Target, logit
+from prunelab.common.backbones.pyramid import ConvPyramid, Neck, ResNet
+from prunelab.common.core.errors import PrunelabError
 
 __all__ = ["DINO", "Pyramid", "dino_r50", "dino_r101", "dino_small", "load_checkpoint"]
 

@@ -29,8 +29,8 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 )
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
-from common.backbones.checkpoint import fill, read
-from common.errors import PrunelabError
+from prunelab.common.backbones.checkpoint import fill, read
+from prunelab.common.core.errors import PrunelabError
 
 STRIDE = 2
 # Where the official checkpoint keeps each part, and where OneVision's modules have it; the first that fits counts.
@@ -161,7 +161,7 @@ def convert(official: Path, onevision: Path, out: Path, model: nn.Module | None 
 
 if __name__ == "__main__":
     if len(sys.argv) != 4:
-        sys.exit("usage: python -m common.backbones.llava_video OFFICIAL ONEVISION OUT (three folders)")
+        sys.exit("usage: python -m prunelab.common.backbones.llava_video OFFICIAL ONEVISION OUT (three folders)")
     try:
         convert(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
     except PrunelabError as error:

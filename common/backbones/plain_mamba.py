@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.backbones.checkpoint import load_checkpoint as load_checkpoint
-from common.backbones.subset import Subset, gaps
-from common.backbones.vim import step_projection
-from common.errors import PrunelabError
-from common.scan import selective_scan
-from common.types import take
+from prunelab.common.backbones.checkpoint import load_checkpoint as load_checkpoint
+from prunelab.common.backbones.scan import selective_scan
+from prunelab.common.backbones.subset import Subset, gaps
+from prunelab.common.backbones.vim import step_projection
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import take
 
 Grid = tuple[int, int]
 START, RIGHT, LEFT, UP, DOWN = range(5)  # how a scan reached a step: rows of `direction_Bs`

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
 
 
 class ResNet(nn.Module):

@@ -21,8 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.backbones.checkpoint import read
-from common.errors import PrunelabError
+from prunelab.common.backbones.checkpoint import read
+from prunelab.common.core.errors import PrunelabError
 
 TRAINING_ONLY = "loss_decode.criterion.empty_weight"  # class weights of the loss, saved with official checkpoints
 

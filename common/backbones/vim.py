@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.backbones.checkpoint import load_checkpoint as load_checkpoint
-from common.backbones.subset import Subset, gaps
-from common.errors import PrunelabError
-from common.scan import selective_scan
+from prunelab.common.backbones.checkpoint import load_checkpoint as load_checkpoint
+from prunelab.common.backbones.scan import selective_scan
+from prunelab.common.backbones.subset import Subset, gaps
+from prunelab.common.core.errors import PrunelabError
 
 STEP = (1e-3, 1e-1)  # range of the step widths that a fresh model starts with, log-uniform
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

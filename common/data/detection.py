@@ -3,7 +3,7 @@
 A scene is a canvas of 96 x 96 pixels. Up to six digits of scikit-learn's set, each of its own size and contrast, lie
 on it without touching one another, among pieces of other digits and under noise; some scenes hold none. Digits cover
 about an eighth of the canvas, so that most tokens of a detector are background, and the pieces make sure that contrast
-alone does not tell which. Training and test scenes share no digit (`common.data.digits`).
+alone does not tell which. Training and test scenes share no digit (`prunelab.common.data.digits`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import normalize, to_tensor
 
-from common import files
-from common.data import digits, images
-from common.errors import PrunelabError
+from prunelab.common.core import files
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import digits, images
 
 SEED = 1000  # of the testbed's evaluation scenes
 

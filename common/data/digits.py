@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
 
 Split = Literal["train", "test"]
 

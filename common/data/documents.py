@@ -18,9 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common import files, text
-from common.errors import PrunelabError
-from common.text import Background
+from prunelab.common.core import files
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.ranking import text
+from prunelab.common.ranking.text import Background
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.files import inside
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.files import inside
 
 Transform = Callable[[Image.Image], Tensor]
 SEED = 1000  # of the testbed's evaluation scenes
@@ -41,7 +41,7 @@ def batches(
     """(images [B, C, H, W], labels [B]) of the first `samples` images of a catalogue entry (None: all), in order."""
     loader = identity["loader"]
     if loader == "digit_scenes":
-        from common.data import digits
+        from prunelab.common.data import digits
 
         assert samples is not None, "scenes have no end; configs/datasets.yaml says how many"
         images, labels = digits.scenes("test", samples, SEED)

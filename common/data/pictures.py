@@ -1,4 +1,4 @@
-"""Pictures and videos of handwritten digits that questions can be asked about (`common.data.questions`).
+"""Pictures and videos of handwritten digits that questions can be asked about (`prunelab.common.data.questions`).
 
 A picture is a grid of 9 x 9 cells of 4 x 4 pixels, the patches of an image encoder. Four to six of its nine zones hold
 a digit of 2 x 2 cells, each in a colour of its own; 24 cells, fewer where digits lie over them, hold faint quarters of
@@ -10,7 +10,7 @@ direction.
 
 Why this tells pruning methods apart: what is asked for lies in 4 of 81 tokens of a picture, in a few tokens of two
 frames of a video, and nowhere else; most of the rest is background that repeats, or looks like parts of an
-answer. Training and test images share no digit (`common.data.digits`).
+answer. Training and test images share no digit (`prunelab.common.data.digits`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from common.data import digits
+from prunelab.common.data import digits
 
 CELL = 4  # pixels a side; a digit covers 2 x 2 cells
 CONTRAST = (0.2, 0.5)  # of a fragment, relative to a digit's

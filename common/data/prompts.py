@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from common.data import texts
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

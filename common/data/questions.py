@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from common.data import digits
-from common.data.pictures import FRAME, FRAMES, PICTURE, Pictures, Videos, displayed, pick, pictures, videos
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import digits
+from prunelab.common.data.pictures import FRAME, FRAMES, PICTURE, Pictures, Videos, displayed, pick, pictures, videos
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

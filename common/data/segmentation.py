@@ -5,7 +5,7 @@ stroke, thickened by one, has the digit as its class, every other pixel is backg
 they hold and in difficulty: in easy ones digits have full contrast on an empty ground, in hard ones they are pale and
 lie between fragments of others. So tokens differ in how early a network can be sure of them, within a scene and between
 scenes, which is what early exit lives on. Strokes of test scenes have not been seen in training
-(`common.data.digits`).
+(`prunelab.common.data.digits`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.data import digits
-from common.data.digits import Split
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import digits
+from prunelab.common.data.digits import Split
 
 SIDE, CELL = 40, 4  # pixels of a scene, and of a patch
 TILE = SIDE // 2  # a digit lies within a quarter of the scene

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from common import files, hub
-from common.data import code
-from common.errors import PrunelabError
+from prunelab.common.catalogue import hub
+from prunelab.common.core import files
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
 
 UNREADABLE = "cannot be decoded; give a video that plays elsewhere (MP4, WebM, MKV, AVI, GIF)"
 

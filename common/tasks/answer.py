@@ -12,19 +12,23 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from common import cost, devices, metrics, models, provenance, registry
-from common.adapters import adapter_for
-from common.adapters.base import run_all
-from common.adapters.recording import record
-from common.adapters.vlm import VisionLanguage
-from common.adapters.vlm_parts import Prompt
-from common.apply import Handle, apply
-from common.data import questions
-from common.data.questions import Sample
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import TokenPruner
-from common.types import Budget
+from prunelab.common.core import files, registry
+from prunelab.common.core.attention_interface import record
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import run_all
+from prunelab.common.costs import meter
+from prunelab.common.data import questions
+from prunelab.common.data.questions import Sample
+from prunelab.common.experiments.run import Run
+from prunelab.common.metrics import uncertainty
+from prunelab.common.models import devices, loading
+from prunelab.common.tokens import match
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.adapters.vlm import VisionLanguage
+from prunelab.common.tokens.adapters.vlm_prompt import Prompt
+from prunelab.common.tokens.apply import Handle, applied
+from prunelab.common.tokens.role import TokenPruner
 
 BATCH, TRIED = 50, 8  # samples asked together, and those that a budget is matched on
 FRAMES = "frame_scores"  # the service of a method that weighs the frames of a video
@@ -49,7 +53,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     if run.settings.get("blind"):
         known = questions.guess(asked[0].kind)
         return accuracy(asked, torch.tensor([known.get(sample.question) == sample.answer for sample in asked]))
-    model = devices.place(models.vision_language(run.ids["model"], config)[0], devices.of(run.scale))
+    model = devices.place(loading.vision_language(run.ids["model"], config)[0], devices.of(run.scale))
     adapter = adapter_for(model)
     assert isinstance(adapter, VisionLanguage)
     if run.method is None:
@@ -59,14 +63,14 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         raise PrunelabError(f"answers are asked for under token pruners; {method.name} is a {method.role}")
     scores = None
     if FRAMES in run.settings:
-        key = provenance.digest([run.ids, len(asked)])
+        key = files.digest([run.ids, len(asked)])
         if key not in _SCORES:
             _SCORES[key] = attended(model, asked)
         scores = Scores(_SCORES[key])
     seed, budget = int(run.settings.get("seed", 0)), Budget.parse(str(run.budget))
     if run.settings.get("match"):
         budget = matched(method, adapter, budget, asked[:TRIED], scores, seed)
-    with apply(method, model, budget, services=_services(scores), seed=seed) as handle:
+    with applied(method, model, budget, services=_services(scores), seed=seed) as handle:
         out = accuracy(asked, right(model, asked, scores)) | spent(adapter, asked[0], handle)
     return out | {"budget": {"text": str(budget)}}
 
@@ -109,10 +113,10 @@ def last_logits(model: nn.Module, part: Sequence[Sample]) -> Tensor:
 
 def accuracy(asked: Sequence[Sample], correct: Tensor) -> dict[str, Any]:
     """Percent of right answers, and that of each form of question."""
-    out = {"accuracy": metrics.share(correct)}
+    out = {"accuracy": uncertainty.share(correct)}
     for form in dict.fromkeys(sample.form for sample in asked):
         own = torch.tensor([sample.form == form for sample in asked])
-        out[f"accuracy of {form}"] = metrics.share(correct[own])
+        out[f"accuracy of {form}"] = uncertainty.share(correct[own])
     return out
 
 
@@ -132,7 +136,7 @@ def spent(adapter: VisionLanguage, sample: Sample, handle: Handle | None = None)
     example, visual = shape(sample, adapter)
     full = [float(example.text + visual)] * adapter.info.depth
     if handle is None:
-        used = dense = cost.macs(adapter.model, example)
+        used = dense = meter.macs(adapter.model, example)
         scoring, tokens = 0.0, full
     else:
         report = handle.report(example)
@@ -172,7 +176,10 @@ def matched(
 
     def kept(budget: Budget) -> float:
         try:
-            with apply(method, model, budget, services=_services(scores), seed=seed) as handle, torch.inference_mode():
+            with (
+                applied(method, model, budget, services=_services(scores), seed=seed) as handle,
+                torch.inference_mode(),
+            ):
                 if scores is not None:
                     scores.first = 0
                 last_logits(model, asked)
@@ -188,7 +195,7 @@ def matched(
     if abs(kept(target) - wanted) <= 1 / visual:
         return target
     sites = sizes[0] if sizes else 1
-    return cost.fit(lambda level: method.family(level, sites, adapter.info), kept, wanted, tolerance=0.5 / visual)
+    return match.fit(lambda level: method.family(level, sites, adapter.info), kept, wanted, tolerance=0.5 / visual)
 
 
 # -- frames ----------------------------------------------------------------------------------------------------------

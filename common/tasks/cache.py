@@ -11,15 +11,17 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import devices, models, registry
-from common.apply import apply
-from common.caches import CacheReport, Draft
-from common.data import code, texts
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import CachePruner, TokenPruner
-from common.tasks.perplexity import exponential, per_token
-from common.types import Budget
+from prunelab.common.apply import apply
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import code, texts
+from prunelab.common.experiments.run import Run
+from prunelab.common.kv_cache import CacheReport, Draft
+from prunelab.common.kv_cache.role import CachePruner
+from prunelab.common.models import devices, loading
+from prunelab.common.tasks.perplexity import exponential, per_token
+from prunelab.common.tokens.role import TokenPruner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +43,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     device = devices.of(run.scale)
     length, share = int(run.settings["length"]), float(run.settings.get("prompt", 0.75))
-    model, tokenizer = models.language(run.ids["model"], config)
+    model, tokenizer = loading.language(run.ids["model"], config)
     context = model.config.max_position_embeddings
     if not 2 <= length <= context or not 0 < share < 1:
         raise PrunelabError(f"give a length of 2 to {context} tokens and a prompt of a share between 0 and 1 of it")
@@ -71,7 +73,7 @@ class _Reader:
                 raise PrunelabError(f"{method.name} is a {method.role} and prunes no cache; use another kind of run")
             self.method = method
             if method.services:
-                draft = models.language(run.ids["model"], config)[0].to(next(model.parameters()).device)
+                draft = loading.language(run.ids["model"], config)[0].to(next(model.parameters()).device)
                 self.services = {"draft": Draft(draft)}
 
     def __call__(self, batches: Iterable[Tensor], prompt: float | int) -> tuple[list[Tensor], list[Tensor]]:

@@ -11,14 +11,18 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from common import batching, cost, devices, metrics, models, registry
-from common.adapters import adapter_for
-from common.apply import Handle, apply
-from common.data import images
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import TokenPruner
-from common.types import Budget
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.costs import meter
+from prunelab.common.data import images
+from prunelab.common.experiments.run import Run
+from prunelab.common.metrics import uncertainty
+from prunelab.common.models import batching, devices, loading
+from prunelab.common.tokens import match
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.apply import Handle, applied
+from prunelab.common.tokens.role import TokenPruner
 
 BATCH = {"cpu": 50, "cuda": 256}  # images at a time; a GPU halves it where its memory ends
 CALIBRATION = 32  # images that methods with input-dependent counts are matched on
@@ -29,7 +33,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     the `budget` that a matched cost came to. The setting `against_dense` adds `drop`: points of top-1 lost to the
     unpruned model on the same images. On a GPU the model computes in bfloat16, and batches fit its memory."""
     device = devices.of(run.scale)
-    model, transform = models.load(run.ids["model"], config)
+    model, transform = loading.load(run.ids["model"], config)
     model = devices.place(model, device, half=True)
     dtype, batch = next(model.parameters()).dtype, BATCH[device.type]
     samples, seed = run.settings.get("samples"), int(run.settings.get("seed", 0))  # no limit: the whole set
@@ -53,22 +57,22 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         method = registry.create(run.method, **run.options)
         assert isinstance(method, TokenPruner)
         calibration = next(iter(data(CALIBRATION)))[0].to(device, dtype) if method.adaptive else None
-        budget = cost.match(method, model, Budget.parse(str(run.budget)), calibration)
+        budget = match.match(method, model, Budget.parse(str(run.budget)), calibration)
         out["budget"] = {"text": str(budget)}
-        context = apply(method, model, budget, seed=seed)
+        context = applied(method, model, budget, seed=seed)
     with context as handle, torch.inference_mode():
         right = correct(handle)
         if handle is not None:
             report = handle.report()
             used, scoring = report.macs, report.scoring_macs
         else:
-            used, scoring = cost.macs(model, adapter_for(model).example()), 0.0
-        dense = cost.macs(model, adapter_for(model).example()) if handle is None else report.dense_macs
-    out["top1"] = metrics.share(right)
+            used, scoring = meter.macs(model, adapter_for(model).example()), 0.0
+        dense = meter.macs(model, adapter_for(model).example()) if handle is None else report.dense_macs
+    out["top1"] = uncertainty.share(right)
     if run.settings.get("against_dense"):
         with torch.inference_mode():
             lost = 100.0 * (correct().float() - right.float())
-        out["drop"] = metrics.mean(lost.tolist())
+        out["drop"] = uncertainty.mean(lost.tolist())
     out["gmacs"] = {"value": round(used / 1e9, 6)}
     out["scoring_gmacs"] = {"value": round(scoring / 1e9, 6)}
     out["saving"] = {"value": round(100 * (1 - used / dense), 3)}

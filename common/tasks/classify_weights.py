@@ -9,13 +9,16 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from common import devices, metrics, models, registry, weights
-from common.data import images
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import WeightPruner
-from common.tasks.perplexity import reads_text, sizes
-from common.types import Budget
+from prunelab.common import weights
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import images
+from prunelab.common.experiments.run import Run
+from prunelab.common.metrics import uncertainty
+from prunelab.common.models import devices, loading
+from prunelab.common.tasks.perplexity import reads_text, sizes
+from prunelab.common.weights.role import WeightPruner
 
 BATCH, CALIBRATION = 100, 128  # images
 
@@ -27,7 +30,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     method measures anything; `seed` of their draw and of random methods. Batch norms keep their statistics.
     """
     device = devices.of(run.scale)
-    model, transform = models.load(run.ids["model"], config)
+    model, transform = loading.load(run.ids["model"], config)
     model = devices.place(model, device)
     report = None
     if run.method is not None:
@@ -41,7 +44,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         budget = Budget.parse(str(run.budget))
         report = weights.prune(method, model, budget, calibration, seed=seed, progress=False).report
     data = images.batches(run.ids["data"], config, transform, run.settings.get("samples"), BATCH)
-    return {"top1": metrics.share(correct(model, data, device)), **sizes(model, report)}
+    return {"top1": uncertainty.share(correct(model, data, device)), **sizes(model, report)}
 
 
 @torch.inference_mode()

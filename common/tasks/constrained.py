@@ -12,12 +12,15 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from common import constraints, metrics, models, registry, smc
-from common.data import texts
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import ConstrainedSampler
-from common.types import Budget
+from prunelab.common.constrained import constraints, smc
+from prunelab.common.constrained.role import ConstrainedSampler
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import texts
+from prunelab.common.experiments.run import Run
+from prunelab.common.metrics import uncertainty
+from prunelab.common.models import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +40,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     tokens are drawn from the model as it is and a text dies where it breaks the constraint: rejection of whole texts.
     """
     settings = run.settings
-    model, tokenizer = models.language(run.ids["model"], config)
+    model, tokenizer = loading.language(run.ids["model"], config)
     pattern = str(settings.get("pattern", ""))
     if "json" in settings:
         pattern += constraints.json_pattern(int(settings["json"]))
@@ -75,7 +78,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         "spread": [s for r in runs if (s := spread(r.log_weights)) is not None],
     }
     return {
-        **{name: metrics.mean(values) for name, values in figures.items() if values},
+        **{name: uncertainty.mean(values) for name, values in figures.items() if values},
         "calls": {"value": round(per_token, 4)},
         "masking_calls": {"value": vocabulary},
         "saving": {"value": round(100 * (1 - per_token / vocabulary), 4)},

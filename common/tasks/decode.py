@@ -12,13 +12,16 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from common import decoding, devices, metrics, models, registry
-from common.data import prompts
-from common.decoding import Decoded, baselines
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import DraftDecoder
-from common.types import Budget
+from prunelab.common import speculative
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import prompts
+from prunelab.common.experiments.run import Run
+from prunelab.common.metrics import uncertainty
+from prunelab.common.models import devices, loading
+from prunelab.common.speculative import Decoded, baselines
+from prunelab.common.speculative.role import DraftDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +43,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     Without a method the option `decoding` names a baseline: `plain` (if left out), `prompt_lookup`, `assistant`.
     """
     settings = run.settings
-    model, tokenizer = models.language(run.ids["model"], config)
+    model, tokenizer = loading.language(run.ids["model"], config)
     model = devices.place(model, devices.of(run.scale), half=True)
     new, length = int(settings.get("new", NEW)), int(settings.get("prompt", PROMPT))
     asked = prompts.load(run.ids["data"], config, tokenizer, length, settings.get("samples"), settings.get("task"))
@@ -65,7 +68,7 @@ def _is_plain(run: Run) -> bool:
 
 def _draft(run: Run, config: Mapping[str, Any], like: PreTrainedModel) -> PreTrainedModel | None:
     """The draft model, where the run names one."""
-    return models.language(run.ids["draft"], config)[0].to(like.device, like.dtype) if "draft" in run.ids else None
+    return loading.language(run.ids["draft"], config)[0].to(like.device, like.dtype) if "draft" in run.ids else None
 
 
 def _decoder(run: Run, model: PreTrainedModel, draft: PreTrainedModel | None, new: int) -> Decode:
@@ -86,11 +89,11 @@ def _decoder(run: Run, model: PreTrainedModel, draft: PreTrainedModel | None, ne
     services = {"draft": draft} if draft is not None and "draft" in method.services else {}
     budget = Budget.parse(str(run.budget)) if run.budget else Budget(1.0)
     seed = int(run.settings.get("seed", 0))
-    with decoding.applied(method, model, budget, services=services) as handle:
+    with speculative.applied(method, model, budget, services=services) as handle:
         state = handle.session.state
 
     def decode(ids: Tensor) -> Decoded:
-        return decoding.generate(
+        return speculative.generate(
             method, model, ids, max_new_tokens=new, budget=budget, services=services, seed=seed, state=state
         )
 
@@ -148,10 +151,10 @@ def summary(found: Sequence[Answer], greedy: Sequence[Answer]) -> dict[str, Any]
             "value": round(100 - saved["value"], 4),
             "samples": [100 - s for s in saved["samples"]],
         },
-        "tokens_per_second": metrics.mean(rate),
+        "tokens_per_second": uncertainty.mean(rate),
         "speedup": {**ratio(rate, plain), "samples": [round(a / b, 4) for a, b in zip(rate, plain, strict=True)]},
         "drafting": ratio([a.drafting for a in found], seconds, percent=True),
-        "identical": metrics.share(torch.tensor([a.same(b) for a, b in zip(found, greedy, strict=True)])),
+        "identical": uncertainty.share(torch.tensor([a.same(b) for a, b in zip(found, greedy, strict=True)])),
         "tokens": {"value": int(sum(tokens))},
     }
 

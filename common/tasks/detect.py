@@ -11,16 +11,19 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import cost, devices, models, registry
-from common.adapters import adapter_for
-from common.apply import Handle, apply
-from common.average_precision import Detections, detections, with_uncertainty
-from common.data import detection, digits
-from common.data.detection import Objects
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import TokenPruner
-from common.types import Budget
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.costs import meter
+from prunelab.common.data import detection, digits
+from prunelab.common.data.detection import Objects
+from prunelab.common.experiments.run import Run
+from prunelab.common.metrics.average_precision import Detections, detections, with_uncertainty
+from prunelab.common.models import devices, loading
+from prunelab.common.tokens import match
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.apply import Handle, applied
+from prunelab.common.tokens.role import TokenPruner
 
 BATCH = 10  # scenes at a time, all of one size
 CALIBRATION = 10  # images that methods with input-dependent counts are matched on
@@ -42,7 +45,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     batch = int(run.settings.get("batch", BATCH if scenes else 1))
     if shown and not scenes:
         raise PrunelabError("pictures show the testbed's scenes alone; set `scales: [testbed]` in paper.yaml")
-    model = devices.place(models.load(run.ids["model"], config)[0], device)
+    model = devices.place(loading.load(run.ids["model"], config)[0], device)
     data = detection.load(identity, config, samples)
 
     out: dict[str, Any] = {}
@@ -51,9 +54,9 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         method = registry.create(run.method, **run.options)
         assert isinstance(method, TokenPruner)
         calibration = next(data.batches(CALIBRATION))[0].to(device) if method.adaptive else None
-        budget = cost.match(method, model, Budget.parse(str(run.budget)), calibration)
+        budget = match.match(method, model, Budget.parse(str(run.budget)), calibration)
         out["budget"] = {"text": str(budget)}
-        context = apply(method, model, budget, seed=int(run.settings.get("seed", 0)))
+        context = applied(method, model, budget, seed=int(run.settings.get("seed", 0)))
     truth: list[Objects] = []
     found: list[Detections] = []
     items: list[dict[str, Any]] = []
@@ -95,7 +98,7 @@ def _dense(model: nn.Module) -> tuple[float, float]:
     layers = {id(block) for block in adapter.blocks}  # type: ignore[attr-defined]
     names = [f"{type(model).__name__}.{name}" for name, module in model.named_modules() if id(module) in layers]
     with FlopCounterMode(display=False) as counter:
-        cost.on_meta(model, adapter.example())
+        meter.on_meta(model, adapter.example())
     counts = counter.get_flop_counts()
     return counter.get_total_flops() / 2, sum(sum(counts[name].values()) for name in names) / 2
 

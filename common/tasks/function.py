@@ -1,4 +1,4 @@
-"""A table that a paper's own module computes: `call: methods.<slug>.tables:<function>`."""
+"""A table that a paper's own module computes: `call: prunelab.methods.<slug>.tables:<function>`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from common.papers import Run
+from prunelab.common.experiments.run import Run
 
 
 def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:

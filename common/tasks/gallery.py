@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from common import cost, models, registry
-from common.apply import apply
-from common.data import digits, images
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import TokenPruner
-from common.types import Budget
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import digits, images
+from prunelab.common.experiments.run import Run
+from prunelab.common.models import loading
+from prunelab.common.tokens import match
+from prunelab.common.tokens.apply import applied
+from prunelab.common.tokens.role import TokenPruner
 
 LOADER = "digit_scenes"
 
@@ -29,15 +31,15 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         raise PrunelabError("a gallery shows the testbed's scenes alone; set `scales: [testbed]` in paper.yaml")
     if run.method is None:
         raise PrunelabError("a gallery shows what a method removes; name one under `configuration` in paper.yaml")
-    model, transform = models.load(run.ids["model"], config)
+    model, transform = loading.load(run.ids["model"], config)
     method = registry.create(run.method, **run.options)
     assert isinstance(method, TokenPruner)
     count, seed = int(run.settings["samples"]), int(run.settings.get("seed", 0))
     x, labels = next(images.batches(run.ids["data"], config, transform, count, count))
-    budget = cost.match(method, model, Budget.parse(str(run.budget)), x)
+    budget = match.match(method, model, Budget.parse(str(run.budget)), x)
     with torch.inference_mode():
         dense = model(x).argmax(-1)
-        with apply(method, model, budget, seed=seed) as handle:
+        with applied(method, model, budget, seed=seed) as handle:
             pruned = model(x).argmax(-1)
             kept, info = handle.kept(), handle.adapter.info
     ink = ((x[:, 0] * digits.SCALE + digits.SHIFT).clamp(0, 1) * 255).round().int()

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import batching, cost, devices, models, registry
-from common.adapters import adapter_for
-from common.apply import apply
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import TokenPruner
-from common.types import Budget
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments.run import Run
+from prunelab.common.models import batching, devices, loading
+from prunelab.common.tokens import match
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.apply import applied
+from prunelab.common.tokens.role import TokenPruner
 
 WARM_UP, REPEATS = 10, 30
 CALIBRATION = 32  # images of noise that methods with input-dependent counts are matched on
@@ -35,7 +37,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
 def timed(run: Run, device: torch.device, warm_up: int, repeats: int) -> dict[str, Any]:
     """See `execute`; on a CPU there is no allocator to ask, and no `memory_gib`."""
     torch.manual_seed(0)
-    model = models.initialised(run.ids["model"], str(device)).to(torch.bfloat16)
+    model = loading.initialised(run.ids["model"], str(device)).to(torch.bfloat16)
     devices.note(model)
     asked = int(run.settings.get("batch", 256))
     x = torch.randn(asked, *adapter_for(model).example().shape[1:]).to(device, torch.bfloat16)
@@ -46,9 +48,9 @@ def timed(run: Run, device: torch.device, warm_up: int, repeats: int) -> dict[st
         method = registry.create(run.method, **run.options)
         if not isinstance(method, TokenPruner):
             raise PrunelabError(f"throughput is measured under token pruners; {method.name} is a {method.role}")
-        budget = cost.match(method, model, Budget.parse(str(run.budget)), x[:CALIBRATION] if method.adaptive else None)
+        budget = match.match(method, model, Budget.parse(str(run.budget)), x[:CALIBRATION] if method.adaptive else None)
         out["budget"] = {"text": str(budget)}
-        context = apply(method, model, budget, seed=int(run.settings.get("seed", 0)))
+        context = applied(method, model, budget, seed=int(run.settings.get("seed", 0)))
     with torch.inference_mode():
         # The unpruned model is the larger one, and both are timed on one batch.
         batch = fitting(model, x) if against_dense else asked

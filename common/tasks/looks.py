@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import models, registry
-from common.data import questions
-from common.data.questions import Sample
-from common.errors import PrunelabError
-from common.looking import Asked, Look, Stage, look
-from common.papers import Run
-from common.roles import TokenPruner
-from common.types import Budget
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import questions
+from prunelab.common.data.questions import Sample
+from prunelab.common.experiments.run import Run
+from prunelab.common.models import loading
+from prunelab.common.tokens.inspection import Asked, Look, Stage, look
+from prunelab.common.tokens.role import TokenPruner
 
 WHOLE = 100  # the share that a patch has without pruning, in a record
 
@@ -31,7 +32,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         raise PrunelabError("this figure shows the testbeds' scenes alone; set `scales: [testbed]` in paper.yaml")
     if run.method is None:
         raise PrunelabError("this figure shows what a method leaves; name one under `configuration` in paper.yaml")
-    model = models.vision_language(run.ids["model"], config)[0]
+    model = loading.vision_language(run.ids["model"], config)[0]
     method, budget = registry.create(run.method, **run.options), Budget.parse(str(run.budget))
     if not isinstance(method, TokenPruner):
         raise PrunelabError(f"this figure is about token pruners; {method.name} is a {method.role}")

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
-from common import cost, models, registry
-from common.adapters import adapter_for
-from common.apply import PARTS, apply
-from common.papers import Run
-from common.roles import TokenPruner
-from common.types import Budget
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.costs import meter
+from prunelab.common.experiments.run import Run
+from prunelab.common.models import loading
+from prunelab.common.tokens import match
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.apply import PARTS, applied
+from prunelab.common.tokens.role import TokenPruner
 
 
 def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,14 +25,14 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
 
     Settings: `size` [height, width] of the image; `module`, the path of the submodule in which the method works, adds
     `module_macs`, `module_dense` and `module_saving`, its cost alone with the scoring."""
-    model = models.architecture(run.ids["model"])
+    model = loading.architecture(run.ids["model"])
     example = adapter_for(model).example()
     if "size" in run.settings:
         example = example.new_empty(*example.shape[:2], *run.settings["size"])
     embed = getattr(model, "patch_embed", None)
-    embedding = 0.0 if embed is None else cost.flops(lambda: cost.on_meta(embed, example)) / 2
-    dense = cost.macs(model, example)
-    total, scoring, norms = dense, 0.0, 5 * cost.norm_elements(model, example)
+    embedding = 0.0 if embed is None else meter.flops(lambda: meter.on_meta(embed, example)) / 2
+    dense = meter.macs(model, example)
+    total, scoring, norms = dense, 0.0, 5 * meter.norm_elements(model, example)
     if run.method is not None:
         method = registry.create(run.method, **run.options)
         assert isinstance(method, TokenPruner)
@@ -37,9 +40,9 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
             parts = method.build(adapter_for(model).info)
         if parts is not None:
             model.add_module(PARTS, parts)
-        budget = cost.match(method, model, Budget.parse(str(run.budget)))
-        with apply(method, model, budget) as handle, torch.no_grad():
-            norms = 5 * cost.norm_elements(model, example)
+        budget = match.match(method, model, Budget.parse(str(run.budget)))
+        with applied(method, model, budget) as handle, torch.no_grad():
+            norms = 5 * meter.norm_elements(model, example)
             report = handle.report(example)
             total, scoring = report.macs, report.scoring_macs
     figures = {
@@ -51,7 +54,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     }
     saving = {"saving": 1 - total / dense}
     if "module" in run.settings:
-        inside = cost.module_macs(model, example, run.settings["module"])
+        inside = meter.module_macs(model, example, run.settings["module"])
         figures |= {"module_macs": inside - (dense - total), "module_dense": inside}
         saving["module_saving"] = (dense - total) / inside
     metrics: dict[str, Any] = {name: {"value": round(value / 1e9, 5)} for name, value in figures.items()}

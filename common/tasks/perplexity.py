@@ -11,13 +11,15 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common import batching, devices, models, provenance, registry, weights
-from common.data import texts
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import WeightPruner
-from common.types import Budget
-from common.weights import WeightReport
+from prunelab.common import weights
+from prunelab.common.core import files, registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import texts
+from prunelab.common.experiments.run import Run
+from prunelab.common.models import batching, devices, loading
+from prunelab.common.weights import WeightReport
+from prunelab.common.weights.role import WeightPruner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,13 +41,13 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     device = devices.of(run.scale)
     length, samples = int(run.settings["length"]), run.settings.get("samples")
-    model, tokenizer = models.language(run.ids["model"], config)
+    model, tokenizer = loading.language(run.ids["model"], config)
     context = model.config.max_position_embeddings
     if not 2 <= length <= context:
         raise PrunelabError(f"a length of {length} tokens does not fit this model; give 2 to {context}")
     test = texts.sequences(run.ids["data"], config, tokenizer, length, samples)
     model = devices.place(model, device, half=True)
-    key = provenance.digest([run.ids["model"], run.ids["data"], length, samples, str(device)])
+    key = files.digest([run.ids["model"], run.ids["data"], length, samples, str(device)])
     if key not in _UNPRUNED:
         _UNPRUNED[key] = measure(model, test)
     dense, out, calibrated = _UNPRUNED[key], sizes(model), ""
@@ -78,8 +80,8 @@ def prune(
     base = None
     if method.needs_base:
         if "base" not in run.ids:
-            raise PrunelabError(f"{method.name} needs the model before fine-tuning; name it as base in models.yaml")
-        base = models.language(run.ids["base"], config)[0].to(model.device, model.dtype)
+            raise PrunelabError(f"{method.name} needs the model before fine-tuning; name it as base in loading.yaml")
+        base = loading.language(run.ids["base"], config)[0].to(model.device, model.dtype)
     budget = Budget.parse(str(run.budget))
     plan = weights.prune(method, model, budget, calibration, base=base, seed=seed, progress=False)
     return plan.report, told

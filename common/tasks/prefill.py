@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import devices, models, registry
-from common.adapters import adapter_for
-from common.adapters.vlm import VisionLanguage
-from common.adapters.vlm_parts import Prompt
-from common.apply import apply
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import TokenPruner
-from common.types import Budget
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments.run import Run
+from prunelab.common.models import devices, loading
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.adapters.vlm import VisionLanguage
+from prunelab.common.tokens.adapters.vlm_prompt import Prompt
+from prunelab.common.tokens.apply import applied
+from prunelab.common.tokens.role import TokenPruner
 
 WARM_UP, REPEATS = 10, 30
 NEW = 64  # assumption: tokens of an answer
@@ -42,7 +43,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
 def timed(run: Run, device: torch.device, warm_up: int, repeats: int) -> dict[str, Any]:
     """See `execute`; on a CPU there is no allocator to ask, and no `memory_gb`."""
     torch.manual_seed(0)
-    model = models.initialised(run.ids["model"], str(device))
+    model = loading.initialised(run.ids["model"], str(device))
     devices.note(model)
     adapter = adapter_for(model)
     assert isinstance(adapter, VisionLanguage)
@@ -54,7 +55,7 @@ def timed(run: Run, device: torch.device, warm_up: int, repeats: int) -> dict[st
         method = registry.create(run.method, **run.options)
         if not isinstance(method, TokenPruner):
             raise PrunelabError(f"prefills are timed under token pruners; {method.name} is a {method.role}")
-        context = apply(method, model, Budget.parse(str(run.budget)))
+        context = applied(method, model, Budget.parse(str(run.budget)))
     with context:
         own = measure(model, given, new, warm_up, repeats)
     found: dict[str, float | None] = {

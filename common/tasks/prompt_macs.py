@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import cost, models, provenance, registry
-from common.adapters import adapter_for
-from common.adapters.vlm import VisionLanguage
-from common.apply import apply
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import TokenPruner
-from common.types import Budget
+from prunelab.common.core import files, registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.costs import meter
+from prunelab.common.experiments.run import Run
+from prunelab.common.models import loading
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.adapters.vlm import VisionLanguage
+from prunelab.common.tokens.apply import applied
+from prunelab.common.tokens.role import TokenPruner
 
 # MACs of encoders by what decides them, so that a process which makes many runs counts them once.
 _ENCODERS: dict[str, float] = {}
@@ -31,24 +33,24 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     Settings: `text`, the tokens of the prompt that are not visual; `frames` of a video, else it is an image. What a
     method decides by values is counted as for a video that repeats nothing and whose frames matter alike.
     """
-    settings, model = run.settings, models.architecture(run.ids["model"])
+    settings, model = run.settings, loading.architecture(run.ids["model"])
     adapter = adapter_for(model)
     if not isinstance(adapter, VisionLanguage):
         raise PrunelabError(f"prompts are counted of image and video language models; {adapter.family} is none")
     example = adapter.prompt(int(settings.get("frames", 0)), settings.get("text"))
-    key = provenance.digest([run.ids["model"], dict(settings)])
+    key = files.digest([run.ids["model"], dict(settings)])
     if key not in _ENCODERS:
-        _ENCODERS[key] = cost.macs(model, example.encoding())
+        _ENCODERS[key] = meter.macs(model, example.encoding())
     encoder, scoring = _ENCODERS[key], 0.0
     visual = adapter.visual_tokens(example)
     held = full = adapter.cache_bytes([example.text + visual] * adapter.info.depth)
     if run.method is None:
-        total = dense = cost.macs(model, example)
+        total = dense = meter.macs(model, example)
     else:
         method = registry.create(run.method, **run.options)
         assert isinstance(method, TokenPruner)
         services = {"frame_scores": even_scores}
-        with apply(method, model, Budget.parse(str(run.budget)), services=services) as handle:
+        with applied(method, model, Budget.parse(str(run.budget)), services=services) as handle:
             report = handle.report(example)
         total, dense, scoring, held = report.macs, report.dense_macs, report.scoring_macs, report.cache_bytes or 0
     figures = {

@@ -12,16 +12,19 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from common import cost, devices, models, registry
-from common.adapters import adapter_for
-from common.adapters.base import Trace
-from common.apply import Handle, apply
-from common.backbones.segvit import Segmenter, sliding
-from common.data import digits, segmentation
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import TokenPruner
-from common.types import Budget
+from prunelab.common.backbones.segvit import Segmenter, sliding
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.costs import meter
+from prunelab.common.data import digits, segmentation
+from prunelab.common.experiments.run import Run
+from prunelab.common.models import devices, loading
+from prunelab.common.tokens import match
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.adapters.base import Trace
+from prunelab.common.tokens.apply import Handle, applied
+from prunelab.common.tokens.role import TokenPruner
 
 BATCH = 50
 CALIBRATION = 32  # images that methods with input-dependent counts are matched on
@@ -38,9 +41,9 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     catalogue entry holds `stride`, `bound` and `norm`.
     """
     device = devices.of(run.scale)
-    model, _ = models.load(run.ids["model"], config)
+    model, _ = loading.load(run.ids["model"], config)
     if not isinstance(model, Segmenter):
-        raise PrunelabError(f"{type(model).__name__} makes no maps; name a segmenter of configs/models.yaml")
+        raise PrunelabError(f"{type(model).__name__} makes no maps; name a segmenter of configs/loading.yaml")
     model = devices.place(model, device)
     model.presence = run.settings.get("presence", "last")
     windows = dict(run.ids["model"].get("windows", {}))
@@ -56,9 +59,9 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         assert isinstance(method, TokenPruner)
         budget = Budget.parse(str(run.budget))
         if budget.unit in ("cost", "macs"):
-            budget = cost.match(method, model, budget, _windows(data(CALIBRATION), model).to(device))
+            budget = match.match(method, model, budget, _windows(data(CALIBRATION), model).to(device))
         out["budget"] = {"text": str(budget)}
-        context = apply(method, model, budget, seed=int(run.settings.get("seed", 0)))
+        context = applied(method, model, budget, seed=int(run.settings.get("seed", 0)))
     table = torch.zeros(model.classes, model.classes, dtype=torch.long)
     with context as handle, torch.inference_mode():
         with counted(model, handle) as counts:
@@ -67,7 +70,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
                 table += segmentation.confusion(predicted, labels, model.classes)
         if handle is not None and run.settings.get("gallery"):
             out["scenes"] = gallery(model, handle, next(data(int(run.settings["gallery"]))))
-    dense = cost.macs(model, adapter_for(model).example())
+    dense = meter.macs(model, adapter_for(model).example())
     used, scoring = torch.tensor([dense], dtype=torch.float64), torch.zeros(1)
     if handle is not None:
         kept = torch.cat(counts)
@@ -163,13 +166,13 @@ def _macs(handle: Handle, counts: list[int]) -> tuple[float, float]:
     layers = [float(adapter.info.tokens)] * depth
     for site, count in zip(application.sites, counts, strict=True):
         layers[site.layer + 1 :] = [float(count)] * (depth - site.layer - 1)
-    meter = Trace([0.0] * depth, [0.0] * depth, measured=Trace(layers, layers, samples=1))
-    remove = adapter.install(replace(application, trace=meter))
+    seen = Trace([0.0] * depth, [0.0] * depth, measured=Trace(layers, layers, samples=1))
+    remove = adapter.install(replace(application, trace=seen))
     try:
-        total = cost.flops(lambda: cost.on_meta(adapter.model, adapter.example()), meter) / 2
+        total = meter.flops(lambda: meter.on_meta(adapter.model, adapter.example()), seen) / 2
     finally:
         remove()
-    return total, meter.scoring_flops / 2
+    return total, seen.scoring_flops / 2
 
 
 def gallery(model: Segmenter, handle: Handle, data: tuple[Tensor, Tensor]) -> dict[str, Any]:

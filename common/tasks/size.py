@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import cost, models, registry
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import WeightPruner
-from common.targets import Decision, Target, WeightSignals
-from common.types import Budget
-from common.weights.adapters import weight_adapter
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.costs import meter
+from prunelab.common.experiments.run import Run
+from prunelab.common.models import loading
+from prunelab.common.weights.adapters import weight_adapter
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.targets import Decision, Target, WeightSignals
 
 LENGTH = 128  # tokens
 
@@ -28,7 +30,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     matter to a size. Methods that let data decide how many are refused. Settings: `length` of the text in tokens.
     """
     length = int(run.settings.get("length", LENGTH))
-    model = models.architecture(run.ids["model"])
+    model = loading.architecture(run.ids["model"])
     dense = held(model), macs(model, length)
     pruned = dense
     if run.method is not None:
@@ -55,7 +57,7 @@ def macs(model: nn.Module, length: int) -> float:
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")  # given, as it cannot be made from values
     with torch.no_grad():
-        return cost.flops(lambda: model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)) / 2
+        return meter.flops(lambda: model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)) / 2
 
 
 def cut(method: WeightPruner, model: nn.Module, budget: Budget) -> None:

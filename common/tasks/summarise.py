@@ -7,12 +7,13 @@ from typing import Any
 
 from rich.progress import track
 
-from common import metrics, registry, rouge
-from common.data.documents import Document, background, load
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import Passage, Ranker
-from common.types import Budget
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data.documents import Document, background, load
+from prunelab.common.experiments.run import Run
+from prunelab.common.metrics import rouge, uncertainty
+from prunelab.common.ranking.sentences import Passage, Ranker
 
 
 def execute(job: Run, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,4 +45,4 @@ def run(
         for name, value in vars(scores).items():
             columns.setdefault(name, []).append(100 * value)
         columns.setdefault("bytes", []).append(float(len(summary.encode("utf8", "replace"))))
-    return {name: metrics.mean(values) for name, values in columns.items()}
+    return {name: uncertainty.mean(values) for name, values in columns.items()}

@@ -10,13 +10,16 @@ from functools import cache
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common import devices, hub, models, registry
-from common.apply import apply
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import CachePruner, TokenPruner
-from common.tasks.zero_shot import average
-from common.types import Budget
+from prunelab.common.apply import apply
+from prunelab.common.catalogue import hub
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments.run import Run
+from prunelab.common.kv_cache.role import CachePruner
+from prunelab.common.models import devices, loading
+from prunelab.common.tasks.zero_shot import average
+from prunelab.common.tokens.role import TokenPruner
 
 FRAMES = 32
 # How metrics of lmms-eval 0.7 are told. Shares of right answers become percent; what is not named here (MME's points,
@@ -42,10 +45,10 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     `include`, a folder with definitions of one's own; `seed` of what methods draw.
 
     Prompts, limits of answers and scores are those of the library's task definitions. Its data sets are read
-    where they were downloaded, at the revisions that count; videos are decoded by `common.data.videos`.
+    where they were downloaded, at the revisions that count; videos are decoded by `prunelab.common.data.videos`.
     """
     lmms_eval, wrapper = harness()
-    model, processor = models.vision_language(run.ids["model"], config)
+    model, processor = loading.vision_language(run.ids["model"], config)
     model = devices.place(model, devices.of(run.scale), half=True)
     settings = run.settings
     frames = int(settings.get("frames", FRAMES))
@@ -98,7 +101,7 @@ def harness() -> tuple[Any, Any]:
         raise PrunelabError(
             f'this row needs lmms-eval ({error.name} is missing); install it with pip install -e ".[evaluation]"'
         ) from None
-    from common.visual_harness import VisualModel
+    from prunelab.common.tasks.lmms_model import VisualModel
 
     return lmms_eval, VisualModel
 
@@ -161,7 +164,7 @@ def located(
     if not (entry.get("dataset_kwargs") or {}).get("video"):
         return {"dataset_path": str(hub.folder(data[repository], "dataset", config)), "dataset_kwargs": None}
     if "revision" not in data[repository]:
-        raise PrunelabError(f"videos of {repository} are read from the hub's cache; use `python -m common prefetch`")
+        raise PrunelabError(f"videos of {repository} are read from the hub's cache; use `python -m prunelab prefetch`")
     return {"dataset_kwargs": {**entry["dataset_kwargs"], "revision": data[repository]["revision"]}}
 
 

@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from common import caches, devices, hub, models, registry
-from common.apply import apply
-from common.errors import PrunelabError
-from common.papers import Run
-from common.roles import CachePruner, WeightPruner
-from common.tasks.perplexity import prune, sizes
-from common.types import Budget
+from prunelab.common import kv_cache
+from prunelab.common.apply import apply
+from prunelab.common.catalogue import hub
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments.run import Run
+from prunelab.common.kv_cache.role import CachePruner
+from prunelab.common.models import devices, loading
+from prunelab.common.tasks.perplexity import prune, sizes
+from prunelab.common.weights.role import WeightPruner
 
 BATCH = 8
 SHARES = ("acc", "acc_norm", "exact_match")  # metrics between 0 and 1, beside LongBench's, which end in `_score`
@@ -30,7 +34,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     of each task (all); `batch`; `length` and `calibration` of the calibration set; `seed`.
     """
     lm_eval, wrapper = harness()
-    model, tokenizer = models.language(run.ids["model"], config)
+    model, tokenizer = loading.language(run.ids["model"], config)
     model = devices.place(model, devices.of(run.scale), half=True)
     out, calibrated = sizes(model), ""
     context: Any = nullcontext()
@@ -40,7 +44,7 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
             report, calibrated = prune(run, config, model, tokenizer)
             out = sizes(model, report)
         else:
-            put_to_work = caches.applied if isinstance(method, CachePruner) else apply
+            put_to_work = kv_cache.applied if isinstance(method, CachePruner) else apply
             context = put_to_work(method, model, Budget.parse(str(run.budget)), seed=int(run.settings.get("seed", 0)))  # type: ignore[arg-type]
     asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=int(run.settings.get("batch", BATCH)))
     with context:

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from common.discovery import choose, defined
-from common.errors import PrunelabError
-from common.testbeds.base import LOG, WEIGHTS, Testbed, fit, read_log
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.registry import choose, defined
+from prunelab.common.testbeds.base import LOG, WEIGHTS, Testbed, fit, read_log
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
 
 if TYPE_CHECKING:
     from rich.progress import Progress

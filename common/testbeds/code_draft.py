@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.testbeds.code_lm import CodeLM
+from prunelab.common.testbeds.code_lm import CodeLM
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.data import code
-from common.testbeds.base import Testbed
+from prunelab.common.data import code
+from prunelab.common.testbeds.base import Testbed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

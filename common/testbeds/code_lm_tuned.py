@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.data import code, texts
-from common.errors import PrunelabError
-from common.testbeds.base import Testbed, read_log
-from common.testbeds.code_lm import QUICK, TOKENIZER, CodeLM
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import code, texts
+from prunelab.common.testbeds.base import Testbed, read_log
+from prunelab.common.testbeds.code_lm import QUICK, TOKENIZER, CodeLM
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -42,12 +42,12 @@ class CodeLMTuned(Testbed):
 
     def __post_init__(self) -> None:
         if not self.start:
-            from common.testbeds import SHIPPED
+            from prunelab.common.testbeds import SHIPPED
 
             object.__setattr__(self, "start", read_log(SHIPPED / CodeLM.name)["sha256"])
 
     def build(self) -> nn.Module:
-        from common import testbeds
+        from prunelab.common import testbeds
 
         model, log = testbeds.load(CodeLM.name)
         if log["sha256"] != self.start:
@@ -90,7 +90,7 @@ class CodeLMTuned(Testbed):
         """The tokenizer that ships with the base model."""
         from tokenizers import Tokenizer
 
-        from common.testbeds import SHIPPED
-        from common.testbeds.base import read_extra
+        from prunelab.common.testbeds import SHIPPED
+        from prunelab.common.testbeds.base import read_extra
 
         return Tokenizer.from_str(read_extra(SHIPPED / CodeLM.name, TOKENIZER))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.testbeds.code_lm import CodeLM, exact_attention
+from prunelab.common.testbeds.code_lm import CodeLM, exact_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

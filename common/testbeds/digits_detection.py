@@ -17,14 +17,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from common import registry
-from common.adapters import adapter_for
-from common.apply import PARTS, apply
-from common.average_precision import Detections, average_precision, detections
-from common.backbones.dino import DINO, ConvPyramid
-from common.data import detection
-from common.testbeds.base import Testbed
-from common.types import Budget
+from prunelab.common.backbones.dino import DINO, ConvPyramid
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.data import detection
+from prunelab.common.metrics.average_precision import Detections, average_precision, detections
+from prunelab.common.testbeds.base import Testbed
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.apply import PARTS, applied
+from prunelab.common.tokens.role import TokenPruner
 
 METHOD = "focus_detr"
 QUICK, FULL, BATCH, TEST_SEED, TESTED = 100, 1000, 25, 1, 0.3
@@ -109,10 +110,12 @@ class DigitsDetection(Testbed):
 
 def _pruned(model: nn.Module, ratio: float) -> AbstractContextManager[Any]:
     """The method at work on the model, with the parts that the model carries."""
-    return apply(registry.create(METHOD), model, Budget(ratio))
+    method = registry.create(METHOD)
+    assert isinstance(method, TokenPruner)
+    return applied(method, model, Budget(ratio))
 
 
 def _supervision() -> Callable[..., Tensor]:
     """The loss of the method's parts. Found by the method's name: this package knows no method."""
-    module = importlib.import_module(f"methods.{registry.slug(registry.get(METHOD))}.supervision")
+    module = importlib.import_module(f"prunelab.methods.{registry.slug(registry.get(METHOD))}.supervision")
     return module.foreground_loss

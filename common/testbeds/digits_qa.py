@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.data import pictures, questions
-from common.data.pictures import CELL, PICTURE, Pictures, Videos
-from common.data.questions import IDS
-from common.testbeds.base import Testbed
-from common.testbeds.code_lm import exact_attention
+from prunelab.common.data import pictures, questions
+from prunelab.common.data.pictures import CELL, PICTURE, Pictures, Videos
+from prunelab.common.data.questions import IDS
+from prunelab.common.testbeds.base import Testbed
+from prunelab.common.testbeds.code_lm import exact_attention
 
 QUICK, FULL, BATCH, TEST_SEED = 250, 2000, 50, 1
 TOKENIZER = "tokenizer.json"

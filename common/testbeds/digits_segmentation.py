@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.backbones.segvit import Prediction, Segmenter, segmenter
-from common.data import segmentation
-from common.testbeds.base import Testbed
-from common.testbeds.digits_vit import sines
-from common.testbeds.tuned import Tuned
+from prunelab.common.backbones.segvit import Prediction, Segmenter, segmenter
+from prunelab.common.data import segmentation
+from prunelab.common.testbeds.base import Testbed
+from prunelab.common.testbeds.digits_vit import sines
+from prunelab.common.testbeds.tuned import Tuned
 
 QUICK, FULL, BATCH, TEST_SEED = 200, 1000, 100, 1
 

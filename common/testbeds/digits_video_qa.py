@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.data import pictures, questions
-from common.data.pictures import CELL, FRAME, NONE, SLOT, Videos
-from common.data.questions import IDS
-from common.testbeds.digits_qa import DigitsQA
-from common.testbeds.digits_vit import sines
+from prunelab.common.data import pictures, questions
+from prunelab.common.data.pictures import CELL, FRAME, NONE, SLOT, Videos
+from prunelab.common.data.questions import IDS
+from prunelab.common.testbeds.digits_qa import DigitsQA
+from prunelab.common.testbeds.digits_vit import sines
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The vision Mamba that names a digit in a scene (`common.data.digits`): Vim, class token in the middle."""
+"""The vision Mamba that names a digit in a scene (`prunelab.common.data.digits`): Vim, class token in the middle."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.backbones.vim import Vim
-from common.data import digits
-from common.testbeds.base import Testbed
-from common.testbeds.digits_vit import sines
-from common.testbeds.tuned import Tuned
-from common.types import take
+from prunelab.common.backbones.vim import Vim
+from prunelab.common.core.plan import take
+from prunelab.common.data import digits
+from prunelab.common.testbeds.base import Testbed
+from prunelab.common.testbeds.digits_vit import sines
+from prunelab.common.testbeds.tuned import Tuned
 
 QUICK, FULL, BATCH, TEST_SEED = 500, 4000, 250, 1
 

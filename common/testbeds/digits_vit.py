@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.data import digits
-from common.testbeds.base import Testbed
+from prunelab.common.data import digits
+from prunelab.common.testbeds.base import Testbed
 
 QUICK, FULL, BATCH, TEST_SEED = 500, 4000, 250, 1
 

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import registry
-from common.apply import apply
-from common.errors import PrunelabError
-from common.roles import TokenPruner
-from common.testbeds.base import Testbed, read_log
-from common.types import Budget
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.testbeds.base import Testbed, read_log
+from prunelab.common.tokens.apply import applied
+from prunelab.common.tokens.role import TokenPruner
 
 
 @dataclass(frozen=True)
 class Tuned(Testbed):
     """A testbed that starts from another one's shipped weights; trained and tested with a method at work.
 
-    method: as `common.registry.parse` reads it, such as `tome(layers=(2, 5))`. budget: as `Budget.parse` reads it.
+    method: as `common.core.registry.parse` reads it, such as `tome(layers=(2, 5))`. budget: as `Budget.parse` reads it.
     start: sha256 of the weights it starts from, by default those that ship; it stands in the log, and weights that
     were trained anew since ask for a new fine-tuning.
     """
@@ -32,7 +32,7 @@ class Tuned(Testbed):
     start: str = ""
 
     def __post_init__(self) -> None:
-        from common.testbeds import SHIPPED
+        from prunelab.common.testbeds import SHIPPED
 
         if not self.start:
             object.__setattr__(self, "start", read_log(SHIPPED / self.base().name)["sha256"])
@@ -42,7 +42,7 @@ class Tuned(Testbed):
         """The testbed whose weights are the start, and whose data and loss it goes on with."""
 
     def build(self) -> nn.Module:
-        from common import testbeds
+        from prunelab.common import testbeds
 
         model, log = testbeds.load(self.base().name)
         if log["sha256"] != self.start:
@@ -62,4 +62,4 @@ class Tuned(Testbed):
         """The method at work on the model; `seed` starts the draws of random ones."""
         method = registry.parse(self.method)
         assert isinstance(method, TokenPruner)
-        return apply(method, model, Budget.parse(self.budget), seed=seed)
+        return applied(method, model, Budget.parse(self.budget), seed=seed)

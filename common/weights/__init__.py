@@ -3,9 +3,9 @@
 `prune(method, model, budget, calibration)` prunes in place and returns a `WeightPlan`.
 """
 
-from common.weights.engine import prune
-from common.weights.plan import WeightPlan, WeightReport
-from common.weights.reload import load_pruned, save_pruned
-from common.weights.stream import windows
+from prunelab.common.weights.calibration import windows
+from prunelab.common.weights.io import load_pruned, save_pruned
+from prunelab.common.weights.plan import WeightPlan, WeightReport
+from prunelab.common.weights.pruning import prune
 
 __all__ = ["WeightPlan", "WeightReport", "load_pruned", "prune", "save_pruned", "windows"]

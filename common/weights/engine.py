@@ -1,158 +1,238 @@
-"""One engine for every weight-pruning method: calibrate, score, allocate, mask, update, apply."""
+"""One run of a weight-pruning method on a model: the two orders of work, and the steps they share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from rich.progress import track
+from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import Method, WeightPruner
-from common.targets import Target
-from common.types import Budget
-from common.weights.adapters import weight_adapter
-from common.weights.adapters.base import WeightAdapter
-from common.weights.plan import WeightPlan, WeightReport
-from common.weights.run import Run, check_budgets
-from common.weights.work import Work, fingerprint
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights import masks
+from prunelab.common.weights.accumulators import Ledger
+from prunelab.common.weights.adapters.base import WeightAdapter
+from prunelab.common.weights.calibration import Stream
+from prunelab.common.weights.checkpoints import Work
+from prunelab.common.weights.plan import WeightPlan, packed
+from prunelab.common.weights.probe import ModelProbe
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.targets import Decision, Statistics, Target, WeightSignals
 
-SAMPLED = 997  # every so many-th weight enters a model's fingerprint
+SCORES = ""  # name of a target's scores among its statistics, one that no statistic has
 
 
-def prune(
-    method: Method,
-    model: nn.Module,
-    budget: Budget | float | str,
-    calibration: Tensor | Sequence[Tensor] | None = None,
-    *,
-    base: nn.Module | None = None,
-    seed: int = 0,
-    folder: Path | str | None = None,
-    progress: bool = True,
-) -> WeightPlan:
-    """Prune a model's weights in place by `method` under `budget`, and return the plan, which repeats it elsewhere.
+@dataclass(frozen=True)
+class Run:
+    """What is pruned by what, from what. Targets that leave with a structure around them leave the list as well."""
 
-    calibration: token ids [samples, length], or a list of vectors of any lengths (see `windows`). base: the model
-    before fine-tuning, for methods that prune what fine-tuning changed. seed starts the draws of random methods.
-    folder keeps the plan out of memory, and what a run needs to go on after a crash: call again with the unpruned
-    model and the same arguments. Raises PrunelabError, before any work, where the model has no adapter or lacks the
-    targets, or where calibration set and budget do not fit them; and later at activations or Hessians that cannot be
-    used, when a sequential method has already pruned the blocks before.
-    """
-    if not isinstance(method, WeightPruner):
-        raise PrunelabError(f"{method.name} is a {method.role}, which prunes no weights")
-    if method.needs_base != (base is not None):
-        says = "needs base=, the model before fine-tuning" if method.needs_base else "reads no base model; leave it out"
-        raise PrunelabError(f"{method.name} {says}")
-    budget = Budget.parse(budget) if isinstance(budget, str) else budget
-    budget = budget if isinstance(budget, Budget) else Budget(budget)
-    adapter = weight_adapter(model)
-    targets = _targets(method, adapter, budget)
-    samples = _samples(method, adapter, targets, calibration)
-    header: dict[str, Any] = {
-        "method": repr(method),
-        "budget": str(budget),
-        "seed": seed,
-        "model": type(model).__qualname__,
-    }
-    work = Work(None) if folder is None else Work(folder, {**header, **_identity(model, samples, base)})
-    base_adapter = None if base is None else weight_adapter(base)
-    run = Run(method, adapter, targets, budget, samples, base_adapter, seed, work, progress)
+    method: WeightPruner
+    adapter: WeightAdapter
+    targets: list[Target]
+    budget: Budget
+    samples: list[Tensor]
+    base: WeightAdapter | None
+    seed: int
+    work: Work
+    progress: bool
 
-    header["config"] = adapter.config()
-    before, prunable, training = _size(model), _prunable(adapter, targets), model.training
-    model.eval()
-    try:
-        run.go()
+    def go(self) -> None:
+        """Prune the model."""
         with torch.no_grad():
-            header["stock"] = adapter.finish()
-    finally:
-        model.train(training)
-    plan = WeightPlan(header, run.targets, work.plan)
-    plan.header["report"] = asdict(_report(plan, before, _size(model), prunable))
-    if work.folder is not None:
-        plan.save_header(work.folder)
-        work.close()
-    return plan
+            surveyed = self.survey()
+            if self.method.sequential:
+                self.block_by_block(surveyed)
+            else:
+                self.all_at_once(surveyed)
+
+    def block_by_block(self, surveyed: Mapping[str, Statistics]) -> None:
+        """Measure a block on the stream that the pruned blocks before it gave, decide, and send the stream on."""
+        budgets = self.budgets(surveyed)
+        depth, done = len(self.adapter.blocks), 0
+        while done < depth and self.work.was_decided(done):
+            for targets in self.rounds(done):
+                for target, decision in WeightPlan({}, targets, self.work.plan).decisions():
+                    self.adapter.write(target, decision)
+            done += 1
+        stream = self.stream(done, replay=True)
+        for block in self.track([*range(done, depth), -1]):
+            tensors: dict[str, Tensor] = {}
+            for targets in self.rounds(block):
+                ledger = self.measure(stream, block, targets, keep=False)
+                for target in targets:
+                    signals = self.signals(target, {**surveyed.get(target.name, {}), **ledger.values(target)})
+                    tensors |= self.carry_out(target, self.method.solve(target, signals, budgets[target.name]))
+            self.work.decided(block, tensors)
+            if stream is not None and 0 <= block < depth - 1:
+                stream.through(block)
+                self.work.moved(block + 1, stream.hidden)
+
+    def all_at_once(self, surveyed: Mapping[str, Statistics]) -> None:
+        """Measure and score every block on the dense stream, decide on all, and then prune them."""
+        evidence = self.evidence(surveyed)
+        chosen = self.select(evidence)
+        for block in [*range(len(self.adapter.blocks)), -1]:
+            tensors: dict[str, Tensor] = {}
+            for target in self.at(block):
+                signals = self.signals(target, evidence[target.name])
+                mask = chosen[target.name]
+                tensors |= self.carry_out(target, Decision(mask, self.method.update(target, signals, mask)))
+            self.work.decided(block, tensors)
+
+    # -- steps of a run that decides block by block ------------------------------------------------------------------
+
+    def rounds(self, block: int) -> Iterator[list[Target]]:
+        """The targets of a block in the order they are decided: its structures, and when these are gone (by the time
+        the next round is asked for) the weights that were left, which are then measured without them."""
+        weights = [target for target in self.at(block) if target.kind in ("linear", "tensor")]
+        structures = [target for target in self.at(block) if target.kind not in ("linear", "tensor")]
+        if structures:
+            yield structures
+        if structures and weights:
+            left = {target.name for kind in ("linear", "tensor") for target in self.adapter.targets(kind)}
+            lost = {target.name for target in weights} - left
+            self.targets[:] = [target for target in self.targets if target.name not in lost]
+            weights = [target for target in weights if target.name in left]
+        if weights:
+            yield weights
+
+    def budgets(self, surveyed: Mapping[str, Statistics]) -> dict[str, Budget]:
+        """The budget of every target."""
+        known = [self.signals(target, surveyed.get(target.name, {})) for target in self.targets]
+        amounts = self.method.allocate(self.targets, known, self.budget)
+        check_budgets(self.targets, amounts)
+        return {target.name: amount for target, amount in zip(self.targets, amounts, strict=True)}
+
+    # -- steps of a run that decides at the end ----------------------------------------------------------------------
+
+    def evidence(self, surveyed: Mapping[str, Statistics]) -> dict[str, dict[str, Tensor]]:
+        """By target its statistics, and its scores under SCORES."""
+        evidence: dict[str, dict[str, Tensor]] = {}
+        depth, done = len(self.adapter.blocks), 0
+        while done < depth and (found := self.work.was_measured(f"{done:04d}")) is not None:
+            for name, kept in _nested(found).items():
+                evidence[name] = {key: tensor.to(self.device) for key, tensor in kept.items()}
+            done += 1
+        stream = self.stream(done, replay=False)
+        for block in self.track([*range(done, depth), -1]):
+            ledger = self.measure(stream, block, self.at(block), keep=True)
+            for target in self.at(block):
+                seen = {**surveyed.get(target.name, {}), **ledger.values(target)}
+                scores = self.method.score(target, self.signals(target, seen))
+                masks.refuse_nan(scores, target.name)
+                evidence[target.name] = {**seen, SCORES: scores}
+            self.work.measured(f"{block:04d}", _flat({t.name: evidence[t.name] for t in self.at(block)}))
+            if stream is not None and 0 <= block < depth - 1:
+                self.work.moved(block + 1, stream.hidden)
+        return evidence
+
+    def select(self, evidence: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The masks by target, all checked before any of them is used."""
+        signals = [self.signals(target, evidence[target.name]) for target in self.targets]
+        scores = [evidence[target.name][SCORES] for target in self.targets]
+        chosen = self.method.select(self.targets, signals, scores, self.budget)
+        for target, mask in zip(self.targets, chosen, strict=True):
+            self.check(target, Decision(mask))
+        layers = [mask for target, mask in zip(self.targets, chosen, strict=True) if target.kind == "layers"]
+        if layers and not any(bool(mask.any()) for mask in layers):
+            raise PrunelabError(f"{self.method.name} would remove all layers; keep more")
+        return {target.name: mask for target, mask in zip(self.targets, chosen, strict=True)}
+
+    # -- shared steps ------------------------------------------------------------------------------------------------
+
+    def survey(self) -> Mapping[str, Statistics]:
+        """What the method measures on the whole dense model."""
+        if (found := self.work.was_measured("survey")) is not None:
+            return _nested({name: tensor.to(self.device) for name, tensor in found.items()})
+        probe = ModelProbe(self.adapter, self.targets, self.samples, self.budget, lambda t: self.signals(t, {}))
+        surveyed = self.method.survey(probe)
+        if surveyed:
+            self.work.measured("survey", _flat(surveyed))
+        return surveyed
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.adapter.model.parameters()).device
+
+    def at(self, block: int) -> list[Target]:
+        """The targets of a block, or those outside of all blocks (-1)."""
+        return [target for target in self.targets if target.block == block]
+
+    def track(self, blocks: list[int]) -> Iterable[int]:
+        return track(blocks, self.method.name, disable=not self.progress)
+
+    def signals(self, target: Target, statistics: Statistics) -> WeightSignals:
+        """What the method may see of a target. Its draws depend on the seed and its name alone."""
+        draws = hashlib.sha256(f"{self.seed}|{target.name}".encode()).digest()
+        rng = torch.Generator().manual_seed(int.from_bytes(draws[:7], "big"))
+        base = None if self.base is None else self.base.weights(target)
+        return WeightSignals(self.adapter.weights(target), statistics, base, rng)
+
+    def stream(self, block: int, replay: bool) -> Stream | None:
+        """The calibration set in front of a block, or None where nothing is measured on it. States kept by an earlier
+        run are taken up; with `replay` the blocks behind the last of them are already pruned and run again."""
+        if not any(self.method.statistics(kind) for kind in self.method.kinds()):
+            return None
+        start = block
+        while start > 0 and not self.work.has_hidden(start):
+            start -= 1
+        stream = Stream(self.adapter, self.samples, self.work.hidden(start, self.device))
+        for passed in range(start, block):
+            stream.through(passed)
+        return stream
+
+    def measure(self, stream: Stream | None, block: int, targets: Sequence[Target], keep: bool) -> Ledger:
+        """The statistics of targets of a block over the calibration set."""
+        ledger = Ledger(self.method, targets)
+        if stream is not None and block >= 0 and (ledger.owned or keep):
+            stream.through(block, ledger.taps(self.adapter), ledger.visit, keep)
+        return ledger
+
+    def check(self, target: Target, decision: Decision) -> None:
+        """Refuse a decision that leaves a target empty or that the model cannot carry."""
+        if decision.mask.shape != target.shape or decision.mask.dtype != torch.bool:
+            raise TypeError(f"{self.method.name} gives {target.name} a mask that is not bool {target.shape}")
+        if target.kind not in ("layers", "tensor") and decision.kept == 0:
+            units = {"linear": "weights"}.get(target.kind, target.kind)
+            raise PrunelabError(f"{self.method.name} would remove all {units} of {target.name}; keep more")
+        if not all(bool(torch.isfinite(value).all()) for value in decision.values.values()):
+            raise PrunelabError(f"{self.method.name} gives {target.name} NaN or infinite values; use a wider dtype")
+        self.adapter.check(target, decision)
+
+    def carry_out(self, target: Target, decision: Decision) -> dict[str, Tensor]:
+        """Prune the target, and return the decision as it is kept."""
+        self.check(target, decision)
+        kept = packed(decision)
+        self.adapter.write(target, decision)
+        return _flat({target.name: kept})
 
 
-# -- before any work -------------------------------------------------------------------------------------------------
+def check_budgets(targets: Sequence[Target], budgets: Sequence[Budget]) -> None:
+    """Refuse budgets that leave nothing, or patterns that do not divide a row."""
+    for target, budget in zip(targets, budgets, strict=True):
+        if target.kind in ("layers", "tensor"):
+            continue
+        if budget.unit == "pattern" and target.kind != "linear":
+            raise PrunelabError(f"the pattern {budget} is for single weights, and {target.name} has {target.kind}")
+        try:
+            gone = budget.pruned(target.shape[-1])
+        except PrunelabError as error:
+            raise PrunelabError(f"{target.name}: {error}") from None
+        if gone >= target.shape[-1]:
+            raise PrunelabError(f"the budget {budget} would remove everything in {target.name}; keep more")
 
 
-def _targets(method: WeightPruner, adapter: WeightAdapter, budget: Budget) -> list[Target]:
-    """What the method prunes in this model, block by block. Refuses kinds it lacks and budgets that cannot fit."""
-    found = []
-    for kind in method.kinds():
-        of_kind = adapter.targets(kind)
-        if not of_kind:
-            raise PrunelabError(f"{method.name} prunes {kind}, and this {type(adapter.model).__name__} has none")
-        found += [target for target in of_kind if method.covers(target)]
-    if not found:
-        raise PrunelabError(f"{method.name} covers none of this model's targets; change its options")
-    if len(budget.amounts) not in (1, len(adapter.blocks)):
-        raise PrunelabError(f"the budget names {len(budget.amounts)} amounts for {len(adapter.blocks)} blocks")
-    adapter.refuse_tied(found)
-    if budget.unit == "pattern":  # no allocation makes a row divisible, so that this is known now
-        rows = [target for target in found if target.kind == "linear"]
-        check_budgets(rows, [budget.at(target.block) for target in rows])
-    found.sort(key=lambda target: target.block if target.block >= 0 else len(adapter.blocks))
+def _flat(nested: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by `target|name`, as files hold them."""
+    return {f"{target}|{name}": tensor for target, tensors in nested.items() for name, tensor in tensors.items()}
+
+
+def _nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        target, _, name = key.rpartition("|")
+        found.setdefault(target, {})[name] = tensor
     return found
-
-
-def _samples(
-    method: WeightPruner,
-    adapter: WeightAdapter,
-    targets: Sequence[Target],
-    calibration: Tensor | Sequence[Tensor] | None,
-) -> list[Tensor]:
-    surveys = type(method).survey is not WeightPruner.survey
-    if not surveys and not any(method.statistics(kind) for kind in method.kinds()):
-        return []
-    samples = [] if calibration is None else list(calibration)
-    if not samples:
-        raise PrunelabError(f"{method.name} needs a calibration set; give token ids, see common.weights.windows")
-    device = next(adapter.model.parameters()).device
-    for sample in samples:
-        adapter.check_sample(sample)
-    return [sample.to(device) for sample in samples]
-
-
-def _identity(model: nn.Module, samples: Sequence[Tensor], base: nn.Module | None) -> dict[str, str]:
-    """Hashes by which an interrupted run knows its own."""
-    calibration = fingerprint({str(i): sample for i, sample in enumerate(samples)})
-    found = {"weights": fingerprint(model, SAMPLED), "calibration": calibration}
-    return found if base is None else {**found, "base": fingerprint(base, SAMPLED)}
-
-
-# -- sizes -----------------------------------------------------------------------------------------------------------
-
-
-def _size(model: nn.Module) -> tuple[int, int]:
-    """Parameters and their bytes."""
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
-
-
-def _prunable(adapter: WeightAdapter, targets: Sequence[Target]) -> int:
-    """Parameters of all targets, each counted once where weights lie in structures that are targets as well."""
-    structures = [target for target in targets if target.kind not in ("linear", "tensor")]
-    within = {id(parameter) for target in structures for parameter in adapter.structure(target).values()}
-    loose = [t for t in targets if t.kind in ("linear", "tensor") and id(adapter.parameter(t)) not in within]
-    return sum(target.parameters for target in (*structures, *loose))
-
-
-def _report(plan: WeightPlan, before: tuple[int, int], after: tuple[int, int], prunable: int) -> WeightReport:
-    removed = zeroed = reset = 0
-    for target, decision in plan.decisions():
-        gone = target.units - decision.kept
-        if target.kind not in ("linear", "tensor"):
-            removed += gone * target.size
-        elif decision.whole:
-            reset += gone
-        else:
-            zeroed += gone
-    return WeightReport(before[0], after[0], before[1], after[1], prunable, removed, zeroed, reset)

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.errors import PrunelabError
-from common.targets import Decision, Target
-from common.weights.adapters import weight_adapter
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.adapters import weight_adapter
+from prunelab.common.weights.targets import Decision, Target
 
 PLAN = "plan.json"
 

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from common.errors import PrunelabError
-from common.targets import Accumulator, Kind, Target, WeightSignals
-from common.types import Budget
-from common.weights.adapters.base import WeightAdapter
-from common.weights.ledger import Factories, Ledger, Wanted
-from common.weights.stream import Stream, finite
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.accumulators import Factories, Ledger, Wanted
+from prunelab.common.weights.adapters.base import WeightAdapter
+from prunelab.common.weights.calibration import Stream, finite
+from prunelab.common.weights.targets import Accumulator, Kind, Target, WeightSignals
 
 
 class ModelProbe:
-    """See `common.targets.Probe`."""
+    """See `prunelab.common.weights.targets.Probe`."""
 
     def __init__(
         self,

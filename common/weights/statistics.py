@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common.targets import Accumulator, Observation, Target
+from prunelab.common.weights.targets import Accumulator, Observation, Target
 
 
 class InputAccumulator(Accumulator):

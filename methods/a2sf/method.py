@@ -12,10 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common import attention
-from common.errors import PrunelabError
-from common.roles import CachePruner, CacheSignals
-from common.types import Budget, Site
+from prunelab.common.core import attention
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Site
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 
 def surviving(row: Tensor, evicted: Tensor) -> Tensor:

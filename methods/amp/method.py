@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import WeightPruner
-from common.targets import Accumulator, Kind, Observation, Target, WeightSignals
-from common.types import Budget
-from common.weights.statistics import InputAccumulator
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.statistics import InputAccumulator
+from prunelab.common.weights.targets import Accumulator, Kind, Observation, Target, WeightSignals
 
 Order = Literal["standard", "reversed", "random"]
 

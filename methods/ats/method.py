@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common import selection
-from common.roles import Signals, TokenPruner
-from common.types import Budget, Gather, ModelInfo, Site
+from prunelab.common.core import selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import Gather, ModelInfo, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import ConstrainedSampler
-from common.types import Budget
+from prunelab.common.constrained.role import ConstrainedSampler
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
 
 Array = NDArray[np.float64]
 Accept = Callable[[int], bool]

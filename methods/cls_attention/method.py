@@ -9,8 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from common.roles import Signals, TokenPruner
-from common.types import ModelInfo, Site
+from prunelab.common.core.plan import ModelInfo, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import PrunelabError
-from common.roles import Signals, TokenPruner
-from common.types import Budget, ModelInfo, Plan, Positions, Site, take
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, take
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 
 def similarity(hidden: Tensor, place: Tensor) -> Tensor:

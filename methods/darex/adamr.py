@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
 
 
 class AdamR(torch.optim.Optimizer):

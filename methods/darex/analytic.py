@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
 
 GRID, LAST = 0.001, 999  # q on the grid of thousandths, below 0.999
 

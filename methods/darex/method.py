@@ -15,12 +15,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import WeightPruner
-from common.targets import Decision, Kind, Probe, Statistics, Target, WeightSignals
-from common.types import Budget
-from common.weights.statistics import InputMean
-from methods.darex.analytic import analytic_q, q_by_name
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.statistics import InputMean
+from prunelab.common.weights.targets import Decision, Kind, Probe, Statistics, Target, WeightSignals
+from prunelab.methods.darex.analytic import analytic_q, q_by_name
 
 CLASSIFIERS = ("classifier", "lm_head", "score")
 PATIENCE = 4  # worse trials in a row that end a search

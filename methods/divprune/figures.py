@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from common import svg_sheets
-from common.figures import Context, Figure
+from prunelab.common.drawing import sheets
+from prunelab.common.drawing.figures import Context, Figure
 
 
 def figures(context: Context) -> list[Figure]:
     """Kept tokens with the answers, where the runs have been made."""
-    return context.drawn(
-        "looks", "What is left, and what is answered", lambda metrics: svg_sheets.looks(metrics["looks"])
-    )
+    return context.drawn("looks", "What is left, and what is answered", lambda metrics: sheets.looks(metrics["looks"]))

@@ -13,8 +13,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common.roles import Signals, TokenPruner
-from common.types import Budget, ModelInfo, Plan, Positions, Site, Where, take
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, Where, take
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 Distance = Literal["cosine", "l1", "l2"]
 

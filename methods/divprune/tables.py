@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common.decoder_flops import LLAVA_7B, LLAVA_13B, Decoder, prefill_flops
+from prunelab.common.costs.formulas import LLAVA_7B, LLAVA_13B, Decoder, prefill_flops
 
 # Mean text lengths of the tasks, as the released script lists them: COCO, Flickr, GQA, MMBench, MME, MMMU, NoCaps,
 # OK-VQA, POPE, ScienceQA, SEED; then ActivityNet, SEED, VideoChatGPT, NextQA, EgoSchema.

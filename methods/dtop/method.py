@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from common import selection
-from common.errors import PrunelabError
-from common.roles import Signals, TokenPruner
-from common.types import Budget, Gather, ModelInfo, Plan, Rest, Site
+from prunelab.common.core import selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Rest, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 STAGES: Mapping[int, tuple[int, ...]] = {12: (5, 7), 24: (7, 15)}  # blocks of a ViT-B and a ViT-L with a head behind
 

@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import WeightPruner
-from common.targets import Accumulator, Kind, Observation, Routing, Target, WeightSignals
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.targets import Accumulator, Kind, Observation, Routing, Target, WeightSignals
 
 Importance = Literal["output", "gate", "frequency"]
 

@@ -11,8 +11,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from common.roles import Signals, TokenPruner
-from common.types import Budget, ModelInfo, Plan, Positions, Site
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 
 def attention_score(last_row: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.decoder_flops import LLAVA_7B, LLAVA_13B, Decoder, prefill_flops
+from prunelab.common.costs.formulas import LLAVA_7B, LLAVA_13B, Decoder, prefill_flops
 
 IMAGE = 576  # image tokens of LLaVA-1.5
 SYSTEM = 35  # assumption: the text counted is the system prompt before the image; it gives the printed 55, 33 and 20 %

@@ -14,12 +14,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common import masks
-from common.errors import PrunelabError
-from common.roles import WeightPruner
-from common.targets import Accumulator, Kind, Target, WeightSignals
-from common.types import Budget
-from common.weights.statistics import Fluctuation, InputAccumulator, InputMean, InputNorm
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights import masks
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.statistics import Fluctuation, InputAccumulator, InputMean, InputNorm
+from prunelab.common.weights.targets import Accumulator, Kind, Target, WeightSignals
 
 Metric = Literal["WIFV", "IFV", "WIFN"]
 Structure = Literal["AL-AM", "AL-MM", "UL-UM", "UL-MM"]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
 
 PARTS = "pruning_parts."  # where a model carries the method's learned parts
 

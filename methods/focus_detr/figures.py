@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common import svg
-from common.figures import Context, Figure
+from prunelab.common.drawing import svg
+from prunelab.common.drawing.figures import Context, Figure
 
 
 def figures(context: Context) -> list[Figure]:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.errors import PrunelabError
-from common.roles import Signals, TokenPruner
-from common.selection import descending
-from common.types import Budget, Gather, ModelInfo, Plan, Rest, Site, take
-from methods.focus_detr.modules import DualAttention, FocusParts
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Rest, Site, take
+from prunelab.common.core.selection import descending
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
+from prunelab.methods.focus_detr.modules import DualAttention, FocusParts
 
 Criterion = Literal["learned", "proposal", "class"]
 

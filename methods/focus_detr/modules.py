@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.detection import TokenScorer
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.tokens.detr import TokenScorer
 
 
 class DualAttention(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
-from common.errors import PrunelabError
-from methods.focus_detr.modules import FocusParts
+from prunelab.common.core.errors import PrunelabError
+from prunelab.methods.focus_detr.modules import FocusParts
 
 STRIDES = (8, 16, 32, 64)
 # Largest distance in pixels from a token to a side of its box, for each level. The paper speaks of scale ranges that

@@ -13,10 +13,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import WeightPruner
-from common.targets import Accumulator, Kind, Probe, Statistics, Target, WeightSignals
-from common.weights.statistics import InputNorm
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.statistics import InputNorm
+from prunelab.common.weights.targets import Accumulator, Kind, Probe, Statistics, Target, WeightSignals
 
 Norm = Literal["l1", "l2"]
 

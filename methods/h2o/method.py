@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from common.attention import grouped
-from common.roles import CachePruner, CacheSignals
-from common.types import Site
+from prunelab.common.core.attention import grouped
+from prunelab.common.core.plan import Site
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 
 @dataclass(frozen=True)

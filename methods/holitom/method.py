@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from common import selection
-from common.errors import PrunelabError
-from common.roles import Signals, TokenPruner
-from common.types import Budget, Gather, Mix, ModelInfo, Plan, Site, take
-from methods.holitom.segmentation import Segment, frame_similarity, run_lengths, segment, split
+from prunelab.common.core import selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site, take
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
+from prunelab.methods.holitom.segmentation import Segment, frame_similarity, run_lengths, segment, split
 
 Pooling = Literal["bilinear", "average", "none"]
 

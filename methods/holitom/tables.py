@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from common.decoder_flops import ONEVISION_7B, prefill_flops
+from prunelab.common.costs.formulas import ONEVISION_7B, prefill_flops
 
 FRAMES, CELLS = 32, 196  # tokens of a frame after pooling
 LAYER, GOES_ON = 18, 0.5  # K, and the share that goes on from there

@@ -13,9 +13,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import Signals, TokenPruner
-from common.types import Budget, ModelInfo, Rest, Site
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import ModelInfo, Rest, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 
 def confidence(last_row: Tensor) -> Tensor:

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from common import selection
-from common.errors import PrunelabError
-from common.roles import Passage
-from common.text import Background
-from common.types import Budget
-from methods.lexrank.method import LexRank
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.ranking.sentences import Passage, min_max
+from prunelab.common.ranking.text import Background
+from prunelab.methods.lexrank.method import LexRank
 
 EXAMPLE = (
     "The council voted on Monday to repair the old swimming pool and keep it open.",
@@ -60,7 +59,7 @@ def graph(
     scores = method.rank(passage)
     kept = set(method.plan(passage, Budget(keep, "count")).reduce.index[0].tolist())  # type: ignore[union-attr]
     relative = (scores / scores.max().clamp_min(1e-300)).tolist()
-    sizes = [8 + 12 * s for s in selection.min_max(scores).tolist()]
+    sizes = [8 + 12 * s for s in min_max(scores).tolist()]
     cosines = method.similarity(passage).dense()
 
     number, centre = len(sentences), _SIZE / 2

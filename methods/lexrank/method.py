@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import selection
-from common.errors import PrunelabError
-from common.roles import FeatureRanker, Passage
-from common.text import Array
+from prunelab.common.core import selection
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.ranking.sentences import FeatureRanker, Passage
+from prunelab.common.ranking.text import Array
 
 
 class Graph(Protocol):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.text import Array, threshold_graph
-from methods.lexrank.method import degree_centrality, lexrank
+from prunelab.common.ranking.text import Array, threshold_graph
+from prunelab.methods.lexrank.method import degree_centrality, lexrank
 
 EXAMPLE = Path(__file__).with_name("worked_example.csv")
 

@@ -18,9 +18,9 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from common import selection
-from common.roles import Passage, Ranker
-from common.text import Array, Background, Similarity, term_counts, threshold_graph
+from prunelab.common.core import selection
+from prunelab.common.ranking.sentences import Passage, Ranker
+from prunelab.common.ranking.text import Array, Background, Similarity, term_counts, threshold_graph
 
 # -- sumy ------------------------------------------------------------------------------------------------------------
 

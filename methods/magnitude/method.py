@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common import masks
-from common.roles import WeightPruner
-from common.targets import Target, WeightSignals
-from common.types import Budget
+from prunelab.common.core.budget import Budget
+from prunelab.common.weights import masks
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.targets import Target, WeightSignals
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A cluster's centroid is a pseudo-document of the words that matter in it. MEAD ranks sentences by how much of the
 centroid they hold, by their Position, and by what they repeat; leading and random sentences are what it is
-compared with. Position, the length cut-off and the re-ranker are those of `common.roles.FeatureRanker`.
+compared with. Position, the length cut-off and the re-ranker are those of `common.ranking.sentences.FeatureRanker`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import selection, text
-from common.roles import FeatureRanker, Passage
-from common.text import Array
+from prunelab.common.ranking import sentences, text
+from prunelab.common.ranking.sentences import FeatureRanker, Passage
+from prunelab.common.ranking.text import Array
 
 
 def centroid(counts: Array, idf: Array, threshold: float = 0.0) -> Array:
@@ -52,7 +52,7 @@ class Lead(FeatureRanker):
     name: ClassVar[str] = "lead"
 
     def salience(self, passage: Passage) -> Tensor:
-        return selection.leading(passage.document, passage.position)
+        return sentences.leading(passage.document, passage.position)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import CachePruner, CacheSignals
-from common.types import Budget, Gather, Plan, Site
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, Plan, Site
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 
 def largest(x: Tensor, sparsity: float, released: bool = True) -> Tensor:

@@ -14,9 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common import selection
-from common.roles import Signals, TokenPruner
-from common.types import Budget, Gather, Mix, ModelInfo, Plan, Site
+from prunelab.common.core import selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 
 def shares(total: int, parts: int) -> list[int]:

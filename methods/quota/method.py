@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import selection
-from common.errors import PrunelabError
-from common.roles import Signals, TokenPruner
-from common.types import Budget, Gather, Mix, ModelInfo, Plan, Site
+from prunelab.common.core import selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 Assigner = Literal["bilinear", "average", "linspace", "merge", "axes"]
 SCORES = "frame_scores"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
 
 # -- from a question to things to look for -----------------------------------------------------------------------------
 

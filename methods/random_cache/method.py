@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common.roles import CachePruner, CacheSignals
-from common.types import Site
+from prunelab.common.core.plan import Site
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 
 @dataclass(frozen=True)

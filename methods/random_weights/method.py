@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common.roles import WeightPruner
-from common.targets import Kind, Target, WeightSignals
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.targets import Kind, Target, WeightSignals
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import DraftDecoder, DraftTree
-from common.trees import EMPTY, fuse, trie
-from common.types import Budget
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.speculative.role import DraftDecoder
+from prunelab.common.speculative.trees import EMPTY, DraftTree, fuse, trie
 
 
 class DraftModel(Protocol):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import PrunelabError
-from common.roles import CachePruner, CacheSignals
-from common.types import Site
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Site
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 
 def votes(rows: Tensor, kernel: int, pooling: Literal["mean", "max"] = "mean") -> Tensor:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.detection import TokenScorer, attention_map
-from common.errors import PrunelabError
-from common.roles import Signals, TokenPruner
-from common.selection import descending, keep_first
-from common.types import Budget, Gather, ModelInfo, Plan, Rest, Site
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Rest, Site
+from prunelab.common.core.selection import descending, keep_first
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.detr import TokenScorer, attention_map
+from prunelab.common.tokens.role import TokenPruner
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def saliency_loss(parts: SparseParts, seen: Sequence[tuple[Tensor, Tensor]]) -> 
     """Binary cross-entropy of the scores of the last forward pass against the tokens that the decoder looked at most,
     as many of them as were kept (equation 4).
 
-    seen: what `common.detection.decoder_attention` recorded of that pass.
+    seen: what `prunelab.common.tokens.detr.decoder_attention` recorded of that pass.
     """
     if parts.scored is None or not seen:
         raise PrunelabError("there is nothing to learn from; train with the method applied, inside decoder_attention")

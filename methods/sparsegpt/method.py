@@ -13,12 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common import masks
-from common.errors import PrunelabError
-from common.roles import WeightPruner
-from common.targets import Accumulator, Decision, Kind, Target, WeightSignals
-from common.types import Budget
-from common.weights.statistics import InputNorm, SecondMoment
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights import masks
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.statistics import InputNorm, SecondMoment
+from prunelab.common.weights.targets import Accumulator, Decision, Kind, Target, WeightSignals
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

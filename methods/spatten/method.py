@@ -15,10 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common import attention, selection
-from common.errors import PrunelabError
-from common.roles import CachePruner, CacheSignals
-from common.types import Budget, Plan, Site
+from prunelab.common.core import attention, selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Plan, Site
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 ROWS = 128  # queries attended at once
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import PrunelabError
-from common.roles import CachePruner, CacheSignals
-from common.types import Budget, Gather, Plan, Site
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, Plan, Site
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 Reduction = Literal["max", "mean"]
 

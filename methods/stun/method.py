@@ -14,12 +14,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import WeightPruner
-from common.targets import Accumulator, Decision, Kind, Observation, Probe, Statistics, Target, WeightSignals
-from common.types import Budget
-from common.weights.statistics import InputNorm
-from methods.stun.outliers import importance, one_ratio, owl_budgets, survey_outliers
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.statistics import InputNorm
+from prunelab.common.weights.targets import (
+    Accumulator,
+    Decision,
+    Kind,
+    Observation,
+    Probe,
+    Statistics,
+    Target,
+    WeightSignals,
+)
+from prunelab.methods.stun.outliers import importance, one_ratio, owl_budgets, survey_outliers
 
 Similarity = Literal["router", "coactivation", "both"]
 Trials = Callable[[float], int]

@@ -9,10 +9,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.targets import Probe, Target, WeightSignals
-from common.types import Budget
-from common.weights.statistics import InputNorm
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.statistics import InputNorm
+from prunelab.common.weights.targets import Probe, Target, WeightSignals
 
 
 def importance(weight: Tensor, norms: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import DraftDecoder, DraftTree
-from common.types import Budget
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.speculative.role import DraftDecoder
+from prunelab.common.speculative.trees import DraftTree
 
 Path = tuple[int, ...]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from methods.token_recycling.method import TokenRecycling
+from prunelab.methods.token_recycling.method import TokenRecycling
 
 VICUNA = 32000  # tokens of Vicuna's vocabulary
 

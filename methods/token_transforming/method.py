@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from common.errors import PrunelabError
-from common.roles import Signals, TokenPruner
-from common.types import Budget, Mix, ModelInfo, Plan, Site, take
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Mix, ModelInfo, Plan, Site, take
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 Softmax = Literal["tokens", "anchors"]
 

@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common.errors import PrunelabError
-from common.roles import Signals, TokenPruner
-from common.selection import Matching, bipartite_matching
-from common.types import Budget, Gather, ModelInfo, Plan, Site
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
+from prunelab.common.core.selection import Matching, bipartite_matching
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 
 def schedule(blocks: int, removed: int | Sequence[int], inflection: float = 0.0) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.figures import Context, Figure
+from prunelab.common.drawing.figures import Context, Figure
 
 BOARD = "questions about pictures"
 

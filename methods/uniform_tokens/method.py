@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from common.roles import Signals, TokenPruner
-from common.types import Budget, ModelInfo, Plan, Positions, Site, Where
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, Where
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 
 def evenly_spaced(prunable: Tensor, counts: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from common import selection
-from common.errors import PrunelabError
-from common.roles import Signals, TokenPruner
-from common.types import Budget, Gather, ModelInfo, Plan, Positions, Site
+from prunelab.common.core import selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Positions, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 Metric = Literal["clip", "none", "l1", "l2"]
 

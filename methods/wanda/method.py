@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from common import masks
-from common.errors import PrunelabError
-from common.roles import WeightPruner
-from common.targets import Kind, Target, WeightSignals
-from common.types import Budget
-from common.weights.statistics import InputNorm
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights import masks
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.statistics import InputNorm
+from prunelab.common.weights.targets import Kind, Target, WeightSignals
 
 
 def importance(weight: Tensor, norms: Tensor) -> Tensor:

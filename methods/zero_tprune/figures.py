@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from common import svg
-from common.figures import Context, Curves, Figure
+from prunelab.common.drawing import svg
+from prunelab.common.drawing.figures import Context, Curves, Figure
 
 BOARD = "trade-off"
 CURVE, TABLE = "Fig. accu_flops2 (curve)", "DeiT-S main"

@@ -14,10 +14,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from common import selection
-from common.errors import PrunelabError
-from common.roles import Signals, TokenPruner
-from common.types import Budget, ModelInfo, Plan, Site, take
+from prunelab.common.core import selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import ModelInfo, Plan, Site, take
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
 
 Partition = Literal["sequential-U", "sequential-I", "alternating", "random", "none"]
 Feature = Literal["keys", "queries", "values", "hidden"]

@@ -1,7 +1,7 @@
 """The paper's Monte-Carlo search over pruning layers, rates, S-stage share and votes (section 4.1).
 
 `propose` draws one configuration; `scale` bends its rates until it meets a cost. What a configuration is worth is for
-the caller to say (`python -m common search`), since a method knows neither models nor data.
+the caller to say (`python -m prunelab search`), since a method knows neither models nor data.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from common.types import Budget, ModelInfo
-from methods.zero_tprune.method import ZeroTPrune
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import ModelInfo
+from prunelab.methods.zero_tprune.method import ZeroTPrune
 
 SIMILAR = (0.0, 0.1, 0.25, 0.5)
 VOTES = {"early": (30, 40, 50), "middle": (5, 7, 10), "late": (1,)}  # ranges named in section 3.2

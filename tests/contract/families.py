@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.adapters import adapter_for
-from common.apply import apply
-from common.errors import PrunelabError
-from common.roles import TokenPruner
-from common.types import Budget, ModelInfo
+from prunelab.common.apply import apply
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import ModelInfo
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.role import TokenPruner
 from tests.contract import vlms
 from tests.contract.references import VITS, token_ids, vit
 
@@ -28,21 +29,21 @@ def _sharpened(model: nn.Module) -> nn.Module:
 
 
 def _vim() -> nn.Module:
-    from common.backbones.vim import Vim
+    from prunelab.common.backbones.vim import Vim
 
     torch.manual_seed(0)
     return _sharpened(Vim(size=32, patch=8, width=24, depth=16, states=4, classes=7))
 
 
 def _plain_mamba() -> nn.Module:
-    from common.backbones.plain_mamba import PlainMambaClassifier
+    from prunelab.common.backbones.plain_mamba import PlainMambaClassifier
 
     torch.manual_seed(0)
     return _sharpened(PlainMambaClassifier(7, size=32, patch=8, width=24, depth=16, states=4, convolutions=1))
 
 
 def _segmenter() -> nn.Module:
-    from common.backbones.segvit import segmenter
+    from prunelab.common.backbones.segvit import segmenter
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"window": 32, "patch": 4, "width": 24, "depth": 12, "heads": 3, "stages": (5, 7, 11)}
@@ -55,7 +56,7 @@ def _segmenter() -> nn.Module:
 
 
 def _dino() -> nn.Module:
-    from common.backbones.dino import dino_small
+    from prunelab.common.backbones.dino import dino_small
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"width": 32, "heads": 4, "feedforward": 48, "encoder_layers": 6, "decoder_layers": 2}

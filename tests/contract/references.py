@@ -11,25 +11,22 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from common import masks, selection
-from common.roles import (
-    Accepted,
-    CachePruner,
-    ConstrainedSampler,
-    DraftDecoder,
-    DraftTree,
-    Method,
-    Passage,
-    Ranker,
-    SampleSelector,
-    Signals,
-    Site,
-    TokenPruner,
-    WeightPruner,
-)
-from common.targets import Accumulator, Kind, Target, WeightSignals
-from common.types import Budget, ModelInfo
-from common.weights.statistics import InputMean, InputNorm
+from prunelab.common.constrained.role import ConstrainedSampler
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.method import Method
+from prunelab.common.core.plan import ModelInfo, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.data_selection.role import SampleSelector
+from prunelab.common.kv_cache.role import CachePruner
+from prunelab.common.ranking import sentences
+from prunelab.common.ranking.sentences import Passage, Ranker
+from prunelab.common.speculative.role import DraftDecoder
+from prunelab.common.speculative.trees import Accepted, DraftTree
+from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.weights import masks
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.statistics import InputMean, InputNorm
+from prunelab.common.weights.targets import Accumulator, Kind, Target, WeightSignals
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 9, "num_heads": 3, "num_classes": 7}
 # The published variants of timm's ViT that differ in structure, each shrunk to a few thousand parameters.
@@ -320,4 +317,4 @@ class LengthRanker(Ranker):
     name: ClassVar[str] = "reference_ranker"
 
     def rank(self, passage: Passage) -> Tensor:
-        return torch.tensor([float(n) for n in selection.text_sizes(passage.sentences, "words")])
+        return torch.tensor([float(n) for n in sentences.text_sizes(passage.sentences, "words")])

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common import papers, registry
-from common.adapters import adapter_for
-from common.errors import PrunelabError
-from common.roles import TokenPruner
-from methods.random_drop.method import RandomDrop
+from prunelab.common.core import registry
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments import papers
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.role import TokenPruner
+from prunelab.methods.random_drop.method import RandomDrop
 from tests.contract.vlms import VLMS, vlm
 
 CONTROLS = (

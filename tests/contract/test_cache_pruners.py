@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from common import registry
-from common.caches import applied
-from common.errors import PrunelabError
-from common.roles import CachePruner, CacheSignals
-from common.types import Budget, ModelInfo, Site
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import ModelInfo, Site
+from prunelab.common.kv_cache import applied
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 from tests.contract import references
 from tests.contract.references import invariant
 

@@ -10,16 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from common import registry
-from common.errors import PrunelabError
-from common.roles import (
-    ConstrainedSampler,
-    DraftDecoder,
-    Passage,
-    Ranker,
-    SampleSelector,
-)
-from common.types import Budget
+from prunelab.common.constrained.role import ConstrainedSampler
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data_selection.role import SampleSelector
+from prunelab.common.ranking.sentences import Passage, Ranker
+from prunelab.common.speculative.role import DraftDecoder
 from tests.contract import references
 from tests.contract.references import invariant
 

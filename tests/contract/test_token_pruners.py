@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import registry
-from common.adapters import adapter_for
-from common.apply import apply
-from common.errors import PrunelabError
-from common.roles import TokenPruner
-from common.types import Budget, Gather, Site
-from methods.random_drop.method import RandomDrop
+from prunelab.common.apply import apply
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, Site
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.role import TokenPruner
+from prunelab.methods.random_drop.method import RandomDrop
 from tests.contract.families import FAMILIES, SERVICES, applied, images, info, output, usable
 from tests.contract.references import NormTokens, build, invariant, signals, vit
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common import registry
-from common.errors import PrunelabError
-from common.roles import WeightPruner
-from common.types import Budget
-from common.weights import WeightPlan, prune
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights import WeightPlan, prune
+from prunelab.common.weights.role import WeightPruner
 from tests.contract.references import MagnitudeWeights, NormChannels, invariant, language_model, token_ids
 
 METHODS = [c() for c in registry.load().values() if issubclass(c, WeightPruner)] + [MagnitudeWeights(), NormChannels()]

@@ -55,7 +55,7 @@ def vlm(family: str, **text: Any) -> Any:
             "image_grid_pinpoints": [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]],
         }
         if family == "llava_video":
-            from common.backbones.llava_video import llava_video
+            from prunelab.common.backbones.llava_video import llava_video
 
             model = llava_video(**sizes)
         else:
@@ -202,7 +202,7 @@ def processor(family: str) -> Any:
             t.Qwen2VLImageProcessor(**pixels), tokenizer, t.Qwen2VLVideoProcessor(**pixels), chat_template=TEMPLATE
         )
     else:
-        from common.backbones.llava_video import LlavaVideoProcessor
+        from prunelab.common.backbones.llava_video import LlavaVideoProcessor
 
         grid = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
         cls = LlavaVideoProcessor if family == "llava_video" else t.LlavaOnevisionProcessor

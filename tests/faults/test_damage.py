@@ -10,8 +10,9 @@ import json
 import pytest
 import torch
 
-from common import batching, provenance
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments import provenance
+from prunelab.common.models import batching
 from tests.faults.workflow import PAPERS, assert_part, assert_unharmed, idle, records
 
 

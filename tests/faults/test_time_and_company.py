@@ -78,7 +78,7 @@ def test_different_folders_are_made_side_by_side(project, undisturbed, tmp_path)
 
 def test_a_finished_folder_can_be_read_while_another_holds_it(project, finished):
     """Nothing to do asks for no lock."""
-    from common import workspace
+    from prunelab.common.experiments import workspace
 
     with workspace.hold(finished):
         idle(project, finished)

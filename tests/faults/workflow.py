@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import provenance
+from prunelab.common.experiments import provenance
 
 LIMIT = 1800  # seconds for one run, on a machine that is busy with other things
 PAPERS = os.environ.get("PAPERS", "all")  # on a busy machine `PAPERS=lexrank` takes a third of the time

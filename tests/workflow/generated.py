@@ -82,9 +82,10 @@ def generate(methods: Path, cells: int) -> None:
 
 def write_records(results: Path) -> int:
     """Every record the generated papers ask for; how many there are."""
-    from common import catalogue, papers, provenance
+    from prunelab.common.catalogue import lookup
+    from prunelab.common.experiments import planning, provenance
 
-    runs = papers.jobs(catalogue.settings({"results": str(results)}))
+    runs = planning.jobs(lookup.settings({"results": str(results)}))
     for run in runs.values():
         names = COSTS if run.kind == "macs" else ("top1", "top5", "gmacs", "saving")
         record = {

@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 
-from common import catalogue, papers
-from paper_tables import __main__ as command
-from tests.unit import test_paper_tables as made
+from prunelab.common.catalogue import lookup
+from prunelab.common.experiments import papers
+from prunelab.paper_tables import __main__ as command
+from tests.unit.paper_tables import test_paper_tables as made
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None
@@ -173,10 +174,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pages of three papers, from records made by hand; one reported row is hostile."""
     results = tmp_path_factory.mktemp("site") / "results"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "_testbed_hash", lambda name: "0" * 64)
+        patch.setattr(lookup, "_testbed_hash", lambda name: "0" * 64)
         for key in ("assets", "scale", "papers", "results", "gpu", "imagenet", "duc"):
             patch.delenv(f"PRUNELAB_{key.upper()}", raising=False)
-        config = catalogue.settings({"papers": ",".join(PAPERS), "results": str(results)})
+        config = lookup.settings({"papers": ",".join(PAPERS), "results": str(results)})
         made.fill(config)
         numbers = {slug: papers.reported(slug) for slug in papers.slugs()}
         first = numbers["zero_tprune"][0]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from common import catalogue, papers
+from prunelab.common.catalogue import lookup
+from prunelab.common.experiments import planning
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +51,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def test_every_record_and_table_is_there(undisturbed):
-    wanted = papers.jobs(catalogue.settings({"scale": "smoke", "results": str(undisturbed)}))
+    wanted = planning.jobs(lookup.settings({"scale": "smoke", "results": str(undisturbed)}))
     assert {p.stem for p in (undisturbed / "records").glob("*.json")} == set(wanted)
     made = tables(undisturbed)
     assert "index.html" in made

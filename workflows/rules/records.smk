@@ -15,13 +15,13 @@ def gpus(address):
 
 
 # Jobs that a cluster starts plan anew, when records of theirs may be there already: there every record has its rule.
-OPEN = papers.batches(RUNS, RESULTS, 1) if workflow.is_main_process else [list(RUNS)]
+OPEN = planning.batches(RUNS, RESULTS, 1) if workflow.is_main_process else [list(RUNS)]
 
 
 # One run makes one record. Runs of a kind share a process, so that libraries are loaded once a batch; records that
 # exist already are inputs like any other. With batch=1 (clusters) every run is a job of its own.
 if int(SETTINGS["batch"]) > 1:
-    for number, addresses in enumerate(papers.batches(RUNS, RESULTS, int(SETTINGS["batch"]))):
+    for number, addresses in enumerate(planning.batches(RUNS, RESULTS, int(SETTINGS["batch"]))):
 
         rule:
             name:
@@ -37,7 +37,7 @@ if int(SETTINGS["batch"]) > 1:
             log:
                 str(RESULTS / "logs" / f"{addresses[0]}.log"),
             shell:
-                "OMP_NUM_THREADS={threads} {sys.executable} -m common run-records {params.addresses} {OVERRIDES}"
+                "OMP_NUM_THREADS={threads} {sys.executable} -m prunelab run-records {params.addresses} {OVERRIDES}"
                 " --config results={params.results:q} >{log:q} 2>&1"
 
 else:
@@ -55,5 +55,5 @@ else:
         log:
             str(RESULTS / "logs" / "{address}.log"),
         shell:
-            "OMP_NUM_THREADS={threads} {sys.executable} -m common run-records {wildcards.address} {OVERRIDES}"
+            "OMP_NUM_THREADS={threads} {sys.executable} -m prunelab run-records {wildcards.address} {OVERRIDES}"
             " --config results={params.results:q} >{log:q} 2>&1"

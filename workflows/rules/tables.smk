@@ -1,10 +1,10 @@
 # What the page is made from besides records, noted by content: times of files say little once a clock jumped.
 MADE_FROM = [
     *(p for p in papers.METHODS.glob("*/*") if p.suffix in (".yaml", ".csv", ".md") or p.name == "figures.py"),
-    *provenance.closure(papers.ROOT.glob("paper_tables/*.py")),
-    *(p for p in papers.ROOT.glob("paper_tables/*") if p.suffix in (".html", ".css", ".js")),
-    *papers.ROOT.glob("configs/*.yaml"),
-    papers.ROOT / "CITATION.cff",
+    *provenance.closure(ROOT.glob("paper_tables/*.py")),
+    *(p for p in ROOT.glob("paper_tables/*") if p.suffix in (".html", ".css", ".js")),
+    *ROOT.glob("configs/*.yaml"),
+    ROOT / "CITATION.cff",
 ]
 NOTE = RESULTS / "made_from.json"
 if workflow.is_main_process:
@@ -34,4 +34,4 @@ rule page:
     log:
         str(RESULTS / "logs" / "paper_tables.log"),
     shell:
-        "{sys.executable} -m paper_tables {OVERRIDES} >{log:q} 2>&1"
+        "{sys.executable} -m prunelab.paper_tables {OVERRIDES} >{log:q} 2>&1"

@@ -8,4 +8,4 @@ rule training:
         folder=str(RESULTS / "training" / "{testbed}"),
     threads: 2
     shell:
-        "{sys.executable} -m common train {wildcards.testbed} --out {params.folder} --threads {threads}"
+        "{sys.executable} -m prunelab train {wildcards.testbed} --out {params.folder} --threads {threads}"

@@ -11,9 +11,9 @@ from functools import cache
 
 from torch import nn
 
-from common.discovery import defined
-from common.errors import PrunelabError
-from common.weights.adapters.base import WeightAdapter
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.registry import defined
+from prunelab.common.weights.adapters.base import WeightAdapter
 
 
 @cache

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from common.errors import PrunelabError
-from common.targets import Decision, Kind, Observation, Target
-from common.weights.adapters.parts import is_linear, oriented
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.adapters.projections import is_linear, oriented
+from prunelab.common.weights.targets import Decision, Kind, Observation, Target
 
 Tap = tuple[tuple[Any, ...], Any]  # what a module got and what it gave
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from common.errors import PrunelabError
-from common.targets import Observation, Target
-from common.weights.adapters.base import Tap, WeightAdapter
-from common.weights.adapters.parts import IN, OUT, Part, length, remove
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.adapters.base import Tap, WeightAdapter
+from prunelab.common.weights.adapters.projections import IN, OUT, Part, length, remove
+from prunelab.common.weights.targets import Observation, Target
 
 READS = {"heads": "o", "channels": "down"}  # the projection that reads the units of a structure
 

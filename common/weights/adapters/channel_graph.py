@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from common.weights.adapters.parts import IN, OUT, Part, length
+from prunelab.common.weights.adapters.projections import IN, OUT, Part, length
 
 _Conv, _Norm = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
 _PASS: tuple[type[nn.Module], ...] = (

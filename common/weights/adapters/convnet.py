@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.errors import PrunelabError
-from common.targets import Observation, Target
-from common.weights.adapters.base import Tap, WeightAdapter
-from common.weights.adapters.channel_graph import ChannelGraph, Space, Use, trace
-from common.weights.adapters.images import check_image
-from common.weights.adapters.parts import Part, oriented, remove
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.adapters.base import Tap, WeightAdapter
+from prunelab.common.weights.adapters.channel_graph import ChannelGraph, Space, Use, trace
+from prunelab.common.weights.adapters.images import check_image
+from prunelab.common.weights.adapters.projections import Part, oriented, remove
+from prunelab.common.weights.targets import Observation, Target
 
 
 class ConvNet(WeightAdapter):

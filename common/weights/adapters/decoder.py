@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.targets import Target
-from common.weights.adapters.mixture import Mixtures
-from common.weights.adapters.parts import IN, OUT, length
+from prunelab.common.weights.adapters.mixture import Mixtures
+from prunelab.common.weights.adapters.projections import IN, OUT, length
+from prunelab.common.weights.targets import Target
 
 
 def _classes(**names: str) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.weights.adapters.parts import OUT, length
-from common.weights.adapters.pretrained import Pretrained
+from prunelab.common.weights.adapters.pretrained import Pretrained
+from prunelab.common.weights.adapters.projections import OUT, length
 
 _BERT = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import PrunelabError
-from common.targets import Observation, Target
-from common.weights.adapters.base import Tap
-from common.weights.adapters.pretrained import Pretrained
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.adapters.base import Tap
+from prunelab.common.weights.adapters.pretrained import Pretrained
+from prunelab.common.weights.targets import Observation, Target
 
 
 class Stage(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from common.errors import PrunelabError
+from prunelab.common.core.errors import PrunelabError
 
 
 def check_image(sample: Tensor, channels: int) -> None:

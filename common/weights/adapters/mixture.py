@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from common.errors import PrunelabError
-from common.targets import Decision, Observation, Routing, Target
-from common.weights.adapters.base import Tap
-from common.weights.adapters.parts import taken
-from common.weights.adapters.pretrained import Pretrained
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.adapters.base import Tap
+from prunelab.common.weights.adapters.pretrained import Pretrained
+from prunelab.common.weights.adapters.projections import taken
+from prunelab.common.weights.targets import Decision, Observation, Routing, Target
 
 _COUNTS = ("num_local_experts", "num_experts")
 

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from common.errors import PrunelabError
-from common.targets import Target
-from common.weights.adapters.blocks import READS, Blocks
-from common.weights.adapters.parts import IN, length
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.adapters.blocks import READS, Blocks
+from prunelab.common.weights.adapters.projections import IN, length
+from prunelab.common.weights.targets import Target
 
 
 class Pretrained(Blocks):

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.targets import Target
-from common.weights.adapters.blocks import Blocks
-from common.weights.adapters.images import check_image
-from common.weights.adapters.parts import IN, length
+from prunelab.common.weights.adapters.blocks import Blocks
+from prunelab.common.weights.adapters.images import check_image
+from prunelab.common.weights.adapters.projections import IN, length
+from prunelab.common.weights.targets import Target
 
 
 class VisionTransformer(Blocks):

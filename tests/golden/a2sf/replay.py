@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from common import attention
-from common.roles import CacheSignals
-from common.types import Budget, ModelInfo, Site
-from methods.a2sf.method import A2SFPrefill, Reading
+from prunelab.common.core import attention
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import ModelInfo, Site
+from prunelab.common.kv_cache.role import CacheSignals
+from prunelab.methods.a2sf.method import A2SFPrefill, Reading
 
 TOLERANCE = {"": (1e-5, 1e-4)}
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from common import selection
-from methods.aim.method import importance, keep, merge, retained
+from prunelab.common.core import selection
+from prunelab.methods.aim.method import importance, keep, merge, retained
 
 TOLERANCE = {"out_importance": (1e-6, 1e-4), "": (1e-5, 0.0)}
 

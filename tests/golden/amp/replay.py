@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.targets import Target, WeightSignals
-from common.types import Budget
-from methods.amp.method import AMP
+from prunelab.common.core.budget import Budget
+from prunelab.common.weights.targets import Target, WeightSignals
+from prunelab.methods.amp.method import AMP
 
 TOLERANCE = {"": (1e-6, 1e-5)}
 NAMES = {"heads": ("attn", "head"), "channels": ("mlp", "neuron")}

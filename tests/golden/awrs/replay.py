@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from methods.awrs import method as awrs
+from prunelab.methods.awrs import method as awrs
 
 TOLERANCE = {"logw": (1e-9, 1e-9), "": (1e-12, 1e-12)}
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.targets import Target, WeightSignals
-from common.types import Budget
-from common.weights.statistics import InputNorm, SecondMoment
-from methods.magnitude.method import Magnitude
-from methods.sparsegpt.method import SparseGPT, inverse_factor
-from methods.wanda.method import Wanda
+from prunelab.common.core.budget import Budget
+from prunelab.common.weights.statistics import InputNorm, SecondMoment
+from prunelab.common.weights.targets import Target, WeightSignals
+from prunelab.methods.magnitude.method import Magnitude
+from prunelab.methods.sparsegpt.method import SparseGPT, inverse_factor
+from prunelab.methods.wanda.method import Wanda
 
 TOLERANCE = {"out_weight": (1e-5, 1e-5), "out_scaler_row|out_metric|out_hessian": (1e-6, 1e-5)}
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common.targets import Target, WeightSignals
-from common.types import Budget
-from methods.cfsp.method import CFSP, kept_shares
+from prunelab.common.core.budget import Budget
+from prunelab.common.weights.targets import Target, WeightSignals
+from prunelab.methods.cfsp.method import CFSP, kept_shares
 
 TOLERANCE = {"": (1e-7, 1e-4)}
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.weights.statistics import InputMean
-from methods.darex.adamr import AdamR
-from methods.darex.analytic import analytic_q
-from methods.darex.method import Dare, delta, merged
+from prunelab.common.weights.statistics import InputMean
+from prunelab.methods.darex.adamr import AdamR
+from prunelab.methods.darex.analytic import analytic_q
+from prunelab.methods.darex.method import Dare, delta, merged
 
 # By name, as the runner reads it: the cases of DARE itself store these names too and compare all others of their kind.
 NOT_APPLICABLE = {

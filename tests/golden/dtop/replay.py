@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common import selection
-from common.adapters.segmenter import join
-from common.backbones.segvit import ATMHead, Prediction
-from methods.dtop.method import leaving
+from prunelab.common.backbones.segvit import ATMHead, Prediction
+from prunelab.common.core import selection
+from prunelab.common.tokens.adapters.segmenter import join
+from prunelab.methods.dtop.method import leaving
 
 TOLERANCE = {"": (1e-5, 1e-4)}
 

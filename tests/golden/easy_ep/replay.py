@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
-from common import masks
-from common.targets import Routing
-from common.types import Budget
-from methods.easy_ep.method import contribution, expert_scores, longest, mix, output_norms, similarity
+from prunelab.common.core.budget import Budget
+from prunelab.common.weights import masks
+from prunelab.common.weights.targets import Routing
+from prunelab.methods.easy_ep.method import contribution, expert_scores, longest, mix, output_norms, similarity
 
 DEMONSTRATIONS = 25  # fixed in the release
 

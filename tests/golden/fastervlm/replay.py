@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from common.types import take
-from methods.fastervlm.method import class_attention, top_per_crop
+from prunelab.common.core.plan import take
+from prunelab.methods.fastervlm.method import class_attention, top_per_crop
 
 TOLERANCE = {"score": (1e-6, 0.0), "": (0.0, 0.0)}
 

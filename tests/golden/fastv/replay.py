@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import selection
-from common.apply import apply
-from common.roles import Signals
-from common.types import Budget, ModelInfo
-from methods.fastv.method import FastV, attention_score
+from prunelab.common.apply import apply
+from prunelab.common.core import selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import ModelInfo
+from prunelab.common.core.signals import Signals
+from prunelab.methods.fastv.method import FastV, attention_score
 
 TOLERANCE = {"": (1e-5, 1e-3)}
 

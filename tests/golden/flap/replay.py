@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.roles import WeightPruner
-from common.targets import Target, WeightSignals
-from common.types import Budget
-from methods.flap.method import FLAP, MagnitudeSP, WandaSP, importance
+from prunelab.common.core.budget import Budget
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.targets import Target, WeightSignals
+from prunelab.methods.flap.method import FLAP, MagnitudeSP, WandaSP, importance
 
 TOLERANCE = {"_bias": (4e-5, 1e-5), "": (1e-6, 1e-4)}  # some means are near 1500: a step of their float32 sums is 3e-5
 NAMES = {"heads": ("attn", "head", "o"), "channels": ("mlp", "neuron", "down")}

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.apply import apply
-from common.backbones.dino import DINO, Pyramid
-from common.backbones.pyramid import ConvPyramid
-from common.roles import Signals
-from common.types import Budget, Gather, ModelInfo, Plan, Site
-from methods.focus_detr.checkpoint import PARTS, convert
-from methods.focus_detr.method import FocusDETR, focus_counts
-from methods.focus_detr.modules import FocusParts
-from methods.focus_detr.supervision import focal_sums, foreground_targets
+from prunelab.common.apply import apply
+from prunelab.common.backbones.dino import DINO, Pyramid
+from prunelab.common.backbones.pyramid import ConvPyramid
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
+from prunelab.common.core.signals import Signals
+from prunelab.methods.focus_detr.checkpoint import PARTS, convert
+from prunelab.methods.focus_detr.method import FocusDETR, focus_counts
+from prunelab.methods.focus_detr.modules import FocusParts
+from prunelab.methods.focus_detr.supervision import focal_sums, foreground_targets
 
 TOLERANCE = {"": (2e-5, 1e-4)}
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common.targets import Target, WeightSignals
-from common.types import Budget
-from common.weights.statistics import InputNorm
-from methods.gblm.method import GBLM, GradientNorm
+from prunelab.common.core.budget import Budget
+from prunelab.common.weights.statistics import InputNorm
+from prunelab.common.weights.targets import Target, WeightSignals
+from prunelab.methods.gblm.method import GBLM, GradientNorm
 
 TOLERANCE = {"out_grad": (0.0, 1e-3), "": (1e-6, 1e-5)}  # gradient norms are float16
 

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import selection
-from common.adapters.vlm_parts import with_newlines
-from common.roles import Signals
-from common.types import Budget, ModelInfo
-from methods.holitom import method, segmentation
-from methods.holitom.method import HoliTom
+from prunelab.common.core import selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import ModelInfo
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.adapters.vlm_prompt import with_newlines
+from prunelab.methods.holitom import method, segmentation
+from prunelab.methods.holitom.method import HoliTom
 
 TOLERANCE = {"": (1e-6, 1e-5)}
 Arrays = Mapping[str, np.ndarray]

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common.attention import grouped
-from common.types import take
-from methods.h2o.method import per_observer
-from methods.snapkv.method import votes
+from prunelab.common.core.attention import grouped
+from prunelab.common.core.plan import take
+from prunelab.methods.h2o.method import per_observer
+from prunelab.methods.snapkv.method import votes
 
 TOLERANCE = {"": (1e-6, 1e-5)}
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from common.text import Background, Similarity, term_counts, threshold_graph
-from methods.lexrank import variants
-from methods.lexrank.method import degree_centrality, lexrank
+from prunelab.common.ranking.text import Background, Similarity, term_counts, threshold_graph
+from prunelab.methods.lexrank import variants
+from prunelab.methods.lexrank.method import degree_centrality, lexrank
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

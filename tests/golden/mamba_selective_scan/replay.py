@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from common.scan import selective_scan
+from prunelab.common.backbones.scan import selective_scan
 
 TOLERANCE = {"": (1e-5, 1e-5)}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from methods.mustafar.method import largest, per_channel, per_token
+from prunelab.methods.mustafar.method import largest, per_channel, per_token
 
 TOLERANCE = {"_sum": (1e-4, 1e-5)}
 

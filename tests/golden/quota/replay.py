@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from common.adapters.vlm_parts import with_newlines
-from common.roles import Signals
-from common.types import Budget, ModelInfo
-from methods.quota.method import SCORES, Assigner, QuoTA, capped, sharpened
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import ModelInfo
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.adapters.vlm_prompt import with_newlines
+from prunelab.methods.quota.method import SCORES, Assigner, QuoTA, capped, sharpened
 
 ASSIGNERS: dict[str, Assigner] = {"v1": "bilinear", "v2": "average", "v3": "linspace", "v4": "merge", "v5": "axes"}
 TOLERANCE = {"weights": (1e-12, 1e-12), "": (1e-5, 1e-5)}

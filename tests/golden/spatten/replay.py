@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from common.types import take
-from methods.spatten.method import chat_positions
+from prunelab.common.core.plan import take
+from prunelab.methods.spatten.method import chat_positions
 
 
 def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:

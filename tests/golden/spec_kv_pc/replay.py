@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from common import attention
-from common.types import take
-from methods.spec_kv.method import asked_for, attended, chosen, smooth
+from prunelab.common.core import attention
+from prunelab.common.core.plan import take
+from prunelab.methods.spec_kv.method import asked_for, attended, chosen, smooth
 
 TOLERANCE = {"": (1e-6, 1e-5)}
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from methods.stun.method import cluster, cluster_means, coactivation_distance, representatives, router_distance
-from methods.stun.outliers import block_ratios, importance, outlier_share
+from prunelab.methods.stun.method import cluster, cluster_means, coactivation_distance, representatives, router_distance
+from prunelab.methods.stun.outliers import block_ratios, importance, outlier_share
 
 TOLERANCE = {"out_shares|out_ratios": (1e-7, 1e-6), "out_": (1e-6, 1e-6)}
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.decoding import Reader, Session
-from common.types import Budget
-from methods.token_recycling.method import Template, TokenRecycling, expand, renew
+from prunelab.common.core.budget import Budget
+from prunelab.common.speculative import Reader, Session
+from prunelab.methods.token_recycling.method import Template, TokenRecycling, expand, renew
 
 
 def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from common.selection import bipartite_matching
-from methods.tome.method import schedule
+from prunelab.common.core.selection import bipartite_matching
+from prunelab.methods.tome.method import schedule
 
 LIST_LAYERS = 6  # the list form stores no number of layers; its documentation names this one
 

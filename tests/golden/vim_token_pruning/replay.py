@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.apply import apply
-from common.backbones import plain_mamba, vim
-from common.types import Budget
-from methods.vim_token_pruning.method import VimTokenPruning, released_choice, released_importance
+from prunelab.common.apply import apply
+from prunelab.common.backbones import plain_mamba, vim
+from prunelab.common.core.budget import Budget
+from prunelab.methods.vim_token_pruning.method import VimTokenPruning, released_choice, released_importance
 
 TOLERANCE = {"": (1e-4, 1e-4)}
 RELEASED_SHARE = 0.8  # the literal in the released forward pass, behind the fifth block

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from common import selection
-from common.roles import Signals
-from common.types import Budget, ModelInfo, Site
-from methods.zero_tprune.method import ZeroTPrune, combine_heads, page_rank, similar_units, start, transition
+from prunelab.common.core import selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import ModelInfo, Site
+from prunelab.common.core.signals import Signals
+from prunelab.methods.zero_tprune.method import ZeroTPrune, combine_heads, page_rank, similar_units, start, transition
 
 TOLERANCE = {"": (1e-6, 1e-4)}
 

@@ -1,0 +1,224 @@
+"""The catalogue of models and data sets: what a name in a paper's tables means at each scale. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunelab.common.catalogue import hub, schema
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.files import ROOT
+
+SCALES = ("smoke", "testbed", "assets", "paper")
+DESCRIPTIVE = ("needs", "gb", "gated", "gpus", "size", "settings")  # keys of an entry that say nothing of its content
+KEYS = ("papers", "scale", "results", "batch", "gpu")  # settings that are no folders of the user's
+
+
+@cache
+def _read(name: str) -> dict[str, Any]:
+    path = ROOT / "configs" / name
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf8"))
+    except yaml.YAMLError as error:
+        raise PrunelabError(f"configs/{name} is not valid YAML: {str(error).splitlines()[0]}") from None
+    return content if name == "default.yaml" else dict(schema.check(name, content))
+
+
+def pairs(items: Iterable[str]) -> dict[str, Any]:
+    """`key=value` arguments as a mapping; values are read as YAML."""
+    out: dict[str, Any] = {}
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not sign:
+            raise PrunelabError(f"write '{item}' as key=value")
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise PrunelabError(f"the value of '{item}' is not valid YAML; quote it") from None
+    return out
+
+
+def settings(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """configs/default.yaml, then PRUNELAB_<KEY> variables, then overrides; empty values do not override."""
+    values = dict(_read("default.yaml"))
+    for key in values:
+        values[key] = os.environ.get(f"PRUNELAB_{key.upper()}") or values[key]
+    for key, value in (overrides or {}).items():
+        if key not in values:
+            raise PrunelabError(f"there is no setting '{key}'; known: {', '.join(values)}")
+        values[key] = value if value not in (None, "") else values[key]
+    if values["scale"] not in SCALES:
+        raise PrunelabError(f"there is no scale '{values['scale']}'; use one of {', '.join(SCALES)}")
+    for key in values:
+        if key not in KEYS and values[key] and not Path(values[key]).is_dir():
+            raise PrunelabError(
+                f"the {key} folder {values[key]} does not exist; give --config {key}=DIR an existing one"
+            )
+    return values
+
+
+def _entry(file: str, kind: str, name: str) -> dict[str, Any]:
+    entries = _read(file)
+    if name not in entries:
+        raise PrunelabError(f"there is no {kind} '{name}' in configs/{file}; known: {', '.join(entries)}")
+    return entries[name]
+
+
+def model(name: str) -> dict[str, Any]:
+    """A model's catalogue entry."""
+    return _entry("models.yaml", "model", name)
+
+
+def dataset(name: str) -> dict[str, Any]:
+    """A data set's catalogue entry."""
+    return _entry("datasets.yaml", "data set", name)
+
+
+def named(model_name: str | None, data_name: str | None, scale: str) -> bool:
+    """Whether the catalogue has entries for both at this scale, at hand or not."""
+    entries = ([model(model_name)] if model_name else []) + ([dataset(data_name)] if data_name else [])
+    return all(scale in entry for entry in entries)
+
+
+def missing(model_name: str | None, data_name: str | None, scale: str, config: Mapping[str, Any]) -> str | None:
+    """What a run at this scale needs that is not at hand, in words; None where it can run."""
+    scale = "testbed" if scale == "smoke" else scale
+    if model_name is not None and scale not in model(model_name):
+        return f"{model_name}, which has no entry at {scale} scale"
+    if data_name is not None and scale not in dataset(data_name):
+        return f"{data_name}, which has no entry at {scale} scale"
+    reasons = [] if data_name is None else [_data_missing(dataset(data_name)[scale], config)]
+    reasons += [] if model_name is None else [_model_missing(model(model_name)[scale], scale, config)]
+    return "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or None
+
+
+def models() -> dict[str, Any]:
+    """Every model's entry by name."""
+    return _read("models.yaml")
+
+
+def datasets() -> dict[str, Any]:
+    """Every data set's entry by name."""
+    return _read("datasets.yaml")
+
+
+def of_tasks(tasks: Iterable[str]) -> list[str]:
+    """The data sets that tasks of lm-evaluation-harness read: those whose `tasks` name them, or how they begin."""
+    wanted = list(tasks)
+    return [
+        name
+        for name, entry in datasets().items()
+        for begins in [tuple(f"{task}_" for task in entry.get("paper", {}).get("tasks", ()))]
+        if begins and any(f"{task}_".startswith(begins) for task in wanted)
+    ]
+
+
+def _data_missing(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    if "setting" in entry and not config.get(entry["setting"]):
+        return str(entry["needs"])
+    if "folder" in entry and not (Path(config["assets"] or "/nonexistent") / entry["folder"]).exists():
+        return f"the assets folder with {entry['folder']} (--config assets=DIR)"
+    return _hub_missing(entry, "dataset", config) if "hub" in entry else ""
+
+
+def _hub_missing(entry: Mapping[str, Any], kind: hub.Kind, config: Mapping[str, Any]) -> str:
+    lacking = hub.missing(entry, kind, config)
+    return f"{entry['needs']} and {lacking}" if lacking and "needs" in entry else lacking
+
+
+def _model_missing(entry: Any, scale: str, config: Mapping[str, Any]) -> str:
+    if scale == "testbed" and not _training(entry).exists():
+        return f"the trained weights of the testbed {entry} (python -m prunelab train {entry})"
+    if scale != "paper":
+        return ""
+    if "file" in entry and "hub" not in entry:
+        if not (Path(config["checkpoints"] or "/nonexistent") / entry["file"]).exists():
+            return f"{entry['file']} from {entry['source']} in the checkpoints folder (--config checkpoints=DIR)"
+        return ""
+    return _hub_missing(entry, "model", config)
+
+
+def identity(model_name: str | None, data_name: str | None, scale: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What names the model and the data exactly: it goes into a run's address."""
+    scale = "testbed" if scale == "smoke" else scale
+    out: dict[str, Any] = {}
+    if model_name is not None:
+        entry = model(model_name).get(scale)
+        if scale == "testbed":
+            out["model"] = {"testbed": entry, "sha256": _testbed_hash(str(entry))}
+        elif scale == "assets":
+            given = {"folder": entry} if isinstance(entry, str) else dict(entry or {})
+            folder = given.pop("folder")
+            out["model"] = {"assets": folder, **given, "sha256": _assets_hash(config, folder)}
+            if "file" in given:
+                out["model"]["architecture"] = model(model_name)["architecture"]
+        else:
+            out["model"] = _content(entry or {}, "model", config)
+            if "file" in out["model"]:
+                out["model"]["architecture"] = model(model_name)["architecture"]
+    if data_name is not None:
+        out["data"] = _content(dataset(data_name)[scale], "dataset", config)
+        for package in out["data"].get("packages", ()):  # data cut from installed packages change with their versions
+            out["data"].setdefault("versions", {})[package] = importlib.metadata.version(package)
+        if scale == "assets":  # folders that several data sets share name theirs as `listed`
+            listed = out["data"].pop("listed", out["data"]["folder"])
+            out["data"] = {**out["data"], "sha256": _assets_hash(config, listed)}
+    return out
+
+
+def moved(ids: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether weights or data that an identity names by their content are others today, or are not here."""
+    if "testbed" in ids:
+        return not _training(ids["testbed"]).exists() or _testbed_hash(str(ids["testbed"])) != ids.get("sha256")
+    if "assets" in ids or "folder" in ids:
+        if not config["assets"]:
+            raise PrunelabError("this run reads an assets folder; give --config assets=DIR")
+        return ids.get("sha256") not in {*_assets_catalogue(str(config["assets"])).values(), "unlisted"}
+    if "local" in ids:
+        kind: hub.Kind = "dataset" if "loader" in ids else "model"
+        return hub.identity(ids, kind, config) != {"local": ids["local"]}
+    versions = ids.get("versions", {})
+    return any(importlib.metadata.version(package) != version for package, version in versions.items())
+
+
+def _content(entry: Mapping[str, Any], kind: hub.Kind, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an entry says of the content itself, and not of how to come by it."""
+    kept = {key: value for key, value in entry.items() if key not in DESCRIPTIVE}
+    return {**kept, **hub.identity(entry, kind, config)} if "hub" in kept else kept
+
+
+def _training(testbed: str) -> Path:
+    return ROOT / "common" / "testbeds" / "weights" / testbed / "training.json"
+
+
+@cache
+def _testbed_hash(name: str) -> str:
+    path = _training(name)
+    if not path.exists():
+        raise PrunelabError(f"the testbed {name} has no trained weights; run `python -m prunelab train {name}`")
+    try:
+        return str(json.loads(path.read_text())["sha256"])
+    except (ValueError, KeyError, TypeError):
+        raise PrunelabError(f"{path} is damaged; restore it or run `python -m prunelab train {name}`") from None
+
+
+def _assets_hash(config: Mapping[str, Any], entry: str) -> str:
+    return _assets_catalogue(str(config["assets"])).get(entry, "unlisted")
+
+
+@cache
+def _assets_catalogue(folder: str) -> dict[str, str]:
+    path = Path(folder) / "catalogue.json"
+    if not path.exists():
+        return {}
+    try:
+        return {str(entry["name"]): str(entry["sha256"]) for entry in json.loads(path.read_text(encoding="utf8"))}
+    except (ValueError, KeyError, TypeError):
+        raise PrunelabError(f"{path} is damaged; fetch the assets folder again") from None

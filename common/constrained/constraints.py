@@ -1,0 +1,367 @@
+"""Constraints on generated text, one token at a time: any predicate, or a regular language as a finite automaton.
+
+A constraint walks along with the text. Its states are opaque; the end token is allowed exactly where the text is
+complete, and a text that is complete and cannot grow is `closed`: it ends without an end token.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from re import _constants as op  # type: ignore[attr-defined]
+from re import _parser as syntax  # type: ignore[attr-defined]
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunelab.common.core.errors import PrunelabError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STATES = 50_000  # more than any pattern here needs; beyond it a pattern is refused instead of filling the memory
+
+
+class Constraint(ABC):
+    """What text may be generated. `end` is the end token, None where the model has none."""
+
+    end: int | None
+
+    @abstractmethod
+    def start(self) -> Any:
+        """The state before the first token."""
+
+    @abstractmethod
+    def step(self, state: Any, token: int) -> Any:
+        """The state behind a token that is allowed and not the end."""
+
+    @abstractmethod
+    def allows(self, state: Any, token: int) -> bool:
+        """Whether a token, or the end, may follow. This is the call that samplers count."""
+
+    @abstractmethod
+    def complete(self, state: Any) -> bool:
+        """Whether the text may end here."""
+
+    def closed(self, state: Any) -> bool:
+        """Whether the text is complete and nothing can follow; False where that is not known."""
+        return False
+
+
+@dataclass(frozen=True)
+class Predicate(Constraint):
+    """Any constraint as two functions of the tokens so far: whether they begin an allowed text, and whether they are
+    one. The state is the tuple of tokens."""
+
+    begins: Callable[[tuple[int, ...]], bool]
+    whole: Callable[[tuple[int, ...]], bool]
+    end: int | None = None
+
+    def start(self) -> tuple[int, ...]:
+        return ()
+
+    def step(self, state: tuple[int, ...], token: int) -> tuple[int, ...]:
+        return (*state, token)
+
+    def allows(self, state: tuple[int, ...], token: int) -> bool:
+        return self.whole(state) if token == self.end else self.begins((*state, token))
+
+    def complete(self, state: tuple[int, ...]) -> bool:
+        return self.whole(state)
+
+
+@dataclass(frozen=True)
+class Automaton:
+    """A deterministic finite automaton over classes of characters.
+
+    table: [S + 1, C + 1] int32 next states. State 0 is the start and the last one the sink, from where nothing is
+    accepted; every other state can still reach a final one. classes: of the characters, all others fall into the last
+    class, which leads to the sink. final: [S + 1] bool.
+    """
+
+    table: NDArray[np.int32]
+    final: NDArray[np.bool_]
+    classes: Mapping[str, int] = field(repr=False)
+
+    @property
+    def sink(self) -> int:
+        return len(self.table) - 1
+
+    def codes(self, text: str) -> list[int]:
+        """The classes of a text's characters."""
+        return [self.classes.get(c, self.table.shape[1] - 1) for c in text]
+
+    def walk(self, state: int, codes: Sequence[int]) -> int:
+        """The state behind some characters, given as their classes."""
+        for code in codes:
+            state = self._rows[state][code]
+        return state
+
+    def accepts(self, text: str) -> bool:
+        """Whether the whole text is in the language."""
+        return bool(self.final[self.walk(0, self.codes(text))])
+
+    @cached_property
+    def _rows(self) -> list[list[int]]:
+        return self.table.tolist()  # a third of the time of reading single entries from an array
+
+    @classmethod
+    def of(cls, pattern: str, alphabet: Sequence[str]) -> Automaton:
+        """The texts over an alphabet that a regular expression, in Python's syntax, matches as a whole.
+
+        Raises on what is not regular (look-around, back-references, anchors) and where there is no such text.
+        """
+        letters = np.array(sorted({ord(c) for c in alphabet}), dtype=np.int64)
+        nodes = _Nodes(letters)
+        try:
+            tree = syntax.parse(pattern)
+        except re.error as error:
+            raise PrunelabError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+        if tree.state.flags & ~re.UNICODE:
+            raise PrunelabError(f"the pattern {pattern!r} sets flags; write it without them")
+        first, last = nodes.sequence(tree)
+        # Characters that no part of the pattern tells apart are one class.
+        sets = np.array([s for edges in nodes.edges for s, _ in edges], dtype=bool).reshape(-1, len(letters))
+        members, classes = np.unique(sets, axis=1, return_inverse=True)
+        keys = iter(members)
+        edges = [[(np.flatnonzero(next(keys)).tolist(), target) for _, target in out] for out in nodes.edges]
+        table, final = _determinise(edges, nodes.empty, first, last, members.shape[1])
+        named = {chr(c): k for c, k in zip(letters.tolist(), classes.ravel().tolist(), strict=True)}
+        return cls(*_trim(table, final, pattern), named)
+
+
+class _Nodes:
+    """A non-deterministic automaton grown from a pattern's syntax tree (Thompson 1968).
+
+    edges: of every node, sets of letters [A] with the node they lead to. empty: nodes reached without a letter.
+    """
+
+    def __init__(self, letters: NDArray[np.int64]) -> None:
+        self.letters = letters
+        self.edges: list[list[tuple[NDArray[np.bool_], int]]] = []
+        self.empty: list[list[int]] = []
+
+    def node(self) -> int:
+        self.edges.append([])
+        self.empty.append([])
+        return len(self.edges) - 1
+
+    def sequence(self, items: Sequence[tuple[Any, Any]]) -> tuple[int, int]:
+        """First and last node of what matches one item behind the other."""
+        first = last = self.node()
+        for kind, value in items:
+            begin, end = self.item(kind, value)
+            self.empty[last].append(begin)
+            last = end
+        return first, last
+
+    def item(self, kind: Any, value: Any) -> tuple[int, int]:
+        if kind is op.SUBPATTERN and not value[1] and not value[2]:
+            return self.sequence(value[3])
+        if kind is op.BRANCH:
+            return self.either([self.sequence(branch) for branch in value[1]])
+        if kind in (op.MAX_REPEAT, op.MIN_REPEAT):  # greedy or not, the language is the same
+            return self.repeat(*value)
+        begin, end = self.node(), self.node()
+        self.edges[begin].append((self.letter_set(kind, value), end))
+        return begin, end
+
+    def either(self, parts: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        begin, end = self.node(), self.node()
+        for first, last in parts:
+            self.empty[begin].append(first)
+            self.empty[last].append(end)
+        return begin, end
+
+    def repeat(self, least: int, most: Any, items: Sequence[tuple[Any, Any]]) -> tuple[int, int]:
+        begin = last = self.node()
+        end = self.node()
+        unbounded = most is op.MAXREPEAT
+        for count in range(least + 1 if unbounded else most):
+            if count >= least:
+                self.empty[last].append(end)
+            first, after = self.sequence(items)
+            self.empty[last].append(first)
+            if unbounded and count == least:
+                self.empty[after].append(last)
+            last = after
+        self.empty[last].append(end)
+        return begin, end
+
+    def letter_set(self, kind: Any, value: Any) -> NDArray[np.bool_]:
+        """Which letters [A] one position of the pattern matches."""
+        if kind is op.ANY:
+            return self.letters != ord("\n")
+        if kind is op.LITERAL:
+            return self.letters == value
+        if kind is op.NOT_LITERAL:
+            return self.letters != value
+        if kind is op.RANGE:
+            return (self.letters >= value[0]) & (self.letters <= value[1])
+        if kind is op.CATEGORY:
+            return np.array([_CATEGORIES[value](chr(c)) for c in self.letters.tolist()], dtype=bool)
+        if kind is op.IN:
+            negated = value[0][0] is op.NEGATE
+            found = np.zeros(len(self.letters), dtype=bool)
+            for part in value[negated:]:
+                found |= self.letter_set(*part)
+            return ~found if negated else found
+        raise PrunelabError(f"a pattern with {str(kind).lower()} is not a plain regular expression; write it without")
+
+
+_CATEGORIES: Mapping[Any, Callable[[str], bool]] = {
+    op.CATEGORY_DIGIT: str.isdecimal,
+    op.CATEGORY_NOT_DIGIT: lambda c: not c.isdecimal(),
+    op.CATEGORY_SPACE: str.isspace,
+    op.CATEGORY_NOT_SPACE: lambda c: not c.isspace(),
+    op.CATEGORY_WORD: lambda c: c.isalnum() or c == "_",
+    op.CATEGORY_NOT_WORD: lambda c: not (c.isalnum() or c == "_"),
+}
+
+
+def _determinise(
+    edges: Sequence[Sequence[tuple[Sequence[int], int]]],
+    empty: Sequence[Sequence[int]],
+    first: int,
+    last: int,
+    size: int,
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Subset construction: table [S + 1, size + 1] and final states [S + 1], the sink and its class last."""
+
+    def closure(seeds: Collection[int]) -> frozenset[int]:
+        found, left = set(seeds), list(seeds)
+        while left:
+            fresh = set(empty[left.pop()]) - found
+            found |= fresh
+            left += fresh
+        return frozenset(n for n in found if edges[n] or n == last)  # what only passes on adds nothing
+
+    numbers = {closure([first]): 0}
+    rows: list[dict[int, int]] = []
+    queue = list(numbers)
+    for state in queue:  # grows on the way
+        targets: dict[int, set[int]] = {}
+        for node in state:
+            for letters, target in edges[node]:
+                for letter in letters:
+                    targets.setdefault(letter, set()).add(target)
+        row = {}
+        for letter, seeds in targets.items():
+            following = closure(seeds)
+            if following not in numbers:
+                numbers[following] = len(numbers)
+                queue.append(following)
+            row[letter] = numbers[following]
+        rows.append(row)
+        if len(numbers) > STATES:
+            raise PrunelabError(f"the pattern needs more than {STATES} states; make it smaller or less deep")
+    table = np.full((len(rows) + 1, size + 1), len(rows), dtype=np.int32)
+    for i, row in enumerate(rows):
+        table[i, list(row)] = list(row.values())
+    return table, np.array([last in state for state in numbers] + [False])
+
+
+def _trim(
+    table: NDArray[np.int32], final: NDArray[np.bool_], pattern: str
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Without the states from which no final one can be reached."""
+    alive = final.copy()
+    while (more := alive | alive[table].any(1)).sum() > alive.sum():
+        alive = more
+    if not alive[0]:
+        raise PrunelabError(f"no text over this vocabulary satisfies the pattern {pattern!r}; change the pattern")
+    number = np.where(alive, alive.cumsum() - 1, alive.sum()).astype(np.int32)
+    kept = np.append(np.flatnonzero(alive), len(table) - 1)
+    return number[table[kept]], final[kept]
+
+
+@dataclass(frozen=True)
+class Regular(Constraint):
+    """A regular language over a tokenizer's vocabulary; the states are those of the automaton.
+
+    texts: [V] what each token adds to a text; one that adds nothing, or no whole characters, is never allowed.
+    """
+
+    automaton: Automaton
+    texts: tuple[str | None, ...] = field(repr=False)
+    end: int | None = None
+
+    @classmethod
+    def of(cls, pattern: str, texts: Sequence[str | None], end: int | None = None) -> Regular:
+        """From a regular expression; characters that no token has do not exist for it."""
+        alphabet = sorted({c for text in texts if text for c in text})
+        return cls(Automaton.of(pattern, alphabet), tuple(texts), end)
+
+    def start(self) -> int:
+        return 0
+
+    def step(self, state: int, token: int) -> int:
+        return self.automaton.walk(state, self._codes[token])
+
+    def allows(self, state: int, token: int) -> bool:
+        if token == self.end:
+            return self.complete(state)
+        if token >= len(self.texts) or not self._codes[token]:  # models may have more entries than their tokenizers
+            return False
+        return self.step(state, token) != self.automaton.sink
+
+    def complete(self, state: int) -> bool:
+        return bool(self.automaton.final[state])
+
+    def closed(self, state: int) -> bool:
+        return self.complete(state) and bool((self.automaton.table[state] == self.automaton.sink).all())
+
+    def mask(self, state: int) -> NDArray[np.bool_]:
+        """Every token [V] at once: all walk the automaton side by side, a character at a time."""
+        at = np.full(len(self.texts), state, dtype=np.int32)
+        for codes in self._columns:
+            at = np.where(codes < 0, at, self.automaton.table[at, codes])
+        allowed = (at != self.automaton.sink) & np.array([bool(codes) for codes in self._codes])
+        if self.end is not None:
+            allowed[self.end] = self.complete(state)
+        return allowed
+
+    @cached_property
+    def _codes(self) -> list[list[int]]:
+        """The character classes of every token, none for one that is never allowed."""
+        return [self.automaton.codes(text or "") for text in self.texts]
+
+    @cached_property
+    def _columns(self) -> NDArray[np.int32]:
+        """The same side by side [L, V], -1 behind the last character."""
+        columns = np.full((max(map(len, self._codes), default=0), len(self._codes)), -1, dtype=np.int32)
+        for token, codes in enumerate(self._codes):
+            columns[: len(codes), token] = codes
+        return columns
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """What every token [V] adds to a text, None for special tokens and for parts of a character.
+
+    Tokens are read behind another one, since some tokenizers leave out a blank before the first.
+    """
+    anchor = tokenizer.convert_tokens_to_ids("a")
+    if not isinstance(anchor, int) or tokenizer.decode([anchor]) != "a":
+        raise PrunelabError("this tokenizer has no token for the letter a; a constraint cannot read its vocabulary")
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    texts = tokenizer.batch_decode([[anchor, i] for i in range(len(tokenizer))], **options)
+    # assumption: a token that is no whole character is left out, so that non-ASCII text needs tokens of its own
+    return [None if "\ufffd" in text or len(text) == 1 else text[1:] for text in texts]
+
+
+def json_pattern(depth: int) -> str:
+    """A regular expression for JSON objects and arrays (RFC 8259), nested at most `depth` deep, with single blanks
+    where people put them."""
+    if depth < 1:
+        raise PrunelabError(f"JSON of depth {depth} holds nothing; give a depth of at least 1")
+    text = r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"'
+    value = scalar = rf"(?:{text}|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null)"
+    for _ in range(depth):
+        pair = rf"{text}: ?{value}"
+        compound = rf"(?:\{{(?:{pair}(?:, ?{pair})*)?\}}|\[(?:{value}(?:, ?{value})*)?\])"
+        value = rf"(?:{scalar}|{compound})"
+    return compound

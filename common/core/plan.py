@@ -1,0 +1,191 @@
+"""Plans: what a method decided at a site, and what it may know of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Where = Literal["input", "after_attention", "block_output", "projected", "packed"]
+
+
+Rest = Literal["drop", "bypass", "halt", "defer"]
+
+
+Positions = Literal["original", "renumber", "hold", "decay"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a network where a plan acts. `index` counts the method's own sites in order.
+
+    where: `input` sees what enters the layer, `after_attention` the residual stream between attention and MLP,
+    `block_output` the finished block with that block's attention at hand, `projected` visual tokens before
+    pooling and packing, `packed` the sequence a language model is about to read.
+    """
+
+    layer: int
+    where: Where = "block_output"
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a method may know of a model: sizes only.
+
+    `tokens` includes the `special` tokens, which come first; only a class token may sit elsewhere, at `class_place`
+    (vision Mamba puts it in the middle). `levels` counts the feature maps of a pyramid.
+    """
+
+    family: str
+    depth: int
+    heads: int
+    width: int
+    tokens: int
+    special: int = 0
+    class_token: bool = False
+    class_place: int = 0
+    grid: tuple[int, ...] | None = None
+    levels: int = 1
+
+    def patches(self, places: Tensor) -> Tensor:
+        """Patch numbers of those token places [K] that are patches, neither special nor padding (-1)."""
+        if self.class_place:
+            places = places[(places >= 0) & (places != self.class_place)]
+            return places - (places > self.class_place).long()
+        return places[places >= self.special] - self.special
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Whole units [B, K, ...] (or [B, H, K, ...]) of x [B, N, ...] at positions index [B, K] (or [B, H, K]).
+
+    The batch axes are folded into one, so that rows are copied whole: several times as fast as an expanded gather.
+    """
+    lead, units = index.shape[:-1], x.shape[index.dim() - 1]
+    rows = torch.arange(lead.numel(), device=index.device).view(*lead, 1) * units + index
+    return x.flatten(0, index.dim() - 1).index_select(0, rows.flatten()).view(*index.shape, *x.shape[index.dim() :])
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Keep units as they are. index [B, K] (or [B, H, K]) int64 positions; valid, of the same shape, marks the
+    entries that count where samples keep different numbers of units."""
+
+    index: Tensor
+    valid: Tensor | None = None
+
+    @property
+    def outputs(self) -> int:
+        return self.index.shape[-1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """[B, N, ...] -> [B, K, ...]."""
+        return take(x, self.index)
+
+    def matrix(self, units: int) -> Tensor:
+        """The same reduction as a dense [B, K, N] matrix; rows of invalid entries are zero."""
+        dense = torch.nn.functional.one_hot(self.index, units).float()
+        return dense if self.valid is None else dense * self.valid.unsqueeze(-1)
+
+    def narrow(self, outputs: int) -> Gather:
+        """The first `outputs` entries alone (used to cost measured counts on the meta device)."""
+        return Gather(self.index[..., :outputs], None if self.valid is None else self.valid[..., :outputs])
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Outputs that are weighted sums of units (merging, resizing, soft assignment), also for K > N.
+
+    A sparse [B, K, N] matrix in coordinate form: entry e of sample b adds `weight[b, e]` times unit
+    `source[b, e]` to output `target[b, e]`; all three are [B, E].
+    """
+
+    target: Tensor
+    source: Tensor
+    weight: Tensor
+    outputs: int
+    valid: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, K, D]; a matrix with many entries a unit is multiplied as a dense one."""
+        if self.target.shape[1] > 4 * x.shape[1]:
+            return self.matrix(x.shape[1]).to(x.dtype) @ x
+        entries = x.gather(1, self.source.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        entries = entries * self.weight.unsqueeze(-1).to(x.dtype)
+        out = x.new_zeros(x.shape[0], self.outputs, x.shape[-1])
+        return out.scatter_add(1, self.target.unsqueeze(-1).expand_as(entries), entries)
+
+    def matrix(self, units: int) -> Tensor:
+        """The same reduction as a dense [B, K, N] matrix."""
+        batch = self.target.shape[0]
+        flat = torch.zeros(batch, self.outputs * units, dtype=self.weight.dtype, device=self.weight.device)
+        return flat.scatter_add(1, self.target * units + self.source, self.weight).view(batch, self.outputs, units)
+
+    def narrow(self, outputs: int) -> Mix:
+        """See `Gather.narrow`."""
+        return replace(self, target=self.target.clamp(max=outputs - 1), outputs=outputs)
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor) -> Mix:
+        """Any dense [B, K, N] matrix, such as a learned many-to-many transform, as a Mix."""
+        batch, outputs, units = matrix.shape
+        target = torch.arange(outputs, device=matrix.device).repeat_interleave(units)
+        source = torch.arange(units, device=matrix.device).repeat(outputs)
+        return cls(target.expand(batch, -1), source.expand(batch, -1), matrix.reshape(batch, -1), outputs)
+
+
+Reduction = Gather | Mix
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method decided at one site.
+
+    reduce:    which units, or which mixtures of them, go on;
+    layout:    [B, K, 3] grid place (t, y, x) of each output, -1 where it has none; None if nothing was rearranged;
+    rest:      what becomes of the others: `drop`, `bypass` (scattered back unchanged behind the layer), `halt` (their
+               result is taken here), `defer` (kept aside, may return while decoding);
+    positions: how the outputs are numbered: `original` (they keep their places; convolutions see zeros in the gaps),
+               `renumber` (closed up, as if the others had never been), or for scans `hold` / `decay` (closed up, the
+               state is kept or decays over the gap);
+    key_bias:  [B, K] added to the logits of attention to each output from here on (ToMe's log size); None leaves
+               the bias the units already carry.
+    """
+
+    reduce: Reduction
+    layout: Tensor | None = None
+    rest: Rest = "drop"
+    positions: Positions = "original"
+    key_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one application cost. Counts are means over the samples seen; MACs are per sample.
+
+    tokens[l] = (tokens the attention of layer l saw, tokens its MLP saw). `macs` includes `scoring_macs`.
+    """
+
+    tokens: tuple[tuple[float, float], ...]
+    macs: float
+    scoring_macs: float
+    dense_macs: float
+    samples: int
+    cache_bytes: int | None = None
+
+    @property
+    def saving(self) -> float:
+        """Share of the dense MACs that is saved, scoring included."""
+        return 1 - self.macs / self.dense_macs
+
+    def __str__(self) -> str:
+        lines = [
+            f"MACs      {self.macs / 1e9:.3f} G of {self.dense_macs / 1e9:.3f} G a sample"
+            f" ({100 * self.saving:.1f} % saved; {self.scoring_macs / 1e9:.4f} G of it is scoring)",
+            "tokens    " + " ".join(f"{mlp:g}" if mlp == attn else f"{attn:g}>{mlp:g}" for attn, mlp in self.tokens),
+        ]
+        if self.cache_bytes is not None:
+            lines.append(f"cache     {self.cache_bytes / 2**20:.2f} MiB")
+        return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""Costs: multiply-accumulates counted on the meta device.
+
+One MAC is one multiply-add, so FLOPs = 2 MACs. Counted are matrix products, convolutions, attention, selective scans
+(`backbones.scan`) and the sampling of deformable attention; softmax, norms, activations and sorting are not, as in
+every counter the field uses. On the meta device attention decomposes into its two products, which the counters miss in
+the fused CPU kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from prunelab.common.core.errors import PrunelabError
+
+
+@register_flop_formula(torch.ops.aten.grid_sampler_2d)
+def _sampling_flops(*shapes: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
+    """Five MACs a sampled value: four weighted neighbours and the attention weight (Deformable DETR, appendix A.1)."""
+    return 2 * 5 * math.prod(out_shape)
+
+
+class _Pass(nn.Module):
+    """One forward pass of an input that knows how a model reads it."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        super().__init__()
+        self.model, self.example = model, example
+
+    def forward(self) -> Any:
+        return self.example.run(self.model)
+
+
+def on_meta(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
+    """Run the model's own forward, hooks included, with shapes only: no weight is copied and nothing computed.
+
+    An input is a tensor, or one object with `to(device)` and `run(model)` where a model takes more than that."""
+    if len(inputs) == 1 and not isinstance(inputs[0], Tensor):
+        return on_meta(_Pass(model, inputs[0].to("meta")))
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    with torch.no_grad():
+        return functional_call(model, meta, tuple(x.to("meta") for x in inputs), kwargs)
+
+
+class Watcher(Protocol):
+    """Reads the counter while it runs, for instance to book the FLOPs of scoring apart."""
+
+    counter: FlopCounterMode | None
+
+
+def flops(run: Callable[[], Any], watcher: Watcher | None = None) -> int:
+    """FLOPs of `run()`; a watcher sees the counter meanwhile."""
+    with FlopCounterMode(display=False) as counter:
+        if watcher is not None:
+            watcher.counter = counter
+        run()
+    return counter.get_total_flops()
+
+
+def macs(model: nn.Module, example: Any) -> float:
+    """MACs of one forward pass of the example, a batch of 1."""
+    return flops(lambda: on_meta(model, example)) / 2
+
+
+def module_macs(model: nn.Module, example: Tensor, module: str) -> float:
+    """MACs of one submodule, by its path, in a forward pass of the whole model."""
+    with FlopCounterMode(display=False) as counter:
+        on_meta(model, example)
+    counts = counter.get_flop_counts()
+    path = f"{type(model).__name__}.{module}"
+    if path not in counts:
+        raise PrunelabError(f"{type(model).__name__} spends nothing in a module '{module}'; name one of its own")
+    return sum(counts[path].values()) / 2
+
+
+def norm_elements(model: nn.Module, example: Tensor) -> int:
+    """Elements that pass through LayerNorm in one forward pass."""
+    total = 0
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal total
+        total += args[0].numel()
+
+    hooks = [m.register_forward_pre_hook(hook) for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    try:
+        on_meta(model, example)
+    finally:
+        for h in hooks:
+            h.remove()
+    return total

@@ -1,0 +1,135 @@
+"""Run records: one JSON file a run, addressed by what was run and by the sources that ran it. Imports no torch.
+
+The address is `<identity>-<sources>`: identity hashes the resolved parameters, model and data ids; sources hashes
+the method's and the task's files with everything they import from this project. Commit, versions, device and
+timings are metadata and not part of it. A checksum over the content detects tampered or truncated records.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.files import ROOT, digest, file_digest, write_text
+
+FORMAT = 1
+
+
+_LIBRARIES = (
+    "torch", "torchvision", "timm", "transformers", "numpy", "scipy", "scikit-learn", "rouge-score", "faster-coco-eval",
+)  # fmt: skip
+
+
+def _executed(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree that run: what stands below `if TYPE_CHECKING` decides nothing."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from _executed(child)
+
+
+@cache
+def _imports(path: Path) -> frozenset[Path]:
+    """Files of this project that a file imports, read from its text; packages count with their __init__."""
+    found: set[Path] = set()
+    for node in _executed(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            if name.startswith("prunelab."):
+                base = ROOT.joinpath(*name.split(".")[1:])
+                found.update(p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file())
+    return frozenset(found)
+
+
+def closure(entries: Iterable[Path]) -> tuple[Path, ...]:
+    """The entry files and everything of this project they import, directly or not."""
+    seen: set[Path] = set()
+    todo = list(entries)
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen.add(path)
+            todo.extend(_imports(path))
+    return tuple(sorted(seen))
+
+
+@cache
+def file_hash(path: Path) -> str:
+    """sha256 of a file's content, as this process first saw it."""
+    return file_digest(path)
+
+
+def sources(entries: Iterable[Path]) -> str:
+    """One hash of the closure of the entry files."""
+    return _sources(tuple(entries))
+
+
+@cache  # thousands of runs share a few dozen sets of entry files
+def _sources(entries: tuple[Path, ...]) -> str:
+    return digest({str(p.relative_to(ROOT)): file_hash(p) for p in closure(entries)})
+
+
+def environment() -> dict[str, Any]:
+    """How the run was made: code version, libraries, machine. Metadata, not part of the address."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), "machine": platform.machine(), "libraries": versions, **_commit()}
+
+
+@cache
+def _commit() -> dict[str, Any]:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record whole or not at all, with its checksum."""
+    content = {"format": FORMAT, **record}
+    content["checksum"] = digest(content)
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record, verified. Raises PrunelabError where it is truncated, altered or not the one its name says."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        checksum = record.pop("checksum")
+        intact = digest(record) == checksum and f"{record['identity']}-{record['sources']}" == path.stem
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise PrunelabError(f"the run record {path} is damaged; delete it, and the next run makes it anew")
+    return record
+
+
+def reject_damaged(path: Path) -> bool:
+    """Set a damaged record aside (as *.rejected), so that it is made anew. True where that was needed."""
+    if not path.exists():
+        return False
+    try:
+        read(path)
+    except PrunelabError:
+        path.replace(path.with_suffix(".rejected"))
+        return True
+    return False

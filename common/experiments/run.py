@@ -1,0 +1,63 @@
+"""One job: everything that decides its outcome, resolved. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prunelab.common.catalogue import hub
+from prunelab.common.core import files
+from prunelab.common.core.files import ROOT
+from prunelab.common.experiments import provenance
+
+_TOLD = ("entries", "needs", "names", "gpus")  # fields of a run that decide nothing of its outcome
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job: everything that decides its outcome, resolved. `scale` is '' where the outcome has none.
+
+    needs: what is not at hand here, in words. Such a run is no job, but a record made elsewhere is shown.
+    names: the catalogue's names of what it reads, as one of the tables that show it has them. gpus: how many its job
+    takes where it computes on GPUs.
+    """
+
+    kind: str
+    scale: str
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    budget: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    ids: Mapping[str, Any] = field(default_factory=dict)
+    entries: tuple[str, ...] = ()
+    needs: str = ""
+    names: tuple[tuple[hub.Kind, str], ...] = ()
+    gpus: int = 1
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what is run."""
+        return files.digest({k: v for k, v in asdict(self).items() if k not in _TOLD})[:20]
+
+    @cached_property
+    def sources(self) -> str:
+        """Hash of the code that runs it."""
+        return provenance.sources(ROOT / entry for entry in self.entries)[:12]
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether it reads a folder of the user's in the place of a repository, of which nobody knows that it is the
+        published one."""
+        return any(isinstance(ids, Mapping) and "local" in ids for ids in self.ids.values())
+
+    @property
+    def address(self) -> str:
+        """Name of the record."""
+        return f"{self.identity}-{self.sources}"
+
+    def path(self, results: Path) -> Path:
+        """Where the record lies."""
+        return results / "records" / f"{self.address}.json"

@@ -1,0 +1,50 @@
+"""Execute one run and write its record."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prunelab.common.experiments import provenance
+from prunelab.common.experiments.run import Run
+
+
+def gpus_needed(runs: Iterable[Run]) -> int:
+    """How many GPUs the process that makes these runs one after the other takes."""
+    return max((run.gpus for run in runs if run.scale == "paper"), default=0)
+
+
+def execute(run: Run, config: Mapping[str, Any]) -> Path:
+    """Run it and write its record whole; the path of the record."""
+    import torch
+
+    from prunelab.common.models import batching, devices
+
+    threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
+    torch.set_num_threads(threads)
+    task = importlib.import_module(f"prunelab.common.tasks.{run.kind}")
+    torch.manual_seed(int(run.settings.get("seed", 0)))
+    devices.begin()
+    started, clock = time.time(), time.monotonic()  # the time of day may be set meanwhile
+    try:
+        metrics = task.execute(run, config)
+    except torch.OutOfMemoryError:
+        raise batching.too_small("what this run computes at once") from None
+    path = run.path(Path(config["results"]))
+    provenance.write(
+        path,
+        {
+            "identity": run.identity,
+            "sources": run.sources,
+            "run": asdict(run),
+            "metrics": metrics,
+            "environment": {**provenance.environment(), **devices.environment(), "threads": threads},
+            "timing": {"started": round(started), "seconds": round(time.monotonic() - clock, 2)},
+        },
+    )
+    return path

@@ -1,0 +1,261 @@
+"""Load what a run's identity names: a testbed, a small real checkpoint, a hub checkpoint, or an architecture alone."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from prunelab.common.catalogue import hub, lookup
+from prunelab.common.core import registry
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.files import inside
+from prunelab.common.models import devices
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.apply import PARTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+def architecture(entry: Mapping[str, Any]) -> nn.Module:
+    """The architecture on the meta device, without weights: enough for every cost that shapes decide. Its `dtype`, that
+    of the published checkpoint, decides the bytes of a cache."""
+    with torch.device("meta"):
+        model = _create(entry).eval()
+    return model.to(getattr(torch, entry["dtype"])) if "dtype" in entry else model
+
+
+def initialised(entry: Mapping[str, Any], device: str) -> nn.Module:
+    """The architecture on a device, in its `dtype`, with the random weights that its library starts training from."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, entry.get("dtype", "float32")))
+    try:
+        with torch.device(device):
+            return _create(entry).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _create(entry: Mapping[str, Any]) -> nn.Module:
+    """A timm model by name, a transformers model by its class with the arguments of its configuration, or one of our
+    own: `library: backbones, name: vim:vim_tiny` is `prunelab.common.backbones.vim.vim_tiny()`."""
+    arguments = entry.get("arguments", {})
+    if entry["library"] == "backbones":
+        module, _, function = entry["name"].partition(":")
+        return getattr(importlib.import_module(f"prunelab.common.backbones.{module}"), function)(**arguments)
+    if entry["library"] == "transformers":
+        import transformers
+
+        model_class = getattr(transformers, entry["name"])
+        return model_class(model_class.config_class(**arguments))
+    if entry["library"] != "timm":
+        raise PrunelabError(
+            f"configs/models.yaml: the library {entry['library']} is unknown; use timm, transformers or backbones"
+        )
+    import timm
+
+    return timm.create_model(entry["name"], pretrained=False, **arguments)
+
+
+def entry(name: str) -> Mapping[str, Any]:
+    """The architecture entry of a catalogue name, or of any timm model."""
+    import timm
+
+    try:
+        return lookup.model(name)["architecture"]
+    except PrunelabError:
+        if name not in timm.list_models():
+            raise PrunelabError(f"'{name}' is neither in configs/models.yaml nor a timm model") from None
+        return {"library": "timm", "name": name}
+
+
+def named(name: str, weights: Path | None, config: Mapping[str, Any]) -> tuple[nn.Module, Transform]:
+    """A model for a user's own image: a testbed, a checkpoint of the assets folder, or a timm architecture with the
+    user's safetensors weights."""
+    import safetensors.torch
+    import timm
+    from torchvision import transforms
+
+    from prunelab.common import testbeds
+
+    if name in testbeds.testbeds():
+        model = testbeds.load(name)[0]
+        side = model.patch_embed.img_size[0]  # type: ignore[union-attr,index]
+        steps = [transforms.Grayscale(), transforms.Resize((side, side)), transforms.ToTensor()]
+        return model, transforms.Compose(steps)
+    if config["assets"] and (Path(config["assets"]) / name / "model.safetensors").exists():
+        model, transform = load({"assets": name}, config)
+        assert transform is not None
+        return model, transform
+    if weights is None:
+        raise PrunelabError(
+            f"there are no weights for '{name}'; give --weights FILE.safetensors, or use the testbed digits_vit, or"
+            " vit_tiny_in1k with --config assets=DIR"
+        )
+    if not weights.exists():
+        raise PrunelabError(f"the weights file {weights} does not exist")
+    model = timm.create_model(entry(name)["name"], pretrained=False).eval()
+    try:
+        model.load_state_dict(safetensors.torch.load_file(weights))
+    except Exception as error:  # a damaged file or another architecture; both end here
+        raise PrunelabError(f"{weights} does not hold the weights of {name}: {str(error).splitlines()[0]}") from None
+    return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+
+def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Module, Transform | None]:
+    """A model in eval mode and the transform its images need (None for testbeds, whose data need none)."""
+    if "testbed" in identity:
+        from prunelab.common import testbeds
+
+        return testbeds.load(identity["testbed"])[0], None
+    if "assets" in identity:
+        folder = inside(Path(config["assets"]), identity["assets"])
+        return _built(identity, inside(folder, identity["file"])) if "file" in identity else _vit_tiny(folder)
+    if "file" in identity:
+        return _official(identity, config)
+    if "class" in identity:
+        return _transformers(identity["class"], hub.folder(identity, "model", config)), None
+    if "hub" in identity:
+        return _timm(hub.folder(identity, "model", config))
+    raise PrunelabError(f"cannot load a model from {dict(identity)}; see configs/models.yaml")
+
+
+def _vit_tiny(folder: Path) -> tuple[nn.Module, Transform]:
+    import safetensors.torch
+    import timm
+
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise PrunelabError(f"{path} is missing; give --config assets=DIR a folder that holds {folder.name}")
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    model.load_state_dict(safetensors.torch.load_file(path))
+    transform = timm.data.create_transform(224, interpolation="bicubic", crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return model, transform
+
+
+def _timm(folder: Path) -> tuple[nn.Module, Transform]:
+    """A checkpoint of timm in its hub layout; of safetensors alone, as timm would read pickles as well."""
+    import timm
+
+    if not (folder / "model.safetensors").is_file():
+        raise PrunelabError(f"{folder} holds no model.safetensors; pickled weights are not read, convert them first")
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception as error:  # a damaged file, an unknown architecture, other shapes: each its own kind of error
+        raise PrunelabError(f"{folder} cannot be loaded ({_first_line(error)}); download it again") from None
+    return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+
+def _transformers(name: str, folder: Path) -> nn.Module:
+    """A model of a class of transformers, such as a detector, whose data set brings its own transform."""
+    import transformers
+
+    model: nn.Module = pretrained(getattr(transformers, name), folder, use_safetensors=True)
+    return model.eval()
+
+
+def pretrained(cls: Any, folder: Path, **options: Any) -> Any:
+    """`cls.from_pretrained(folder)` that reads local files alone and runs no code that comes with them.
+
+    Raises PrunelabError where files are missing or damaged, weights are pickled, or code of the folder is asked for.
+    """
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # OSError, ValueError, SafetensorError and others, by what is wrong with the files
+        if "trust_remote_code" in str(error):
+            raise PrunelabError(
+                f"the model {folder} asks to run code that comes with it, which is never done; use a model of a class"
+                " that transformers has"
+            ) from None
+        raise PrunelabError(f"{folder} cannot be had ({_first_line(error)}); download it first") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _official(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Module, Transform | None]:
+    """An official checkpoint of one of our own backbones, whose module reads it with `load_checkpoint(model, path)`."""
+    path = (
+        hub.file(identity, "model", config)
+        if "hub" in identity
+        else inside(Path(config["checkpoints"]), identity["file"])
+    )
+    return _built(identity, path)
+
+
+def _built(identity: Mapping[str, Any], path: Path) -> tuple[nn.Module, Transform | None]:
+    """One of our own backbones with the weights of a file."""
+    model = _create(identity["architecture"])
+    if "parts" in identity:  # a model trained with a method brings the method's learned parts
+        model.add_module(PARTS, registry.create(identity["parts"]).build(adapter_for(model).info))
+    model = model.eval()
+    module = identity["architecture"]["name"].partition(":")[0]
+    importlib.import_module(f"prunelab.common.backbones.{module}").load_checkpoint(model, path)
+    if "transform" not in identity:
+        return model, None
+    import timm
+
+    return model, timm.data.create_transform(**identity["transform"])
+
+
+def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in eval mode with its tokenizer: a testbed, a folder of the assets, or a hub checkpoint
+    in the precision it is stored in."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    if "testbed" in identity:
+        from tokenizers import Tokenizer
+
+        from prunelab.common import testbeds
+        from prunelab.common.testbeds.base import read_extra
+
+        model = testbeds.load(identity["testbed"])[0]
+        tokenizer = Tokenizer.from_str(read_extra(testbeds.SHIPPED / identity["testbed"], "tokenizer.json"))
+        mark = tokenizer.id_to_token(model.config.bos_token_id)  # type: ignore[union-attr,arg-type]
+        return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=mark, eos_token=mark)
+    if "assets" in identity:
+        folder = inside(Path(config["assets"]), identity["assets"])
+        if not (folder / "config.json").exists():
+            raise PrunelabError(f"{folder} is missing; give --config assets=DIR a folder that holds {folder.name}")
+    elif "hub" in identity:
+        folder = hub.folder(identity, "model", config)
+    else:
+        raise PrunelabError(f"cannot load a language model from {dict(identity)}; see configs/models.yaml")
+    model = pretrained(AutoModelForCausalLM, folder, dtype="auto", use_safetensors=True, **devices.spread())
+    return model.eval(), pretrained(AutoTokenizer, folder)
+
+
+def vision_language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """An image or video language model in eval mode and its processor: a testbed (whose samples come as the model reads
+    them, so that there is none), a folder in hub layout, one of the assets, or a hub checkpoint."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    importlib.import_module("prunelab.common.backbones.llava_video")  # makes its class known to both
+
+    if "testbed" in identity:
+        from prunelab.common import testbeds
+
+        return testbeds.load(identity["testbed"])[0], None
+    if "folder" in identity:
+        folder = Path(identity["folder"])
+    elif "assets" in identity:
+        folder = inside(Path(config["assets"]), identity["assets"])
+    elif "hub" in identity:
+        folder = hub.folder(identity, "model", config)
+    else:
+        raise PrunelabError(f"cannot load an image or video model from {dict(identity)}; see configs/models.yaml")
+    if not (folder / "config.json").exists():
+        raise PrunelabError(f"{folder} holds no config.json; give a folder in the hub's layout")
+    model = pretrained(AutoModelForImageTextToText, folder, dtype="auto", use_safetensors=True, **devices.spread())
+    return model.eval(), pretrained(AutoProcessor, folder)

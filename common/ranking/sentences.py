@@ -1,0 +1,219 @@
+"""Sentences to rank, and the role of methods that rank them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunelab.common.core import selection
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.method import Method
+from prunelab.common.core.plan import Gather, Plan
+from prunelab.common.ranking import sentences, text
+from prunelab.common.ranking.text import Background, Similarity
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Sentences to rank: their texts, the document each belongs to and its place there.
+
+    document and position are [n] tuples; a single list of sentences is one document in reading order. background
+    is the corpus that idf comes from, for methods that weigh words; see `FeatureRanker` where it is None.
+    """
+
+    sentences: tuple[str, ...]
+    document: tuple[int, ...] = field(default=())
+    position: tuple[int, ...] = field(default=())
+    background: Background | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.sentences or not any(s.strip() for s in self.sentences):
+            raise PrunelabError("there is no sentence to rank; give at least one that is not empty")
+        if not self.document:
+            object.__setattr__(self, "document", (0,) * len(self.sentences))
+        if not self.position:
+            seen: dict[int, int] = {}
+            places = []
+            for document in self.document:
+                places.append(seen.get(document, 0))
+                seen[document] = places[-1] + 1
+            object.__setattr__(self, "position", tuple(places))
+        if not len(self.sentences) == len(self.document) == len(self.position):
+            raise PrunelabError("sentences, document and position differ in length; give one entry a sentence")
+
+    @classmethod
+    def of(cls, documents: Sequence[Sequence[str]], background: Background | None = None) -> Passage:
+        """A cluster of documents, each a list of sentences."""
+        return cls(
+            tuple(s for d in documents for s in d),
+            tuple(i for i, d in enumerate(documents) for _ in d),
+            tuple(j for d in documents for j, _ in enumerate(d)),
+            background,
+        )
+
+    @cached_property
+    def words(self) -> list[list[str]]:
+        """The words of each sentence."""
+        return [text.words(s) for s in self.sentences]
+
+
+class Ranker(Method):
+    """Ranks sentences, prompt tokens or vocabulary entries, and keeps the best under a budget."""
+
+    role: ClassVar[str] = "ranker"
+
+    @abstractmethod
+    def rank(self, passage: Passage) -> Tensor:
+        """Scores [n], larger is better."""
+
+    def order(self, passage: Passage) -> list[int]:
+        """Units from the best to the worst, ties to the earlier one. What is left out here is never chosen."""
+        return selection.descending(self.rank(passage)).tolist()
+
+    def redundant(self, passage: Passage) -> Callable[[int, list[int]], bool] | None:
+        """Tells whether a unit repeats those already taken; None where the method does not ask."""
+        return None
+
+    def plan(self, passage: Passage, budget: Budget) -> Plan:
+        """Units that stay, [1, K] in original order: best first while the budget lasts."""
+        sizes = sentences.text_sizes(passage.sentences, budget.unit)
+        chosen = sentences.fill(self.order(passage), sizes, budget, self.redundant(passage))
+        return Plan(Gather(torch.tensor([sorted(chosen)], dtype=torch.long)))
+
+    def summarise(self, sentences: Sequence[str] | Passage, budget: Budget) -> list[str]:
+        """The sentences that `plan` keeps, in document order."""
+        if isinstance(sentences, str):
+            raise PrunelabError(
+                "summarise takes a list of sentences; split the text with prunelab.common.ranking.text.sentences first"
+            )
+        passage = sentences if isinstance(sentences, Passage) else Passage(tuple(sentences))
+        return [passage.sentences[i] for i in self.plan(passage, budget).reduce.index[0].tolist()]  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureRanker(Ranker):
+    """Sentence extraction in MEAD's frame: a salience feature, Position, a length cut-off and a re-ranker.
+
+    weight, position: weights of the salience feature and of Position, both scaled to [0, 1] over the passage.
+        With position=0 the salience itself is the score.
+    min_words: LengthCutoff; sentences with fewer words are never chosen (unless all are that short).
+    max_cosine: a sentence whose cosine with one already chosen exceeds it is skipped; None chooses all.
+    without_background: idf for a passage that brings no background corpus: `sentences` counts each of its
+        sentences as a document, `uniform` gives every word the weight 1, `error` refuses.
+    """
+
+    weight: float = 1.0
+    position: float = 0.0
+    min_words: int = 0
+    max_cosine: float | None = None
+    without_background: Literal["sentences", "uniform", "error"] = "sentences"
+
+    @classmethod
+    def mead(cls, weight: float = 1.0, **options: Any) -> Self:
+        """With MEAD's policy: Position 1, LengthCutoff 9, and the re-ranker at cosine 0.5."""
+        return cls(**{"weight": weight, "position": 1.0, "min_words": 9, "max_cosine": 0.5, **options})
+
+    @abstractmethod
+    def salience(self, passage: Passage) -> Tensor:
+        """The feature [n] that the method contributes, larger is better."""
+
+    def rank(self, passage: Passage) -> Tensor:
+        salience = self.salience(passage)
+        if self.position == 0:
+            return salience
+        features = [(self.weight, salience), (self.position, sentences.leading(passage.document, passage.position))]
+        return sum((w * sentences.min_max(f) for w, f in features), torch.zeros(()))
+
+    def order(self, passage: Passage) -> list[int]:
+        lengths = [len(w) for w in passage.words]
+        scores = self.rank(passage)
+        scores = (scores / scores.abs().max().clamp_min(1e-300)).round(decimals=9)  # closer ones are ties
+        order: list[int] = selection.descending(scores).tolist()
+        order = [i for i in order if lengths[i]] + [i for i in order if not lengths[i]]  # wordless sentences last
+        return [i for i in order if lengths[i] >= self.min_words] or order
+
+    def redundant(self, passage: Passage) -> Callable[[int, list[int]], bool] | None:
+        if self.max_cosine is None:
+            return None
+        similarity, limit = self.similarity(passage), self.max_cosine
+        return lambda unit, taken: bool(taken) and bool((similarity.cosines(unit, taken) > limit).any())
+
+    def similarity(self, passage: Passage) -> Similarity:
+        """The idf-modified cosine of the passage's sentences, as a linear operator."""
+        counts, vocabulary = text.term_counts(passage.words)
+        return Similarity.of(counts, self.idf(passage, vocabulary))
+
+    def idf(self, passage: Passage, vocabulary: Sequence[str]) -> text.Array:
+        """Weights [V] of the words, from the passage's background corpus or as `without_background` says."""
+        if passage.background is not None:
+            return passage.background.idf(vocabulary)
+        if self.without_background == "error":
+            raise PrunelabError("idf needs a background corpus; set Passage.background, or without_background")
+        if self.without_background == "uniform":
+            return np.ones(len(vocabulary))
+        return Background.of(w for w in passage.words if w).idf(vocabulary) if vocabulary else np.ones(0)
+
+
+def min_max(values: Tensor) -> Tensor:
+    """Values [n] scaled linearly so that the largest is 1 and the smallest 0; all 1 where they are equal."""
+    low, high = values.min(), values.max()
+    return torch.ones_like(values) if bool(high == low) else (values - low) / (high - low)
+
+
+def leading(document: Sequence[int], position: Sequence[int]) -> Tensor:
+    """MEAD's Position feature [n]: 1 for the first sentence of a document, 0 for its last, linear in between."""
+    last: dict[int, int] = {}
+    for d, p in zip(document, position, strict=True):
+        last[d] = max(last.get(d, 0), p)
+    return torch.tensor([1 - p / max(last[d], 1) for d, p in zip(document, position, strict=True)], dtype=torch.float64)
+
+
+def text_sizes(sentences: Sequence[str], unit: str) -> list[int]:
+    """What each sentence takes of a budget: 1 (`count`, `ratio`), its `words`, or its UTF-8 `bytes` and a newline."""
+    if unit == "words":
+        return [len(s.split()) for s in sentences]
+    if unit == "bytes":
+        return [len(s.encode()) + 1 for s in sentences]
+    return [1] * len(sentences)
+
+
+def fill(
+    order: Sequence[int],
+    sizes: Sequence[int],
+    budget: Budget,
+    redundant: Callable[[int, list[int]], bool] | None = None,
+) -> list[int]:
+    """Take units in `order` while the budget lasts, skipping those that are `redundant` given the ones taken.
+
+    A unit that no longer fits ends the summary, except that the first one is always taken, so that a budget
+    in words or bytes never gives an empty text; cutting to length is left to the metric, as in ROUGE. The newline
+    behind the last sentence is not counted: the sentences joined by newlines have at most that many bytes.
+    """
+    if len(budget.amounts) != 1:
+        raise PrunelabError("a summary has one budget; give a single amount")
+    if budget.unit in ("words", "bytes"):
+        limit = float(budget.amounts[0]) + (budget.unit == "bytes" and budget.amounts[0] > 0)
+    elif budget.unit in ("ratio", "count", "removed"):
+        limit = float(budget.count(len(sizes)))
+    else:
+        raise PrunelabError(f"text cannot be budgeted in {budget.unit}; use ratio, count, words or bytes")
+    taken: list[int] = []
+    used = 0
+    for unit in order:
+        if used >= limit:
+            break
+        if redundant is not None and redundant(unit, taken):
+            continue
+        if taken and used + sizes[unit] > limit:
+            break
+        taken.append(unit)
+        used += sizes[unit]
+    return taken

@@ -1,0 +1,144 @@
+"""A causal language model together with its cache, which reads a sequence and a tree behind it in one forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.speculative.trees import DraftTree
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+_APART = 32  # unread tokens from which on reading them first, causally, is cheaper than a mask row for each
+
+
+class Reader:
+    """Reads tokens and trees, keeps what was accepted, and forgets the rest.
+
+    The cache holds the entries of the sequence `held` [n] and, until the next call, of the tree read last. Tree entries
+    are told apart by a 4-D attention mask and by position ids, which transformers passes on to any model. `cache` may
+    hold the first tokens already, `held` says which.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Cache | None = None, held: Tensor | None = None) -> None:
+        from transformers import DynamicCache
+
+        self.model = model
+        self.cache = DynamicCache(config=model.config) if cache is None else cache
+        self.held = torch.empty(0, dtype=torch.long, device=model.device) if held is None else held
+        self._tree: DraftTree | None = None
+        self._brief = "logits_to_keep" in inspect.signature(model.forward).parameters
+        _check(model, self.cache)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model gives logits for."""
+        return vocabulary(self.model)
+
+    def read(self, tokens: Tensor, tree: DraftTree, known: int = 0) -> Tensor:
+        """Logits [T + 1, V] behind the sequence [N] (row 0) and behind every node of the tree.
+
+        With `known` > 0 the call before was about the same sequence and the first so many nodes of this tree; they are
+        not read again, and the logits are those of the other nodes [T - known, V].
+        """
+        if known:
+            unread = tokens[:0]
+        else:
+            self._return_to(tokens[:-1])
+            if len(tokens) - 1 - len(self.held) >= _APART:
+                self._forward(tokens[len(self.held) : -1], None, len(self.held), 1)
+                self.held = tokens[:-1]
+            unread = tokens[len(self.held) :]
+        count, new = len(tree.tokens), len(tree.tokens) - known
+        fed = torch.cat([unread, tree.tokens[known:]])
+        seen = torch.zeros(len(fed), len(tokens) + count, dtype=torch.bool, device=fed.device)
+        start = len(tokens) - len(unread)
+        seen[:, :start] = True
+        seen[: len(unread), start : len(tokens)] = seen.new_ones(len(unread), len(unread)).tril()
+        seen[len(unread) :, start : len(tokens)] = True
+        seen[len(unread) :, len(tokens) :] = tree.ancestors[known:]
+        places = torch.arange(start, len(tokens), device=fed.device)
+        positions = torch.cat([places, len(tokens) - 1 + tree.depths[known:]])
+        self.held, self._tree = tokens, tree
+        return self._forward(fed, seen, positions, new + (not known))
+
+    def keep(self, nodes: Tensor) -> None:
+        """Of the tree read last keep the path of nodes [A], as part of the sequence. Caches shrink in place."""
+        assert self._tree is not None
+        start, count = len(self.held), len(nodes)
+        for layer in self.cache.layers:
+            for name in ("keys", "values"):
+                entries = getattr(layer, name)
+                moved = entries.index_select(-2, start + nodes.to(entries.device))  # source and target overlap
+                entries[..., start : start + count, :] = moved
+                setattr(layer, name, entries[..., : start + count, :])
+        self.held, self._tree = torch.cat([self.held, self._tree.tokens[nodes]]), None
+
+    def crop(self, length: int) -> None:
+        """Forget the tree and what lies behind the first `length` tokens."""
+        loose = 0 if self._tree is None else len(self._tree.tokens)
+        removed = len(self.held) - length + loose
+        if removed:
+            self.cache.crop(-removed)
+        self.held, self._tree = self.held[:length], None
+
+    def _return_to(self, tokens: Tensor) -> None:
+        """Forget everything behind the longest beginning shared with these tokens."""
+        short = min(len(tokens), len(self.held))
+        self.crop(int((tokens[:short] == self.held[:short]).long().cumprod(0).sum()))
+
+    def _forward(self, fed: Tensor, seen: Tensor | None, positions: Tensor | int, keep: int) -> Tensor:
+        """Logits [keep, V] of the last tokens fed [M]; seen: [M, N] bool of the entries each may attend to."""
+        mask = None
+        if seen is not None:  # additive: the one form that both sdpa and eager attention take
+            mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device)
+            mask = mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[None, None]
+        if isinstance(positions, int):
+            positions = torch.arange(positions, positions + len(fed), device=fed.device)
+        options: dict[str, Any] = {"logits_to_keep": keep} if self._brief else {}
+        out = self.model(
+            input_ids=fed.unsqueeze(0),
+            attention_mask=mask,
+            position_ids=positions.unsqueeze(0),
+            past_key_values=self.cache,
+            use_cache=True,
+            **options,
+        )
+        return out.logits[0, -keep:]
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Number of tokens that a model gives logits for."""
+    head = model.get_output_embeddings()
+    return int(model.config.get_text_config().vocab_size if head is None else head.weight.shape[0])
+
+
+def _check(model: PreTrainedModel, cache: Cache) -> None:
+    """Refuse models and caches in which entries of single tokens cannot be moved or masked."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    if model.config.is_encoder_decoder:
+        raise PrunelabError("speculative decoding runs on decoder-only language models; this one has an encoder")
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise PrunelabError(
+            f"a tree needs an attention mask, which {attention} does not take;"
+            ' call model.set_attn_implementation("sdpa")'
+        )
+    for layers in (cache.layers, DynamicCache(config=model.config).layers):
+        odd = {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}
+        if odd:
+            raise PrunelabError(
+                f"the cache has {', '.join(sorted(odd))}, whose entries cannot be moved one by one;"
+                " use a model without sliding window and a DynamicCache"
+            )
+    if not cache.layers and getattr(cache, "layer_class_to_replicate", None) is not DynamicLayer:
+        raise PrunelabError(f"{type(cache).__name__} has no entries by token; use a DynamicCache")
+    if getattr(cache, "offloading", False):
+        raise PrunelabError("an offloaded cache cannot be moved about; use a DynamicCache without offloading")

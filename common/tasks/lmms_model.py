@@ -1,0 +1,136 @@
+"""A vision-language model of ours as lmms-eval asks it (the extra `evaluation`): one wrapper, pruned or not.
+
+The library makes the messages (its chat protocol) and scores the answers; in between a batch of messages becomes one
+call of `generate`. An answer that fails is an error here, where the library's own wrappers count it as an empty one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+from rich.progress import track
+
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import videos
+
+WORDS = 1024  # new tokens where a task sets no limit, as in the library's wrappers of LLaVA
+Request = tuple[Any, Callable[[Any], list[dict[str, Any]]], dict[str, Any], int, str, str]
+
+
+class VisualModel(lmms):
+    """A model and processor of transformers behind lmms-eval's interface.
+
+    batch: questions of one `generate`. frames: taken of every video, evenly. pruned: opens the `with` block around each
+    `generate`, such as `lambda: apply(method, model, budget)`; questions without image or video are asked outside it,
+    as they hold nothing to prune.
+    """
+
+    is_simple = False  # tasks hand over messages with their images and videos in place
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        batch: int = 1,
+        frames: int = 32,
+        pruned: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        super().__init__()
+        if getattr(processor, "chat_template", None) is None:
+            raise PrunelabError("the processor has no chat template; use a checkpoint that ships one")
+        self.model, self.processor = model, processor
+        self.batch, self.frames, self.pruned = batch, frames, pruned
+        processor.tokenizer.padding_side = "left"  # answers begin where prompts end
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The answers to requests, in their order. As in the library's wrappers of these models only the end token and
+        the limit of new tokens end an answer, not the task's `until`."""
+        asked: list[Request] = [request.args for request in requests]
+        answers = [""] * len(asked)
+        for places in track(list(self._batches(asked)), "asking", transient=True):
+            for place, answer in self._answers({place: asked[place] for place in places}):
+                answers[place] = answer
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        raise PrunelabError("this task compares likelihoods; name one of lmms-eval's tasks that generates answers")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        raise PrunelabError("this task takes several rounds; name one of lmms-eval's tasks that asks once")
+
+    def _batches(self, asked: Sequence[Request]) -> Iterator[list[int]]:
+        """Places of requests with equal settings, as many as are asked together."""
+        groups: dict[str, list[int]] = {}
+        for place, request in enumerate(asked):
+            groups.setdefault(repr(sorted(request[2].items())), []).append(place)
+        for places in groups.values():
+            yield from (places[start : start + self.batch] for start in range(0, len(places), self.batch))
+
+    def _answers(self, asked: Mapping[int, Request]) -> Iterator[tuple[int, str]]:
+        """The answers of one batch by place: questions with something to see, then those without."""
+        found: dict[bool, dict[int, ChatMessages]] = {}
+        for place, (_, messages, _, document, task, split) in asked.items():
+            turn = ChatMessages(messages=messages(self.task_dict[task][split][document]))
+            shown, filmed, heard = turn.extract_media()
+            if heard:
+                raise PrunelabError(f"the task {task} plays sounds, which these models do not hear")
+            found.setdefault(bool(shown or filmed), {})[place] = turn
+        settings = next(iter(asked.values()))[2]
+        for sees, turns in sorted(found.items(), reverse=True):
+            with self.pruned() if sees else nullcontext():
+                yield from zip(turns, self._generate(list(turns.values()), settings), strict=True)
+
+    @torch.inference_mode()
+    def _generate(self, turns: Sequence[ChatMessages], settings: Mapping[str, Any]) -> list[str]:
+        """The model's answers to messages, decoded as the task sets: greedily unless it gives a temperature."""
+        given = self._inputs(turns).to(self.model.device, self.model.dtype)
+        temperature = float(settings.get("temperature") or 0)
+        # A checkpoint's own settings of sampling would only be warned about.
+        sampling: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
+        if temperature > 0:
+            sampling = {"temperature": temperature, "top_p": settings.get("top_p"), "top_k": settings.get("top_k")}
+        made = self.model.generate(
+            **given,
+            do_sample=temperature > 0,
+            num_beams=int(settings.get("num_beams") or 1),
+            max_new_tokens=int(settings.get("max_new_tokens") or WORDS),
+            pad_token_id=self.processor.tokenizer.pad_token_id or self.processor.tokenizer.eos_token_id,
+            **sampling,
+        )
+        behind = made[:, given["input_ids"].shape[1] :]
+        return list(self.processor.tokenizer.batch_decode(behind, skip_special_tokens=True))
+
+    def _inputs(self, turns: Sequence[ChatMessages]) -> Any:
+        """What the processor makes of messages: token ids, padded on the left, and pixels."""
+        text = [
+            self.processor.apply_chat_template(turn.to_hf_messages(), tokenize=False, add_generation_prompt=True)
+            for turn in turns
+        ]
+        seen = [turn.extract_media() for turn in turns]
+        pictures = [_picture(image) for shown, _, _ in seen for image in shown]
+        films = [videos.frames(_path(film), self.frames) for _, filmed, _ in seen for film in filmed]
+        media: dict[str, Any] = {"images": pictures} if pictures else {}
+        if films:
+            if not hasattr(self.processor, "video_processor"):
+                raise PrunelabError(f"{type(self.model).__name__} takes images only; choose a model that takes videos")
+            media |= {"videos": films, "do_sample_frames": False}  # they are sampled already
+        return self.processor(text=text, padding=True, return_tensors="pt", **media)
+
+
+def _picture(image: Any) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
+
+
+def _path(film: Any) -> Path:
+    """The file of a video as a task names it."""
+    if isinstance(film, str | Path):
+        return Path(film)
+    raise PrunelabError(f"the task gives a {type(film).__name__} for a video; only whole video files are read")

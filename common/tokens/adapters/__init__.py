@@ -1,0 +1,35 @@
+"""Adapters know one model family each: where its sites are and how tokens leave it. They know no method.
+
+An adapter is found by the class of the model. Modules in this package import no model library at the top, so that
+looking one up stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from torch import nn
+
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.registry import defined
+from prunelab.common.tokens.adapters.base import Adapter
+
+
+@cache
+def adapters() -> dict[str, type[Adapter]]:
+    """All adapters by family, discovered in this package."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    return {cls.family: cls for module in modules for cls in defined(module, Adapter)}  # type: ignore[type-abstract]
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of the model's class, else that of its nearest parent class that has one."""
+    known = {name: adapter for adapter in adapters().values() for name in adapter.model_classes}
+    for cls in type(model).__mro__:
+        adapter = known.get(f"{cls.__module__}.{cls.__qualname__}")
+        if adapter is not None:
+            return adapter(model)
+    supported = ", ".join(c for a in adapters().values() for c in a.model_classes)
+    raise PrunelabError(f"no adapter for {type(model).__module__}.{type(model).__qualname__}; supported: {supported}")

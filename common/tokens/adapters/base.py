@@ -1,0 +1,270 @@
+"""What every adapter offers: hooks that carry out plans, and the record of what was pruned."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.role import TokenPruner
+
+
+@dataclass
+class Trace:
+    """What one application saw, summed over samples: the tokens every layer's attention and MLP worked on."""
+
+    attention: list[float]
+    mlp: list[float]
+    samples: int = 0
+    origins: list[tuple[Site, Tensor]] = field(default_factory=list)
+    scoring_flops: int = 0
+    counter: FlopCounterMode | None = None
+    ancestry: Any = None  # how the last batch's tokens came from patches, where a family keeps that
+    measured: Trace | None = None  # mean counts to cost at, for methods whose counts depend on the input
+
+    def behind(self, site: Site) -> int:
+        """Mean number of tokens behind a site."""
+        if site.where == "after_attention":
+            total = self.mlp[site.layer]
+        else:
+            layer = site.layer + (site.where == "block_output")
+            total = self.attention[layer] if layer < len(self.attention) else self.mlp[-1]
+        return max(1, round(total / self.samples))
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Books the FLOPs of its body as the method's own, while a counter runs."""
+        before = self.counter.get_total_flops() if self.counter else 0
+        yield
+        if self.counter:
+            self.scoring_flops += self.counter.get_total_flops() - before
+
+
+@dataclass(frozen=True)
+class Application:
+    """One method at work on one model: what the adapter's hooks need to know."""
+
+    method: TokenPruner
+    budget: Budget
+    sites: Sequence[Site]
+    trace: Trace
+    rng: Callable[[torch.device], torch.Generator | None]
+    services: Mapping[str, Any]
+    parts: nn.Module | None = None
+
+
+@dataclass
+class Stream:
+    """State of one forward pass: per token its size, its bias as a key, whether it counts, and where it came from."""
+
+    sizes: Tensor | None = None  # [B, N], None while all are 1
+    bias: Tensor | None = None  # [B, N] added to attention logits
+    valid: Tensor | None = None  # [B, N] bool, None while nothing is padded
+    origin: Tensor | None = None  # [B, N] place of each token in the full sequence, None until one was taken away
+    mixed: bool = False  # from here on tokens have no single place
+    carry: dict[str, Any] = field(default_factory=dict)  # what the method leaves for its later sites
+
+    def attention_bias(self) -> Tensor | None:
+        """The bias over keys with padding masked out."""
+        if self.valid is None:
+            return self.bias
+        base = torch.zeros_like(self.valid, dtype=torch.float32) if self.bias is None else self.bias
+        return base.masked_fill(~self.valid, float("-inf"))
+
+    def places(self, like: Tensor) -> Tensor | None:
+        """[B, N] place in the full sequence of each token of like [B, N, ...]; None once tokens were mixed."""
+        if self.mixed or self.origin is not None:
+            return self.origin
+        return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
+
+    def reduce(self, plan: Plan, x: Tensor) -> Stream:
+        """The state after a plan for the tokens x [B, N, ...]."""
+        if isinstance(plan.reduce, Gather):
+            move = plan.reduce.apply
+            sizes = None if self.sizes is None else move(self.sizes)
+            bias = None if self.bias is None else move(self.bias)
+            places = self.places(x)
+            origin, mixed = None if places is None else move(places), self.mixed
+        else:
+            # A unit that several outputs use is shared among them by weight, so that sizes always add up.
+            source, weight = plan.reduce.source, plan.reduce.weight.float().abs()
+            full = weight.new_ones(x.shape[:2]) if self.sizes is None else self.sizes
+            used = torch.zeros_like(full).scatter_add(1, source, weight)
+            shares = weight / used.gather(1, source).clamp_min(torch.finfo(torch.float32).tiny)
+            sizes = replace(plan.reduce, weight=shares).apply(full.unsqueeze(-1)).squeeze(-1)
+            bias, origin, mixed = None, None, True
+        bias = bias if plan.key_bias is None else plan.key_bias
+        return Stream(sizes, bias, plan.reduce.valid, origin, mixed, self.carry)
+
+
+class Adapter(ABC):
+    """Applies token plans to one model family through hooks that come out again."""
+
+    family: ClassVar[str]
+    model_classes: ClassVar[tuple[str, ...]]
+    signals: ClassVar[Mapping[str, frozenset[str]]]  # what each kind of site can give
+    rest: ClassVar[frozenset[str]] = frozenset({"drop"})
+    positions: ClassVar[frozenset[str]] = frozenset({"original"})
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    @abstractmethod
+    def info(self) -> ModelInfo:
+        """The model's sizes."""
+
+    @abstractmethod
+    def example(self) -> Any:
+        """A meta-device input of batch 1, to count MACs with; see `prunelab.common.costs.meter.on_meta`."""
+
+    @abstractmethod
+    def install(self, application: Application) -> Callable[[], None]:
+        """Put the hooks in; the returned function takes every one of them out."""
+
+    @abstractmethod
+    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
+        """What the method may see of the tokens x [B, N, D] at a site."""
+
+    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, Signals]:
+        """The method's plan for the tokens x [B, N, D] at a site, and the signals it was made from."""
+        trace, method = application.trace, application.method
+        with trace.scoring(), torch.no_grad():
+            signals = self.signals_at(application, site, x)
+            plan = method.plan(site, signals, application.budget.at(site.index))
+            self.check_plan(plan)
+        if trace.measured is not None:
+            plan = replace(plan, reduce=plan.reduce.narrow(trace.measured.behind(site)), key_bias=None)
+        return plan, signals
+
+    def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
+        """Refuse, before any work, a method whose sites, signals or fate of tokens this family cannot give."""
+        info = self.info
+        if method.fate() not in self.rest:
+            raise PrunelabError(
+                f"{method.name} needs a model whose tokens can {method.fate()}, those of {self.family} can only"
+                f" {' or '.join(sorted(self.rest))}"
+            )
+        for site in sites:
+            if site.where not in self.signals:
+                raise PrunelabError(
+                    f"{method.name} prunes at '{site.where}', but {self.family} has only {', '.join(self.signals)}"
+                )
+            if not 0 <= site.layer < info.depth:
+                raise PrunelabError(
+                    f"{method.name} prunes at layer {site.layer}, but this model has layers 0 to {info.depth - 1};"
+                    " set the method's layers"
+                )
+            missing = method.requires(site) - self.gives(site)
+            if missing:
+                why = "; this model has no class token" if "cls_row" in missing and not info.class_token else ""
+                raise PrunelabError(
+                    f"{method.name} reads {', '.join(sorted(missing))}, not to be had at {site.where}{why}"
+                )
+
+    def gives(self, site: Site) -> frozenset[str]:
+        """The signals of one site of this very model."""
+        return self.signals[site.where] - (frozenset() if self.info.class_token else {"cls_row"})
+
+    def cache_bytes(self, tokens: Sequence[float]) -> int | None:
+        """Bytes a sample's key-value cache takes when its layers hold that many tokens; None without a cache."""
+        return None
+
+    def check_plan(self, plan: Plan) -> None:
+        """Refuse a plan this family cannot carry out."""
+        if plan.rest not in self.rest or plan.positions not in self.positions or plan.layout is not None:
+            asked = f"rest={plan.rest}, positions={plan.positions}" + (", a layout" if plan.layout is not None else "")
+            raise PrunelabError(
+                f"{self.family} cannot carry out a plan with {asked}; it knows rest={'/'.join(sorted(self.rest))},"
+                f" positions={'/'.join(sorted(self.positions))}"
+            )
+
+
+class SequenceAdapter(Adapter):
+    """A family whose tokens flow as one sequence [B, N, D] through a list of blocks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.stream = Stream()
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Any:
+        """The blocks, in forward order."""
+
+    @abstractmethod
+    def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
+        """How each signal of a site is computed, by name; see `Signals`."""
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Hook before the first block: a new forward pass starts."""
+        self.stream = Stream()
+
+    def count(self, application: Application, layer: int, part: str) -> Callable[..., None]:
+        """Hook before a layer's `attention` or `mlp`: counts the tokens that each works on."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            trace, x = application.trace, args[0]
+            if layer == 0 and part == "attention":
+                trace.samples += x.shape[0]
+            valid = None if x.device.type == "meta" else self.stream.valid
+            getattr(trace, part)[layer] += x.shape[0] * x.shape[1] if valid is None else int(valid.sum())
+
+        return hook
+
+    def reduce(self, application: Application, site: Site, x: Tensor) -> Tensor:
+        """Carry out the method's plan on the tokens x [B, N, D]."""
+        plan, signals = self.decide(application, site, x)
+        self.follow(application, site, plan, x)
+        return application.method.refine(site, plan.reduce.apply(x), signals, plan)
+
+    def follow(self, application: Application, site: Site, plan: Plan, x: Tensor) -> None:
+        """Bring the stream up to date with a plan for the tokens x [B, N, D], and note what was kept."""
+        if site.index == 0:
+            application.trace.origins.clear()
+        self.stream = self.stream.reduce(plan, x)
+        if self.stream.origin is not None:
+            origin = self.stream.origin
+            if self.stream.valid is not None:
+                origin = origin.masked_fill(~self.stream.valid, -1)
+            application.trace.origins.append((site, origin))
+
+    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
+        stream, info = self.stream, self.info
+        prunable = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        prunable[:, : info.special] = False
+        if stream.valid is not None:
+            prunable &= stream.valid
+        common: dict[str, Callable[[], Tensor]] = {
+            "hidden": lambda: x,
+            "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32) if stream.sizes is None else stream.sizes,
+        }
+        return Signals(
+            {**common, **self.sources(site, x)},
+            prunable=prunable,
+            units=x.shape[1] - info.special,
+            info=info,
+            valid=stream.valid,
+            rng=application.rng(x.device),
+            required=application.method.requires(site),
+            services=application.services,
+            parts=application.parts,
+            places=stream.places(x),
+            grids=self.grids(),
+            carry=stream.carry,
+        )
+
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of the input's patch grid."""
+        grid = self.info.grid
+        return () if grid is None else ((grid[0], grid[1]),)

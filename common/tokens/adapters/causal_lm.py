@@ -1,0 +1,324 @@
+"""Causal language models of transformers, whose prompt tokens leave on their way up and may come back while decoding.
+
+A unit is a token of the prompt; its last one, what is generated and padding are never pruned. Sites are the `input` of
+decoder layers, with the attention of the layer before at hand. Between two sites lies a stretch of layers, and a token
+goes through a stretch as a whole or not at all. What leaves keeps its position and its entries in the caches of the
+layers that it went through. By a plan's `rest`:
+
+- `drop`: it is gone. The method decides once, at the prompt.
+- `defer`: its hidden state waits before the stretch, and the method decides anew for every token that is generated.
+  What it then chooses is read from the cache where it is there; what waits is computed along with the newest token and
+  never again. The units of a decision are the tokens that are active in the layer before, in the cache or computed now,
+  so that only `keys` and `last_row` can be read.
+
+Samples whose last token is not in the last column are refused. A stretch's caches hold the entries in the order in
+which they were computed; samples of one batch that get back fewer tokens than others hold entries that do not count.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.common.core import attention, selection
+from prunelab.common.core.attention_interface import NAME, Recorder, record
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import padded_first, run_all
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.adapters.base import Application, SequenceAdapter, Stream
+from prunelab.common.tokens.adapters.causal_lm_cache import Book, Entries, in_order, visible
+from prunelab.common.tokens.role import TokenPruner
+
+_ALWAYS = frozenset({"hidden", "sizes"})
+_LASTING = frozenset({"keys", "last_row"})  # what can be read of tokens that are in the cache alone
+_ATTENTION = _LASTING | {"queries", "attention_logits", "attention", "received"}
+_EXAMPLE = 4096  # assumption: tokens of the standard prompt, where the model's context is not shorter
+
+
+class CausalLM(SequenceAdapter):
+    """A causal language model of transformers: `model.model` with `layers`, rotary positions and a dynamic cache."""
+
+    family = "causal_lm"
+    model_classes = tuple(
+        f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}ForCausalLM"
+        for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "Phi")
+    )
+    signals = {"input": _ALWAYS | _ATTENTION}
+    rest = frozenset({"drop", "defer"})
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.decoder: Any = model.model
+        self.config: Any = model.config
+        self.books: WeakKeyDictionary[Any, Book] = WeakKeyDictionary()  # by cache
+        self.recorders: dict[int, Recorder] = {}  # by layer
+
+    # -- sizes and refusals --------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> Any:
+        return self.decoder.layers
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        config = self.config
+        tokens = min(_EXAMPLE, config.max_position_embeddings)
+        return ModelInfo(self.family, config.num_hidden_layers, config.num_attention_heads, config.hidden_size, tokens)
+
+    def example(self) -> Tensor:
+        return torch.zeros(1, self.info.tokens, dtype=torch.long, device="meta")
+
+    def cache_bytes(self, tokens: Sequence[float]) -> int:
+        config = self.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        entry = 2 * config.num_key_value_heads * head * self.decoder.embed_tokens.weight.element_size()
+        return round(sum(tokens) * entry)
+
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        return ()
+
+    def gives(self, site: Site) -> frozenset[str]:
+        return self.signals[site.where] - (frozenset() if site.layer else _ATTENTION)
+
+    def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
+        super().check(method, sites)
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        if kinds - {"full_attention"} or (not kinds and getattr(self.config, "sliding_window", None) is not None):
+            raise PrunelabError("tokens leave decoders of full attention only; set config.sliding_window=None first")
+        if self.config._attn_implementation not in ("sdpa", "eager", NAME):
+            raise PrunelabError(
+                f"tokens leave models that run sdpa or eager attention, not {self.config._attn_implementation}"
+            )
+        if len({site.layer for site in sites}) < len(sites):
+            raise PrunelabError(f"{method.name} prunes twice before one layer; a decoder has one site a layer")
+        for site in sites if method.fate() == "defer" else ():
+            if missing := method.requires(site) - _LASTING:
+                raise PrunelabError(
+                    f"{method.name} reads {', '.join(sorted(missing))}, which a model no longer has of tokens in its"
+                    " cache when others come back; use rest='drop'"
+                )
+
+    def check_plan(self, plan: Plan) -> None:
+        super().check_plan(plan)
+        if not isinstance(plan.reduce, Gather) or plan.key_bias is not None:
+            raise PrunelabError("tokens of a causal language model stay or leave; they are not merged or biased")
+        if plan.reduce.outputs == 0:
+            raise PrunelabError("the plan leaves no token of the prompt; give a larger budget")
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def install(self, application: Application) -> Callable[[], None]:
+        removers: list[Callable[[], Any]] = []
+        self.recorders = {}
+        sites = {site.layer: site for site in application.sites}
+        starts = sorted({0, *sites})
+        try:
+            for layer, site in sites.items():
+                if application.method.requires(site) & _ATTENTION:
+                    self.recorders[layer - 1], stop = record(self.blocks[layer - 1].self_attn)
+                    removers.append(stop)
+            removers.append(self.decoder.register_forward_pre_hook(self._begin(application), with_kwargs=True).remove)
+            removers.append(self.decoder.register_forward_hook(self._end).remove)
+            for layer, block in enumerate(self.blocks):
+                stretch = starts.index(layer) if layer in starts else None
+                hook = self._layer(application, layer, stretch, sites.get(layer))
+                removers.append(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        except BaseException:
+            run_all(removers)
+            raise
+        return lambda: run_all(removers)
+
+    def _begin(self, application: Application) -> Callable[..., Any]:
+        """Before the decoder: which columns are new, and whose they are. The mask is made anew for every stretch."""
+        deferring = application.method.fate() == "defer"
+
+        def hook(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+            ids, cache = given.get("input_ids", args[0] if args else None), given.get("past_key_values")
+            read = given.get("inputs_embeds") if ids is None else ids
+            if read is None or read.shape[1] == 0:
+                raise PrunelabError("the prompt is empty; give at least one token")
+            batch, new = read.shape[:2]
+            seen = 0 if cache is None else cache.get_seq_length()
+            if seen:
+                self.book = self._known(cache, seen)
+                if deferring and new > 1:
+                    raise PrunelabError("tokens come back for one new token at a time; give the others one by one")
+            else:
+                nothing = torch.zeros(batch, 0, dtype=torch.long, device=read.device)
+                self.book = Book(new, nothing[:1], None, nothing)
+            book, start = self.book, self.book.total
+            if start + new > self.config.max_position_embeddings:
+                raise PrunelabError(
+                    f"{start + new} tokens are more than the model's context of"
+                    f" {self.config.max_position_embeddings}; shorten the text"
+                )
+            positions = given.get("position_ids")
+            if positions is None:
+                positions = torch.arange(start, start + new, device=read.device).unsqueeze(0)
+            book.grow(positions, self._real(given.get("attention_mask"), start, new))
+            self.new, self.decoding = new, seen > 0
+            self.deciding = deferring or not seen
+            aids = {"attention_mask": None, **({"position_ids": positions} if seen else {})}
+            return args, given | aids
+
+        return hook
+
+    def _known(self, cache: Any, seen: int) -> Book:
+        book = self.books.get(cache)
+        if book is None:
+            raise PrunelabError("this cache was filled without the method; run the prompt inside the `with` block")
+        if seen != book.held[0].columns.shape[1] or len(cache.layers[0].keys) != len(book.stretches):
+            raise PrunelabError("this cache was changed since; a pruned cache grows, but is not cropped or expanded")
+        return book
+
+    def _real(self, mask: Tensor | None, start: int, new: int) -> Tensor | None:
+        """The new columns [B, M] that are no padding, None where all are."""
+        if mask is None or mask.device.type == "meta":
+            return None
+        if mask.dim() != 2 or mask.shape[1] != start + new:
+            raise PrunelabError(
+                "tokens are pruned with a growing cache and a mask of one column a token so far, not one of shape"
+                f" {tuple(mask.shape)}"
+            )
+        real = mask[:, start:].bool()
+        if not bool(real[:, -1].all()):
+            raise PrunelabError("samples must end with a token: pad on the left, and leave no sample empty")
+        return None if bool(real.all()) else real
+
+    def _end(self, module: Any, args: Any, output: Any) -> Any:
+        """Behind the decoder: what came back is not what was asked for."""
+        for recorder in self.recorders.values():
+            recorder.clear()
+        if self.decoding and output.last_hidden_state.shape[1] > self.new:
+            output.last_hidden_state = output.last_hidden_state[:, -self.new :]
+        return output
+
+    def _layer(
+        self, application: Application, layer: int, stretch: int | None, site: Site | None
+    ) -> Callable[..., Any]:
+        def hook(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+            x, cache = args[0], given.get("past_key_values")
+            if layer == 0 and not self.decoding:
+                application.trace.samples += len(x)
+                if cache is not None:
+                    self.books[cache] = self.book
+                    self.book.follow(cache)
+            if stretch is not None:
+                x = self._open(application, stretch, site, x)
+            application.trace.attention[layer] += self.counted
+            application.trace.mlp[layer] += self.counted
+            return (x, *args[1:]), given | self.aids
+
+        return hook
+
+    # -- a stretch of layers -------------------------------------------------------------------------------------
+
+    def _open(self, application: Application, stretch: int, site: Site | None, x: Tensor) -> Tensor:
+        """What goes into a stretch [B, R, D], of what came out of the one before; position table and mask of it."""
+        book, total = self.book, self.book.total
+        if stretch == 0:
+            columns = torch.arange(total, device=x.device).expand(len(x), -1)
+            self.stream = Stream(origin=columns, valid=book.real)
+            fresh = None if book.real is None else book.real[:, -self.new :]
+            self.rows = Entries(columns[:, -self.new :], fresh)
+        if site is not None and self.deciding:
+            x = self._cut(application, stretch, site, x)
+        held = book.enter(stretch, self.rows)
+        positions = book.positions.expand(len(x), -1).gather(1, self.rows.columns)
+        self.aids = {
+            "position_embeddings": self.decoder.rotary_emb(x, positions),
+            "position_ids": positions,
+            "attention_mask": self._mask(held, x),
+        }
+        self.counted = self._computed()
+        return x
+
+    def _computed(self) -> int:
+        """How many of the rows are tokens of the prompt."""
+        if not self.decoding and self.rows.valid is None:
+            return self.rows.columns.numel()
+        return int((self.rows.real() & (self.rows.columns < self.book.prompt)).sum())
+
+    def _cut(self, application: Application, stretch: int, site: Site, x: Tensor) -> Tensor:
+        """Carry out the method's plan: what goes on of the active tokens, among it what comes back."""
+        book, self.stretch = self.book, stretch
+        seen = self.stream.origin if self.decoding else x
+        assert seen is not None
+        plan, signals = self.decide(application, site, seen)
+        assert isinstance(plan.reduce, Gather)
+        plan = replace(plan, reduce=in_order(plan.reduce))
+        if plan.rest == "defer":
+            book.defer(self.rows, x)
+        self.follow(application, site, plan, seen)
+        columns, valid = self.stream.origin, self.stream.valid
+        assert columns is not None
+        if x.device.type != "meta" and not bool((columns[:, -1] == book.total - 1).all()):
+            raise PrunelabError(f"{application.method.name} left out the newest token, which the model cannot")
+        if not self.decoding:
+            self.rows = Entries(columns, valid)
+            return application.method.refine(site, plan.reduce.apply(x), signals, plan)
+        assert book.waiting is not None
+        waits = (book.stretches.gather(1, columns) == stretch) & (columns < book.total - 1)
+        back = padded_first(selection.compact(waits if valid is None else waits & valid))
+        assert isinstance(back, Gather)
+        came = Entries(back.apply(columns), back.valid)
+        self.rows = came.joined(Entries(columns[:, -1:], None))
+        return torch.cat([take(book.waiting, came.columns), x[:, -1:]], 1)
+
+    def _mask(self, held: Entries, x: Tensor) -> Tensor | None:
+        """Mask of the rows at hand in the form that the model's attention takes; None where causal order says it."""
+        rows, columns, active = self.rows, self.stream.origin, None
+        assert columns is not None
+        if self.decoding and self.deciding and (self.stream.valid is not None or columns.shape[1] < self.book.total):
+            active = Entries(columns, self.stream.valid).of(torch.ones_like(columns), self.book.total).bool()
+        eager = self.config._attn_implementation == "eager"
+        plain = rows.columns.shape[1] in (1, held.columns.shape[1])  # one query, or all of the prompt
+        if plain and active is None and held.valid is None and not eager:
+            return None
+        seen = visible(rows, held, active)
+        return torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min) if eager else seen
+
+    # -- signals -------------------------------------------------------------------------------------------------
+
+    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
+        """In a decoding step x is the active tokens' columns [B, U] alone, since most of them have no hidden state."""
+        signals = super().signals_at(application, site, x)
+        assert signals.places is not None
+        last = self.book.prompt - 1  # assumption: the prompt's last token stays like the generated ones that follow it
+        signals.prunable = signals.prunable & (signals.places < last)
+        always = self.book.total - last
+        signals.units = x.shape[1] - always if signals.valid is None else int(signals.prunable.sum(1).max())
+        return signals
+
+    def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
+        seen = self.recorders.get(site.layer - 1)
+        if seen is None:
+            return {}
+        newest = torch.full((len(x), 1), self.rows.columns.shape[1] - 1, device=x.device)
+        row = functools.partial(seen.weights, newest)
+        if not self.decoding:
+            valid = self.stream.valid
+            return {
+                "queries": seen.shown,
+                "keys": lambda: seen.keys,
+                "attention_logits": seen.logits,
+                "attention": seen.weights,
+                "last_row": lambda: row().squeeze(2),
+                "received": lambda: attention.received(seen.weights(), valid),
+            }
+        held, columns = self.book.held[self.stretch - 1], self.stream.origin
+        assert columns is not None
+        order = torch.arange(held.columns.shape[1], device=x.device)
+        entry = held.of(order, self.book.total).gather(1, columns).unsqueeze(1)  # [B, 1, U]
+        return {
+            "keys": lambda: take(seen.keys, entry.expand(-1, seen.keys.shape[1], -1)),
+            "last_row": lambda: row().squeeze(2).gather(2, entry.expand(-1, self.info.heads, -1)),
+        }

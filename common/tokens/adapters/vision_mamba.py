@@ -1,0 +1,294 @@
+"""Vision Mamba: our own Vim and PlainMamba (`prunelab.common.backbones`), pruned between their layers.
+
+Sites: `input` (what enters layer l) and `block_output`. Signals beside `hidden` and `sizes`: at `block_output` also
+`scans` [B, S, N, E], the output of each of the layer's S scans (Vim: forward, backward; PlainMamba: four snakes) for
+every token, in token order, after the gate: what each direction hands to the output projection.
+
+What a plan's `positions` mean to the layers behind it (the last plan's hold for all tokens):
+
+| positions | scans | Vim's causal convolution | PlainMamba's convolutions over the map |
+|---|---|---|---|
+| renumber, hold | the state is kept over a gap | sees the kept tokens as neighbours | see tokens at their places |
+| decay | the state decays over a gap | sees the kept tokens as neighbours | see tokens at their places |
+| original | the state is kept over a gap | sees tokens at their places | see tokens at their places |
+
+At their places means with zeros where tokens are missing. So `hold` is plain removal bit for bit in Vim, and in
+PlainMamba only `decay` differs from the others. A mixture of tokens sits where the heaviest of them sat.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.common.backbones.subset import Subset
+from prunelab.common.backbones.vim import add
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import run_all
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.adapters.base import Application, SequenceAdapter
+
+_ALWAYS = frozenset({"hidden", "sizes"})
+
+
+class _VisionMamba(SequenceAdapter):
+    """What both families share: where each token sits in the sequence that was scanned before anything was pruned."""
+
+    signals = {"input": _ALWAYS, "block_output": _ALWAYS | {"scans"}}
+    positions = frozenset({"original", "renumber", "hold", "decay"})
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last forward pass."""
+        self.total = 0
+        self.seats: Tensor | None = None  # [B, N] ascending place of each token, None until a plan has acted
+        self.align: str = "original"  # the last plan's positions
+        self.class_at: Tensor | None = None  # [B] where the class token is among the tokens
+        self.scanned: dict[int, Tensor] = {}  # [B, S, E, N] by layer
+
+    @abstractmethod
+    def prune(self, application: Application, site: Site, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Carry out the method's plan on what flows between layers."""
+
+    @abstractmethod
+    def subset(self) -> Subset | None:
+        """The tokens that the next layer runs on; None where it need not know that there were others."""
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def install(self, application: Application) -> Callable[[], None]:
+        removers: list[Callable[[], Any]] = []
+        try:
+            for layer, block in enumerate(self.blocks):
+                enter = self._enter(application, layer)
+                removers.append(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            for site in application.sites:
+                if "scans" in application.method.requires(site):
+                    removers.append(self._mixer(site.layer).scans.register_forward_hook(self._keep(site.layer)).remove)
+                if site.where == "block_output":
+                    leave = self._leave(application, site)
+                    removers.append(self.blocks[site.layer].register_forward_hook(leave).remove)
+            removers.append(self.install_head())
+        except BaseException:
+            run_all(removers)
+            raise
+        return lambda: run_all(removers)
+
+    @abstractmethod
+    def install_head(self) -> Callable[[], Any]:
+        """The hook by which the head reads what is left of the tokens."""
+
+    def _mixer(self, layer: int) -> Any:
+        block = self.blocks[layer]
+        return block.mixer if hasattr(block, "mixer") else block.mamba
+
+    def _enter(self, application: Application, layer: int) -> Callable[..., Any]:
+        sites = [site for site in application.sites if site.where == "input" and site.layer == layer]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            trace = application.trace
+            if layer == 0:
+                self.begin(module, args)
+                trace.samples += len(args[0])
+                trace.origins.clear()
+            for site in sites:
+                args = self.prune(application, site, args)
+            for counts in (trace.attention, trace.mlp):  # a layer without halves: both see the same tokens
+                counts[layer] += args[0].shape[0] * args[0].shape[1]
+            return args, kwargs | {"subset": self.subset()}
+
+        return hook
+
+    def _leave(self, application: Application, site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            state = self.prune(application, site, output if isinstance(output, tuple) else (output,))
+            return state if isinstance(output, tuple) else state[0]
+
+        return hook
+
+    def _keep(self, layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            self.scanned[layer] = output
+
+        return hook
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        super().begin(module, args)
+        self.reset()
+        self.total = args[0].shape[1]
+
+    # -- one site ------------------------------------------------------------------------------------------------
+
+    def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
+        return {"scans": lambda: self.scanned[site.layer].transpose(-1, -2)} if site.where == "block_output" else {}
+
+    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, Signals]:
+        decided = super().decide(application, site, x)
+        self.scanned.pop(site.layer, None)
+        return decided
+
+    def check_plan(self, plan: Plan) -> None:
+        super().check_plan(plan)
+        if plan.reduce.outputs == 0:
+            raise PrunelabError(f"the plan leaves {self.family} no token to scan; give a larger budget")
+        if plan.reduce.valid is not None:
+            raise PrunelabError(
+                f"{self.family} cannot keep a different number of tokens in each sample, since its scans have no"
+                " padding; use a method with a fixed budget, or samples one by one"
+            )
+
+    def follow(self, application: Application, site: Site, plan: Plan, x: Tensor) -> None:
+        super().follow(application, site, plan, x)
+        units = x.shape[1]
+        seats = torch.arange(units, device=x.device).expand(len(x), -1) if self.seats is None else self.seats
+        reduce = plan.reduce
+        owner = reduce.index if isinstance(reduce, Gather) else reduce.matrix(units).argmax(-1)  # [B, K]
+        self.seats, self.align = seats.gather(1, owner), plan.positions
+        if self.class_at is not None:
+            self.class_at = self._find(owner == self.class_at.unsqueeze(1))
+        if self.in_order() and x.device.type != "meta" and bool((self.seats.diff(dim=1) <= 0).any()):
+            raise PrunelabError(
+                f"{application.method.name} puts tokens out of order or at one place, which {self.family} cannot scan"
+                f" with positions={plan.positions}; keep them in ascending order, each at a place of its own"
+            )
+
+    def in_order(self) -> bool:
+        """Whether the layers behind need tokens at places of their own, in ascending order."""
+        return self.align != "renumber"
+
+    def _find(self, match: Tensor) -> Tensor:
+        """Where in match [B, K] the class token is; of several copies the one nearest the middle."""
+        if match.device.type != "meta" and not bool(match.any(1).all()):
+            raise PrunelabError(f"the plan takes away the class token, which the head of {self.family} reads")
+        middle = (match.shape[1] - 1) / 2
+        distance = (torch.arange(match.shape[1], device=match.device) - middle).abs()
+        return torch.where(match, distance, torch.inf).argmin(1)
+
+
+class VimAdapter(_VisionMamba):
+    family = "vim"
+    model_classes = ("prunelab.common.backbones.vim.Vim",)
+
+    @property
+    def blocks(self) -> Any:
+        return self.model.layers
+
+    @property
+    def info(self) -> ModelInfo:
+        model: Any = self.model
+        _, tokens, width = model.pos_embed.shape
+        return ModelInfo(
+            family=self.family,
+            depth=len(self.blocks),
+            heads=1,
+            width=width,
+            tokens=tokens,
+            special=1,
+            class_token=True,
+            class_place=model.class_place,
+            grid=model.patch_embed.grid_size,
+        )
+
+    def example(self) -> Tensor:
+        embed: Any = self.model.patch_embed
+        weight = embed.proj.weight
+        return torch.empty(1, weight.shape[1], *embed.img_size, dtype=weight.dtype, device="meta")
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        super().begin(module, args)
+        x = args[0]
+        self.class_at = torch.full((len(x),), self.info.class_place, device=x.device)
+
+    def subset(self) -> Subset | None:
+        if self.seats is None or self.align in ("renumber", "hold"):
+            return None  # to hold the state over a gap is to scan as if the gap were not there
+        return Subset(self.seats, self.total, decay=self.align == "decay", spread=self.align == "original")
+
+    def prune(self, application: Application, site: Site, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The mixer's output and the residual stream lose the same tokens; methods see and refine their sum."""
+        hidden, residual = state
+        x = add(hidden, residual).to(hidden.dtype)
+        plan, signals = self.decide(application, site, x)
+        self.follow(application, site, plan, x)
+        hidden = plan.reduce.apply(hidden)
+        residual = None if residual is None else plan.reduce.apply(residual)
+        kept = plan.reduce.apply(x)
+        refined = application.method.refine(site, kept, signals, plan)
+        if refined is not kept:
+            hidden = hidden + (refined - kept)
+        return hidden, residual
+
+    def install_head(self) -> Callable[[], Any]:
+        def find(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | {"place": self.class_at}
+
+        model: Any = self.model
+        return model.read.register_forward_pre_hook(find, with_kwargs=True).remove
+
+    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
+        signals = super().signals_at(application, site, x)
+        assert self.class_at is not None
+        signals.prunable = torch.ones_like(signals.prunable).scatter(1, self.class_at.unsqueeze(1), False)
+        return signals
+
+
+class PlainMambaAdapter(_VisionMamba):
+    family = "plain_mamba"
+    model_classes = ("prunelab.common.backbones.plain_mamba.PlainMambaClassifier",)
+
+    def reset(self) -> None:
+        super().reset()
+        self.grid: tuple[int, int] | None = None
+
+    @property
+    def blocks(self) -> Any:
+        model: Any = self.model
+        return model.backbone.layers
+
+    @property
+    def info(self) -> ModelInfo:
+        trunk: Any = self.model.backbone
+        _, tokens, width = trunk.pos_embed.shape
+        return ModelInfo(
+            family=self.family, depth=len(self.blocks), heads=1, width=width, tokens=tokens, grid=trunk.grid_size
+        )
+
+    def example(self) -> Tensor:
+        trunk: Any = self.model.backbone
+        weight = trunk.patch_embed.stem[0].weight
+        return torch.empty(1, weight.shape[1], *trunk.img_size, dtype=weight.dtype, device="meta")
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        super().begin(module, args)
+        self.grid = args[1]
+
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        return super().grids() if self.grid is None else (self.grid,)
+
+    def subset(self) -> Subset | None:
+        return None if self.seats is None else Subset(self.seats, self.total, decay=self.align == "decay")
+
+    def in_order(self) -> bool:
+        return True  # a map has one token a place, and step widths, B and C are taken in raster order
+
+    def prune(self, application: Application, site: Site, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = state
+        return (self.reduce(application, site, x), *others)
+
+    def install_head(self) -> Callable[[], Any]:
+        """The head takes the mean token: merged ones weigh as much as the tokens they stand for."""
+
+        def weigh(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+            sizes = self.stream.sizes
+            return x if sizes is None else x * (sizes / sizes.mean(1, keepdim=True)).unsqueeze(-1).to(x.dtype)
+
+        model: Any = self.model
+        return model.backbone.ln1.register_forward_hook(weigh).remove

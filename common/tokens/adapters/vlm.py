@@ -1,0 +1,400 @@
+"""What image and video language models share: visual tokens that a decoder reads among its text.
+
+A unit is a token of the decoder's sequence; only visual ones are prunable. Sites:
+
+- `projected`: the visual tokens of one image or video alone, as the projector gives them, before pooling and packing;
+- `packed`: the whole sequence the decoder is about to read;
+- `input` of a decoder layer: the sequence there, with the attention of the layer before it at hand.
+
+The prompt, `generate` and the model's forward stay as they are. What leaves the sequence leaves the position table, the
+masks and the caches of that and all later layers, at prefill and while decoding. Padding is kept at the front, so that
+the last token is last in every sample. A sequence is causal in the order of the plan's outputs.
+
+What a plan's `positions` mean: `original` leaves gaps in the numbering, `renumber` numbers the outputs one after the
+other; where a position has three axes, it closes up the numbers that no token uses any more on any of them. A mixture
+of tokens has the position of the heaviest of them. What a plan for `projected` gives no `layout` is packed by the
+model's own rule, newline tokens behind the rows that still hold a token included; with a layout the outputs come in the
+plan's order, with newlines rebuilt from it, or none where all places are -1.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.common.core import attention
+from prunelab.common.core.attention_interface import record
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import padded_first, run_all
+from prunelab.common.core.plan import ModelInfo, Plan, Site
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.adapters.base import Application, Stream
+from prunelab.common.tokens.adapters.vlm_attribution import Ancestry, spread
+from prunelab.common.tokens.adapters.vlm_prompt import (
+    SHOWN,
+    Held,
+    Pass,
+    Prompt,
+    closed,
+    disagreement,
+    following,
+    heaviest,
+)
+from prunelab.common.tokens.adapters.vlm_vision import TOWER, VisionSide
+from prunelab.common.tokens.role import TokenPruner
+
+_ALWAYS = frozenset({"hidden", "sizes"})
+_DECODER = frozenset({"queries", "keys", "attention_logits", "attention", "last_row", "received"})
+
+
+class VisionLanguage(VisionSide):
+    """A model of transformers with `model.language_model`, a decoder that reads visual tokens among its text."""
+
+    positions = frozenset({"original", "renumber"})
+    signals = {"projected": _ALWAYS | TOWER, "packed": _ALWAYS | TOWER, "input": _ALWAYS | _DECODER}
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.decoder: Any = self.body.language_model
+        self.passes: WeakKeyDictionary[Any, Pass] = WeakKeyDictionary()  # by cache
+
+    def axes(self, positions: Tensor) -> Tensor:
+        """Position ids as the decoder's rotary table reads them."""
+        return positions
+
+    def token_types(self, ids: Tensor) -> dict[str, Tensor]:
+        """What else the model's processor gives beside the token ids [B, N]."""
+        return {}
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> Any:
+        return self.decoder.layers
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        config, prompt = self.decoder.config, self.example()
+        return ModelInfo(
+            family=self.family,
+            depth=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            width=config.hidden_size,
+            tokens=prompt.text + self.visual_tokens(prompt),
+            grid=self.grid(),
+        )
+
+    def visual_tokens(self, prompt: Prompt) -> int:
+        """Visual tokens of a prompt."""
+        height, width = self.grid()
+        counts = self.counts(prompt.modality, prompt.pixels)
+        patches = [torch.empty(crops, height * width, 1, device="meta") for crops in counts]
+        return sum(map(len, self.packing(prompt.modality, prompt.pixels)(patches)))
+
+    def example(self) -> Prompt:
+        return self.prompt()
+
+    def prompt(self, frames: int = 0, text: int | None = None) -> Prompt:
+        """A prompt by its shapes, with one standard image, or with a video of so many frames."""
+        length = self.text_length() if text is None else text
+        if not frames:
+            return Prompt(self.pixels(), length)
+        if "video" not in self.tokens:
+            raise PrunelabError(f"{self.family} reads no videos; leave `frames` out")
+        return Prompt(self.video(frames), length, "video")
+
+    def shaped(self, given: Mapping[str, Any]) -> Prompt:
+        """The shapes of a prompt given as the model's forward takes it, for one image or video."""
+        modality = "video" if "pixel_values_videos" in given else "image"
+        names = inspect.signature(getattr(type(self.body), f"get_{modality}_features")).parameters
+        visual = int((given["input_ids"] == getattr(self.config, self.tokens[modality])).sum())
+        pixels = {name: value for name, value in given.items() if name in names}
+        return Prompt(pixels, given["input_ids"].shape[1] - visual, modality).to("meta")
+
+    def text_length(self) -> int:
+        """Text tokens of the standard prompt, within what the decoder has positions for."""
+        return min(64, self.decoder.config.max_position_embeddings // 16)
+
+    def cache_bytes(self, tokens: Sequence[float]) -> int:
+        config = self.decoder.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        entry = 2 * config.num_key_value_heads * head * self.decoder.embed_tokens.weight.element_size()
+        return round(sum(tokens) * entry)
+
+    # -- refusals ------------------------------------------------------------------------------------------------
+
+    def gives(self, site: Site) -> frozenset[str]:
+        known = self.signals[site.where]
+        if site.where == "input":
+            return known if site.layer else known - _DECODER
+        if self.tower() is None:
+            known = known - TOWER
+        return known if self.class_token else known - {"cls_row"}
+
+    def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
+        super().check(method, sites)
+        if any(kind != "full_attention" for kind in getattr(self.decoder.config, "layer_types", None) or ()):
+            raise PrunelabError(f"{self.family} prunes decoders of full attention only, this one has other layers")
+        layers = [site.layer for site in sites if site.where == "input"]
+        if len(set(layers)) < len(layers):
+            raise PrunelabError(f"{method.name} prunes twice before one layer; a decoder has one site a layer")
+
+    def check_plan(self, plan: Plan) -> None:
+        super().check_plan(plan if plan.layout is None else replace(plan, layout=None))
+        if plan.key_bias is not None:
+            raise PrunelabError(f"{self.family} carries no attention bias of tokens; turn the method's bias off")
+        if plan.reduce.outputs == 0:
+            raise PrunelabError("the plan leaves no token of the prompt; give a larger budget")
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def install(self, application: Application) -> Callable[[], None]:
+        removers: list[Callable[[], Any]] = []
+        self.recorders, self.encoded, self.stream = {}, {}, Stream()
+        try:
+            wanted = {s: application.method.requires(s) for s in application.sites}
+            if any(s.where != "input" and read & TOWER for s, read in wanted.items()):
+                self._record(-1, self.tower(), removers)
+            for site, read in wanted.items():
+                if site.where == "input" and read & _DECODER:
+                    self._record(site.layer - 1, self.blocks[site.layer - 1].self_attn, removers)
+            projector = getattr(self.body, "multi_modal_projector", None)
+            if projector is not None:
+                removers.append(projector.register_forward_hook(self._keep_features).remove)
+            for modality in self.tokens:
+                removers.append(self._watch_encoder(modality))
+            removers.append(self._watch_placeholders())
+            begin = self.body.register_forward_pre_hook(self._begin, with_kwargs=True)
+            removers.append(begin.remove)
+            removers.append(self.decoder.register_forward_pre_hook(self._enter(application), with_kwargs=True).remove)
+            for layer, block in enumerate(self.blocks):
+                hook = self._layer(application, layer)
+                removers.append(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        except BaseException:
+            run_all(removers)
+            raise
+        return lambda: run_all(removers)
+
+    def _record(self, key: int, module: Any, removers: list[Callable[[], Any]]) -> None:
+        self.recorders[key], stop = record(module)
+        removers.append(stop)
+
+    def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Which tokens of the input are visual."""
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
+        embeddings: Any = kwargs.get("inputs_embeds")
+        shown = SHOWN.get()
+        if not any(name.startswith("pixel_values") and v is not None for name, v in kwargs.items()):
+            given = kwargs.get("mm_encoder_outputs") or {}
+            self.encoded = {m: e for m, e in self.encoded.items() if shown is not None or e.gave(given.get(m))}
+        self.visual = {}
+        for modality, name in self.tokens.items():
+            token = getattr(self.config, name)
+            if shown is not None:
+                self.visual[modality] = shown if modality in self.encoded else torch.zeros_like(shown)
+            elif ids is not None:
+                self.visual[modality] = ids == token
+            else:
+                like = module.get_input_embeddings()(torch.tensor(token, device=embeddings.device))
+                self.visual[modality] = (embeddings == like).all(-1)
+
+    def _enter(self, application: Application) -> Callable[..., Any]:
+        sites = [s for s in application.sites if s.where != "input" or s.layer == 0]
+
+        def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
+                raise PrunelabError("tokens are pruned with a growing cache and a 2-D mask; leave cache_implementation")
+            if cache is not None and cache.get_seq_length() > 0:
+                return args, kwargs | self._resume(cache, kwargs)
+            return args, kwargs | self._prefill(application, sites, kwargs)
+
+        return hook
+
+    # -- prefill -------------------------------------------------------------------------------------------------
+
+    def _prefill(self, application: Application, sites: Sequence[Site], given: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments after everything that happens before its first layer."""
+        x, mask, positions = given["inputs_embeds"], given.get("attention_mask"), given.get("position_ids")
+        visual = functools.reduce(torch.logical_or, self.visual.values())
+        counts = visual.sum(1).tolist()
+        if not any(counts):
+            raise disagreement(0, 0)
+        valid = None if mask is None or x.device.type == "meta" or bool(mask.all()) else mask.bool()
+        if valid is None and len(set(counts)) > 1:
+            valid = torch.ones_like(visual)
+        batch, total = x.shape[:2]
+        self.stream = Stream(valid=valid)
+        self.prunable = visual.to(x.device)
+        self.text = total - max(counts)
+        self.places = torch.arange(total, device=x.device).expand(batch, -1)
+        self.full = self.places if positions is None else positions  # position ids [..., B, N] of the tokens at hand
+        self.full = self.full.expand(*self.full.shape[:-2], batch, -1)
+        end = following(self.full, valid)
+        self.shift = torch.zeros_like(end)
+        application.trace.ancestry = Ancestry(dict(self.encoded), dict(self.visual), [])
+        for site in sites:
+            x = (self._project if site.where == "projected" else self._cut)(application, site, x)
+        self.running = Pass([Held(0, self.places, self.stream.valid, self.shift)], end)
+        if not sites:
+            return {}
+        seen = self.stream.valid
+        if seen is None and x.device.type != "meta":  # a mask of ones: without, gaps between positions would be borders
+            seen = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return {"inputs_embeds": x, "position_ids": self.full, "attention_mask": None if seen is None else seen.long()}
+
+    def _cut(self, application: Application, site: Site, x: Tensor) -> Tensor:
+        """Carry out the method's plan on the sequence x [B, N, D]; everything that goes along with it follows."""
+        plan, signals = self.decide(application, site, x)
+        plan = replace(plan, reduce=padded_first(plan.reduce))
+        self.follow(application, site, plan, x)
+        y = application.method.refine(site, plan.reduce.apply(x), signals, plan)
+        seats, units = heaviest(plan.reduce, x.shape[1]), x.shape[1]
+        valid, before = self.stream.valid, signals.valid
+        self.prunable, self.places = self.prunable.gather(1, seats), self.places.gather(1, seats)
+        kept = self.full.gather(-1, seats.expand(*self.full.shape[:-1], -1))
+        if valid is not None:
+            self.prunable = self.prunable & valid
+        back = functools.partial(spread, plan.reduce, units=units)
+        application.trace.ancestry.steps.append((site, self.prunable, back))
+        if plan.positions == "renumber":
+            kept = closed(kept, valid)
+            self.shift = self.shift + following(self.full, before) - following(kept, valid)
+        self.full = kept
+        return y
+
+    def _layer(self, application: Application, layer: int) -> Callable[..., Any]:
+        sites = [s for s in application.sites if s.where == "input" and s.layer == layer and layer > 0]
+
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            cache = kwargs.get("past_key_values")
+            if layer == 0:
+                self.decoding = cache is not None and cache.get_seq_length() > 0
+                if cache is not None and not self.decoding:
+                    self.passes[cache] = self.running
+                    self.running.follow(cache)
+            if self.decoding:
+                return args, kwargs | self._recall(layer, args[0])
+            x = args[0]
+            for site in sites:
+                x = self._cut(application, site, x)
+                self.running.held.append(Held(layer, self.places, self.stream.valid, self.shift))
+            self._count_tokens(application, layer, x)
+            if len(self.running.held) > 1:
+                kwargs = kwargs | self._aids(x, kwargs)
+            return (x, *args[1:]), kwargs
+
+        return hook
+
+    def _aids(self, x: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        """Position table and mask of the tokens at hand, in place of those of the whole sequence."""
+        ids = given.get("position_ids")
+        return {
+            "position_embeddings": self.decoder.rotary_emb(x, self.axes(self.full)),
+            "position_ids": None if ids is None else self.full.view(-1, *self.full.shape[-2:])[0],
+            "attention_mask": self._mask(self.stream.valid, x, x.shape[1]),
+        }
+
+    def _mask(self, valid: Tensor | None, x: Tensor, rows: int) -> Tensor | None:
+        """Causal mask [B, 1, rows, K] in the form that the decoder's attention takes, for keys valid [B, K]."""
+        eager = self.decoder.config._attn_implementation == "eager"
+        if valid is None:
+            if not eager:
+                return None
+            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        keys = valid.shape[1]
+        causal = torch.ones(rows, keys, dtype=torch.bool, device=x.device).tril(keys - rows)
+        own = torch.zeros_like(causal).fill_diagonal_(True) if rows == keys else torch.zeros_like(causal)
+        seen = (causal & valid[:, None, None, :]) | own  # padding sees itself, so that no row is empty
+        return torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min) if eager else seen
+
+    def _count_tokens(self, application: Application, layer: int, x: Tensor) -> None:
+        trace, valid = application.trace, self.stream.valid
+        count = x.shape[0] * x.shape[1] if valid is None else int(valid.sum())
+        if layer == 0:
+            trace.samples += x.shape[0]
+        trace.attention[layer] += count
+        trace.mlp[layer] += count
+
+    # -- decoding ------------------------------------------------------------------------------------------------
+
+    def _resume(self, cache: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments for tokens behind a pruned prompt: the model masks and numbers them by the prompt as
+        it was, the first layer needs them by what it holds of it."""
+        if cache not in self.passes:
+            raise PrunelabError("this cache was filled without the method; run the prompt inside the `with` block")
+        if given["inputs_embeds"].shape[1] > 1 and any(bool(visual.any()) for visual in self.visual.values()):
+            raise PrunelabError("visual tokens come behind a cached prompt; give the whole prompt in one piece")
+        self.running = self.passes[cache]
+        first, x = self.running.held[0], given["inputs_embeds"]
+        later = cache.get_seq_length() - first.places.shape[1] + x.shape[1]  # tokens behind the prompt, these included
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        self.later = first.places.new_ones(len(x), later) if mask is None else mask[:, mask.shape[1] - later :]
+        if positions is None:
+            positions = self.running.end.unsqueeze(-1) + torch.arange(later - x.shape[1], later, device=x.device)
+        self.now = positions
+        if mask is not None or first.valid is not None:
+            mask = torch.cat([self._real(first).to(self.later.dtype), self.later], 1)
+        return {"attention_mask": mask, "position_ids": positions - first.shift.unsqueeze(-1)}
+
+    def _recall(self, layer: int, x: Tensor) -> dict[str, Any]:
+        """What a later layer that holds less of the prompt needs in place of that."""
+        held = [entry for entry in self.running.held if entry.layer <= layer][-1]
+        if held is self.running.held[0]:
+            return {}
+        full = held.valid is None and x.shape[1] == 1 and bool(self.later.all())
+        valid = None if full else torch.cat([self._real(held), self.later.bool()], 1)
+        aids: dict[str, Any] = {"attention_mask": self._mask(valid, x, x.shape[1])}
+        if held.shift is not self.running.held[0].shift:
+            positions = self.now - held.shift.unsqueeze(-1)
+            aids["position_embeddings"] = self.decoder.rotary_emb(x, self.axes(positions))
+        return aids
+
+    def _real(self, held: Held) -> Tensor:
+        return torch.ones_like(held.places, dtype=torch.bool) if held.valid is None else held.valid
+
+    # -- signals -------------------------------------------------------------------------------------------------
+
+    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
+        if site.where == "projected":
+            return self._projected_signals(application, site, x)
+        signals = super().signals_at(application, site, x)
+        valid = self.stream.valid
+        signals.prunable = self.prunable
+        shown = [modality for modality, visual in self.visual.items() if visual.any()]
+        signals.modality = shown[0] if len(shown) == 1 else None
+        signals.units = x.shape[1] - self.text if valid is None else int(self.prunable.sum(1).max())
+        return signals
+
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        return ()  # the sequence has text between its visual tokens, and newlines among them
+
+    def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
+        if site.where == "packed" or site.layer == 0:
+            return {name: functools.partial(self._from_tower, name, x) for name in TOWER}
+        recorder = self.recorders.get(site.layer - 1)
+        if recorder is None:
+            return {}
+        seen, valid = recorder, self.stream.valid
+
+        def last() -> Tensor:
+            if valid is None:
+                return torch.full((len(x), 1), x.shape[1] - 1, device=x.device)
+            return x.shape[1] - 1 - valid.flip(1).int().argmax(1, keepdim=True)
+
+        return {
+            "queries": seen.shown,
+            "keys": lambda: seen.keys,
+            "attention_logits": seen.logits,
+            "attention": seen.weights,
+            "last_row": lambda: seen.weights(last()).squeeze(2),
+            "received": lambda: attention.received(seen.weights(), valid),
+        }

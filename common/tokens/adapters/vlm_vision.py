@@ -1,0 +1,324 @@
+"""The side of an image or video language model before its decoder: what its encoder gave, and plans carried out on
+features before they are packed (site `projected`)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.common.core import attention
+from prunelab.common.core.attention_interface import Recorder
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, Site, take
+from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.adapters.base import Application, SequenceAdapter, Stream
+from prunelab.common.tokens.adapters.vlm_attribution import Masses, handed_back
+from prunelab.common.tokens.adapters.vlm_prompt import (
+    Encoded,
+    Fresh,
+    Span,
+    closed,
+    disagreement,
+    following,
+    grid_places,
+    in_packed_order,
+    newline_order,
+    spliced,
+)
+
+TOWER = frozenset({"cls_row", "received"})
+
+
+class VisionSide(SequenceAdapter):
+    """A model of transformers whose `model.get_image_features` (and `get_video_features`) feed a decoder."""
+
+    tokens: ClassVar[Mapping[str, str]] = {"image": "image_token_id"}  # placeholder of each modality, in the config
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        owner: Any = model
+        self.config: Any = owner.config
+        self.body: Any = owner.model
+        self.recorders: dict[int, Recorder] = {}  # by decoder layer; the tower's under -1
+        self.encoded: dict[str, Encoded] = {}
+        self.visual: dict[str, Tensor] = {}  # [B, N] bool by modality
+        self.features: Tensor | None = None  # [crops, patches, D] as they left the projector last
+        self.numbering = "original"  # the last projected plan's positions
+        self.full: Tensor  # [..., B, N] position ids of the tokens at hand
+        self.shift: Tensor  # [..., B] by how much later tokens are numbered lower than the model would number them
+        self.places: Tensor  # [B, N] place of each token in the prompt
+        self.prunable: Tensor  # [B, N] bool
+
+    # -- what a class of models fills in -------------------------------------------------------------------------
+
+    @abstractmethod
+    def pixels(self) -> dict[str, Any]:
+        """Meta-device arguments of the image encoder, for one standard image."""
+
+    def video(self, frames: int) -> dict[str, Any]:
+        """The same of the video encoder, for one video, where the class has such a one."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def packing(self, modality: str, given: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """How anything known of each image's patches, [crops, patches, C], takes the way that features take to the
+        decoder's sequence; `given` are the encoder's arguments."""
+
+    @abstractmethod
+    def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
+        """Crops of each image, or frames of each video."""
+
+    def crops(self, modality: str, given: Mapping[str, Any], output: Any) -> list[Tensor]:
+        """Features [crops, patches, D] of each image or video behind the projector and before packing."""
+        return [] if self.features is None else list(self.features.split(self.counts(modality, given)))
+
+    def newline(self, modality: str) -> tuple[Tensor, str] | None:
+        """The vector that separates rows of a plan's layout, and whether it comes behind each `row` or at the `end`."""
+        return None
+
+    def grid(self) -> tuple[int, int]:
+        """Patches of one crop or frame, by height and width."""
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return side, side
+
+    def crop_grids(self, modality: str, given: Mapping[str, Any], features: list[Tensor]) -> list[tuple[int, int]]:
+        """Height and width of each image's crops, in patches."""
+        return [self.grid()] * len(features)
+
+    def tower(self) -> Any | None:
+        """The tower's attention module at the layer whose output becomes features; None where it cannot be read."""
+        layer = self.config.vision_feature_layer
+        layers = [m for m in self.body.vision_tower.modules() if hasattr(m, "is_causal") and hasattr(m, "q_proj")]
+        if not isinstance(layer, int) or not layers:
+            return None
+        return layers[layer if layer < 0 else layer - 1]
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the tower puts a class token before its patches."""
+        return self.config.vision_feature_select_strategy == "default"
+
+    # -- the encoder ---------------------------------------------------------------------------------------------
+
+    def _watch_encoder(self, modality: str) -> Callable[[], Any]:
+        """Notes how each batch of images or videos was packed. The encoder is a method of the model that `generate`
+        calls by itself, so it is wrapped on the instance, where hooks do not reach."""
+        name = f"get_{modality}_features"
+        original = getattr(self.body, name)
+
+        @functools.wraps(original)
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            counts = self.counts(modality, given)
+            if not counts or min(counts) < 1:
+                part = "video without a frame" if modality == "video" else "prompt's images without pixels"
+                raise PrunelabError(f"the model was given a {part}; give at least one")
+            self.features = None
+            output = original(*args, **kwargs)
+            pack = self.packing(modality, given)
+            seen = copy.copy(self.recorders[-1]) if -1 in self.recorders else None
+            features = self.crops(modality, given, output)
+            lengths = [len(tokens) for tokens in output.pooler_output]
+            grids, first = self.crop_grids(modality, given, features), output.pooler_output[0]
+            self.encoded[modality] = Encoded(lengths, features, pack, grids, seen, first)
+            return output
+
+        setattr(self.body, name, encode)
+        return lambda: delattr(self.body, name)
+
+    def _watch_placeholders(self) -> Callable[[], Any]:
+        """Says in one line how many placeholders a prompt lacks, where the model would raise an error of its own."""
+        name = "get_placeholder_mask"
+        original = getattr(self.body, name)
+
+        @functools.wraps(original)
+        def match(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            ids = given.get("input_ids")
+            for modality, token in self.tokens.items():
+                features = given.get(f"{modality}_features")
+                placeholders = None if ids is None else int((ids == getattr(self.config, token)).sum())
+                if features is not None and placeholders is not None and placeholders != len(features):
+                    raise disagreement(placeholders, len(features))
+            return original(*args, **kwargs)
+
+        setattr(self.body, name, match)
+        return lambda: delattr(self.body, name)
+
+    def _keep_features(self, module: Any, args: Any, output: Tensor) -> None:
+        self.features = output
+
+    def _patch_attention(self, name: str, encoded: Encoded) -> Tensor:
+        """[crops, patches, H] attention that the tower's class token, or all its tokens together, pay to each patch."""
+        seen = encoded.seen
+        assert seen is not None  # recorded wherever such a signal is required
+        first = 1 if self.class_token else 0
+        if name == "received":
+            return attention.received(seen.weights())[..., first:].transpose(1, 2)
+        row = torch.zeros(len(seen.shown()), 1, dtype=torch.long, device=seen.shown().device)
+        return seen.weights(row).squeeze(2)[..., first:].transpose(1, 2)
+
+    def _from_tower(self, name: str, x: Tensor) -> Tensor:
+        """The same [B, H, N] for what became each token of the sequence: it is packed as features are. Text and
+        newlines get none."""
+        if not self.encoded:
+            raise PrunelabError(f"'{name}' is read off the image encoder; give the model pixels, not features")
+        out: Tensor | None = None
+        for modality, encoded in self.encoded.items():
+            visual = self.visual[modality]
+            counts = [len(features) for features in encoded.features]
+            images = encoded.pack(self._patch_attention(name, encoded).split(counts))
+            owners = encoded.owners(visual.sum(1).tolist())
+            if out is None:
+                out = x.new_zeros(*visual.shape, images[0].shape[-1])
+            for row, (places, own) in enumerate(zip(visual, owners, strict=True)):
+                if own:
+                    spots = places.nonzero().squeeze(1).to(out.device)
+                    out[row] = out[row].index_copy(0, spots, torch.cat([images[i] for i in own]).to(out))
+        assert out is not None
+        return take(out, self.places).transpose(1, 2)
+
+    # -- plans before packing ------------------------------------------------------------------------------------
+
+    def _project(self, application: Application, site: Site, x: Tensor) -> Tensor:
+        """Carry out the method's plans on the features of every image or video, in place of its packed tokens in the
+        sequence x [B, N, D]. Images of one size are decided on together, copies of a sample only once."""
+        if site.index == 0:
+            application.trace.origins.clear()
+        batch, total = x.shape[:2]
+        pool, size = [x.flatten(0, 1)], batch * total  # what the new sequence is made of: the old one, then new tokens
+        spans: list[list[Span]] = [[] for _ in range(batch)]
+        backs: list[tuple[str, Callable[[Tensor], Tensor]]] = []
+        for modality, visual in self.visual.items():
+            counts = visual.sum(1).tolist()
+            if not any(counts):
+                continue
+            encoded = self.encoded.get(modality)
+            if encoded is None or not encoded.features:
+                raise PrunelabError("the model was given packed features; give it pixels to prune what is projected")
+            fresh = []
+            for image in self._project_images(application, site, modality, encoded):
+                pool.append(image.tokens.to(x))
+                fresh.append((torch.arange(size, size + len(image.tokens), device=x.device), image.seats))
+                size += len(image.tokens)
+                backs.append((modality, image.back))
+            for sample, own in enumerate(encoded.owners(counts)):
+                places = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
+                spans[sample] += [Span(place, *fresh[i]) for place, i in zip(places, own, strict=True)]
+        valid, visible = self.stream.valid, functools.reduce(torch.logical_or, self.visual.values())
+        made = []
+        for sample in range(batch):
+            text = ~visible[sample] if valid is None else ~visible[sample] & valid[sample].to(visible.device)
+            words = text.nonzero().squeeze(1)
+            made.append(spliced(words, words.to(x.device) + sample * total, spans[sample], visible.device))
+        longest = max(len(rows) for rows, _ in made)
+        rows, self.places = (
+            torch.stack([nn.functional.pad(part, (longest - len(part), 0)) for part in parts])
+            for parts in zip(*made, strict=True)
+        )
+        start = torch.tensor([longest - len(part) for part, _ in made], device=x.device)
+        kept = (
+            torch.arange(longest, device=x.device) >= start.unsqueeze(1) if len({len(r) for r, _ in made}) > 1 else None
+        )
+        self.prunable = rows >= batch * total
+        lengths = [len(tokens) for tokens in pool]
+
+        def root(mass: Tensor) -> Masses:
+            parts = torch.zeros(size).scatter_add(0, rows.flatten().cpu(), mass.flatten()).split(lengths)[1:]
+            found: Masses = {}
+            for (modality, back), part in zip(backs, parts, strict=True):
+                found.setdefault(modality, []).append(back(part))
+            return found
+
+        application.trace.ancestry.steps.append((site, self.prunable, lambda mass: mass))
+        application.trace.ancestry.root = root
+        positions = self.full.gather(-1, self.places.expand(*self.full.shape[:-1], -1))
+        if self.numbering == "renumber":
+            positions = closed(positions, kept)
+            self.shift = self.shift + following(self.full, valid) - following(positions, kept)
+        self.full = positions
+        self.stream = Stream(valid=kept, origin=self.places, carry=self.stream.carry)
+        return torch.cat(pool).index_select(0, rows.flatten()).view(batch, longest, -1)
+
+    def _project_images(self, application: Application, site: Site, modality: str, encoded: Encoded) -> list[Fresh]:
+        """What the method's plans make of each image."""
+        shapes = [features.shape for features in encoded.features]
+        bounds = torch.tensor([0, *(shape[0] for shape in shapes)]).cumsum(0).tolist()
+        made: dict[int, Fresh] = {}
+        orders, newlines = encoded.order(), encoded.newlines()
+        read = [length - breaks for length, breaks in zip(encoded.lengths, newlines, strict=True)]
+        keys = list(zip(shapes, encoded.grids, read, strict=True))
+        for group in dict.fromkeys(keys):
+            images = [i for i, key in enumerate(keys) if key == group]
+            x = torch.stack([encoded.features[i].flatten(0, 1) for i in images])  # [G, crops * patches, D]
+            crops = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in images])
+            self.group = (modality, encoded, crops, (group[1],) * group[0][0], group[2])
+            plan, signals = self.decide(application, site, x)
+            tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
+            if isinstance(plan.reduce, Gather):
+                kept = plan.reduce.index
+                valid = plan.reduce.valid
+                application.trace.origins.append((site, kept if valid is None else kept.masked_fill(~valid, -1)))
+            self.numbering = plan.positions
+            for g, image in enumerate(images):
+                real = slice(None) if plan.reduce.valid is None else plan.reduce.valid[g]
+                own, order = tokens[g][real], orders[image]
+                turn, seats = torch.arange(len(own), device=own.device), None
+                bare = plan.layout is not None and bool((plan.layout < 0).all())
+                newline = self.newline(modality)
+                if isinstance(plan.reduce, Gather) and order is not None and (plan.layout is None or bare):
+                    rows = newline is not None and not bare
+                    turn, seats = in_packed_order(plan.reduce.index[g][real], order, x.shape[1], rows)
+                elif newline is not None and not bare and plan.layout is None and own.device.type == "meta":
+                    most = newlines[image]  # which rows hold a token is in the values; as many as can are taken to
+                    turn = turn.new_empty(len(own) + min(most, len(own)))
+                elif newline is not None and not bare:
+                    place = None if plan.layout is None else plan.layout[g][real]
+                    if place is None and isinstance(plan.reduce, Gather) and modality == "video":
+                        place = grid_places(plan.reduce.index[g][real], group[1])
+                    turn = newline_order(len(own), place, newline[1], own.device)
+                if plan.positions == "original" and seats is None:
+                    raise PrunelabError(
+                        f"{application.method.name} makes tokens that have no place in the packed sequence; let it"
+                        " number them anew (positions='renumber')"
+                    )
+                if newline is not None:
+                    own = torch.cat([own, newline[0].to(own).unsqueeze(0)])  # where `turn` is -1
+                back = functools.partial(handed_back, turn=turn, reduce=plan.reduce, row=g, shape=shapes[image][:2])
+                made[image] = Fresh(own[turn], seats, back)
+        return [made[image] for image in range(len(shapes))]
+
+    def _projected_signals(self, application: Application, site: Site, x: Tensor) -> Signals:
+        modality, encoded, crops, grids, packed = self.group
+
+        def tower(name: str) -> Tensor:
+            patches = self._patch_attention(name, encoded)[crops]  # [G * crops, patches, H]
+            return patches.reshape(len(x), x.shape[1], -1).transpose(1, 2)
+
+        return Signals(
+            {
+                "hidden": lambda: x,
+                "sizes": lambda: x.new_ones(x.shape[:2], dtype=torch.float32),
+                **{name: functools.partial(tower, name) for name in TOWER},
+            },
+            prunable=torch.ones(x.shape[:2], dtype=torch.bool, device=x.device),
+            units=x.shape[1],
+            info=self.info,
+            rng=application.rng(x.device),
+            required=application.method.requires(site),
+            services=application.services,
+            parts=application.parts,
+            places=torch.arange(x.shape[1], device=x.device).expand(len(x), -1),
+            grids=grids,
+            modality=modality,
+            packed=packed,
+            carry=self.stream.carry,
+        )

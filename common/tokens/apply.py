@@ -1,0 +1,178 @@
+"""Token pruners at work on a running model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import ModelInfo, Report, Site
+from prunelab.common.costs.meter import flops, on_meta
+from prunelab.common.costs.meter import macs as macs_of
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.adapters.base import Adapter, Application, Trace
+from prunelab.common.tokens.role import TokenPruner
+
+PARTS = "pruning_parts"  # name of the learned parts among the model's modules while a method is applied
+
+
+class Handle:
+    """A method at work on a model. `report()` may be read inside the `with` block or after it."""
+
+    def __init__(self, adapter: Adapter, application: Application) -> None:
+        self.adapter = adapter
+        self.application = application
+        self._remove: Callable[[], None] | None = None
+
+    def start(self) -> None:
+        """Put the hooks in."""
+        self._remove = self.adapter.install(self.application)
+
+    def stop(self) -> None:
+        """Take every hook out; harmless where none is in."""
+        remove, self._remove = self._remove, None
+        if remove is not None:
+            remove()
+
+    def kept(self) -> list[tuple[Site, Tensor]]:
+        """For the last batch: at each site the places [B, K] in the full sequence of the tokens that went on
+        (-1 marks padding). Sites behind a merge are left out, since their tokens have no single place."""
+        return list(self.application.trace.origins)
+
+    def macs(self, example: Any = None) -> float:
+        """MACs of one sample, scoring included; see `report`."""
+        return self._measure(self._example(example))[0]
+
+    def report(self, example: Any = None) -> Report:
+        """Tokens a layer and MACs a sample. Needs no forward pass, except for methods whose counts depend on the
+        input, which are costed at the mean counts seen so far. `example` replaces the model's standard input."""
+        example, seen = self._example(example), self.application.trace
+        macs, meter = self._measure(example)
+        counted = seen if seen.samples else meter
+        n = counted.samples
+        return Report(
+            tokens=tuple((a / n, m / n) for a, m in zip(counted.attention, counted.mlp, strict=True)),
+            macs=macs,
+            scoring_macs=meter.scoring_flops / 2,
+            dense_macs=self._unhooked(lambda: macs_of(self.adapter.model, example)),
+            samples=seen.samples,
+            cache_bytes=self.adapter.cache_bytes([a / n for a in counted.attention]),
+        )
+
+    def _example(self, given: Any) -> Any:
+        if self.application.method.adaptive and not self.application.trace.samples:
+            name = self.application.method.name
+            raise PrunelabError(f"{name} keeps as many tokens as the input asks for; run the model first")
+        return self.adapter.example() if given is None else given.to("meta")
+
+    def _measure(self, example: Any) -> tuple[float, Trace]:
+        """MACs on the meta device and the trace of that pass, with hooks of its own in place of the handle's."""
+        seen, model = self.application.trace, self.adapter.model
+        meter = Trace(
+            [0.0] * len(seen.mlp),
+            [0.0] * len(seen.mlp),
+            measured=seen if self.application.method.adaptive else None,
+        )
+
+        def count() -> float:
+            remove = self.adapter.install(replace(self.application, trace=meter))
+            try:
+                return flops(lambda: on_meta(model, example), meter) / 2
+            finally:
+                remove()
+
+        return self._unhooked(count), meter
+
+    def _unhooked(self, count: Callable[[], float]) -> float:
+        active = self._remove is not None
+        self.stop()
+        try:
+            return count()
+        finally:
+            if active:
+                self.start()
+
+
+def _seeded(seed: int) -> Callable[[torch.device], torch.Generator | None]:
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def rng(device: torch.device) -> torch.Generator | None:
+        if device.type == "meta":
+            return None
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        return generators[device]
+
+    return rng
+
+
+@contextmanager
+def applied(
+    method: TokenPruner,
+    model: nn.Module,
+    budget: Budget | float,
+    *,
+    services: Mapping[str, Any] | None = None,
+    parts: nn.Module | None = None,
+    seed: int = 0,
+) -> Iterator[Handle]:
+    """Prune the tokens of every forward pass inside the block; see `prunelab.apply`."""
+    missing = set(method.services) - set(services or {})
+    if missing:
+        raise PrunelabError(f"{method.name} needs the services {', '.join(sorted(missing))}; pass services={{...}}")
+    budget = budget if isinstance(budget, Budget) else Budget(budget)
+    adapter = adapter_for(model)
+    info = adapter.info
+    sites = [replace(site, index=i) for i, site in enumerate(method.sites(info))]
+    adapter.check(method, sites)
+    own = getattr(model, PARTS, None)
+    used = _parts(method, info, parts, own)
+    for site in sites:
+        budget.at(site.index)
+    if len(budget.amounts) > max(1, len(sites)):
+        raise PrunelabError(f"the budget names {len(budget.amounts)} amounts but {method.name} has {len(sites)} sites")
+    if getattr(model, "_prunelab_method", None):
+        raise PrunelabError(f"this model already runs {model._prunelab_method}; leave that `with` block first")
+    trace = Trace([0.0] * info.depth, [0.0] * info.depth)
+    application = Application(method, budget, sites, trace, _seeded(seed), services or {}, used)
+    handle = Handle(adapter, application)
+    handle.start()
+    object.__setattr__(model, "_prunelab_method", method.name)
+    if parts is not None:
+        model.add_module(PARTS, parts)
+    try:
+        yield handle
+    finally:
+        handle.stop()
+        object.__delattr__(model, "_prunelab_method")
+        if own is not None:
+            model.add_module(PARTS, own)
+        else:
+            model._modules.pop(PARTS, None)
+
+
+def _parts(method: TokenPruner, info: ModelInfo, given: nn.Module | None, own: nn.Module | None) -> nn.Module | None:
+    """The learned parts to use: those given, else the model's own. Refuses parts that are missing or do not fit."""
+    with torch.device("meta"):
+        built = method.build(info)
+    if built is None:
+        if given is not None:
+            raise PrunelabError(f"{method.name} has no learned parts; leave `parts` out")
+        return None
+    parts = own if given is None else given
+    if parts is None:
+        raise PrunelabError(
+            f"{method.name} has learned parts; pass parts=method.build(info) with trained weights, see its README"
+        )
+    wanted = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in parts.state_dict().items()}
+    if wanted != found:
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise PrunelabError(f"the parts do not fit {method.name} on this model: {', '.join(wrong[:8])}")
+    return parts

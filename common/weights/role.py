@@ -1,0 +1,81 @@
+"""The role of methods that prune weights, heads, channels, experts or layers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.method import Method
+from prunelab.common.weights import masks
+from prunelab.common.weights.targets import Accumulator, Decision, Kind, Probe, Statistics, Target, WeightSignals
+
+
+class WeightPruner(Method):
+    """Prunes weights, heads, channels, experts or layers: calibrate, score, allocate, mask, update.
+
+    A `sequential` method decides block by block on a stream the earlier, pruned blocks gave: `solve` is its heart.
+    Any other scores every target on the dense model's stream first and then decides on all together: `select`.
+    """
+
+    role: ClassVar[str] = "weight_pruner"
+    needs_base: ClassVar[bool] = False  # prunes what fine-tuning changed, and reads the model before it
+
+    @property
+    def sequential(self) -> bool:
+        """Whether blocks are decided one after the other."""
+        return True
+
+    def kinds(self) -> Sequence[Kind]:
+        """What the method prunes."""
+        return ("linear",)
+
+    def covers(self, target: Target) -> bool:
+        """Whether the method touches a target of its kinds."""
+        return True
+
+    def statistics(self, kind: Kind) -> Mapping[str, Callable[[Target], Accumulator]]:
+        """What is accumulated over the calibration set at each target of a kind, by name."""
+        return {}
+
+    def survey(self, probe: Probe) -> Mapping[str, Statistics]:
+        """Further statistics, by target and name, measured once on the whole dense model (gradients, losses)."""
+        return {}
+
+    @abstractmethod
+    def score(self, target: Target, signals: WeightSignals) -> Tensor:
+        """Importance of every unit, of the target's shape, larger is better."""
+
+    def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
+        """The budget of every target; by default the same for all, or one amount a block. The signals of a sequential
+        method hold what `survey` found, the others' everything."""
+        return [budget.at(target.block) for target in targets]
+
+    def mask(self, target: Target, scores: Tensor, budget: Budget) -> Tensor:
+        """Mask of what stays, of the target's shape: by default the best of each row, or the best structures."""
+        return masks.per_row(scores, budget)
+
+    def update(self, target: Target, signals: WeightSignals, mask: Tensor) -> Mapping[str, Tensor]:
+        """New values by role, for methods that make up for what was taken away."""
+        return {}
+
+    def solve(self, target: Target, signals: WeightSignals, budget: Budget) -> Decision:
+        """A sequential method's decision on one target. Methods that choose and update at once override this."""
+        scores = self.score(target, signals)
+        masks.refuse_nan(scores, target.name)
+        mask = self.mask(target, scores, budget)
+        return Decision(mask, self.update(target, signals, mask))
+
+    def select(
+        self, targets: Sequence[Target], signals: Sequence[WeightSignals], scores: Sequence[Tensor], budget: Budget
+    ) -> Sequence[Tensor]:
+        """The masks of all targets at once. Methods that compare scores across targets override this; layers are
+        compared by default."""
+        if all(target.kind == "layers" for target in targets):
+            return list(masks.per_row(torch.cat(list(scores)), budget).split(1))
+        budgets = self.allocate(targets, signals, budget)
+        return [self.mask(t, s, b) for t, s, b in zip(targets, scores, budgets, strict=True)]

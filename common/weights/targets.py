@@ -1,0 +1,195 @@
+"""What weight pruning speaks of: targets, what a target lets a method see, and what the method decided.
+
+Shape letters here: T tokens of one calibration sequence, C channels a module reads, D width of the residual stream,
+E experts, k experts a token is sent to.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+
+Kind = Literal["linear", "heads", "channels", "experts", "layers", "tensor"]
+Statistics = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A part of a model whose units can be pruned.
+
+    kind:   `linear` has single weights as units, `heads` key-value groups of attention (with plain multi-head
+            attention these are the heads), `channels` intermediate channels of an MLP, `experts` and `layers` what
+            they say, `tensor` the entries of any other parameter;
+    name:   unique in the model, and the same in every model of its architecture;
+    block:  index of the block it lies in, -1 outside of all;
+    role:   its place in the block (`self_attn.q_proj`, or the kind for structures);
+    shape:  shape of scores and mask: that of the weight, [out, in], or [units];
+    size:   parameters one unit holds;
+    span:   consecutive input channels one unit covers (head size times query heads of a group; 1 for channels);
+    source: targets of equal source read the same input;
+    expert: index of the expert a `linear` target belongs to, -1 for none;
+    least:  units the model cannot do without (of experts, as many as a token is sent to).
+    """
+
+    kind: Kind
+    name: str
+    block: int
+    role: str
+    shape: tuple[int, ...]
+    size: int = 1
+    span: int = 1
+    source: str = ""
+    expert: int = -1
+    least: int = 1
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return math.prod(self.shape)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all units."""
+        return self.units * self.size
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How one sequence went through a mixture of experts.
+
+    residual [T, D] enters the mixture's norm, logits [T, E] are the router's, chosen [T, k] the experts of each token
+    and gates [T, k] their final weights, routed [T, D] the weighted sum of what they gave (shared experts apart).
+    """
+
+    residual: Tensor
+    logits: Tensor
+    chosen: Tensor
+    gates: Tensor
+    routed: Tensor
+    expert: Callable[[int, Tensor], Tensor] = field(repr=False)
+
+    def outputs(self, index: int, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [n] sent to an expert, the slot [n] of each among its k choices, and the expert's unweighted outputs
+        [n, D] for them; inputs [T, D] are the mixture's."""
+        token, slot = torch.where(self.chosen == index)
+        return token, slot, self.expert(index, inputs[token])
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One calibration sequence at one target.
+
+    inputs [T, C]: what the target reads: the linear's input; for heads the output projection's, for channels the down
+    projection's, for experts the mixture's normed input, for layers the block's. Linears of an expert read only the
+    tokens sent to it, so that T may be 0. before and after [T, D]: the block's hidden states. tokens: the sequence
+    itself, as it was given. weights as in `WeightSignals`.
+    """
+
+    inputs: Tensor
+    weights: Mapping[str, Tensor]
+    before: Tensor
+    after: Tensor
+    tokens: Tensor
+    routing: Routing | None = None
+
+
+class Accumulator(ABC):
+    """A statistic that grows with every calibration sequence.
+
+    shared: it reads `inputs` alone, so that targets of one source can share it.
+    """
+
+    shared: ClassVar[bool] = False
+
+    @abstractmethod
+    def update(self, observed: Any) -> None:
+        """Take in one sequence: an `Observation`, or in a gradient pass the gradient of the target's weight."""
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The statistic."""
+
+
+@dataclass(frozen=True)
+class WeightSignals:
+    """What a target lets a method see.
+
+    weights: the model's own tensors by role, to read and never to write: `weight` of a linear [out, in]; `q` `k` `v`
+        `o` of heads; `gate` `up` `down` of channels (no `gate` in a plain MLP); `gate_up` [E, 2I, D], `down`
+        [E, D, I] and `router` [E, D] of experts; `weight` of other tensors; biases, where there are any, as `o.bias`;
+    statistics: by the names under which the method asked for them;
+    base: the same tensors in the model before fine-tuning, where `prune` was given one;
+    rng: draws that depend on the seed and the target alone.
+    """
+
+    weights: Mapping[str, Tensor]
+    statistics: Statistics = field(default_factory=dict)
+    base: Mapping[str, Tensor] | None = None
+    rng: torch.Generator | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of a linear or tensor target."""
+        return self.weights["weight"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A statistic."""
+        if name not in self.statistics:
+            raise PrunelabError(f"the statistic '{name}' was not asked for; name it in statistics() or survey()")
+        return self.statistics[name]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a target: mask, True where a unit stays, and new values by the roles of `WeightSignals.weights`.
+
+    Values have the unpruned size, the mask cuts them; a bias named there is created where the model has none. Where
+    `whole`, the mask tells which changes of fine-tuning stay, and the values stand for all entries as they are.
+    """
+
+    mask: Tensor
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: bool = False
+
+    @cached_property
+    def kept(self) -> int:
+        """Number of units that stay."""
+        return int(self.mask.sum())
+
+
+class Probe(Protocol):
+    """The whole unpruned model, for methods that measure it before the calibration set streams through its blocks."""
+
+    targets: Sequence[Target]
+    samples: Sequence[Tensor]
+    budget: Budget
+
+    def signals(self, target: Target) -> WeightSignals:
+        """What the method may see of a target before anything is measured, with the draws it will see later."""
+
+    def statistics(
+        self, wanted: Mapping[Kind, Mapping[str, Callable[[Target], Accumulator]]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Statistics by target and name of the dense model's stream, asked for by kind and name."""
+
+    def gradients(self, factories: Mapping[str, Callable[[Target], Accumulator]]) -> dict[str, dict[str, Tensor]]:
+        """Statistics by target and name of the loss gradients of each linear's weight, one backward pass a sequence."""
+
+    def loss(self, sample: Tensor) -> Tensor:
+        """The model's own loss on one sequence."""
+
+    def logits(self, sample: Tensor) -> Tensor:
+        """The model's logits [T, V] on one sequence."""
+
+    def weights(self, target: Target) -> Mapping[str, Tensor]:
+        """The target's tensors; here they may be perturbed, and must be put back."""

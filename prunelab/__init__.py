@@ -1,0 +1,1 @@
+"""Pruning methods behind one interface, with every number a paper reports beside its reproduction."""

@@ -1,0 +1,3 @@
+from prunelab.common.cli import main
+
+main()

@@ -1,0 +1,117 @@
+"""Words, sentences, idf and similarity."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.ranking import text
+from prunelab.common.ranking.text import Background, Similarity, threshold_graph
+
+corpora = st.lists(st.lists(st.sampled_from(list("abcdef")), max_size=8), min_size=1, max_size=9)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("Don't re-use 3.5 cars, Zoë!", ["don't", "re-use", "3.5", "cars", "zoë"]),
+        ("U.S. -- 40,000 (x_y)", ["u", "s", "40,000", "x", "y"]),
+        ("  ...  ", []),
+    ],
+)
+def test_words(sentence: str, expected: list[str]) -> None:
+    assert text.words(sentence) == expected
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        ["Dr. Smith met J. R. Ewing at 3.30 p.m. yesterday.", "It rained."],
+        ["See Fig. 3, i.e. the left one, e.g. Tom's.", "“Well?”", "She left... and came back!", "(Yes.)", "So"],
+        ["The U.S. Army moved.", "He lives in the U.S.", "The end."],
+        ["Version 2.0 is out.", "2024 was good."],
+    ],
+)
+def test_sentences(expected: list[str]) -> None:
+    assert text.sentences("\n".join(expected)) == expected
+
+
+def test_blank_line_ends_a_sentence() -> None:
+    assert text.sentences("A heading\n\nand  a\nline") == ["A heading", "and a line"]
+    assert text.sentences(" \n ") == []
+
+
+@given(st.text(max_size=200))
+def test_sentences_lose_nothing(raw: str) -> None:
+    assert " ".join(text.sentences(raw)).split() == raw.split()
+
+
+def test_idf() -> None:
+    corpus = Background.from_texts(["the cat", "the dog the dog", "", "the bird"])
+    np.testing.assert_allclose(corpus.idf(["the", "dog", "fish"]), [0, math.log(3), math.log(3)])
+    assert corpus.idf(["fish"], unseen=1.0)[0] == 1
+    with pytest.raises(PrunelabError, match="at least one document"):
+        Background.of([[]])
+
+
+def cosine(x: list[str], y: list[str], idf: dict[str, float]) -> float:
+    """The paper's formula, word by word."""
+    a, b = Counter(x), Counter(y)
+    norms = [math.sqrt(sum((n * idf[w]) ** 2 for w, n in c.items())) for c in (a, b)]
+    return sum(a[w] * b[w] * idf[w] ** 2 for w in a) / math.prod(norms) if all(norms) else 0.0
+
+
+@given(corpora, st.floats(0, 0.95))
+def test_operator_graph_and_formula_agree(corpus: list[list[str]], threshold: float) -> None:
+    counts, vocabulary = text.term_counts(corpus)
+    idf = Background.of([*corpus, ["x"]]).idf(vocabulary)
+    similarity = Similarity.of(counts, idf)
+    dense = similarity.dense()
+    table = dict(zip(vocabulary, idf.tolist(), strict=True))
+    expected = [[1.0 if i == j else cosine(x, y, table) for j, y in enumerate(corpus)] for i, x in enumerate(corpus)]
+    np.testing.assert_allclose(dense, expected, atol=1e-12)
+    assert (dense.diagonal() == 1).all()
+    v = np.linspace(-1, 2, len(corpus))
+    np.testing.assert_allclose(similarity @ v, dense @ v, atol=1e-12)
+    np.testing.assert_allclose(similarity.cosines(0, list(range(len(corpus)))), dense[0], atol=1e-12)
+    if (abs(dense - threshold) > 1e-9).all():
+        assert (similarity.graph(threshold).toarray() == threshold_graph(dense, threshold).toarray()).all()
+
+
+def test_blocks_and_single_precision_give_the_same_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    corpus = [[f"w{int(w)}" for w in rng.zipf(1.6, 12).clip(max=400)] for _ in range(300)]
+    counts, vocabulary = text.term_counts(corpus)
+    similarity = Similarity.of(counts, Background.of(corpus).idf(vocabulary))
+    expected = threshold_graph(similarity.dense(), 0.1).toarray()
+    assert 300 < expected.sum() < 300**2
+    for block in (2**25, 7 * 300):
+        monkeypatch.setattr(text, "_BLOCK", block)
+        graph = similarity.graph(0.1)
+        assert (graph.toarray() == expected).all()
+        assert set(graph.data.tolist()) == {1}
+
+
+def test_empty_sentences_are_linked_to_themselves_alone() -> None:
+    counts, vocabulary = text.term_counts([[], ["the"], ["the"], ["a", "the"]])
+    idf = np.array([0.0, 1.0])
+    assert vocabulary == ["the", "a"]
+    np.testing.assert_array_equal(Similarity.of(counts, idf).dense(), np.eye(4))
+    np.testing.assert_array_equal(Similarity.of(counts, idf, self_links=False).dense(), np.diag([0, 0, 0, 1]))
+
+
+def test_graph_is_strict() -> None:
+    counts, _ = text.term_counts([["a"], ["b"], ["a", "b"]])
+    assert Similarity.of(counts, np.ones(2)).graph(0.0).toarray().tolist() == [[1, 0, 1], [0, 1, 1], [1, 1, 1]]
+
+
+def test_threshold_is_strict_in_the_matrix_own_precision() -> None:
+    printed = np.array([[1, 0.2], [0.2, 1]], np.float32)
+    assert threshold_graph(printed, 0.2).nnz == 2
+    assert threshold_graph(printed, 0.19).nnz == 4

@@ -1,0 +1,110 @@
+"""Zero-shot tasks: what is asked of lm-evaluation-harness and what is made of its answer. The harness itself is an
+extra, so that a stub with its interface stands in for it."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments.run import Run
+from prunelab.common.tasks import perplexity, zero_shot
+
+SUITE = {"tasks": ["boolq", "piqa"], "average": ["boolq acc", "piqa acc_norm"], "shots": 0}
+STORIES = {"loader": "stories", "folder": "lm", "file": "stories.json"}
+RESULTS = {  # as the harness gives them: a name of the task among metrics, errors that may be text
+    "boolq": {"alias": "boolq", "acc,none": 0.75, "acc_stderr,none": 0.01},
+    "piqa": {"acc,none": 0.5, "acc_stderr,none": "N/A", "acc_norm,none": 0.625, "acc_norm_stderr,none": 0.02},
+    "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.012},
+    "longbench_trec": {"classification_score,none": 0.5, "classification_score_stderr,none": 0.05},
+    "wikitext": {"word_perplexity,none": 9.0, "word_perplexity_stderr,none": "N/A"},
+}
+
+
+class HFLM:
+    """The parts of the harness's wrapper that are used; it takes no others (lm_eval 0.4.13, models/huggingface.py)."""
+
+    def __init__(self, pretrained, backend="default", tokenizer=None, device="cuda", batch_size=1):
+        self.model, self.tokenizer, self.batch_size = pretrained, tokenizer, batch_size
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """What the harness was asked, call by call."""
+    calls = []
+
+    def simple_evaluate(
+        model, model_args=None, tasks=None, num_fewshot=None, batch_size=None, max_batch_size=None, device=None,
+        use_cache=None, limit=None, bootstrap_iters=100000, check_integrity=False, write_out=False, log_samples=True,
+    ):  # fmt: skip
+        calls.append({"model": model, "tasks": tasks, "num_fewshot": num_fewshot, "limit": limit})
+        calls[-1]["at work"] = getattr(model.model, "_prunelab_method", None)
+        return {"results": RESULTS, "configs": {}}
+
+    stub, wrappers, wrapper = (ModuleType(f"lm_eval{part}") for part in ("", ".models", ".models.huggingface"))
+    stub.simple_evaluate, stub.__version__, wrapper.HFLM = simple_evaluate, "0.4.13", HFLM
+    for module in (stub, wrappers, wrapper):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+    monkeypatch.setattr(zero_shot.models, "language", lambda identity, config: (model, "tokenizer"))
+    drawn = [torch.randint(64, (6,)) for _ in range(3)]
+    monkeypatch.setattr(perplexity.texts, "windows", lambda *arguments: drawn)
+    return model
+
+
+def run(method=None, budget=None, **settings):
+    ids = {"model": {"hub": "some/where"}, "calibration": STORIES}
+    return Run("zero_shot", "paper", method, {}, budget, {**SUITE, "length": 6, "calibration": 3, **settings}, ids)
+
+
+def test_accuracies_come_back_as_percent_with_their_average(harness, tiny):
+    found = zero_shot.execute(run(), {})
+    assert found["boolq acc"]["value"] == 75 and found["boolq acc"]["stderr"] == 1
+    assert found["piqa acc_norm"]["value"] == 62.5 and "stderr" not in found["piqa acc"]
+    assert found["gsm8k exact_match,strict-match"]["value"] == 25
+    assert found["longbench_trec classification_score"]["value"] == 50
+    assert found["average"]["value"] == 68.75
+    assert not any("perplexity" in name or "alias" in name for name in found)
+    assert all(found[name]["protocol"] == "lm-evaluation-harness 0.4.13" for name in ("boolq acc", "average"))
+    (call,) = harness
+    assert call["tasks"] == ["boolq", "piqa"] and call["num_fewshot"] == 0 and call["limit"] is None
+    assert call["model"].model is tiny and call["model"].tokenizer == "tokenizer"
+
+
+def test_the_harness_gets_the_pruned_model(harness, tiny):
+    before = sum(int(p.count_nonzero()) for p in tiny.parameters())
+    found = zero_shot.execute(run("wanda", "0.5"), {})
+    assert sum(int(p.count_nonzero()) for p in harness[0]["model"].model.parameters()) < before
+    assert found["sparsity"]["value"] == pytest.approx(50)
+    assert found["boolq acc"]["protocol"].endswith("calibrated on 3 of 6 tokens (stories)")
+
+
+def test_caches_and_tokens_are_pruned_while_the_harness_asks(harness, tiny):
+    zero_shot.execute(run("snapkv", "0.5"), {})
+    zero_shot.execute(run(), {})
+    assert [call["at work"] for call in harness] == ["snapkv", None]
+    assert not hasattr(tiny, "_prunelab_method")
+    with pytest.raises(PrunelabError, match="not applied to a running model"):
+        zero_shot.execute(run("lexrank", "0.5"), {})
+
+
+def test_a_metric_that_the_harness_lacks_is_named(harness, tiny):
+    with pytest.raises(PrunelabError, match="gave no arc_easy acc"):
+        zero_shot.execute(run(average=["arc_easy acc"]), {})
+
+
+def test_without_the_harness_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(PrunelabError, match=r"\[evaluation\]"):
+        zero_shot.execute(run(), {})
