@@ -17,7 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("Snakefile", "CITATION.cff", "common", "configs", "methods", "paper_tables", "profiles", "workflows")
+PARTS = (
+    "Snakefile", "CITATION.cff", "common", "configs", "methods", "paper_tables", "profiles", "prunelab", "workflows",
+)  # fmt: skip
 CELLS, ROWS = 100, 10  # of a paper
 COSTS = ("macs", "scoring", "dense", "saving", "fvcore", "blocks")
 PAPER = """\

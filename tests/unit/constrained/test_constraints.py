@@ -184,7 +184,7 @@ def test_token_texts_keep_leading_blanks_of_metaspace_tokenizers():
 @pytest.fixture
 def model(tokenizer, monkeypatch):
     model = references.language_model(vocab_size=320, max_position_embeddings=96, eos_token_id=0, bos_token_id=0)
-    monkeypatch.setattr(constrained.models, "language", lambda identity, config: (model, tokenizer))
+    monkeypatch.setattr(constrained.loading, "language", lambda identity, config: (model, tokenizer))
     monkeypatch.setattr(constrained.texts, "load", lambda identity, config: (TEXT,))
     return model
 
@@ -259,6 +259,6 @@ def test_weight_and_spread():
 def test_a_model_without_enough_entries_is_refused(model, tokenizer, monkeypatch):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).eval()
-    monkeypatch.setattr(constrained.models, "language", lambda identity, config: (small, tokenizer))
+    monkeypatch.setattr(constrained.loading, "language", lambda identity, config: (small, tokenizer))
     with pytest.raises(PrunelabError, match="40 entries"):
         constrained.execute(run("awrs"), {})

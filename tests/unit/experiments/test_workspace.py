@@ -27,7 +27,7 @@ def test_a_folder_is_held_once_until_it_is_let_go(tmp_path):
 
 
 def test_a_killed_holder_leaves_nothing_to_unlock(tmp_path):
-    code = f"import time; from pathlib import Path; from common import workspace; h = workspace.hold(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(600)"  # noqa: E501
+    code = f"import time; from pathlib import Path; from prunelab.common.experiments import workspace; h = workspace.hold(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(600)"  # noqa: E501
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
@@ -69,7 +69,7 @@ def test_times_of_the_future_are_brought_to_the_present_and_what_was_made_is_old
 
 
 def test_the_note_of_inputs_changes_with_content_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(workspace, "ROOT", tmp_path)
     note, source = tmp_path / "results" / "made_from.json", tmp_path / "paper.yaml"
     source.write_text("a")
 

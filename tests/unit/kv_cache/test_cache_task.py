@@ -37,7 +37,7 @@ def config(monkeypatch, tmp_path):
         "It ran off."
     ]
     (tmp_path / "lm" / "stories.json").write_text(json.dumps(stories))
-    monkeypatch.setattr(cache.models, "language", lambda identity, config: (decoder(), Letters()))
+    monkeypatch.setattr(cache.loading, "language", lambda identity, config: (decoder(), Letters()))
     return {"assets": str(tmp_path)}
 
 

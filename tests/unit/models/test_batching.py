@@ -79,7 +79,7 @@ def cramped(monkeypatch, model, most):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     model.blocks[len(model.blocks) // 2].register_forward_pre_hook(hook)
-    monkeypatch.setattr(classify.models, "load", lambda identity, config: (model, None))
+    monkeypatch.setattr(classify.loading, "load", lambda identity, config: (model, None))
     return calls
 
 

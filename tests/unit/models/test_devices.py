@@ -97,7 +97,7 @@ def test_clocks_are_numbers_or_nothing(lines, clocks):
 HOLD = """
 import sys, time
 from pathlib import Path
-from common import devices
+from prunelab.common.models import devices
 with devices.claim(1, Path(sys.argv[1])) as mine:
     print(*mine, flush=True)
     time.sleep(60)

@@ -217,7 +217,7 @@ def test_same_records_give_same_bytes_and_the_page_comes_last(
 ) -> None:
     order: list[Path] = []
     write = files.write_text
-    monkeypatch.setattr(provenance, "write_text", lambda path, text: (order.append(path), write(path, text)))
+    monkeypatch.setattr(command, "write_text", lambda path, text: (order.append(path), write(path, text)))
     index, _ = command.build(config)
     first = {path: path.read_bytes() for path in order}
     grids_ = len(papers.load(SLUG).tables) + 2  # with the board, and the board across papers
@@ -581,7 +581,7 @@ def test_what_differs_in_settings_alone_is_told_apart(config: dict[str, Any], mo
                 point, board=point.board.model_copy(update={"name": "b"}), run=replace(point.run, settings=more)
             )
 
-    monkeypatch.setattr(papers, "points", both)
+    monkeypatch.setattr(planning, "points", both)
     found = contests(config)
     assert len(found) == 2 and found[1].name == f"{found[0].name}-2" and found[0].settings != found[1].settings
 

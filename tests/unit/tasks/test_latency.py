@@ -65,7 +65,7 @@ def test_slow_runs_do_not_move_the_median(monkeypatch):
 
 def test_the_batch_halves_to_what_memory_holds_and_the_record_says_so(monkeypatch):
     seen = []
-    make = latency.models.initialised
+    make = latency.loading.initialised
 
     def cramped(entry, device):
         model = make(entry, device)
@@ -78,7 +78,7 @@ def test_the_batch_halves_to_what_memory_holds_and_the_record_says_so(monkeypatc
         model.blocks[1].register_forward_pre_hook(hook)
         return model
 
-    monkeypatch.setattr(latency.models, "initialised", cramped)
+    monkeypatch.setattr(latency.loading, "initialised", cramped)
     found = timed(run("tome", "0.9", against_dense=True))
     assert found["batch"]["value"] == 2
     assert "batches of 2, as 8 do not fit" in found["speedup"]["protocol"]

@@ -15,6 +15,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import texts
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
+from prunelab.common.models import loading
 from prunelab.common.tasks import perplexity
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -48,7 +49,7 @@ def at_hand(monkeypatch):
     """Models by the names that a run's identity gives them; nothing measured before is remembered."""
     made = {"tiny": llama, "other": lambda: llama(1), "experts": mixtral}
     monkeypatch.setattr(perplexity, "_UNPRUNED", {})
-    monkeypatch.setattr(perplexity.models, "language", lambda identity, config: (made[identity["assets"]](), Letters()))
+    monkeypatch.setattr(loading, "language", lambda identity, config: (made[identity["assets"]](), Letters()))
 
 
 @pytest.fixture

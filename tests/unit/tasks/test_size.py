@@ -37,7 +37,7 @@ def counted(entry, method=None, budget=None, **options):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_published_parameters(name):
-    model = size.models.architecture(lookup.model(name)["architecture"])
+    model = size.loading.architecture(lookup.model(name)["architecture"])
     assert size.held(model) / 1e9 == pytest.approx(PARAMETERS[name], abs=1e-6)
 
 
@@ -71,7 +71,7 @@ def test_counts_are_those_of_the_real_pruning(method, options, budget):
     sample = [torch.randint(64, (12,)) for _ in range(4)]
     weights.prune(registry.create(method, **options), model, Budget.parse(budget), sample, progress=False)
     left = {name: p for name, p in model.named_parameters() if not name.endswith("bias")}  # FLAP adds those
-    shape = size.models.architecture(TINY)
+    shape = size.loading.architecture(TINY)
     size.cut(registry.create(method, **options), shape, Budget.parse(budget))
     assert {name: p.shape for name, p in shape.named_parameters()} == {name: p.shape for name, p in left.items()}
 

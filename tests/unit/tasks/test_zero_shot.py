@@ -57,7 +57,7 @@ def tiny(monkeypatch):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
-    monkeypatch.setattr(zero_shot.models, "language", lambda identity, config: (model, "tokenizer"))
+    monkeypatch.setattr(zero_shot.loading, "language", lambda identity, config: (model, "tokenizer"))
     drawn = [torch.randint(64, (6,)) for _ in range(3)]
     monkeypatch.setattr(perplexity.texts, "windows", lambda *arguments: drawn)
     return model
