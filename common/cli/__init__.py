@@ -231,8 +231,9 @@ def train(
 ) -> None:
     """Train a testbed model anew; resumes where an earlier start stopped."""
     from prunelab.common import testbeds
+    from prunelab.common.training.trainer import fit
 
-    testbeds.train(testbed, out, seed=seed, threads=threads)
+    fit(testbeds.get(testbed)(), out, seed, threads)  # type: ignore[call-arg]
 
 
 @app.command()

@@ -218,7 +218,7 @@ def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Pr
         from tokenizers import Tokenizer
 
         from prunelab.common import testbeds
-        from prunelab.common.testbeds.base import read_extra
+        from prunelab.common.training.recipe import read_extra
 
         model = testbeds.load(identity["testbed"])[0]
         tokenizer = Tokenizer.from_str(read_extra(testbeds.SHIPPED / identity["testbed"], "tokenizer.json"))

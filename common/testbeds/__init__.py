@@ -17,7 +17,8 @@ from torch import nn
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.registry import choose, defined
-from prunelab.common.testbeds.base import LOG, WEIGHTS, Testbed, fit, read_log
+from prunelab.common.testbeds.base import Testbed
+from prunelab.common.training.recipe import LOG, WEIGHTS, read_log
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
 
@@ -62,8 +63,3 @@ def load(name: str, folder: Path | str | None = None) -> tuple[nn.Module, dict[s
     except (TypeError, RuntimeError, safetensors.SafetensorError):
         raise PrunelabError(f"{folder} was trained with another version of {name}; train the testbed again") from None
     return model.eval(), log
-
-
-def train(name: str, out: Path | str, seed: int = 0, threads: int = 1) -> dict[str, Any]:
-    """Train a testbed by its recipe into the folder `out`, or go on where an interrupted training stopped."""
-    return fit(get(name)(), Path(out), seed, threads)  # type: ignore[call-arg]

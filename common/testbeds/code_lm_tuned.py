@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import code, texts
-from prunelab.common.testbeds.base import Testbed, read_log
+from prunelab.common.testbeds.base import Testbed
 from prunelab.common.testbeds.code_lm import QUICK, TOKENIZER, CodeLM
+from prunelab.common.training.recipe import read_extra, read_log
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -91,6 +92,5 @@ class CodeLMTuned(Testbed):
         from tokenizers import Tokenizer
 
         from prunelab.common.testbeds import SHIPPED
-        from prunelab.common.testbeds.base import read_extra
 
         return Tokenizer.from_str(read_extra(SHIPPED / CodeLM.name, TOKENIZER))

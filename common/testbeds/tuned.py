@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.testbeds.base import Testbed, read_log
+from prunelab.common.testbeds.base import Testbed
 from prunelab.common.tokens.apply import applied
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.training.recipe import read_log
 
 
 @dataclass(frozen=True)

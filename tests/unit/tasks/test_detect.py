@@ -28,9 +28,10 @@ from prunelab.common.metrics import average_precision as ap
 from prunelab.common.metrics import uncertainty
 from prunelab.common.models import loading
 from prunelab.common.tasks import detect
-from prunelab.common.testbeds import base, digits_detection
+from prunelab.common.testbeds import digits_detection
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.apply import PARTS
+from prunelab.common.training import trainer
 from prunelab.methods.focus_detr import figures
 from tests.contract.families import FAMILIES
 
@@ -395,7 +396,7 @@ def test_training_teaches_detector_and_parts_and_resumes(tmp_path, monkeypatch):
     recipe = {"steps": 3, "batch": 4, "width": 16, "heads": 2, "feedforward": 16, "decoder_layers": 1, "queries": 5,
               "copies": 4, "channels": (8, 8, 16), "check_every": 3, "save_every": 2, "dense": 0.0}  # fmt: skip
     testbed = digits_detection.DigitsDetection(**recipe)
-    log = base.fit(testbed, tmp_path / "straight", seed=1)
+    log = trainer.fit(testbed, tmp_path / "straight", seed=1)
     assert {"ap", "ap_0.3", "scenes"} <= set(log["test"]) and math.isfinite(log["curve"][-1]["loss"])
     torch.manual_seed(1)
     before, (after, _) = testbed.build(), testbeds.load("digits_detection", tmp_path / "straight")
@@ -404,7 +405,7 @@ def test_training_teaches_detector_and_parts_and_resumes(tmp_path, monkeypatch):
             getattr(before, PARTS).state_dict() if n.startswith("scorer")}  # fmt: skip
     assert any(n.startswith(f"{PARTS}.dual") for n in moved) and any(n.startswith("encoder.") for n in moved)
 
-    step, calls = base._step, []
+    step, calls = trainer._step, []
 
     def stop(*args, **kwargs):
         calls.append(1)
@@ -412,11 +413,11 @@ def test_training_teaches_detector_and_parts_and_resumes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(base, "_step", stop)
+    monkeypatch.setattr(trainer, "_step", stop)
     with pytest.raises(KeyboardInterrupt):
-        base.fit(testbed, tmp_path / "broken", seed=1)
-    monkeypatch.setattr(base, "_step", step)
-    assert base.fit(testbed, tmp_path / "broken", seed=1)["sha256"] == log["sha256"]
+        trainer.fit(testbed, tmp_path / "broken", seed=1)
+    monkeypatch.setattr(trainer, "_step", step)
+    assert trainer.fit(testbed, tmp_path / "broken", seed=1)["sha256"] == log["sha256"]
 
 
 def test_unpruned_steps_leave_the_parts_alone():

@@ -12,10 +12,11 @@ from safetensors.torch import save
 from prunelab.common import testbeds
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import code, texts
-from prunelab.common.testbeds import base
 from prunelab.common.testbeds.code_lm import CodeLM
 from prunelab.common.testbeds.code_lm_tuned import CodeLMTuned
 from prunelab.common.testbeds.code_moe import CodeMoE
+from prunelab.common.training.recipe import plain
+from prunelab.common.training.trainer import fit
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "inner": 12, "vocabulary": 320}
 FILES = tuple(  # with two words that are one token each, with and without a blank before them
@@ -42,7 +43,7 @@ def shipped(monkeypatch, tmp_path):
     tokenizer = recipe.extras()["tokenizer.json"]
     log = {
         "testbed": "code_lm",
-        "recipe": base.plain(vars(recipe)),
+        "recipe": plain(vars(recipe)),
         "sha256": hashlib.sha256(weights).hexdigest(),
         "extras": {"tokenizer.json": hashlib.sha256(tokenizer.encode()).hexdigest()},
     }
@@ -91,7 +92,7 @@ def test_fine_tuning_starts_from_the_shipped_weights_and_speaks_the_dialect(ship
     assert all(torch.equal(a, b) for a, b in zip(start.state_dict().values(), original.values(), strict=True))
     with torch.no_grad():
         before = recipe.evaluate(start.eval(), quick=True)
-    log = base.fit(recipe, tmp_path / "tuned")
+    log = fit(recipe, tmp_path / "tuned")
     assert log["test"]["perplexity"] < before["perplexity"] and "before_perplexity" in log["test"]
     assert log["recipe"]["start"] == recipe.start and (tmp_path / "tuned" / "tokenizer.json").exists()
     decoded = recipe.tokenizer.decode(recipe.stream("train").tolist()[:40])

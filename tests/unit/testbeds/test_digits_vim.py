@@ -14,10 +14,11 @@ from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import digits
-from prunelab.common.testbeds import base, digits_vim
+from prunelab.common.testbeds import digits_vim
 from prunelab.common.testbeds.digits_vim import DigitsVim, DigitsVimDecay
 from prunelab.common.testbeds.tuned import Tuned
 from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.training import trainer
 from prunelab.methods.cls_similarity.method import ClassSimilarity, similarity
 
 LAYERS, MIDDLE = (2, 4, 6), Budget(0.6)
@@ -106,7 +107,7 @@ def test_hints_end_with_the_ramp(monkeypatch):
 
 
 def test_training_writes_a_model_that_loads(tmp_path, few_scenes):
-    log = base.fit(DigitsVim(**TINY), tmp_path, seed=1)
+    log = trainer.fit(DigitsVim(**TINY), tmp_path, seed=1)
     model, read = testbeds.load("digits_vim", tmp_path)
     assert read == log and len(model.layers) == 2 and model.class_place == 50 and log["test"]["scenes"] == 20
 
@@ -173,7 +174,7 @@ def test_fine_tuning_starts_from_what_ships_and_trains_the_pruned_model(tmp_path
         pruned = F.cross_entropy(start(x), y, label_smoothing=DigitsVim().smoothing)
     assert torch.equal(loss, pruned) and not torch.allclose(loss, F.cross_entropy(start(x), y, label_smoothing=0.05))
 
-    log = base.fit(tuned, tmp_path, seed=0)
+    log = trainer.fit(tuned, tmp_path, seed=0)
     model, _ = testbeds.load("digits_vim_decay", tmp_path)
     moved = [float((a - b).abs().max()) for a, b in zip(model.state_dict().values(), shipped[0].state_dict().values())]
     assert 0 < max(moved) < 0.01 and log["recipe"]["start"] == shipped[1]["sha256"]

@@ -10,8 +10,8 @@ from prunelab.common import testbeds
 from prunelab.common.apply import apply
 from prunelab.common.data import code, detection, questions, segmentation
 from prunelab.common.metrics.average_precision import average_precision, detections
-from prunelab.common.testbeds.base import read_extra, read_log
 from prunelab.common.testbeds.digits_qa import answers
+from prunelab.common.training.recipe import read_extra, read_log
 from prunelab.methods.dtop.method import DToP
 from prunelab.methods.fastv.method import FastV
 from prunelab.methods.focus_detr.method import FocusDETR

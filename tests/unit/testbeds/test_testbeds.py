@@ -19,8 +19,8 @@ from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import digits
-from prunelab.common.testbeds import base
 from prunelab.common.testbeds.digits_vit import DigitsViT
+from prunelab.common.training import recipe, trainer
 
 MIDDLE = Budget((0.7, 0.7, 0.7))  # behind blocks 2, 5 and 8
 
@@ -107,7 +107,7 @@ def test_middle_budget_discriminates(shipped):
 
 def test_seeds_are_recorded():
     seeds = json.loads((testbeds.SHIPPED / "digits_vit" / "seeds.json").read_text())
-    log = base.read_log(testbeds.SHIPPED / "digits_vit")
+    log = recipe.read_log(testbeds.SHIPPED / "digits_vit")
     assert [run["seed"] for run in seeds["runs"]] == [0, 1, 2]
     assert seeds["recipe"] == log["recipe"] and seeds["runs"][0]["sha256"] == log["sha256"]
 
@@ -115,7 +115,7 @@ def test_seeds_are_recorded():
 def test_altered_and_missing_files_are_refused(tmp_path):
     folder = tmp_path / "digits_vit"
     shutil.copytree(testbeds.SHIPPED / "digits_vit", folder)
-    weights = folder / base.WEIGHTS
+    weights = folder / recipe.WEIGHTS
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
@@ -124,10 +124,10 @@ def test_altered_and_missing_files_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(PrunelabError, match="are missing"):
         testbeds.load("digits_vit", folder)
-    (folder / base.LOG).write_text("{")
+    (folder / recipe.LOG).write_text("{")
     with pytest.raises(PrunelabError, match="not a training log"):
         testbeds.load("digits_vit", folder)
-    (folder / base.LOG).unlink()
+    (folder / recipe.LOG).unlink()
     with pytest.raises(PrunelabError, match="train the testbed into it first"):
         testbeds.load("digits_vit", folder)
 
@@ -135,9 +135,9 @@ def test_altered_and_missing_files_are_refused(tmp_path):
 def test_weights_of_another_recipe_are_refused(tmp_path):
     folder = tmp_path / "digits_vit"
     shutil.copytree(testbeds.SHIPPED / "digits_vit", folder)
-    log = json.loads((folder / base.LOG).read_text())
+    log = json.loads((folder / recipe.LOG).read_text())
     log["recipe"]["width"] *= 2
-    (folder / base.LOG).write_text(json.dumps(log))
+    (folder / recipe.LOG).write_text(json.dumps(log))
     with pytest.raises(PrunelabError, match="another version"):
         testbeds.load("digits_vit", folder)
 
@@ -174,44 +174,44 @@ def few_scenes(monkeypatch):
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / base.WEIGHTS)
+    return load_file(folder / recipe.WEIGHTS)
 
 
 def test_interrupted_training_ends_the_same(tmp_path, few_scenes, monkeypatch):
-    straight = base.fit(DigitsViT(**TINY), tmp_path / "straight", seed=5)
+    straight = trainer.fit(DigitsViT(**TINY), tmp_path / "straight", seed=5)
     broken = tmp_path / "broken"
     for batches in (5, 0, 2):  # stops behind the checkpoint of step 4, at once, and behind that of step 6
         monkeypatch.setattr(Interrupted, "left", [batches])
         with pytest.raises(KeyboardInterrupt):
-            base.fit(Interrupted(**TINY), broken, seed=5)
-        assert (broken / base.CHECKPOINT).exists() and not (broken / base.WEIGHTS).exists()
+            trainer.fit(Interrupted(**TINY), broken, seed=5)
+        assert (broken / trainer.CHECKPOINT).exists() and not (broken / recipe.WEIGHTS).exists()
     monkeypatch.setattr(Interrupted, "left", [])
-    resumed = base.fit(Interrupted(**TINY), broken, seed=5)
+    resumed = trainer.fit(Interrupted(**TINY), broken, seed=5)
 
     left, right = tensors(tmp_path / "straight"), tensors(broken)
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     assert straight["sha256"] == resumed["sha256"] and straight["test"] == resumed["test"]
     plain = [[{k: v for k, v in p.items() if k != "seconds"} for p in log["curve"]] for log in (straight, resumed)]
     assert plain[0] == plain[1] and [p["step"] for p in plain[0]] == [3, 6, 7]
-    assert sorted(p.name for p in broken.iterdir()) == sorted([base.WEIGHTS, base.LOG])  # nothing half-done is left
+    assert sorted(p.name for p in broken.iterdir()) == sorted([recipe.WEIGHTS, recipe.LOG])  # nothing half-done is left
 
 
 def test_trained_folder_loads_and_is_not_trained_again(tmp_path, few_scenes):
-    log = base.fit(DigitsViT(**TINY), tmp_path, seed=1)
+    log = trainer.fit(DigitsViT(**TINY), tmp_path, seed=1)
     model, read = testbeds.load("digits_vit", tmp_path)
     assert read == log and not model.training and len(model.blocks) == 2
-    written = (tmp_path / base.WEIGHTS).stat().st_mtime_ns
-    assert base.fit(DigitsViT(**TINY), tmp_path, seed=1) == log
-    assert (tmp_path / base.WEIGHTS).stat().st_mtime_ns == written
+    written = (tmp_path / recipe.WEIGHTS).stat().st_mtime_ns
+    assert trainer.fit(DigitsViT(**TINY), tmp_path, seed=1) == log
+    assert (tmp_path / recipe.WEIGHTS).stat().st_mtime_ns == written
     with pytest.raises(PrunelabError, match="another finished training"):
-        base.fit(DigitsViT(**TINY), tmp_path, seed=2)
+        trainer.fit(DigitsViT(**TINY), tmp_path, seed=2)
 
 
 def test_seed_matters_and_callers_are_left_alone(tmp_path, few_scenes):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    logs = [base.fit(DigitsViT(**TINY), tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    logs = [trainer.fit(DigitsViT(**TINY), tmp_path / str(seed), seed=seed) for seed in (0, 1)]
     assert logs[0]["sha256"] != logs[1]["sha256"]
     assert torch.equal(torch.rand(3), expected)  # the caller's generator has not moved
     assert torch.get_num_threads() == 1
@@ -220,14 +220,14 @@ def test_seed_matters_and_callers_are_left_alone(tmp_path, few_scenes):
 def test_foreign_and_broken_checkpoints_are_refused(tmp_path, few_scenes, monkeypatch):
     monkeypatch.setattr(Interrupted, "left", [3])
     with pytest.raises(KeyboardInterrupt):
-        base.fit(Interrupted(**TINY), tmp_path, seed=0)
+        trainer.fit(Interrupted(**TINY), tmp_path, seed=0)
     with pytest.raises(PrunelabError, match="another recipe"):
-        base.fit(replace(Interrupted(**TINY), rate=1.0), tmp_path, seed=0)
-    (tmp_path / base.CHECKPOINT).write_bytes(b"half a file")
+        trainer.fit(replace(Interrupted(**TINY), rate=1.0), tmp_path, seed=0)
+    (tmp_path / trainer.CHECKPOINT).write_bytes(b"half a file")
     with pytest.raises(PrunelabError, match="delete it to start again"):
-        base.fit(Interrupted(**TINY), tmp_path, seed=0)
+        trainer.fit(Interrupted(**TINY), tmp_path, seed=0)
 
 
 def test_bad_threads(tmp_path):
     with pytest.raises(PrunelabError, match="1 or more"):
-        testbeds.train("digits_vit", tmp_path, threads=0)
+        trainer.fit(DigitsViT(**TINY), tmp_path, threads=0)
