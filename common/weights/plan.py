@@ -119,13 +119,13 @@ class WeightPlan:
     @property
     def removes(self) -> bool:
         """Whether units leave the model, rather than being set to zero."""
-        return any(target.kind not in ("linear", "tensor") for target in self.targets)
+        return any(not target.loose for target in self.targets)
 
     def apply(self, model: nn.Module) -> bool:
         """Carry the plan out on a dense model of the same architecture, in place. False where the pruned model's
         shape is one that no config of its family describes."""
         adapter = weight_adapter(model)
-        found = {t.name: t for kind in {t.kind for t in self.targets} for t in adapter.targets(kind)}
+        found = {t.name: t for unit in {t.unit for t in self.targets} for t in adapter.targets(unit)}
         wrong = [t.name for t in self.targets if t.name not in found or found[t.name].shape != t.shape]
         if wrong:
             raise PrunelabError(

@@ -26,7 +26,7 @@ from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.weights import masks
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputMean, InputNorm
-from prunelab.common.weights.targets import Accumulator, Kind, Target, WeightSignals
+from prunelab.common.weights.targets import Accumulator, Target, Unit, WeightSignals
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 9, "num_heads": 3, "num_classes": 7}
 # The published variants of timm's ViT that differ in structure, each shrunk to a few thousand parameters.
@@ -239,10 +239,11 @@ class NormChannels(WeightPruner):
     def sequential(self) -> bool:
         return False
 
-    def kinds(self) -> Sequence[Kind]:
+    @property
+    def units(self) -> Sequence[Unit]:
         return ("channels",)
 
-    def statistics(self, kind: Kind) -> Mapping[str, type[Accumulator]]:
+    def statistics(self, unit: Unit) -> Mapping[str, type[Accumulator]]:
         return {"input_norm": InputNorm, "input_mean": InputMean}
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
