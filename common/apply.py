@@ -65,10 +65,10 @@ def apply(
     """
     if isinstance(method, TokenPruner):
         return tokens.applied(method, model, budget, services=services, parts=parts, seed=seed)
+    if isinstance(method, DraftDecoder):
+        return speculative.applied(method, model, budget, services=services, parts=parts, seed=seed)
     if parts is not None:
         raise PrunelabError(f"{method.name} has no learned parts; leave `parts` out")
     if isinstance(method, CachePruner):
         return kv_cache.applied(method, model, budget, services=services, seed=seed)
-    if isinstance(method, DraftDecoder):
-        return speculative.applied(method, model, budget, services=services, seed=seed)
     raise PrunelabError(f"{method.name} is a {method.role}, which is not applied to a running model; see its page")

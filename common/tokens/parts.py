@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from prunelab.common.core import registry
+from prunelab.common.core.learned import PARTS
 from prunelab.common.tokens.adapters import adapter_for
-from prunelab.common.tokens.apply import PARTS
 
 
 def add(model: nn.Module, method: str) -> None:

@@ -20,7 +20,7 @@ from prunelab.common.data_selection.role import SampleSelector
 from prunelab.common.kv_cache.role import CachePruner
 from prunelab.common.ranking import sentences
 from prunelab.common.ranking.sentences import Passage, Ranker
-from prunelab.common.speculative.role import DraftDecoder
+from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import Accepted, DraftTree
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.weights import masks
@@ -279,8 +279,8 @@ class BigramDrafts(DraftDecoder):
         agreed = int((tree.tokens == greedy[:-1]).long().cumprod(0).sum())
         return Accepted(greedy[: agreed + 1], torch.arange(agreed))
 
-    def observe(self, state: Tensor, tokens: Tensor, logits: Tensor) -> None:
-        state[tokens] = logits.argmax(-1)
+    def observe(self, state: Tensor, step: Step) -> None:
+        state[step.tokens] = step.logits.argmax(-1)
 
 
 @dataclass(frozen=True)
