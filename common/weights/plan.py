@@ -29,7 +29,8 @@ PLAN = "plan.json"
 @dataclass(frozen=True)
 class WeightReport:
     """Sizes before and after. Zeros are counted apart: they take as much room and time as any other number unless a
-    sparse kernel uses them. `reset` parameters hold what they held before fine-tuning."""
+    sparse kernel uses them. `reset` parameters hold what they held before fine-tuning. average_parameters: those not at
+    zero, the mean over the steps of a training that pruned."""
 
     dense_parameters: int
     parameters: int
@@ -39,6 +40,7 @@ class WeightReport:
     removed: int
     zeroed: int
     reset: int = 0
+    average_parameters: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -55,6 +57,8 @@ class WeightReport:
             lines.append(f"zeros      {self.zeroed:,} stored as zeros, which alone make a model no smaller or faster")
         if self.reset:
             lines.append(f"deltas     {self.reset:,} of what fine-tuning changed taken back; the model stays dense")
+        if self.average_parameters is not None:
+            lines.append(f"training   {self.average_parameters:,.0f} parameters on average over its steps")
         return "\n".join(lines)
 
 
