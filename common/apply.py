@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
-from prunelab.common import kv_cache, speculative
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
-from prunelab.common.kv_cache.role import CachePruner
-from prunelab.common.speculative.role import DraftDecoder
-from prunelab.common.tokens import apply as tokens
-from prunelab.common.tokens.apply import Handle
-from prunelab.common.tokens.role import TokenPruner
+
+if TYPE_CHECKING:
+    from prunelab.common.tokens.apply import Handle
+    from prunelab.common.tokens.role import TokenPruner
 
 
 @overload
 def apply(
     method: TokenPruner,
     model: nn.Module,
-    budget: Budget | float,
+    budget: Budget | float | str | Sequence[float],
     *,
     services: Mapping[str, Any] | None = None,
     parts: nn.Module | None = None,
@@ -35,7 +33,7 @@ def apply(
 def apply(
     method: Method,
     model: nn.Module,
-    budget: Budget | float,
+    budget: Budget | float | str | Sequence[float],
     *,
     services: Mapping[str, Any] | None = None,
     parts: nn.Module | None = None,
@@ -46,7 +44,7 @@ def apply(
 def apply(
     method: Method,
     model: nn.Module,
-    budget: Budget | float,
+    budget: Budget | float | str | Sequence[float],
     *,
     services: Mapping[str, Any] | None = None,
     parts: nn.Module | None = None,
@@ -63,12 +61,77 @@ def apply(
     any work, where the model has no adapter, a site or signal cannot be had there, a service or learned part is
     missing, or the method is already applied.
     """
-    if isinstance(method, TokenPruner):
-        return tokens.applied(method, model, budget, services=services, parts=parts, seed=seed)
-    if isinstance(method, DraftDecoder):
-        return speculative.applied(method, model, budget, services=services, parts=parts, seed=seed)
+    if isinstance(method, type):
+        raise PrunelabError(f"{method.__name__} is a class; give a method with its options: {method.__name__}()")
+    budget = Budget.of(budget)
+    # A wing is imported when it is asked for: each brings libraries of its own.
+    if method.role == "token_pruner":
+        from prunelab.common.tokens import apply as tokens
+
+        return tokens.applied(method, model, budget, services=services, parts=parts, seed=seed)  # type: ignore[arg-type]
     if parts is not None:
         raise PrunelabError(f"{method.name} has no learned parts; leave `parts` out")
-    if isinstance(method, CachePruner):
-        return kv_cache.applied(method, model, budget, services=services, seed=seed)
-    raise PrunelabError(f"{method.name} is a {method.role}, which is not applied to a running model; see its page")
+    if method.role == "cache_pruner":
+        from prunelab.common import kv_cache
+
+        return kv_cache.applied(method, model, budget, services=services, seed=seed)  # type: ignore[arg-type]
+    if method.role == "draft_decoder":
+        from prunelab.common import speculative
+
+        return speculative.applied(method, model, budget, services=services, seed=seed)  # type: ignore[arg-type]
+    raise _elsewhere(method)
+
+
+# What is done instead with methods that are not applied to a running model.
+ELSEWHERE = {
+    "weight_pruner": "it changes a model for good, with prunelab.prune(method, model, budget, calibration)",
+    "ranker": "it ranks sentences, with prunelab.summarise(method, text, budget)",
+    "constrained_sampler": "it draws from a model's logits, with prunelab.common.constrained.smc.run",
+    "sample_selector": "it chooses training data, with method.plan(features, budget)",
+}
+
+
+def _elsewhere(method: Method) -> PrunelabError:
+    what = ELSEWHERE.get(method.role, "see its page")
+    return PrunelabError(f"{method.name} is a {method.role}, which is not applied to a running model: {what}")
+
+
+class Refusal(str):
+    """Why a method does not run on a model. It is false, so that `if supports(...)` asks what it seems to."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def supports(method: Method, model: nn.Module) -> Literal[True] | Refusal:
+    """Whether `method` runs on the model: True, or why not, as `apply` or `prune` would refuse it before any work.
+
+    One answer for every role. Asks for no weights (a model on the meta device will do) and leaves the model alone;
+    what else a call is given, a budget, services or learned parts, is not asked about.
+    """
+    try:
+        _check(method, model)
+    except PrunelabError as reason:
+        return Refusal(reason)
+    return True
+
+
+def _check(method: Method, model: nn.Module) -> None:
+    if method.role == "token_pruner":
+        from prunelab.common.tokens import apply as tokens
+
+        tokens.check(method, model)  # type: ignore[arg-type]
+    elif method.role == "cache_pruner":
+        from prunelab.common.kv_cache import apply as kv_cache
+
+        kv_cache.check(method, model)  # type: ignore[arg-type]
+    elif method.role == "draft_decoder":
+        from prunelab.common.speculative import loop
+
+        loop.check(method, model)  # type: ignore[arg-type]
+    elif method.role == "weight_pruner":
+        from prunelab.common.weights import pruning
+
+        pruning.check(method, model)  # type: ignore[arg-type]
+    else:
+        raise _elsewhere(method)

@@ -14,7 +14,7 @@ import yaml
 
 from prunelab.common.catalogue import hub, schema
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.files import ROOT
+from prunelab.common.core.files import ROOT, read_yaml
 
 SCALES = ("smoke", "testbed", "assets", "paper")
 DESCRIPTIVE = ("needs", "gb", "gated", "gpus", "size", "settings")  # keys of an entry that say nothing of its content
@@ -25,7 +25,7 @@ KEYS = ("papers", "scale", "results", "batch", "gpu")  # settings that are no fo
 def _read(name: str) -> dict[str, Any]:
     path = ROOT / "configs" / name
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf8"))
+        content = read_yaml(path.read_text(encoding="utf8"))
     except yaml.YAMLError as error:
         raise PrunelabError(f"configs/{name} is not valid YAML: {str(error).splitlines()[0]}") from None
     return content if name == "default.yaml" else dict(schema.check(name, content))
@@ -166,7 +166,7 @@ def identity(model_name: str | None, data_name: str | None, scale: str, config: 
     if data_name is not None:
         out["data"] = _content(dataset(data_name)[scale], "dataset", config)
         for package in out["data"].get("packages", ()):  # data cut from installed packages change with their versions
-            out["data"].setdefault("versions", {})[package] = importlib.metadata.version(package)
+            out["data"].setdefault("versions", {})[package] = _version(package)
         if scale == "assets":  # folders that several data sets share name theirs as `listed`
             listed = out["data"].pop("listed", out["data"]["folder"])
             out["data"] = {**out["data"], "sha256": _assets_hash(config, listed)}
@@ -185,7 +185,10 @@ def moved(ids: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
         kind: hub.Kind = "dataset" if "loader" in ids else "model"
         return hub.identity(ids, kind, config) != {"local": ids["local"]}
     versions = ids.get("versions", {})
-    return any(importlib.metadata.version(package) != version for package, version in versions.items())
+    return any(_version(package) != version for package, version in versions.items())
+
+
+_version = cache(importlib.metadata.version)  # planning asks thousands of times, and each time a file is parsed
 
 
 def _content(entry: Mapping[str, Any], kind: hub.Kind, config: Mapping[str, Any]) -> dict[str, Any]:

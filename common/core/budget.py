@@ -37,7 +37,8 @@ class Budget:
                 raise PrunelabError(f"budget amount {value!r} is not a finite number")
             if value < 0 or (self.unit in ("ratio", "cost") and value > 1):
                 allowed = "between 0 and 1" if self.unit in ("ratio", "cost") else "at least 0"
-                raise PrunelabError(f"budget {value:g} {self.unit} is out of range: it must be {allowed}")
+                number = f"; a number of units is written {value:g}count" if value > 1 and value == int(value) else ""
+                raise PrunelabError(f"budget {value:g} {self.unit} is out of range: it must be {allowed}{number}")
         if not self.amounts:
             raise PrunelabError("a budget needs at least one amount")
         if (self.unit == "pattern") != (self.every > 0):
@@ -84,6 +85,15 @@ class Budget:
         if self.unit == "ratio" and len(self.amounts) == 1:
             return int(round((1 - self.amounts[0]) * available, 6))
         return available - self.count(available)
+
+    @classmethod
+    def of(cls, value: Budget | float | str | Sequence[float]) -> Budget:
+        """A budget as people write it: `0.7`, `(0.9, 0.8, 0.7)`, `"2:4"`, `"64count"`; see `parse`."""
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, str):
+            return cls.parse(value)
+        return cls(tuple(value) if isinstance(value, list | tuple) else value)  # type: ignore[arg-type]
 
     @classmethod
     def parse(cls, text: str) -> Budget:

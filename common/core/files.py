@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from prunelab.common.core.errors import PrunelabError
 
 # One member of an archive is a text; the largest that is read here, C4's pages of one shard, unpack to 0.8 GB.
@@ -98,6 +100,12 @@ def lines(path: Path | str, limit: int = STREAM_LIMIT) -> Iterator[str]:
 
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text says, by libyaml where PyYAML was built with it, which is ten times as fast. Raises
+    yaml.YAMLError as `safe_load` does."""
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def file_digest(path: Path) -> str:

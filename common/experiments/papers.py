@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.files import ROOT
+from prunelab.common.core.files import ROOT, read_yaml
 
 METHODS = ROOT / "methods"
 
@@ -189,7 +189,7 @@ def load(slug: str) -> Paper:
     if not path.exists():
         raise PrunelabError(f"there is no paper '{slug}'; known: {', '.join(slugs())}")
     try:
-        return Paper.model_validate({"slug": slug, **yaml.safe_load(path.read_text())})
+        return Paper.model_validate({"slug": slug, **read_yaml(path.read_text())})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

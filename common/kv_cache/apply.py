@@ -250,7 +250,7 @@ class CacheHandle:
             rng=self._rng(layer.keys.device),
             required=self.method.requires(site) - ({"outputs"} - given.keys()),
             services=self.services,
-            memory=self.stream.carry,
+            carry=self.stream.carry,
         )
         return signals
 
@@ -258,6 +258,11 @@ class CacheHandle:
         if device not in self._rngs:
             self._rngs[device] = torch.Generator(device).manual_seed(self._seed)
         return self._rngs[device]
+
+
+def check(method: CachePruner, model: nn.Module) -> None:
+    """Raises PrunelabError where the model has no cache that the method can prune."""
+    attentions(model)
 
 
 @contextmanager
@@ -280,7 +285,7 @@ def applied(
     missing = set(method.services) - set(services or {})
     if missing:
         raise PrunelabError(f"{method.name} needs the services {', '.join(sorted(missing))}; pass services={{...}}")
-    attentions(model)
+    check(method, model)
     served = {name: Draft(s) if isinstance(s, nn.Module) else s for name, s in (services or {}).items()}
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
     for name, service in served.items():

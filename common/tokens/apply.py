@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.learned import PARTS, fitting
-from prunelab.common.core.plan import Report, Site
+from prunelab.common.core.plan import ModelInfo, Report, Site
 from prunelab.common.costs.meter import flops, on_meta
 from prunelab.common.costs.meter import macs as macs_of
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.adapters.base import Adapter, Application, Trace
 from prunelab.common.tokens.role import TokenPruner
+
+PARTS = "pruning_parts"  # name of the learned parts among the model's modules while a method is applied
 
 
 class Handle:
@@ -111,6 +112,14 @@ def _seeded(seed: int) -> Callable[[torch.device], torch.Generator | None]:
     return rng
 
 
+def check(method: TokenPruner, model: nn.Module) -> tuple[Adapter, list[Site]]:
+    """The model's adapter and the method's sites there. Raises PrunelabError where the method cannot run on it."""
+    adapter = adapter_for(model)
+    sites = [replace(site, index=i) for i, site in enumerate(method.sites(adapter.info))]
+    adapter.check(method, sites)
+    return adapter, sites
+
+
 @contextmanager
 def applied(
     method: TokenPruner,
@@ -126,12 +135,10 @@ def applied(
     if missing:
         raise PrunelabError(f"{method.name} needs the services {', '.join(sorted(missing))}; pass services={{...}}")
     budget = budget if isinstance(budget, Budget) else Budget(budget)
-    adapter = adapter_for(model)
+    adapter, sites = check(method, model)
     info = adapter.info
-    sites = [replace(site, index=i) for i, site in enumerate(method.sites(info))]
-    adapter.check(method, sites)
     own = getattr(model, PARTS, None)
-    used = fitting(method, info, parts, own)
+    used = _parts(method, info, parts, own)
     for site in sites:
         budget.at(site.index)
     if len(budget.amounts) > max(1, len(sites)):
@@ -154,3 +161,24 @@ def applied(
             model.add_module(PARTS, own)
         else:
             model._modules.pop(PARTS, None)
+
+
+def _parts(method: TokenPruner, info: ModelInfo, given: nn.Module | None, own: nn.Module | None) -> nn.Module | None:
+    """The learned parts to use: those given, else the model's own. Refuses parts that are missing or do not fit."""
+    with torch.device("meta"):
+        built = method.build(info)
+    if built is None:
+        if given is not None:
+            raise PrunelabError(f"{method.name} has no learned parts; leave `parts` out")
+        return None
+    parts = own if given is None else given
+    if parts is None:
+        raise PrunelabError(
+            f"{method.name} has learned parts; pass parts=method.build(info) with trained weights, see its README"
+        )
+    wanted = {name: tuple(value.shape) for name, value in built.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in parts.state_dict().items()}
+    if wanted != found:
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise PrunelabError(f"the parts do not fit {method.name} on this model: {', '.join(wrong[:8])}")
+    return parts

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.adapters.base import WeightAdapter
-from prunelab.common.weights.targets import Accumulator, Observation, Target, Unit
+from prunelab.common.weights.targets import Accumulator, Kind, Observation, Target
 
 Factories = Mapping[str, Callable[[Target], Accumulator]]
 
@@ -18,21 +18,21 @@ Factories = Mapping[str, Callable[[Target], Accumulator]]
 class Asking(Protocol):
     """Whoever asks for statistics: a method, or `Wanted`."""
 
-    def statistics(self, unit: Unit) -> Factories:
+    def statistics(self, kind: Kind) -> Factories:
         """See `WeightPruner.statistics`."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Statistics asked for by unit and name."""
+    """Statistics asked for by kind and name."""
 
-    by_unit: Mapping[Unit, Factories]
+    by_kind: Mapping[Kind, Factories]
 
-    def statistics(self, unit: Unit) -> Factories:
-        return self.by_unit.get(unit, {})
+    def statistics(self, kind: Kind) -> Factories:
+        return self.by_kind.get(kind, {})
 
 
-class Accumulators:
+class Ledger:
     """The accumulators of one block's targets; those of one source share what reads inputs alone."""
 
     def __init__(self, method: Asking, targets: Iterable[Target]) -> None:
@@ -41,8 +41,8 @@ class Accumulators:
         shared: dict[tuple[str, str, str], Accumulator] = {}
         for target in targets:
             made, own = self.made.setdefault(target.name, {}), []
-            for name, factory in method.statistics(target.unit).items():
-                key = (target.source or target.name, target.unit, name)
+            for name, factory in method.statistics(target.kind).items():
+                key = (target.source or target.name, target.kind, name)
                 if key in shared:
                     made[name] = shared[key]
                     continue

@@ -13,7 +13,7 @@ from functools import cache
 from torch import nn
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.registry import defined
+from prunelab.common.core.registry import defined, resolve
 from prunelab.common.tokens.adapters.base import Adapter
 
 
@@ -26,10 +26,8 @@ def adapters() -> dict[str, type[Adapter]]:
 
 def adapter_for(model: nn.Module) -> Adapter:
     """The adapter of the model's class, else that of its nearest parent class that has one."""
-    known = {name: adapter for adapter in adapters().values() for name in adapter.model_classes}
-    for cls in type(model).__mro__:
-        adapter = known.get(f"{cls.__module__}.{cls.__qualname__}")
-        if adapter is not None:
-            return adapter(model)
+    adapter = resolve(adapters().values(), model)
+    if adapter is not None:
+        return adapter(model)
     supported = ", ".join(c for a in adapters().values() for c in a.model_classes)
     raise PrunelabError(f"no adapter for {type(model).__module__}.{type(model).__qualname__}; supported: {supported}")

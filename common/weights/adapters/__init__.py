@@ -12,7 +12,7 @@ from functools import cache
 from torch import nn
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.registry import defined
+from prunelab.common.core.registry import defined, resolve
 from prunelab.common.weights.adapters.base import WeightAdapter
 
 
@@ -24,13 +24,9 @@ def weight_adapters() -> dict[str, type[WeightAdapter]]:
 
 
 def weight_adapter(model: nn.Module) -> WeightAdapter:
-    """The adapter of the model's class or of a parent class of it."""
-    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
-    for adapter in weight_adapters().values():
-        if names & set(adapter.model_classes):
-            return adapter(model)
-    for adapter in weight_adapters().values():
-        if adapter.accepts(model):
-            return adapter(model)
+    """The adapter of the model's class, else that of its nearest parent class that has one, else one that takes it."""
+    adapter = resolve(weight_adapters().values(), model)
+    if adapter is not None:
+        return adapter(model)
     supported = ", ".join(c.rpartition(".")[2] for a in weight_adapters().values() for c in a.model_classes)
     raise PrunelabError(f"no weight adapter for {type(model).__qualname__}; supported: {supported}")

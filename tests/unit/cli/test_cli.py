@@ -19,7 +19,7 @@ def cli(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["common", *arguments])
+        monkeypatch.setattr(sys, "argv", ["prunelab", *arguments])
         code = 0
         try:
             main()
@@ -101,7 +101,7 @@ MISTAKES = [
     (("cost", "zero_tprune", "deit_small", "much"), "cannot read the budget"),
     (("cost", "zero_tprune", "deit_small", "0.5", "--set", "layer=3"), "no option 'layer'"),
     (("cost", "zero_tprune", "deit_small", "0.5", "--set", "layers"), "key=value"),
-    (("cost", "lexrank", "deit_small", "0.5"), "not applied to a running model"),
+    (("cost", "lexrank", "deit_small", "0.5"), "ranks sentences"),
     (("apply", "zero_tprune", "missing.png", "0.5"), "missing.png does not exist"),
     (("apply", "lexrank", "EMPTY", "2count"), "holds no sentence"),
     (("apply", "zero_tprune", "EMPTY", "0.5"), "cannot be decoded"),

@@ -169,7 +169,7 @@ def test_the_command_line_asks_a_shipped_testbed(files, capsys, monkeypatch):
 
     sample = questions.draw("picture", "test", 1, 3)[0]
     file, out = str(files / "picture.png"), files / "cli.png"
-    monkeypatch.setattr(cli, "console", Console(width=200))
+    monkeypatch.setenv("COLUMNS", "200")
     args = ["apply", "divprune", file, "0.5", "--model", "digits_qa", "--question", sample.question, "--out", str(out)]
     cli.app(args, standalone_mode=False)
     said = capsys.readouterr().out

@@ -52,7 +52,7 @@ def test_every_folder_is_complete_and_every_method_has_a_paper():
         folder = papers.METHODS / registry.slug(method)
         for file in ("method.py", "paper.yaml", "reported.csv", "README.md", "__init__.py"):
             assert (folder / file).exists(), f"{name} lacks {file}"
-        assert planning.entries("classify", name)[1] == f"methods/{folder.name}/method.py"
+        assert registry.entry(name).slug == folder.name
 
 
 def test_methods_stay_small():
@@ -174,8 +174,8 @@ def test_missing_pieces_are_named():
         papers.load("nobody")
     with pytest.raises(PrunelabError, match="no model 'nobody'"):
         lookup.model("nobody")
-    with pytest.raises(PrunelabError, match=r"no methods.* defines the method 'nobody'"):
-        planning.entries("classify", "nobody")
+    with pytest.raises(PrunelabError, match="there is no method 'nobody'"):
+        registry.entry("nobody")
 
 
 def test_paper_scale_runs_the_whole_set_and_only_pinned_checkpoints(tmp_path, monkeypatch):

@@ -1,0 +1,136 @@
+"""`plan`, `run` and `replay`: the runs that the tables are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from prunelab.common.cli.app import Settings, app, console, settings
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments import overview, papers, planning, provenance
+from prunelab.common.experiments.run import Run
+
+REASONS = 12  # that `plan` shows unless it is asked for all
+
+
+@app.command()
+def plan(
+    everything: Annotated[bool, typer.Option("--all", help="every reason, in full")] = False,
+    config: Settings = None,
+) -> None:
+    """Tell how many runs the tables need, how many are there, and what the other numbers lack. Runs nothing."""
+    values = settings(config)
+    found = overview.overview(values)
+    table = Table("runs", "scale", "needed", "there", box=None, pad_edge=False)
+    for (kind, scale), (needed, there) in found.runs.items():
+        table.add_row(kind, scale or "any", str(needed), str(there))
+    totals = [sum(counts) for counts in zip(*found.runs.values(), strict=True)] or [0, 0]
+    table.add_row("in all", "", *map(str, totals))
+    console.print(table)
+    console.print(f"\n{found.made} of {found.reported} reported numbers come from these runs")
+    if found.lacking:
+        shown = found.lacking.most_common(None if everything else REASONS)
+        console.print(f"{found.lacking.total()} lack something; what most of them lack:")
+        for reason, count in shown:
+            line = f"{count:5d}  {reason}"
+            fits = everything or len(line) <= console.width
+            console.print(line if fits else line[: console.width - 1] + "…", markup=False, soft_wrap=True)
+        if len(shown) < len(found.lacking):
+            console.print(f"and {len(found.lacking) - len(shown)} further reasons; --all shows all of them")
+    if totals[1] < totals[0]:
+        console.print("make the missing ones with: snakemake paper_tables")
+
+
+@app.command()
+def run(
+    paper: str,
+    table: str,
+    row: str,
+    column: Annotated[str, typer.Option(help="only this column")] = "",
+    config: Settings = None,
+) -> None:
+    """Run one row of a paper's table and print it beside what the paper reports."""
+    from prunelab.common.experiments import runner
+
+    values = settings(config)
+    wanted = [
+        c
+        for c in planning.cells(paper, values)
+        if c.reported.table == table and c.reported.row == row and column in ("", c.reported.column)
+    ]
+    if not wanted:
+        papers.load(paper)
+        known = sorted({(r.table, r.row) for r in papers.reported(paper)})
+        tables = ", ".join(f"'{t}'" for t in dict.fromkeys(t for t, _ in known))
+        rows = ", ".join(f"'{r}'" for t, r in known if t == table)
+        raise PrunelabError(
+            f"no reported row '{row}' in table '{table}' of {paper}; "
+            + (f"rows: {rows}" if rows else f"tables: {tables}")
+        )
+    shown = Table("column", "reported", "scale", "value", "status")
+    for cell in wanted:
+        for scale, job in cell.runs.items():
+            value, status = "", f"needs {job if isinstance(job, str) else job.needs}"
+            if isinstance(job, Run) and not job.needs:
+                path = job.path(Path(values["results"]))
+                provenance.reject_damaged(path)
+                if not path.exists():
+                    runner.execute(job, values)
+                metric = provenance.read(path)["metrics"][cell.metric]
+                value = f"{metric['value']:g}" + (f" ± {metric['stderr']:g}" if metric.get("stderr") else "")
+                status = cell.status if scale == "paper" else scale
+            shown.add_row(
+                cell.reported.column, f"{cell.reported.text} {cell.reported.unit}", scale if job else "", value, status
+            )
+    console.print(shown)
+
+
+@app.command("run-records", hidden=True)
+def run_records(addresses: list[str], config: Settings = None) -> None:
+    """Make the records of these addresses (the workflow's entry point). One that fails does not stop the others."""
+    import traceback
+
+    from prunelab.common.experiments import runner
+    from prunelab.common.models import devices
+
+    values = settings(config)
+    jobs = planning.jobs(values)
+    failures: dict[str, list[str]] = {}  # what went wrong -> in which runs
+    unknown = [address for address in addresses if address not in jobs]
+    if unknown:
+        failures["the sources changed meanwhile; start again"] = unknown
+    wanted = [(address, jobs[address]) for address in addresses if address in jobs]
+    with devices.claim(runner.gpus_needed([run for _, run in wanted])):
+        for address, run in wanted:
+            name = f"{address} ({run.method or 'unpruned'})"
+            try:
+                runner.execute(run, values)
+            except PrunelabError as error:
+                failures.setdefault(str(error), []).append(name)
+            except Exception as error:  # a defect: its traceback is wanted, and so are the records of the others
+                traceback.print_exc()
+                failures.setdefault(f"{type(error).__name__}: {error}", []).append(name)
+    if failures:
+        raise PrunelabError("; ".join(f"run {', '.join(runs)}: {reason}" for reason, runs in failures.items()))
+
+
+@app.command()
+def replay(
+    record: Annotated[Path, typer.Argument(help="a JSON file of results/records")],
+    tolerance: Annotated[
+        float, typer.Option(help="relative difference that passes where versions, machine or device are others")
+    ] = 1e-3,
+    force: Annotated[
+        bool, typer.Option("--force", help="also where the sources are no longer those of the record")
+    ] = False,
+    config: Settings = None,
+) -> None:
+    """Run again exactly what a record tells of, and compare every metric; exit code 1 where one is off."""
+    from prunelab.common.experiments import replay
+
+    values = settings(config)
+    if not replay.run(record, values, console, tolerance=tolerance, force=force):
+        raise typer.Exit(1)
