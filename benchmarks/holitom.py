@@ -23,9 +23,9 @@ from torch import Tensor
 from prunelab.common.apply import apply
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import ModelInfo
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.adapters.vlm_prompt import Prompt
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.holitom.method import HoliTom
 from prunelab.methods.holitom.segmentation import run_lengths, segment
 
@@ -51,7 +51,7 @@ def spelled_out(similar: Tensor) -> tuple[list[tuple[int, int]], int]:
     return cuts[::-1], best[-1]
 
 
-def video(frames: int, width: int) -> Signals:
+def video(frames: int, width: int) -> TokenSignals:
     """Projected features [1, frames * 729, width] of a scene in which about half of the patches change."""
     generator = torch.Generator().manual_seed(0)
     still = torch.randn(1, SIDE, SIDE, width, generator=generator)
@@ -59,7 +59,7 @@ def video(frames: int, width: int) -> Signals:
     moves = torch.rand(frames, SIDE, SIDE, 1, generator=generator).cumsum(0) % 2 > 1.2  # a patch changes now and then
     hidden = torch.where(moves, moving, still + 0.1 * moving).view(1, -1, width)
     received = torch.rand(1, 16, frames * SIDE**2, generator=generator)
-    return Signals(
+    return TokenSignals(
         {"hidden": lambda: hidden, "received": lambda: received},
         prunable=torch.ones(1, hidden.shape[1], dtype=torch.bool),
         units=hidden.shape[1],

@@ -37,6 +37,7 @@ from benchmarks.memory import Live
 from prunelab.common.core.budget import Budget
 from prunelab.common.costs import meter
 from prunelab.common.weights import load_pruned, prune, save_pruned
+from prunelab.common.weights.obs import inverse_factor
 from prunelab.common.weights.role import WeightPruner
 from prunelab.methods.amp.method import AMP
 from prunelab.methods.cfsp.method import CFSP
@@ -46,7 +47,7 @@ from prunelab.methods.flap.method import FLAP, WandaSP, above_common_threshold
 from prunelab.methods.gblm.method import GBLM
 from prunelab.methods.magnitude.method import Magnitude
 from prunelab.methods.random_weights.method import RandomWeights
-from prunelab.methods.sparsegpt.method import SparseGPT, inverse_factor, prune_matrix
+from prunelab.methods.sparsegpt.method import SparseGPT, prune_matrix
 from prunelab.methods.stun.method import Owl, Stun
 from prunelab.methods.wanda.method import Wanda
 

@@ -69,16 +69,16 @@ def apply(
         from prunelab.common.tokens import apply as tokens
 
         return tokens.applied(method, model, budget, services=services, parts=parts, seed=seed)  # type: ignore[arg-type]
+    if method.role == "draft_decoder":
+        from prunelab.common import speculative
+
+        return speculative.applied(method, model, budget, services=services, parts=parts, seed=seed)  # type: ignore[arg-type]
     if parts is not None:
         raise PrunelabError(f"{method.name} has no learned parts; leave `parts` out")
     if method.role == "cache_pruner":
         from prunelab.common import kv_cache
 
         return kv_cache.applied(method, model, budget, services=services, seed=seed)  # type: ignore[arg-type]
-    if method.role == "draft_decoder":
-        from prunelab.common import speculative
-
-        return speculative.applied(method, model, budget, services=services, seed=seed)  # type: ignore[arg-type]
     raise _elsewhere(method)
 
 

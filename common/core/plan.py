@@ -36,7 +36,8 @@ class ModelInfo:
     """What a method may know of a model: sizes only.
 
     `tokens` includes the `special` tokens, which come first; only a class token may sit elsewhere, at `class_place`
-    (vision Mamba puts it in the middle). `levels` counts the feature maps of a pyramid.
+    (vision Mamba puts it in the middle). `levels` counts the feature maps of a pyramid, `vocabulary` the tokens that a
+    language model gives logits for.
     """
 
     family: str
@@ -49,6 +50,7 @@ class ModelInfo:
     class_place: int = 0
     grid: tuple[int, ...] | None = None
     levels: int = 1
+    vocabulary: int = 0
 
     def patches(self, places: Tensor) -> Tensor:
         """Patch numbers of those token places [K] that are patches, neither special nor padding (-1)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,21 +22,26 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, None]:
     return descending(scores)[..., :k].sort(-1).values, None
 
 
-def top_k_units(scores: Tensor, prunable: Tensor, units: int, budget: Budget, valid: Tensor | None = None) -> Gather:
+def top_k_units(
+    scores: Tensor, prunable: Tensor, units: int, budget: Budget | Sequence[int], valid: Tensor | None = None
+) -> Gather:
     """The best prunable units under the budget, and every protected one, in original order.
 
     scores and prunable [B, N]; `units` of them are prunable in each sample, except where `valid` [B, N] marks
-    padding: then each sample's budget counts its own units, and the result carries a validity mask.
+    padding: then each sample's budget counts its own units, and the result carries a validity mask. In place of a
+    budget, how many units stay of each sample, all as many where nothing is padded.
     """
     total = scores.shape[1]
     ranked = scores.float().masked_fill(~prunable, float("inf"))
     if valid is None:
-        index, _ = top_k(ranked, total - units + budget.count(units))
+        stay = budget.count(units) if isinstance(budget, Budget) else min(budget[0], units)
+        index, _ = top_k(ranked, total - units + stay)
         return Gather(index)
     ranked = ranked.masked_fill(~valid, float("-inf"))
     available = (prunable & valid).sum(1)
-    kept = torch.tensor([budget.count(n) for n in available.tolist()], device=scores.device)
-    kept = kept + (valid & ~prunable).sum(1)
+    if isinstance(budget, Budget):
+        budget = [budget.count(n) for n in available.tolist()]
+    kept = torch.tensor(budget, device=scores.device).minimum(available) + (valid & ~prunable).sum(1)
     return keep_first(descending(ranked), kept)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from prunelab.common.catalogue import hub, lookup
 from prunelab.common.core import files, registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
-from prunelab.common.experiments import papers
+from prunelab.common.experiments import papers, provenance
 from prunelab.common.experiments.run import Run
 
 # Kinds that need no scale, and their status.
@@ -66,10 +67,48 @@ def _settings(scale: str, data: str | None, given: Mapping[str, Any]) -> dict[st
     return values
 
 
-def _adapter(model: str | None) -> tuple[str, ...]:
+def entries(
+    task: str, method: str | None = None, model: str | None = None, ids: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
+    """The files that a run's sources begin with: its task, its method, and everything that code finds by name.
+
+    That is what builds a model (a testbed's module, a backbone, a method's learned parts), the engine of the method's
+    wing, and the adapter that the catalogue names for the model, each where something that looks it up is reached.
+    """
+    found = [f"common/tasks/{task}.py"]
+    if method is not None:
+        found += [_method(method), *_engine(_method(method))]
+    for identity in (ids or {}).values():
+        found += _builders(identity) if isinstance(identity, Mapping) else ()
     entry = lookup.model(model) if model else {}
-    places = {"adapter": "common/tokens/adapters", "weight_adapter": "common/weights/adapters"}
-    return tuple(f"{folder}/{entry[key]}.py" for key, folder in places.items() if key in entry)
+    reached = {str(path.relative_to(ROOT)) for path in provenance.closure((ROOT / f for f in found), provenance.SILENT)}
+    for wing, key in (("tokens", "adapter"), ("weights", "weight_adapter")):
+        if key in entry and f"common/{wing}/adapters/__init__.py" in reached:
+            found.append(f"common/{wing}/adapters/{entry[key]}.py")
+    return tuple(dict.fromkeys(found))
+
+
+def _engine(method: str) -> Iterator[str]:
+    """The engine of the wing whose role a method file fills."""
+    for path in provenance.closure([ROOT / method], provenance.SILENT):
+        engine = path.with_name("apply.py")
+        if path.name == "role.py" and path.parent.parent.name == "common" and engine.exists():
+            yield str(engine.relative_to(ROOT))
+
+
+def _builders(identity: Mapping[str, Any]) -> Iterator[str]:
+    """The files that build the model of an identity, where code finds them by name."""
+    architecture = identity.get("architecture", identity)
+    if "testbed" in identity:
+        path = _defining("common/testbeds/*.py", "testbed", identity["testbed"])
+        yield from ("common/testbeds/__init__.py", path)
+        carried = provenance.constant(ROOT / path, "METHOD")
+        if carried is not None:  # a testbed that carries a method's learned parts
+            yield _method(carried)
+    if architecture.get("library") == "backbones":
+        yield f"common/backbones/{architecture['name'].partition(':')[0]}.py"
+    if "parts" in identity:
+        yield from ("common/tokens/parts.py", _method(identity["parts"]))
 
 
 def resolve(
@@ -85,12 +124,10 @@ def resolve(
 ) -> Run | str:
     """The run of a configuration at a scale, or what it needs in words."""
     settings = {**(settings or {}), **configuration.settings}
-    method_files = (f"methods/{registry.entry(configuration.method).slug}/method.py",) if configuration.method else ()
-    entries = (f"common/tasks/{kind}.py", *method_files, *_adapter(model))
     budget = budget or configuration.budget if configuration.method else None
     if kind == "function":
         module = str(settings["call"]).split(":")[0].removeprefix("prunelab.").replace(".", "/") + ".py"
-        return Run(kind, "", settings=settings, entries=(entries[0], module), ids=_data_files(module))
+        return Run(kind, "", settings=settings, entries=(*entries(kind), module), ids=_data_files(module))
     setting, what = NEEDS.get(kind, ("", ""))
     needs = what if setting and not config[setting] else ""
     named: list[tuple[hub.Kind, str]] = []
@@ -127,7 +164,8 @@ def resolve(
             ids |= {name or key: value for key, value in lookup.identity(*names, scale, config).items()}
     gpus = max((lookup.model(name)["paper"].get("gpus", 1) for of, name in named if of == "model"), default=1)
     method, options = configuration.method, configuration.options
-    return Run(kind, scale, method, options, budget, settings, ids, entries, needs, tuple(named), gpus)
+    sources = entries(kind, method, model, ids)
+    return Run(kind, scale, method, options, budget, settings, ids, sources, needs, tuple(named), gpus)
 
 
 def _data_files(module: str) -> dict[str, Any]:
@@ -136,6 +174,20 @@ def _data_files(module: str) -> dict[str, Any]:
     return {
         "files": {p.name: files.digest(p.read_text()) for p in sorted(folder.glob("*.csv")) if p.name != "reported.csv"}
     }
+
+
+def _method(name: str) -> str:
+    """The file that defines a method."""
+    return f"methods/{registry.entry(name).slug}/method.py"
+
+
+@cache
+def _defining(pattern: str, what: str, name: str) -> str:
+    """The file that defines the class of a name; read from the text, so that torch stays out."""
+    for path in sorted(ROOT.glob(pattern)):
+        if name in provenance.names(path):
+            return str(path.relative_to(ROOT))
+    raise PrunelabError(f"no {pattern} defines the {what} '{name}'")
 
 
 def scales(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """Run records: one JSON file a run, addressed by what was run and by the sources that ran it. Imports no torch.
 
-The address is `<identity>-<sources>`: identity hashes the resolved parameters, model and data ids; sources hashes
-the method's and the task's files with everything they import from this project. Commit, versions, device and
-timings are metadata and not part of it. A checksum over the content detects tampered or truncated records.
+The address is `<identity>-<sources>`: identity hashes the resolved parameters, model and data ids; sources hashes the
+code of what runs it (`planning.entries`) with everything that it imports from this project. Whatever decides an
+outcome is in one of the two, and what does not is in neither: comments, docstrings, and the rooms of `SILENT`. Commit,
+versions, device and timings are metadata. A checksum over the content detects tampered or truncated records.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from prunelab.common.core.files import ROOT, digest, file_digest, write_text
 
 FORMAT = 1
 
+# Rooms that a run passes through and that decide nothing of it: what they look up (names, folders, settings) stands
+# resolved in the run's identity or among its entries.
+SILENT = (
+    "common/catalogue", "common/cli", "common/drawing", "common/experiments", "common/core/errors.py",
+    "common/core/index.py", "common/core/registry.py",
+)  # fmt: skip
 
 _LIBRARIES = (
     "torch", "torchvision", "timm", "transformers", "numpy", "scipy", "scikit-learn", "rouge-score", "faster-coco-eval",
@@ -40,7 +47,7 @@ def _executed(node: ast.AST) -> Iterator[ast.AST]:
 def _imports(path: Path) -> frozenset[Path]:
     """Files of this project that a file imports, read from its text; packages count with their __init__."""
     found: set[Path] = set()
-    for node in _executed(ast.parse(path.read_text())):
+    for node in _executed(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -53,13 +60,42 @@ def _imports(path: Path) -> frozenset[Path]:
     return frozenset(found)
 
 
-def closure(entries: Iterable[Path]) -> tuple[Path, ...]:
-    """The entry files and everything of this project they import, directly or not."""
+@cache
+def _assigned(path: Path) -> tuple[dict[str, str], frozenset[str]]:
+    """Strings that a file gives to names at its top, and those that its classes give to their attribute `name`."""
+    top: dict[str, str] = {}
+    named: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for inner in node.body if isinstance(node, ast.ClassDef) else (node,):
+            targets = inner.targets if isinstance(inner, ast.Assign) else [getattr(inner, "target", None)]
+            value = getattr(inner, "value", None)
+            if isinstance(targets[0], ast.Name) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                if inner is node:
+                    top[targets[0].id] = value.value
+                elif targets[0].id == "name":
+                    named.add(value.value)
+    return top, frozenset(named)
+
+
+def names(path: Path) -> frozenset[str]:
+    """The names under which the classes of a file are known."""
+    return _assigned(path)[1]
+
+
+def constant(path: Path, name: str) -> str | None:
+    """A string constant at the top of a file; None where it has none of that name."""
+    return _assigned(path)[0].get(name)
+
+
+def closure(entries: Iterable[Path], without: Iterable[str] = ()) -> tuple[Path, ...]:
+    """The entry files and everything of this project they import, directly or not; files and folders `without` which
+    are left out, with what only they import."""
+    left_out = [ROOT / name for name in without]
     seen: set[Path] = set()
     todo = list(entries)
     while todo:
         path = todo.pop()
-        if path not in seen:
+        if path not in seen and not any(path == out or out in path.parents for out in left_out):
             seen.add(path)
             todo.extend(_imports(path))
     return tuple(sorted(seen))
@@ -67,8 +103,33 @@ def closure(entries: Iterable[Path]) -> tuple[Path, ...]:
 
 @cache
 def file_hash(path: Path) -> str:
-    """sha256 of a file's content, as this process first saw it."""
-    return file_digest(path)
+    """sha256 of a file's content, as this process first saw it; of Python its code alone."""
+    return digest(code(path.read_text(encoding="utf-8"))) if path.suffix == ".py" else file_digest(path)
+
+
+def code(text: str) -> str:
+    """A module without docstrings, blank lines and lines of comment, which decide nothing."""
+    nodes = list(ast.walk(ast.parse(text)))
+    said = [
+        node.body[0]
+        for node in nodes
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and ast.get_docstring(node, clean=False) is not None
+    ]
+    lines = text.encode().split(b"\n")
+    for doc in said:
+        first, last = doc.lineno - 1, (doc.end_lineno or doc.lineno) - 1
+        behind = lines[last][doc.end_col_offset :]
+        lines[first : last + 1] = [lines[first][: doc.col_offset] + behind] + [b""] * (last - first)
+    strings = [node for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr)]
+    inside = {i for s in strings for i in range(s.lineno, s.end_lineno or 0)}  # lines that begin in a string
+    inside -= {i for doc in said for i in range(doc.lineno, doc.end_lineno or 0)}
+    kept = (
+        line if i in inside else line.rstrip()
+        for i, line in enumerate(lines)
+        if i in inside or line.strip()[:1] not in (b"", b"#")
+    )
+    return b"\n".join(kept).decode()
 
 
 def sources(entries: Iterable[Path]) -> str:
@@ -78,7 +139,7 @@ def sources(entries: Iterable[Path]) -> str:
 
 @cache  # thousands of runs share a few dozen sets of entry files
 def _sources(entries: tuple[Path, ...]) -> str:
-    return digest({str(p.relative_to(ROOT)): file_hash(p) for p in closure(entries)})
+    return digest({str(p.relative_to(ROOT)): file_hash(p) for p in closure(entries, SILENT)})
 
 
 def environment() -> dict[str, Any]:

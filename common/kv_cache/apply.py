@@ -250,7 +250,7 @@ class CacheHandle:
             rng=self._rng(layer.keys.device),
             required=self.method.requires(site) - ({"outputs"} - given.keys()),
             services=self.services,
-            carry=self.stream.carry,
+            memory=self.stream.carry,
         )
         return signals
 

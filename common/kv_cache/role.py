@@ -27,7 +27,7 @@ class CacheSignals(Signals):
 
     places [B, KV, N]: number of each entry's token among the sample's own; valid [B, KV, N] or None: entries that
     count. prompt [B]: tokens each sample began with, which ratios count from. marks: tensors [B, KV, N] by name that
-    the method leaves at a layer; they follow the entries from step to step, new entries bring zeros. carry: what the
+    the method leaves at a layer; they follow the entries from step to step, new entries bring zeros. memory: what the
     method leaves for all layers while the cache lives. prefill: whether the cache was empty before this pass. ahead:
     entries at the end that a draft wrote, which never stay. asking [B, M]: queries that are no padding, None where
     all count.
@@ -52,7 +52,8 @@ class CacheSignals(Signals):
         if required and "received" in required:
             required |= {"queries", "keys"}
         rest |= {"required": required}
-        super().__init__(sources, prunable=prunable, units=places.shape[-1], places=places, valid=valid, **rest)
+        super().__init__(sources, prunable=prunable, units=places.shape[-1], valid=valid, **rest)
+        self.places = places
         self.scale, self.prompt, self.marks, self.prefill, self.ahead = scale, prompt, marks, prefill, ahead
         self.asking = asking
 

@@ -1,4 +1,7 @@
-"""Load what a run's identity names: a testbed, a small real checkpoint, a hub checkpoint, or an architecture alone."""
+"""Load what a run's identity names: a testbed, a small real checkpoint, a hub checkpoint, or an architecture alone.
+
+What builds one model and not every model is imported by its name: its sources count for the runs that name it.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from prunelab.common.catalogue import hub, lookup
-from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import inside
 from prunelab.common.models import devices
-from prunelab.common.tokens.adapters import adapter_for
-from prunelab.common.tokens.apply import PARTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,6 +77,10 @@ def entry(name: str) -> Mapping[str, Any]:
         return {"library": "timm", "name": name}
 
 
+def _testbeds() -> Any:
+    return importlib.import_module("prunelab.common.testbeds")
+
+
 def named(name: str, weights: Path | None, config: Mapping[str, Any]) -> tuple[nn.Module, Transform]:
     """A model for a user's own image: a testbed, a checkpoint of the assets folder, or a timm architecture with the
     user's safetensors weights."""
@@ -84,11 +88,10 @@ def named(name: str, weights: Path | None, config: Mapping[str, Any]) -> tuple[n
     import timm
     from torchvision import transforms
 
-    from prunelab.common import testbeds
-
+    testbeds = _testbeds()
     if name in testbeds.testbeds():
         model = testbeds.load(name)[0]
-        side = model.patch_embed.img_size[0]  # type: ignore[union-attr,index]
+        side = model.patch_embed.img_size[0]
         steps = [transforms.Grayscale(), transforms.Resize((side, side)), transforms.ToTensor()]
         return model, transforms.Compose(steps)
     if config["assets"] and (Path(config["assets"]) / name / "model.safetensors").exists():
@@ -113,9 +116,7 @@ def named(name: str, weights: Path | None, config: Mapping[str, Any]) -> tuple[n
 def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Module, Transform | None]:
     """A model in eval mode and the transform its images need (None for testbeds, whose data need none)."""
     if "testbed" in identity:
-        from prunelab.common import testbeds
-
-        return testbeds.load(identity["testbed"])[0], None
+        return _testbeds().load(identity["testbed"])[0], None
     if "assets" in identity:
         folder = inside(Path(config["assets"]), identity["assets"])
         return _built(identity, inside(folder, identity["file"])) if "file" in identity else _vit_tiny(folder)
@@ -198,7 +199,7 @@ def _built(identity: Mapping[str, Any], path: Path) -> tuple[nn.Module, Transfor
     """One of our own backbones with the weights of a file."""
     model = _create(identity["architecture"])
     if "parts" in identity:  # a model trained with a method brings the method's learned parts
-        model.add_module(PARTS, registry.create(identity["parts"]).build(adapter_for(model).info))
+        importlib.import_module("prunelab.common.tokens.parts").add(model, identity["parts"])
     model = model.eval()
     module = identity["architecture"]["name"].partition(":")[0]
     importlib.import_module(f"prunelab.common.backbones.{module}").load_checkpoint(model, path)
@@ -217,12 +218,10 @@ def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Pr
     if "testbed" in identity:
         from tokenizers import Tokenizer
 
-        from prunelab.common import testbeds
-        from prunelab.common.training.recipe import read_extra
-
+        testbeds = _testbeds()
         model = testbeds.load(identity["testbed"])[0]
-        tokenizer = Tokenizer.from_str(read_extra(testbeds.SHIPPED / identity["testbed"], "tokenizer.json"))
-        mark = tokenizer.id_to_token(model.config.bos_token_id)  # type: ignore[union-attr,arg-type]
+        tokenizer = Tokenizer.from_str(testbeds.read_extra(testbeds.SHIPPED / identity["testbed"], "tokenizer.json"))
+        mark = tokenizer.id_to_token(model.config.bos_token_id)
         return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=mark, eos_token=mark)
     if "assets" in identity:
         folder = inside(Path(config["assets"]), identity["assets"])
@@ -244,9 +243,7 @@ def vision_language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> t
     importlib.import_module("prunelab.common.backbones.llava_video")  # makes its class known to both
 
     if "testbed" in identity:
-        from prunelab.common import testbeds
-
-        return testbeds.load(identity["testbed"])[0], None
+        return _testbeds().load(identity["testbed"])[0], None
     if "folder" in identity:
         folder = Path(identity["folder"])
     elif "assets" in identity:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.speculative.reader import Reader
-from prunelab.common.speculative.role import DraftDecoder
-from prunelab.common.speculative.trees import Accepted, DraftTree
+from prunelab.common.core.learned import PARTS, fitting
+from prunelab.common.speculative.reader import Reader, info
+from prunelab.common.speculative.role import DraftDecoder, Step
+from prunelab.common.speculative.trees import DraftTree
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -52,16 +53,6 @@ class Decoded:
         return len(self.tokens) / self.seconds if self.seconds else 0.0
 
 
-@dataclass(frozen=True)
-class Step:
-    """One verification: the last token [1] and the tree behind it, the logits [T + 1, V] there, what they confirm."""
-
-    root: Tensor
-    tree: DraftTree
-    logits: Tensor
-    accepted: Accepted
-
-
 @dataclass
 class Session:
     """A method at work: its state lives on from prompt to prompt. drafting: seconds spent in the method so far."""
@@ -71,6 +62,11 @@ class Session:
     state: Any
     rng: torch.Generator | None = None
     drafting: float = 0.0
+
+    def begin(self, prompt: Tensor) -> None:
+        """Let the method see the tokens [N] that the next text begins with."""
+        with self._drafting(prompt.device):
+            self.method.begin(self.state, prompt)
 
     def step(
         self,
@@ -86,15 +82,18 @@ class Session:
         with self._drafting(tokens.device):
             tree = self.method.draft(self.state, tokens, self.budget)
             tree = tree if room is None else tree.within(room - 1)
-        logits = reader.read(tokens, tree)
+            aside = self.method.aside(self.state, tokens)
+        count = len(tree.tokens) + 1
+        read = reader.read(tokens, tree, aside=aside)
+        logits, hidden = read[:count], reader.hidden
         accepted = self.method.accept(tree, logits if process is None else process(tree, logits), self.rng)
         reader.keep(accepted.nodes)
-        return Step(tokens[-1:], tree, logits, accepted)
+        return Step(tokens[-1:], tree, logits, accepted, read[count:], None if hidden is None else hidden[:count])
 
     def learn(self, step: Step) -> None:
         """Let the method see what its tree was answered with."""
         with self._drafting(step.logits.device):
-            self.method.observe(self.state, torch.cat([step.root, step.tree.tokens]), step.logits)
+            self.method.observe(self.state, step)
 
     @contextmanager
     def _drafting(self, device: torch.device) -> Iterator[None]:
@@ -163,6 +162,7 @@ class Handle:
         session = self.session
         session.rng = (session.rng or torch.Generator(model.device).manual_seed(self.seed)) if sampling else None
         sequence, done = input_ids, False
+        session.begin(tokens)
 
         def process(tree: DraftTree, logits: Tensor) -> Tensor:
             return processed(logits_processor, sequence, tree, logits) if logits_processor else logits
@@ -196,7 +196,7 @@ class Handle:
         cache = given.get("past_key_values")
         if cache is None or not given.get("use_cache", True):
             raise PrunelabError("a draft is verified with the help of a cache; leave use_cache on")
-        return Reader(model, cache, tokens[: cache.get_seq_length()])
+        return Reader(model, cache, tokens[: cache.get_seq_length()], self.session.method.reads_hidden)
 
 
 def refuse_prompt(model: PreTrainedModel, input_ids: Tensor) -> None:
@@ -247,14 +247,16 @@ def applied(
     budget: Budget | float = 1.0,
     *,
     services: Mapping[str, Any] | None = None,
+    parts: nn.Module | None = None,
     seed: int = 0,
     state: Any = None,
 ) -> Iterator[Handle]:
     """Let `model.generate` decode by the method inside the `with` block, with all of its options and one prompt a call.
 
     budget: nodes of a draft tree, in number or as a share of the method's own. services: what the method needs by name;
-    a draft model among them is any causal language model with the target's vocabulary. seed: of the draws where
-    `do_sample` is on. state: one that `method.start` or an earlier handle gave (`handle.session.state`), to go on from.
+    a draft model among them is any causal language model with the target's vocabulary. parts: the method's learned
+    parts, as `method.build` makes them; a model that carries some needs none. seed: of the draws where `do_sample` is
+    on. state: one that `method.start` or an earlier handle gave (`handle.session.state`), to go on from.
     Nothing of the model changes but the attribute `generate`, for the length of the block.
     """
     reader = check(method, model)
@@ -266,6 +268,8 @@ def applied(
     vocabulary = reader.vocabulary
     given = {name: _service(name, value, vocabulary) for name, value in (services or {}).items()}
     if state is None:
+        learned = fitting(method, info(model), parts, getattr(model, PARTS, None))
+        given |= {} if learned is None else {"parts": learned}
         with torch.inference_mode(False), torch.device(reader.model.device):  # a state may be gone on from anywhere
             state = method.start(vocabulary, **given)
     budget = budget if isinstance(budget, Budget) else Budget(budget)
@@ -298,13 +302,14 @@ def generate(
     max_new_tokens: int,
     budget: Budget | float = 1.0,
     services: Mapping[str, Any] | None = None,
+    parts: nn.Module | None = None,
     seed: int = 0,
     state: Any = None,
     **options: Any,
 ) -> Decoded:
     """Continue the prompt ids [N] (or [1, N]) by at most `max_new_tokens`; see `applied`. `options` are those of
     transformers' `generate` (`do_sample`, `temperature`, `eos_token_id`, ...). Greedy unless they ask for sampling."""
-    with applied(method, model, budget, services=services, seed=seed, state=state) as handle:
+    with applied(method, model, budget, services=services, parts=parts, seed=seed, state=state) as handle:
         ids = prompt(handle.model, ids)
         handle.model.generate(ids, max_new_tokens=max_new_tokens, **{"do_sample": False, **options})
     return handle.runs[-1]

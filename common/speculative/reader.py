@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import ModelInfo
 from prunelab.common.speculative.trees import DraftTree
 
 if TYPE_CHECKING:
@@ -22,15 +23,20 @@ class Reader:
 
     The cache holds the entries of the sequence `held` [n] and, until the next call, of the tree read last. Tree entries
     are told apart by a 4-D attention mask and by position ids, which transformers passes on to any model. `cache` may
-    hold the first tokens already, `held` says which.
+    hold the first tokens already, `held` says which. With `watch` the last read leaves in `hidden` [rows, D] what the
+    model's output layer made its logits of.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: Cache | None = None, held: Tensor | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: Cache | None = None, held: Tensor | None = None, watch: bool = False
+    ) -> None:
         from transformers import DynamicCache
 
         self.model = model
         self.cache = DynamicCache(config=model.config) if cache is None else cache
         self.held = torch.empty(0, dtype=torch.long, device=model.device) if held is None else held
+        self.hidden: Tensor | None = None
+        self._watch, self._context = watch, getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._tree: DraftTree | None = None
         self._brief = "logits_to_keep" in inspect.signature(model.forward).parameters
         _check(model, self.cache)
@@ -40,12 +46,14 @@ class Reader:
         """Number of tokens that the model gives logits for."""
         return vocabulary(self.model)
 
-    def read(self, tokens: Tensor, tree: DraftTree, known: int = 0) -> Tensor:
+    def read(self, tokens: Tensor, tree: DraftTree, known: int = 0, aside: DraftTree | None = None) -> Tensor:
         """Logits [T + 1, V] behind the sequence [N] (row 0) and behind every node of the tree.
 
         With `known` > 0 the call before was about the same sequence and the first so many nodes of this tree; they are
-        not read again, and the logits are those of the other nodes [T - known, V].
+        not read again, and the logits are those of the other nodes [T - known, V]. `aside`: S tokens more, which share
+        the pass alone; their logits follow, and where the context ends they take its last place.
         """
+        drafts, tree = len(tree.tokens), tree if aside is None else tree.beside(aside)
         if known:
             unread = tokens[:0]
         else:
@@ -63,7 +71,10 @@ class Reader:
         seen[len(unread) :, start : len(tokens)] = True
         seen[len(unread) :, len(tokens) :] = tree.ancestors[known:]
         places = torch.arange(start, len(tokens), device=fed.device)
-        positions = torch.cat([places, len(tokens) - 1 + tree.depths[known:]])
+        behind = len(tokens) - 1 + tree.depths
+        if aside is not None and self._context is not None:
+            behind[drafts:].clamp_(max=self._context - 1)
+        positions = torch.cat([places, behind[known:]])
         self.held, self._tree = tokens, tree
         return self._forward(fed, seen, positions, new + (not known))
 
@@ -101,15 +112,31 @@ class Reader:
         if isinstance(positions, int):
             positions = torch.arange(positions, positions + len(fed), device=fed.device)
         options: dict[str, Any] = {"logits_to_keep": keep} if self._brief else {}
+        watch = self._watch and seen is not None
         out = self.model(
             input_ids=fed.unsqueeze(0),
             attention_mask=mask,
             position_ids=positions.unsqueeze(0),
             past_key_values=self.cache,
             use_cache=True,
+            output_hidden_states=watch,
             **options,
         )
+        self.hidden = out.hidden_states[-1][0, -keep:] if watch else None
         return out.logits[0, -keep:]
+
+
+def info(model: PreTrainedModel) -> ModelInfo:
+    """What a method may know of a language model."""
+    config = model.config.get_text_config()
+    return ModelInfo(
+        family=config.model_type,
+        depth=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        width=config.hidden_size,
+        tokens=getattr(config, "max_position_embeddings", 0),
+        vocabulary=vocabulary(model),
+    )
 
 
 def vocabulary(model: PreTrainedModel) -> int:

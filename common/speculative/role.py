@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,26 +15,59 @@ from prunelab.common.speculative import trees
 from prunelab.common.speculative.trees import Accepted, DraftTree
 
 
+@dataclass(frozen=True)
+class Step:
+    """One verification, as the method that drafted for it sees it.
+
+    root: the last token [1]. tree: the T drafts behind it. logits: [T + 1, V] of the target, row 0 behind the root.
+    accepted: what they confirm. aside: [S, V] logits behind the tokens of `DraftDecoder.aside`. hidden: [T + 1, D] what
+    the target's output layer made the logits of, for methods that ask for it.
+    """
+
+    root: Tensor
+    tree: DraftTree
+    logits: Tensor
+    accepted: Accepted
+    aside: Tensor | None = None
+    hidden: Tensor | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """[T + 1] the root and the drafts, one a row of the logits."""
+        return torch.cat([self.root, self.tree.tokens])
+
+
 class DraftDecoder(Method):
     """Drafts a tree of tokens, keeps the part the target model confirms, and learns from what it saw.
 
     `common.speculative` runs it on a model. A state outlives a prompt: what was learned from one serves the next.
+    reads_hidden: whether `observe` needs the hidden states of the target's last layer.
     """
 
     role: ClassVar[str] = "draft_decoder"
+    reads_hidden: ClassVar[bool] = False
 
     @abstractmethod
     def start(self, vocabulary: int, **services: Any) -> Any:
-        """A fresh decoding state for a target of that many tokens, on the default device; `services` by name."""
+        """A fresh decoding state for a target of that many tokens, on the default device; `services` by name, and as
+        `parts` the learned parts of a method that has some."""
+
+    def begin(self, state: Any, prompt: Tensor) -> None:
+        """A new text begins with these tokens [N]."""
 
     @abstractmethod
     def draft(self, state: Any, tokens: Tensor, budget: Budget) -> DraftTree:
         """A tree that may follow the tokens [N]; the budget counts its nodes."""
+
+    def aside(self, state: Any, tokens: Tensor) -> DraftTree | None:
+        """Further tokens for the target to read behind the tokens [N] in the same pass. They are no drafts: they are
+        never accepted, and no budget counts them."""
+        return None
 
     def accept(self, tree: DraftTree, logits: Tensor, rng: torch.Generator | None = None) -> Accepted:
         """What the target's logits [T + 1, V] (row 0: behind the last accepted token) confirm: the longest greedy
         match, or with `rng` a lossless sample."""
         return trees.greedy(tree, logits) if rng is None else trees.sample(tree, logits, rng)
 
-    def observe(self, state: Any, tokens: Tensor, logits: Tensor) -> None:
-        """Learn from tokens [T] and the logits [T, V] that followed them."""
+    def observe(self, state: Any, step: Step) -> None:
+        """Learn from what the target made of the last draft."""

@@ -66,6 +66,13 @@ class DraftTree:
         """The nodes no deeper than that."""
         return self.where(self.depths <= depth) if len(self.tokens) else self
 
+    def beside(self, other: DraftTree) -> DraftTree:
+        """Both trees behind the same token, this one's nodes first; no node is shared."""
+        parents = torch.where(other.parents >= 0, other.parents + len(self.tokens), -1)
+        tree = DraftTree(torch.cat([self.tokens, other.tokens]), torch.cat([self.parents, parents]))
+        tree.__dict__["ancestors"] = torch.block_diag(self.ancestors, other.ancestors)
+        return tree
+
 
 @dataclass(frozen=True)
 class Accepted:

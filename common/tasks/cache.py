@@ -118,7 +118,7 @@ class _Reader:
 
 def while_writing(method: CachePruner | TokenPruner) -> bool:
     """Whether the method acts on every token that is written, and not on the prompt alone."""
-    return method.when != "prefill" if isinstance(method, CachePruner) else method.fate() == "defer"
+    return method.when != "prefill" if isinstance(method, CachePruner) else method.rest == "defer"
 
 
 def held(cache: Any, tokens: int) -> CacheReport:

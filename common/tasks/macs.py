@@ -9,12 +9,13 @@ import torch
 
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.learned import PARTS
 from prunelab.common.costs import meter
 from prunelab.common.experiments.run import Run
 from prunelab.common.models import loading
 from prunelab.common.tokens import match
 from prunelab.common.tokens.adapters import adapter_for
-from prunelab.common.tokens.apply import PARTS, applied
+from prunelab.common.tokens.apply import applied
 from prunelab.common.tokens.role import TokenPruner
 
 

@@ -89,8 +89,8 @@ def prune(
 
 def reads_text(method: WeightPruner) -> bool:
     """Whether the method measures anything on a calibration set."""
-    surveys = type(method).survey is not WeightPruner.survey
-    return surveys or any(method.statistics(kind) for kind in method.kinds())
+    precomputes = type(method).precompute is not WeightPruner.precompute
+    return precomputes or any(method.statistics(unit) for unit in method.units)
 
 
 def sizes(model: nn.Module, report: WeightReport | None = None) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def cut(method: WeightPruner, model: nn.Module, budget: Budget) -> None:
     """Take away as many units of every target as the method does, whatever their scores. Two sets of random scores
     must leave the same numbers."""
     adapter = weight_adapter(model)
-    targets = [target for kind in method.kinds() for target in adapter.targets(kind) if method.covers(target)]
-    if not targets or any(target.kind in ("linear", "tensor") for target in targets):
+    targets = [target for unit in method.units for target in adapter.targets(unit) if method.covers(target)]
+    if not targets or any(target.unit in ("linear", "tensor") for target in targets):
         raise PrunelabError(f"{method.name} changes no size of this model; its zeros are counted where it runs")
     signals = [WeightSignals(adapter.weights(target)) for target in targets]
     plans = [decisions(method, targets, signals, budget, seed) for seed in (0, 1)]

@@ -19,6 +19,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.registry import choose, defined
 from prunelab.common.testbeds.base import Testbed
 from prunelab.common.training.recipe import LOG, WEIGHTS, read_log
+from prunelab.common.training.recipe import read_extra as read_extra
 
 SHIPPED = Path(__file__).resolve().parent / "weights"
 

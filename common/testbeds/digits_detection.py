@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from prunelab.common.backbones.dino import DINO, ConvPyramid
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.learned import PARTS
 from prunelab.common.data import detection
 from prunelab.common.metrics.average_precision import Detections, average_precision, detections
 from prunelab.common.testbeds.base import Testbed
 from prunelab.common.tokens.adapters import adapter_for
-from prunelab.common.tokens.apply import PARTS, applied
+from prunelab.common.tokens.apply import applied
 from prunelab.common.tokens.role import TokenPruner
 
 METHOD = "focus_detr"

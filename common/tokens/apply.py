@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.plan import ModelInfo, Report, Site
+from prunelab.common.core.learned import PARTS, fitting
+from prunelab.common.core.plan import Report, Site
 from prunelab.common.costs.meter import flops, on_meta
 from prunelab.common.costs.meter import macs as macs_of
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.adapters.base import Adapter, Application, Trace
 from prunelab.common.tokens.role import TokenPruner
-
-PARTS = "pruning_parts"  # name of the learned parts among the model's modules while a method is applied
 
 
 class Handle:
@@ -138,7 +137,7 @@ def applied(
     adapter, sites = check(method, model)
     info = adapter.info
     own = getattr(model, PARTS, None)
-    used = _parts(method, info, parts, own)
+    used = fitting(method, info, parts, own)
     for site in sites:
         budget.at(site.index)
     if len(budget.amounts) > max(1, len(sites)):
@@ -161,24 +160,3 @@ def applied(
             model.add_module(PARTS, own)
         else:
             model._modules.pop(PARTS, None)
-
-
-def _parts(method: TokenPruner, info: ModelInfo, given: nn.Module | None, own: nn.Module | None) -> nn.Module | None:
-    """The learned parts to use: those given, else the model's own. Refuses parts that are missing or do not fit."""
-    with torch.device("meta"):
-        built = method.build(info)
-    if built is None:
-        if given is not None:
-            raise PrunelabError(f"{method.name} has no learned parts; leave `parts` out")
-        return None
-    parts = own if given is None else given
-    if parts is None:
-        raise PrunelabError(
-            f"{method.name} has learned parts; pass parts=method.build(info) with trained weights, see its README"
-        )
-    wanted = {name: tuple(value.shape) for name, value in built.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in parts.state_dict().items()}
-    if wanted != found:
-        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise PrunelabError(f"the parts do not fit {method.name} on this model: {', '.join(wrong[:8])}")
-    return parts

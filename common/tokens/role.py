@@ -8,19 +8,24 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.method import Method
-from prunelab.common.core.plan import Gather, ModelInfo, Plan, Reduction, Rest, Site
-from prunelab.common.core.signals import Signals
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Positions, Reduction, Rest, Site
+from prunelab.common.tokens.signals import TokenSignals
 
 
 class TokenPruner(Method):
-    """Prunes tokens at sites of a network. Fill in `score`, or override `plan` where it does not fit."""
+    """Prunes tokens at sites of a network. Fill in `score`, or override `plan` where it does not fit.
+
+    rest, positions: what becomes of the tokens that do not go on, and how those that do are numbered; see `Plan`. A
+    method sets them for its class, or makes them fields of its own.
+    """
 
     role: ClassVar[str] = "token_pruner"
     ascending: ClassVar[bool] = True  # kept units come out in their original order
     adaptive: ClassVar[bool] = False  # how many units stay depends on the input, the budget is an upper bound
+    rest: Rest = "drop"
+    positions: Positions = "original"
 
     @abstractmethod
     def sites(self, info: ModelInfo) -> Sequence[Site]:
@@ -30,28 +35,20 @@ class TokenPruner(Method):
     def requires(self, site: Site) -> frozenset[str]:
         """Names of the signals read at a site. The adapter computes these and no others."""
 
-    def fate(self) -> Rest:
-        """What becomes of the units that do not go on: the `rest` of every plan."""
-        return "drop"
-
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         """Decide what goes on from here. `budget` is already the one of this site."""
-        kept = self.select(self.score(site, signals), signals, budget)
-        return Plan(self.merge(kept, signals), rest=self.fate())
+        kept = signals.keep(budget, scores=self.score(site, signals))
+        return Plan(self.merge(kept, signals), rest=self.rest, positions=self.positions)
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         """Importance [B, N] of every unit, larger is better. Values at protected units are ignored."""
         raise TypeError(f"{type(self).__name__} fills in neither score() nor plan()")
 
-    def select(self, scores: Tensor, signals: Signals, budget: Budget) -> Gather:
-        """The best-scored units under the budget and every protected one, in original order."""
-        return selection.top_k_units(scores, signals.prunable, signals.units, budget, signals.valid)
-
-    def merge(self, kept: Gather, signals: Signals) -> Reduction:
+    def merge(self, kept: Gather, signals: TokenSignals) -> Reduction:
         """What becomes of the units not kept; by default nothing does."""
         return kept
 
-    def refine(self, site: Site, hidden: Tensor, signals: Signals, plan: Plan) -> Tensor:
+    def refine(self, site: Site, hidden: Tensor, signals: TokenSignals, plan: Plan) -> Tensor:
         """What goes on, [B, K, D], before the model works on it; methods with learned layers change it here."""
         return hidden
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,17 +57,18 @@ class Recipe:
         """Learning rate of a parameter, by its name in the model, as a share of the others'."""
         return 1.0
 
-    def options(self, parameter: str) -> Mapping[str, Any]:
-        """Settings of AdamW that a parameter has for itself, such as `weight_decay` or `maximize`."""
-        return {}
+    def optimizer(
+        self, model: nn.Module, options: Callable[[str], Mapping[str, Any]] = lambda parameter: {}
+    ) -> torch.optim.Optimizer:
+        """AdamW; biases, norms and position tables do not decay.
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW; biases, norms and position tables do not decay."""
+        options: settings that a parameter has for itself, by its name, such as `weight_decay` or `maximize`.
+        """
         kept = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
         groups: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             decay = self.decay if parameter.dim() > 1 and name not in kept else 0.0
-            settings = {"scale": self.scale(name), "weight_decay": decay, **self.options(name)}
+            settings = {"scale": self.scale(name), "weight_decay": decay, **options(name)}
             groups.setdefault(tuple(settings.items()), []).append(parameter)
         return torch.optim.AdamW(
             [{"params": members, **dict(settings)} for settings, members in groups.items()],

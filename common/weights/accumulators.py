@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.adapters.base import WeightAdapter
-from prunelab.common.weights.targets import Accumulator, Kind, Observation, Target
+from prunelab.common.weights.targets import Accumulator, Observation, Target, Unit
 
 Factories = Mapping[str, Callable[[Target], Accumulator]]
 
@@ -18,21 +18,21 @@ Factories = Mapping[str, Callable[[Target], Accumulator]]
 class Asking(Protocol):
     """Whoever asks for statistics: a method, or `Wanted`."""
 
-    def statistics(self, kind: Kind) -> Factories:
+    def statistics(self, unit: Unit) -> Factories:
         """See `WeightPruner.statistics`."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Statistics asked for by kind and name."""
+    """Statistics asked for by unit and name."""
 
-    by_kind: Mapping[Kind, Factories]
+    by_unit: Mapping[Unit, Factories]
 
-    def statistics(self, kind: Kind) -> Factories:
-        return self.by_kind.get(kind, {})
+    def statistics(self, unit: Unit) -> Factories:
+        return self.by_unit.get(unit, {})
 
 
-class Ledger:
+class Accumulators:
     """The accumulators of one block's targets; those of one source share what reads inputs alone."""
 
     def __init__(self, method: Asking, targets: Iterable[Target]) -> None:
@@ -41,8 +41,8 @@ class Ledger:
         shared: dict[tuple[str, str, str], Accumulator] = {}
         for target in targets:
             made, own = self.made.setdefault(target.name, {}), []
-            for name, factory in method.statistics(target.kind).items():
-                key = (target.source or target.name, target.kind, name)
+            for name, factory in method.statistics(target.unit).items():
+                key = (target.source or target.name, target.unit, name)
                 if key in shared:
                     made[name] = shared[key]
                     continue

@@ -57,7 +57,7 @@ class Work:
         return True
 
     def measured(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keep what was measured at a block or in a survey."""
+        """Keep what was measured at a block or in a precompute."""
         if self.folder is not None:
             own = {name: tensor.clone() for name, tensor in tensors.items()}  # targets may share one, files may not
             write_tensors(self.folder / f"evidence_{name}.safetensors", own)

@@ -13,7 +13,7 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import masks
-from prunelab.common.weights.accumulators import Ledger
+from prunelab.common.weights.accumulators import Accumulators
 from prunelab.common.weights.adapters.base import WeightAdapter
 from prunelab.common.weights.calibration import Stream
 from prunelab.common.weights.checkpoints import Work
@@ -26,7 +26,7 @@ SCORES = ""  # name of a target's scores among its statistics, one that no stati
 
 
 @dataclass(frozen=True)
-class Run:
+class Engine:
     """What is pruned by what, from what. Targets that leave with a structure around them leave the list as well."""
 
     method: WeightPruner
@@ -42,15 +42,15 @@ class Run:
     def go(self) -> None:
         """Prune the model."""
         with torch.no_grad():
-            surveyed = self.survey()
+            precomputed = self.precompute()
             if self.method.sequential:
-                self.block_by_block(surveyed)
+                self.block_by_block(precomputed)
             else:
-                self.all_at_once(surveyed)
+                self.all_at_once(precomputed)
 
-    def block_by_block(self, surveyed: Mapping[str, Statistics]) -> None:
+    def block_by_block(self, precomputed: Mapping[str, Statistics]) -> None:
         """Measure a block on the stream that the pruned blocks before it gave, decide, and send the stream on."""
-        budgets = self.budgets(surveyed)
+        budgets = self.budgets(precomputed)
         depth, done = len(self.adapter.blocks), 0
         while done < depth and self.work.was_decided(done):
             for targets in self.rounds(done):
@@ -61,18 +61,18 @@ class Run:
         for block in self.track([*range(done, depth), -1]):
             tensors: dict[str, Tensor] = {}
             for targets in self.rounds(block):
-                ledger = self.measure(stream, block, targets, keep=False)
+                accumulators = self.measure(stream, block, targets, keep=False)
                 for target in targets:
-                    signals = self.signals(target, {**surveyed.get(target.name, {}), **ledger.values(target)})
+                    signals = self.signals(target, {**precomputed.get(target.name, {}), **accumulators.values(target)})
                     tensors |= self.carry_out(target, self.method.solve(target, signals, budgets[target.name]))
             self.work.decided(block, tensors)
             if stream is not None and 0 <= block < depth - 1:
                 stream.through(block)
                 self.work.moved(block + 1, stream.hidden)
 
-    def all_at_once(self, surveyed: Mapping[str, Statistics]) -> None:
+    def all_at_once(self, precomputed: Mapping[str, Statistics]) -> None:
         """Measure and score every block on the dense stream, decide on all, and then prune them."""
-        evidence = self.evidence(surveyed)
+        evidence = self.evidence(precomputed)
         chosen = self.select(evidence)
         for block in [*range(len(self.adapter.blocks)), -1]:
             tensors: dict[str, Tensor] = {}
@@ -87,28 +87,28 @@ class Run:
     def rounds(self, block: int) -> Iterator[list[Target]]:
         """The targets of a block in the order they are decided: its structures, and when these are gone (by the time
         the next round is asked for) the weights that were left, which are then measured without them."""
-        weights = [target for target in self.at(block) if target.kind in ("linear", "tensor")]
-        structures = [target for target in self.at(block) if target.kind not in ("linear", "tensor")]
+        weights = [target for target in self.at(block) if target.loose]
+        structures = [target for target in self.at(block) if not target.loose]
         if structures:
             yield structures
         if structures and weights:
-            left = {target.name for kind in ("linear", "tensor") for target in self.adapter.targets(kind)}
+            left = {target.name for unit in ("linear", "tensor") for target in self.adapter.targets(unit)}
             lost = {target.name for target in weights} - left
             self.targets[:] = [target for target in self.targets if target.name not in lost]
             weights = [target for target in weights if target.name in left]
         if weights:
             yield weights
 
-    def budgets(self, surveyed: Mapping[str, Statistics]) -> dict[str, Budget]:
+    def budgets(self, precomputed: Mapping[str, Statistics]) -> dict[str, Budget]:
         """The budget of every target."""
-        known = [self.signals(target, surveyed.get(target.name, {})) for target in self.targets]
+        known = [self.signals(target, precomputed.get(target.name, {})) for target in self.targets]
         amounts = self.method.allocate(self.targets, known, self.budget)
         check_budgets(self.targets, amounts)
         return {target.name: amount for target, amount in zip(self.targets, amounts, strict=True)}
 
     # -- steps of a run that decides at the end ----------------------------------------------------------------------
 
-    def evidence(self, surveyed: Mapping[str, Statistics]) -> dict[str, dict[str, Tensor]]:
+    def evidence(self, precomputed: Mapping[str, Statistics]) -> dict[str, dict[str, Tensor]]:
         """By target its statistics, and its scores under SCORES."""
         evidence: dict[str, dict[str, Tensor]] = {}
         depth, done = len(self.adapter.blocks), 0
@@ -118,9 +118,9 @@ class Run:
             done += 1
         stream = self.stream(done, replay=False)
         for block in self.track([*range(done, depth), -1]):
-            ledger = self.measure(stream, block, self.at(block), keep=True)
+            accumulators = self.measure(stream, block, self.at(block), keep=True)
             for target in self.at(block):
-                seen = {**surveyed.get(target.name, {}), **ledger.values(target)}
+                seen = {**precomputed.get(target.name, {}), **accumulators.values(target)}
                 scores = self.method.score(target, self.signals(target, seen))
                 masks.refuse_nan(scores, target.name)
                 evidence[target.name] = {**seen, SCORES: scores}
@@ -136,22 +136,22 @@ class Run:
         chosen = self.method.select(self.targets, signals, scores, self.budget)
         for target, mask in zip(self.targets, chosen, strict=True):
             self.check(target, Decision(mask))
-        layers = [mask for target, mask in zip(self.targets, chosen, strict=True) if target.kind == "layers"]
+        layers = [mask for target, mask in zip(self.targets, chosen, strict=True) if target.unit == "layers"]
         if layers and not any(bool(mask.any()) for mask in layers):
             raise PrunelabError(f"{self.method.name} would remove all layers; keep more")
         return {target.name: mask for target, mask in zip(self.targets, chosen, strict=True)}
 
     # -- shared steps ------------------------------------------------------------------------------------------------
 
-    def survey(self) -> Mapping[str, Statistics]:
+    def precompute(self) -> Mapping[str, Statistics]:
         """What the method measures on the whole dense model."""
-        if (found := self.work.was_measured("survey")) is not None:
+        if (found := self.work.was_measured("precompute")) is not None:
             return _nested({name: tensor.to(self.device) for name, tensor in found.items()})
         probe = ModelProbe(self.adapter, self.targets, self.samples, self.budget, lambda t: self.signals(t, {}))
-        surveyed = self.method.survey(probe)
-        if surveyed:
-            self.work.measured("survey", _flat(surveyed))
-        return surveyed
+        precomputed = self.method.precompute(probe)
+        if precomputed:
+            self.work.measured("precompute", _flat(precomputed))
+        return precomputed
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +174,7 @@ class Run:
     def stream(self, block: int, replay: bool) -> Stream | None:
         """The calibration set in front of a block, or None where nothing is measured on it. States kept by an earlier
         run are taken up; with `replay` the blocks behind the last of them are already pruned and run again."""
-        if not any(self.method.statistics(kind) for kind in self.method.kinds()):
+        if not any(self.method.statistics(unit) for unit in self.method.units):
             return None
         start = block
         while start > 0 and not self.work.has_hidden(start):
@@ -184,19 +184,19 @@ class Run:
             stream.through(passed)
         return stream
 
-    def measure(self, stream: Stream | None, block: int, targets: Sequence[Target], keep: bool) -> Ledger:
+    def measure(self, stream: Stream | None, block: int, targets: Sequence[Target], keep: bool) -> Accumulators:
         """The statistics of targets of a block over the calibration set."""
-        ledger = Ledger(self.method, targets)
-        if stream is not None and block >= 0 and (ledger.owned or keep):
-            stream.through(block, ledger.taps(self.adapter), ledger.visit, keep)
-        return ledger
+        accumulators = Accumulators(self.method, targets)
+        if stream is not None and block >= 0 and (accumulators.owned or keep):
+            stream.through(block, accumulators.taps(self.adapter), accumulators.visit, keep)
+        return accumulators
 
     def check(self, target: Target, decision: Decision) -> None:
         """Refuse a decision that leaves a target empty or that the model cannot carry."""
         if decision.mask.shape != target.shape or decision.mask.dtype != torch.bool:
             raise TypeError(f"{self.method.name} gives {target.name} a mask that is not bool {target.shape}")
-        if target.kind not in ("layers", "tensor") and decision.kept == 0:
-            units = {"linear": "weights"}.get(target.kind, target.kind)
+        if target.unit not in ("layers", "tensor") and decision.kept == 0:
+            units = {"linear": "weights"}.get(target.unit, target.unit)
             raise PrunelabError(f"{self.method.name} would remove all {units} of {target.name}; keep more")
         if not all(bool(torch.isfinite(value).all()) for value in decision.values.values()):
             raise PrunelabError(f"{self.method.name} gives {target.name} NaN or infinite values; use a wider dtype")
@@ -213,10 +213,10 @@ class Run:
 def check_budgets(targets: Sequence[Target], budgets: Sequence[Budget]) -> None:
     """Refuse budgets that leave nothing, or patterns that do not divide a row."""
     for target, budget in zip(targets, budgets, strict=True):
-        if target.kind in ("layers", "tensor"):
+        if target.unit in ("layers", "tensor"):
             continue
-        if budget.unit == "pattern" and target.kind != "linear":
-            raise PrunelabError(f"the pattern {budget} is for single weights, and {target.name} has {target.kind}")
+        if budget.unit == "pattern" and target.unit != "linear":
+            raise PrunelabError(f"the pattern {budget} is for single weights, and {target.name} has {target.unit}")
         try:
             gone = budget.pruned(target.shape[-1])
         except PrunelabError as error:

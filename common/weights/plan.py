@@ -29,7 +29,8 @@ PLAN = "plan.json"
 @dataclass(frozen=True)
 class WeightReport:
     """Sizes before and after. Zeros are counted apart: they take as much room and time as any other number unless a
-    sparse kernel uses them. `reset` parameters hold what they held before fine-tuning."""
+    sparse kernel uses them. `reset` parameters hold what they held before fine-tuning. average_parameters: those not at
+    zero, the mean over the steps of a training that pruned."""
 
     dense_parameters: int
     parameters: int
@@ -39,6 +40,7 @@ class WeightReport:
     removed: int
     zeroed: int
     reset: int = 0
+    average_parameters: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -55,6 +57,8 @@ class WeightReport:
             lines.append(f"zeros      {self.zeroed:,} stored as zeros, which alone make a model no smaller or faster")
         if self.reset:
             lines.append(f"deltas     {self.reset:,} of what fine-tuning changed taken back; the model stays dense")
+        if self.average_parameters is not None:
+            lines.append(f"training   {self.average_parameters:,.0f} parameters on average over its steps")
         return "\n".join(lines)
 
 
@@ -119,13 +123,13 @@ class WeightPlan:
     @property
     def removes(self) -> bool:
         """Whether units leave the model, rather than being set to zero."""
-        return any(target.kind not in ("linear", "tensor") for target in self.targets)
+        return any(not target.loose for target in self.targets)
 
     def apply(self, model: nn.Module) -> bool:
         """Carry the plan out on a dense model of the same architecture, in place. False where the pruned model's
         shape is one that no config of its family describes."""
         adapter = weight_adapter(model)
-        found = {t.name: t for kind in {t.kind for t in self.targets} for t in adapter.targets(kind)}
+        found = {t.name: t for unit in {t.unit for t in self.targets} for t in adapter.targets(unit)}
         wrong = [t.name for t in self.targets if t.name not in found or found[t.name].shape != t.shape]
         if wrong:
             raise PrunelabError(

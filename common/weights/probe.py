@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.weights.accumulators import Factories, Ledger, Wanted
+from prunelab.common.weights.accumulators import Accumulators, Factories, Wanted
 from prunelab.common.weights.adapters.base import WeightAdapter
 from prunelab.common.weights.calibration import Stream, finite
-from prunelab.common.weights.targets import Accumulator, Kind, Target, WeightSignals
+from prunelab.common.weights.targets import Accumulator, Decision, Target, Unit, WeightSignals
 
 
 class ModelProbe:
@@ -40,6 +40,17 @@ class ModelProbe:
     def weights(self, target: Target) -> Mapping[str, Tensor]:
         return self.adapter.weights(target)
 
+    @contextmanager
+    def trial(self, decisions: Iterable[tuple[Target, Decision]]) -> Iterator[None]:
+        undo: list[Callable[[], None]] = []
+        try:
+            for target, decision in decisions:
+                undo.append(self.adapter.attempt(target, decision))
+            yield
+        finally:
+            for back in reversed(undo):
+                back()
+
     def loss(self, sample: Tensor) -> Tensor:
         return self.adapter.loss(sample)
 
@@ -47,19 +58,19 @@ class ModelProbe:
         logits: Tensor = self.adapter.run(sample).logits
         return logits.flatten(0, -2)
 
-    def statistics(self, wanted: Mapping[Kind, Factories]) -> dict[str, dict[str, Tensor]]:
+    def statistics(self, wanted: Mapping[Unit, Factories]) -> dict[str, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
         stream = Stream(self.adapter, self.samples)
         for block in range(len(self.adapter.blocks)):
             targets = [target for target in self.targets if target.block == block]
-            ledger = Ledger(Wanted(wanted), targets)
-            stream.through(block, ledger.taps(self.adapter), ledger.visit)
-            found |= {target.name: ledger.values(target) for target in targets}
+            accumulators = Accumulators(Wanted(wanted), targets)
+            stream.through(block, accumulators.taps(self.adapter), accumulators.visit)
+            found |= {target.name: accumulators.values(target) for target in targets}
         return found
 
     def gradients(self, factories: Mapping[str, Callable[[Target], Accumulator]]) -> dict[str, dict[str, Tensor]]:
         """Each gradient is dropped as soon as it was read, so that one parameter's is held at a time."""
-        linear = [target for target in self.targets if target.kind in ("linear", "tensor")]
+        linear = [target for target in self.targets if target.loose]
         made = {target.name: {name: factory(target) for name, factory in factories.items()} for target in linear}
         by_parameter: dict[nn.Parameter, list[Target]] = defaultdict(list)
         for target in linear:

@@ -16,7 +16,7 @@ from prunelab.common.core.method import Method
 from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.adapters.base import WeightAdapter
 from prunelab.common.weights.checkpoints import Work, fingerprint
-from prunelab.common.weights.engine import Run, check_budgets
+from prunelab.common.weights.engine import Engine, check_budgets
 from prunelab.common.weights.plan import WeightPlan, WeightReport
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Target
@@ -62,7 +62,7 @@ def prune(
     }
     work = Work(None) if folder is None else Work(folder, {**header, **_identity(model, samples, base)})
     base_adapter = None if base is None else weight_adapter(base)
-    run = Run(method, adapter, targets, budget, samples, base_adapter, seed, work, progress)
+    run = Engine(method, adapter, targets, budget, samples, base_adapter, seed, work, progress)
 
     header["config"] = adapter.config()
     before, prunable, training = _size(model), _prunable(adapter, targets), model.training
@@ -90,20 +90,22 @@ def check(method: WeightPruner, model: nn.Module) -> None:
 
 
 def _targets(method: WeightPruner, adapter: WeightAdapter, budget: Budget) -> list[Target]:
-    """What the method prunes in this model, block by block. Refuses kinds it lacks and budgets that cannot fit."""
+    """What the method prunes in this model, block by block. Refuses units it lacks and budgets that cannot fit."""
     found = []
-    for kind in method.kinds():
-        of_kind = adapter.targets(kind)
-        if not of_kind:
-            raise PrunelabError(f"{method.name} prunes {kind}, and this {type(adapter.model).__name__} has none")
-        found += [target for target in of_kind if method.covers(target)]
+    for unit in method.units:
+        of_unit = adapter.targets(unit)
+        if not of_unit:
+            raise PrunelabError(f"{method.name} prunes {unit}, and this {type(adapter.model).__name__} has none")
+        found += [target for target in of_unit if method.covers(target)]
     if not found:
         raise PrunelabError(f"{method.name} covers none of this model's targets; change its options")
     if len(budget.amounts) not in (1, len(adapter.blocks)):
         raise PrunelabError(f"the budget names {len(budget.amounts)} amounts for {len(adapter.blocks)} blocks")
+    if min(budget.amounts) == 0 and budget.unit != "removed":
+        raise PrunelabError(f"{method.name} would remove everything under {budget}; keep more")
     adapter.refuse_tied(found)
     if budget.unit == "pattern":  # no allocation makes a row divisible, so that this is known now
-        rows = [target for target in found if target.kind == "linear"]
+        rows = [target for target in found if target.unit == "linear"]
         check_budgets(rows, [budget.at(target.block) for target in rows])
     found.sort(key=lambda target: target.block if target.block >= 0 else len(adapter.blocks))
     return found
@@ -115,8 +117,8 @@ def _samples(
     targets: Sequence[Target],
     calibration: Tensor | Sequence[Tensor] | None,
 ) -> list[Tensor]:
-    surveys = type(method).survey is not WeightPruner.survey
-    if not surveys and not any(method.statistics(kind) for kind in method.kinds()):
+    precomputes = type(method).precompute is not WeightPruner.precompute
+    if not precomputes and not any(method.statistics(unit) for unit in method.units):
         return []
     samples = [] if calibration is None else list(calibration)
     if not samples:
@@ -147,9 +149,9 @@ def _size(model: nn.Module) -> tuple[int, int]:
 
 def _prunable(adapter: WeightAdapter, targets: Sequence[Target]) -> int:
     """Parameters of all targets, each counted once where weights lie in structures that are targets as well."""
-    structures = [target for target in targets if target.kind not in ("linear", "tensor")]
+    structures = [target for target in targets if not target.loose]
     within = {id(parameter) for target in structures for parameter in adapter.structure(target).values()}
-    loose = [t for t in targets if t.kind in ("linear", "tensor") and id(adapter.parameter(t)) not in within]
+    loose = [t for t in targets if t.loose and id(adapter.parameter(t)) not in within]
     return sum(target.parameters for target in (*structures, *loose))
 
 
@@ -157,7 +159,7 @@ def _report(plan: WeightPlan, before: tuple[int, int], after: tuple[int, int], p
     removed = zeroed = reset = 0
     for target, decision in plan.decisions():
         gone = target.units - decision.kept
-        if target.kind not in ("linear", "tensor"):
+        if not target.loose:
             removed += gone * target.size
         elif decision.whole:
             reset += gone

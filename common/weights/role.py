@@ -12,7 +12,7 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.method import Method
 from prunelab.common.weights import masks
-from prunelab.common.weights.targets import Accumulator, Decision, Kind, Probe, Statistics, Target, WeightSignals
+from prunelab.common.weights.targets import Accumulator, Decision, Probe, Statistics, Target, Unit, WeightSignals
 
 
 class WeightPruner(Method):
@@ -30,19 +30,20 @@ class WeightPruner(Method):
         """Whether blocks are decided one after the other."""
         return True
 
-    def kinds(self) -> Sequence[Kind]:
+    @property
+    def units(self) -> Sequence[Unit]:
         """What the method prunes."""
         return ("linear",)
 
     def covers(self, target: Target) -> bool:
-        """Whether the method touches a target of its kinds."""
+        """Whether the method touches a target of its units."""
         return True
 
-    def statistics(self, kind: Kind) -> Mapping[str, Callable[[Target], Accumulator]]:
-        """What is accumulated over the calibration set at each target of a kind, by name."""
+    def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
+        """What is accumulated over the calibration set at each target of a unit, by name."""
         return {}
 
-    def survey(self, probe: Probe) -> Mapping[str, Statistics]:
+    def precompute(self, probe: Probe) -> Mapping[str, Statistics]:
         """Further statistics, by target and name, measured once on the whole dense model (gradients, losses)."""
         return {}
 
@@ -52,7 +53,7 @@ class WeightPruner(Method):
 
     def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
         """The budget of every target; by default the same for all, or one amount a block. The signals of a sequential
-        method hold what `survey` found, the others' everything."""
+        method hold what `precompute` found, the others' everything."""
         return [budget.at(target.block) for target in targets]
 
     def mask(self, target: Target, scores: Tensor, budget: Budget) -> Tensor:
@@ -75,7 +76,7 @@ class WeightPruner(Method):
     ) -> Sequence[Tensor]:
         """The masks of all targets at once. Methods that compare scores across targets override this; layers are
         compared by default."""
-        if all(target.kind == "layers" for target in targets):
+        if all(target.unit == "layers" for target in targets):
             return list(masks.per_row(torch.cat(list(scores)), budget).split(1))
         budgets = self.allocate(targets, signals, budget)
         return [self.mask(t, s, b) for t, s, b in zip(targets, scores, budgets, strict=True)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
@@ -19,7 +20,7 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 
-Kind = Literal["linear", "heads", "channels", "experts", "layers", "tensor"]
+Unit = Literal["linear", "heads", "channels", "experts", "layers", "tensor"]
 Statistics = Mapping[str, Tensor]
 
 
@@ -27,12 +28,12 @@ Statistics = Mapping[str, Tensor]
 class Target:
     """A part of a model whose units can be pruned.
 
-    kind:   `linear` has single weights as units, `heads` key-value groups of attention (with plain multi-head
+    unit:   `linear` has single weights as units, `heads` key-value groups of attention (with plain multi-head
             attention these are the heads), `channels` intermediate channels of an MLP, `experts` and `layers` what
             they say, `tensor` the entries of any other parameter;
     name:   unique in the model, and the same in every model of its architecture;
     block:  index of the block it lies in, -1 outside of all;
-    role:   its place in the block (`self_attn.q_proj`, or the kind for structures);
+    role:   its place in the block (`self_attn.q_proj`, or the unit for structures);
     shape:  shape of scores and mask: that of the weight, [out, in], or [units];
     size:   parameters one unit holds;
     span:   consecutive input channels one unit covers (head size times query heads of a group; 1 for channels);
@@ -41,7 +42,7 @@ class Target:
     least:  units the model cannot do without (of experts, as many as a token is sent to).
     """
 
-    kind: Kind
+    unit: Unit
     name: str
     block: int
     role: str
@@ -56,6 +57,11 @@ class Target:
     def units(self) -> int:
         """Number of units."""
         return math.prod(self.shape)
+
+    @property
+    def loose(self) -> bool:
+        """Whether its units are single entries of a parameter, which become zero where they go."""
+        return self.unit in ("linear", "tensor")
 
     @property
     def parameters(self) -> int:
@@ -145,7 +151,7 @@ class WeightSignals:
     def __getitem__(self, name: str) -> Tensor:
         """A statistic."""
         if name not in self.statistics:
-            raise PrunelabError(f"the statistic '{name}' was not asked for; name it in statistics() or survey()")
+            raise PrunelabError(f"the statistic '{name}' was not asked for; name it in statistics() or precompute()")
         return self.statistics[name]
 
 
@@ -153,13 +159,16 @@ class WeightSignals:
 class Decision:
     """What becomes of a target: mask, True where a unit stays, and new values by the roles of `WeightSignals.weights`.
 
-    Values have the unpruned size, the mask cuts them; a bias named there is created where the model has none. Where
-    `whole`, the mask tells which changes of fine-tuning stay, and the values stand for all entries as they are.
+    values: of the unpruned size, the mask cuts them; a bias named there is created where the model has none.
+    whole: the mask tells which changes of fine-tuning stay, and the values stand for all entries as they are.
+    remove: units of a structure leave the model; otherwise what reads them is set to zero, which computes the same and
+        leaves every shape as it is.
     """
 
     mask: Tensor
     values: Mapping[str, Tensor] = field(default_factory=dict)
     whole: bool = False
+    remove: bool = True
 
     @cached_property
     def kept(self) -> int:
@@ -178,12 +187,17 @@ class Probe(Protocol):
         """What the method may see of a target before anything is measured, with the draws it will see later."""
 
     def statistics(
-        self, wanted: Mapping[Kind, Mapping[str, Callable[[Target], Accumulator]]]
+        self, wanted: Mapping[Unit, Mapping[str, Callable[[Target], Accumulator]]]
     ) -> dict[str, dict[str, Tensor]]:
-        """Statistics by target and name of the dense model's stream, asked for by kind and name."""
+        """Statistics by target and name of the dense model's stream, asked for by unit and name."""
 
     def gradients(self, factories: Mapping[str, Callable[[Target], Accumulator]]) -> dict[str, dict[str, Tensor]]:
         """Statistics by target and name of the loss gradients of each linear's weight, one backward pass a sequence."""
+
+    def trial(self, decisions: Iterable[tuple[Target, Decision]]) -> AbstractContextManager[None]:
+        """The model under these decisions for the length of a `with` block; then it is again what it was, to the bit.
+        Decisions are taken from the iterator one by one; structures are silenced rather than removed, and experts
+        cannot be tried."""
 
     def loss(self, sample: Tensor) -> Tensor:
         """The model's own loss on one sequence."""
@@ -192,4 +206,4 @@ class Probe(Protocol):
         """The model's logits [T, V] on one sequence."""
 
     def weights(self, target: Target) -> Mapping[str, Tensor]:
-        """The target's tensors; here they may be perturbed, and must be put back."""
+        """The target's tensors, to read; `trial` changes them."""

@@ -17,8 +17,8 @@ from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 # -- before the decoder ------------------------------------------------------------------------------------------------
 
@@ -70,18 +70,6 @@ def retained(layer: int, first: int, last: int) -> float:
     return 1.0 if layer < first else max(0.0, 1 - (layer - first + 1) / (last - first))
 
 
-def keep(scores: Tensor, prunable: Tensor, counts: Sequence[int], units: int, valid: Tensor | None = None) -> Gather:
-    """The best-scored `counts` [B] visual tokens of each sample, and all others, in order.
-
-    scores and prunable [B, N]; without padding (`valid`) every sample has `units` visual tokens and keeps as many.
-    """
-    if valid is None:
-        return selection.top_k_units(scores, prunable, units, Budget(counts[0], "count"))
-    ranked = scores.masked_fill(~prunable, float("inf")).masked_fill(~valid, float("-inf"))
-    stays = torch.tensor(counts, device=scores.device).minimum(prunable.sum(1)) + (valid & ~prunable).sum(1)
-    return selection.keep_first(selection.descending(ranked), stays)
-
-
 @dataclass(frozen=True)
 class AIM(TokenPruner):
     """Merges each frame's tokens down to the budget, then empties the decoder's layers of visual tokens on a schedule.
@@ -117,20 +105,18 @@ class AIM(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"hidden"} if site.where == "projected" else {"attention_logits"})
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         if site.where == "projected":
-            signals.carry["budget"] = budget
+            signals.state["budget"] = budget
             return self.merging(signals, budget)
-        if signals.carry.get("budget", budget) != budget:
+        if signals.state.get("budget", budget) != budget:
             raise PrunelabError("aim takes one budget, what merging leaves; its decoder follows `layers`")
-        prunable, units, valid = signals.prunable, signals.units, signals.valid
-        here = [units] * len(prunable) if valid is None else prunable.sum(1).tolist()
-        visual = signals.carry.setdefault("visual", here)  # what the first of these layers still sees
+        visual = signals.state.setdefault("visual", signals.available())  # what the first of these layers still sees
         share = retained(site.layer - 1, *self.layers)
         counts = [int(round(share * n, 6)) for n in visual]
-        return Plan(keep(self.score(site, signals), prunable, counts, units, valid))
+        return Plan(signals.keep(counts, scores=self.score(site, signals)))
 
-    def merging(self, signals: Signals, budget: Budget) -> Plan:
+    def merging(self, signals: TokenSignals, budget: Budget) -> Plan:
         """Frames are merged alike and apart. Outputs have no order in space."""
         signals.one_length(self.name)
         total, frames = signals.prunable.shape[1], max(1, len(signals.grids))
@@ -145,5 +131,5 @@ class AIM(TokenPruner):
         mix = every_frame(merge(tokens, outputs, grid, self.pool), frames, units)
         return Plan(selection.behind(mix, special), positions="renumber")
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         return importance(signals.attention_logits, self.temperature, self.iterations, self.damping, signals.valid)

@@ -18,7 +18,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputAccumulator
-from prunelab.common.weights.targets import Accumulator, Kind, Observation, Target, WeightSignals
+from prunelab.common.weights.targets import Accumulator, Observation, Target, Unit, WeightSignals
 
 Order = Literal["standard", "reversed", "random"]
 
@@ -90,7 +90,7 @@ class AMP(WeightPruner):
     """
 
     order: Order = "standard"
-    prune: tuple[Kind, ...] = ("heads", "channels")
+    prune: tuple[Unit, ...] = ("heads", "channels")
     released: bool = True
 
     name: ClassVar[str] = "amp"
@@ -103,11 +103,12 @@ class AMP(WeightPruner):
     def sequential(self) -> bool:
         return False  # the unpruned model sees every prompt once
 
-    def kinds(self) -> Sequence[Kind]:
+    @property
+    def units(self) -> Sequence[Unit]:
         return self.prune
 
-    def statistics(self, kind: Kind) -> Mapping[str, type[Accumulator]]:
-        return {"importance": Projection if kind == "heads" else MeanMagnitude}
+    def statistics(self, unit: Unit) -> Mapping[str, type[Accumulator]]:
+        return {"importance": Projection if unit == "heads" else MeanMagnitude}
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         importance = signals["importance"]
@@ -119,12 +120,10 @@ class AMP(WeightPruner):
     def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
         if budget.unit != "ratio":
             raise PrunelabError(f"amp prunes a ratio, not {budget}")
-        if min(budget.amounts) == 0:
-            raise PrunelabError("amp would remove everything; keep more")
         amounts = []
         for target in targets:
-            layer = {t.kind: t for t in targets if t.block == target.block}
+            layer = {t.unit: t for t in targets if t.block == target.block}
             gone = round(1 - budget.at(target.block).amounts[0], 10)
             heads, neurons = removed(gone, layer.get("heads"), layer.get("channels"), self.released)
-            amounts.append(Budget(heads if target.kind == "heads" else neurons, "removed"))
+            amounts.append(Budget(heads if target.unit == "heads" else neurons, "removed"))
         return amounts

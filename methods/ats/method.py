@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
-from prunelab.common.core.plan import Gather, ModelInfo, Site
-from prunelab.common.core.signals import Signals
+from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,17 @@ class AdaptiveTokenSampling(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"cls_row", "values"})
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         """Attention of the class token, summed over heads, times the norm of the whole value vector (eq. 3)."""
         return signals.cls_row.float().sum(1) * signals.values.float().square().sum((1, 3)).sqrt()  # [B, N]
 
-    def select(self, scores: Tensor, signals: Signals, budget: Budget) -> Gather:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        scores = self.score(site, signals)
         patches = signals.info.tokens - signals.info.special
         quantiles = int(budget.amounts[0]) if budget.unit == "count" else budget.count(patches)
         if scores.device.type == "meta":  # every quantile on a token of its own
-            kept = scores.shape[1] - signals.units + min(quantiles, signals.units)
-            return Gather(torch.arange(kept, device="meta").expand(scores.shape[0], -1))
-        sampled = selection.inverse_transform_sampling(scores, quantiles, signals.prunable)
-        protected = ~signals.prunable if signals.valid is None else ~signals.prunable & signals.valid
-        return selection.compact(sampled | protected)
+            return Plan(signals.keep(Budget(quantiles, "count"), scores=scores))
+        return Plan(signals.keep(mask=selection.inverse_transform_sampling(scores, quantiles, signals.prunable)))
 
     def family(self, level: float, sites: int, info: ModelInfo) -> Budget:
         """Up to four quantiles a patch, beyond which hardly a token is missed."""

@@ -18,7 +18,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputNorm
-from prunelab.common.weights.targets import Accumulator, Kind, Observation, Target, WeightSignals
+from prunelab.common.weights.targets import Accumulator, Observation, Target, Unit, WeightSignals
 
 Coarse = Literal["angular", "cosine", "mse", "mae", "uniform"]
 Fine = Literal["three_w_one_wa", "three_w_one_a", "one_wa", "one_a", "wanda"]
@@ -135,10 +135,11 @@ class CFSP(WeightPruner):
     def sequential(self) -> bool:
         return False  # blocks are compared, on what the dense model gives
 
-    def kinds(self) -> Sequence[Kind]:
+    @property
+    def units(self) -> Sequence[Unit]:
         return ("channels",)
 
-    def statistics(self, kind: Kind) -> Mapping[str, Callable[[Target], Accumulator]]:
+    def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
         return {
             "influence": lambda target: BlockInfluence(target, self.coarse, self.released),
             "input_norm": InputNorm,
@@ -150,8 +151,6 @@ class CFSP(WeightPruner):
     def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
         if budget.unit != "ratio" or len(budget.amounts) > 1:
             raise PrunelabError(f"cfsp shares one ratio out over the blocks, not {budget}")
-        if budget.amounts[0] == 0:
-            raise PrunelabError("cfsp would remove everything; keep more")
         influences = torch.stack([seen["influence"] for seen in signals])
         shares = kept_shares(influences, budget.amounts[0], self.a).tolist()
         return [Budget(self.kept(t.units, share), "count") for t, share in zip(targets, shares, strict=True)]

@@ -10,8 +10,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from prunelab.common.core.plan import ModelInfo, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 
 @dataclass(frozen=True)
@@ -28,5 +28,5 @@ class ClassAttention(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"cls_row"})
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         return signals.cls_row.mean(1)

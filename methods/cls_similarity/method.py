@@ -14,11 +14,10 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, take
-from prunelab.common.core.signals import Signals
+from prunelab.common.core.plan import ModelInfo, Positions, Site, take
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 
 def similarity(hidden: Tensor, place: Tensor) -> Tensor:
@@ -48,10 +47,6 @@ class ClassSimilarity(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"hidden"})
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         # The class token is the first that cannot be pruned: registers and padding stand behind it.
         return similarity(signals.hidden, (~signals.prunable).int().argmax(1))
-
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
-        kept = self.select(self.score(site, signals), signals, budget)
-        return Plan(kept, positions=self.positions)

@@ -19,7 +19,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputMean
-from prunelab.common.weights.targets import Decision, Kind, Probe, Statistics, Target, WeightSignals
+from prunelab.common.weights.targets import Decision, Probe, Statistics, Target, Unit, WeightSignals
 from prunelab.methods.darex.analytic import analytic_q, q_by_name
 
 CLASSIFIERS = ("classifier", "lm_head", "score")
@@ -81,7 +81,8 @@ class Dare(WeightPruner):
         if self.q is not None and not 0 < self.q <= 1:
             raise PrunelabError(f"{self.name}: q divides deltas and lies above 0, at most at 1, not {self.q:g}")
 
-    def kinds(self) -> Sequence[Kind]:
+    @property
+    def units(self) -> Sequence[Unit]:
         return ("linear", "tensor")
 
     def covers(self, target: Target) -> bool:
@@ -93,8 +94,6 @@ class Dare(WeightPruner):
         """Share p of the deltas that goes."""
         if budget.unit != "ratio" or len(budget.amounts) != 1:
             raise PrunelabError(f"{self.name} keeps a share of the deltas, not {budget}; write it as 0.1")
-        if budget.amounts[0] == 0:
-            raise PrunelabError(f"{self.name} would remove all deltas, which leaves the base model; keep more")
         return 1 - budget.amounts[0]
 
     def changes(self, target: Target, signals: WeightSignals) -> Tensor:
@@ -157,7 +156,7 @@ class Darex(Dare):
         if self.bounds is not None and not 0 < self.bounds[0] <= self.bounds[1]:
             raise PrunelabError(f"darex: the bounds {self.bounds} are no range above 0; give (low, high)")
 
-    def survey(self, probe: Probe) -> Mapping[str, Statistics]:
+    def precompute(self, probe: Probe) -> Mapping[str, Statistics]:
         """The q of every target."""
         p = self.rate(probe.budget)
         if self.q is not None:
@@ -174,8 +173,8 @@ class Darex(Dare):
         """The q of every target by the bound, under the given eta or the best."""
         means = probe.statistics({"linear": {"mean": InputMean}})
         influences: dict[str, Tensor] = {}
-        biases = {t.name: t for t in probe.targets if t.kind == "tensor" and t.name.endswith(".bias")}
-        for target in (target for target in probe.targets if target.kind == "linear"):
+        biases = {t.name: t for t in probe.targets if t.unit == "tensor" and t.name.endswith(".bias")}
+        for target in (target for target in probe.targets if target.unit == "linear"):
             columns = [self.changes(target, probe.signals(target)) * means[target.name]["mean"]]
             if (bias := biases.get(f"{target.name}.bias")) is not None:
                 columns.append(self.changes(bias, probe.signals(bias)).unsqueeze(1))
@@ -195,20 +194,14 @@ class Darex(Dare):
         return layers(search(score, *(self.bounds or (0.1, 0.7)), self.step))
 
     def trial(self, probe: Probe, q: Callable[[Target], float]) -> float:
-        """The negative objective of the model pruned with these q, which is put back afterwards."""
-        fine = {target.name: probe.weights(target)["weight"].clone() for target in probe.targets}
+        """The negative objective of the model pruned with these q."""
         wanted = [top_logits(probe.logits(s)) for s in probe.samples] if self.objective == "logits" else []
-        try:
-            for target in probe.targets:
-                decision = self.rescaled(target, probe.signals(target), probe.budget, q(target))
-                probe.weights(target)["weight"].copy_(decision.values["weight"])
+        tried = ((t, self.rescaled(t, probe.signals(t), probe.budget, q(t))) for t in probe.targets)
+        with probe.trial(tried):
             if self.objective == "loss":
                 errors = [float(probe.loss(sample)) for sample in probe.samples]
             else:
                 errors = [logit_error(probe.logits(s), *top) for s, top in zip(probe.samples, wanted, strict=True)]
-        finally:
-            for target in probe.targets:
-                probe.weights(target)["weight"].copy_(fine[target.name])
         error = sum(errors) / len(errors)
         return -error if math.isfinite(error) else -math.inf
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, Where, take
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 Distance = Literal["cosine", "l1", "l2"]
 
@@ -84,14 +84,11 @@ class DivPrune(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"hidden"})
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
-        visual = signals.prunable.int().argsort(dim=1, descending=True, stable=True)[:, : signals.units]  # [B, M]
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        visual = signals.candidates()  # [B, M]
         real = None if signals.valid is None else signals.prunable.gather(1, visual)
         order = max_min_order(
             DISTANCES[self.distance](take(signals.hidden, visual)), budget.count(visual.shape[1]), real
         )
-        rank = torch.arange(order.shape[1], 0, -1, device=order.device, dtype=torch.float32).expand_as(order)
-        scores = rank.new_zeros(signals.prunable.shape)
         # a sample with fewer tokens than picks repeats some: the first time counts
-        scores = scores.scatter_reduce(1, visual.gather(1, order), rank, "amax")
-        return Plan(self.select(scores, signals, budget), positions=self.positions)
+        return Plan(signals.keep(budget, order=visual.gather(1, order)), positions=self.positions)

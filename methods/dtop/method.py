@@ -18,9 +18,9 @@ from torch.nn.functional import one_hot
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.plan import Gather, ModelInfo, Plan, Rest, Site
-from prunelab.common.core.signals import Signals
+from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 STAGES: Mapping[int, tuple[int, ...]] = {12: (5, 7), 24: (7, 15)}  # blocks of a ViT-B and a ViT-L with a head behind
 
@@ -82,6 +82,7 @@ class DToP(TokenPruner):
     layers: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "dtop"
+    rest = "halt"
     adaptive: ClassVar[bool] = True
     exempt = {
         "keep_all": "a threshold decides, not the budget: sure tokens leave under any budget",
@@ -96,22 +97,13 @@ class DToP(TokenPruner):
             )
         return [Site(layer, "block_output") for layer in (STAGES[info.depth] if self.layers is None else self.layers)]
 
-    def fate(self) -> Rest:
-        return "halt"
-
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"class_confidence"})
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         confidence, active = signals.class_confidence, signals.prunable
-        if confidence.device.type == "meta":  # how many leave is not a matter of shapes
-            return Plan(_all(active), rest=self.fate())
         limit = None
-        if budget != Budget(1.0):
+        if budget != Budget(1.0) and active.device.type != "meta":
             limit = torch.tensor([budget.count(n) for n in active.sum(1).tolist()], device=active.device)
         gone = leaving(confidence, active, self.threshold, self.keep, limit)
-        return Plan(selection.compact(~gone if signals.valid is None else ~gone & signals.valid), rest=self.fate())
-
-
-def _all(active: Tensor) -> Gather:
-    return Gather(torch.arange(active.shape[1], device=active.device).expand(active.shape[0], -1))
+        return Plan(signals.keep(mask=~gone), rest=self.rest)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.role import WeightPruner
-from prunelab.common.weights.targets import Accumulator, Kind, Observation, Routing, Target, WeightSignals
+from prunelab.common.weights.targets import Accumulator, Observation, Routing, Target, Unit, WeightSignals
 
 Importance = Literal["output", "gate", "frequency"]
 
@@ -112,10 +112,11 @@ class EasyEP(WeightPruner):
     def sequential(self) -> bool:
         return False
 
-    def kinds(self) -> Sequence[Kind]:
+    @property
+    def units(self) -> Sequence[Unit]:
         return ("experts",)
 
-    def statistics(self, kind: Kind) -> Mapping[str, Callable[[Target], Accumulator]]:
+    def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
         return {"scores": lambda target: DomainScores(target, self)}
 
     def terms(self, routing: Routing, inputs: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Positions, Site, Where
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 
 def class_attention(cls_row: Tensor) -> Tensor:
@@ -54,15 +54,15 @@ class FasterVLM(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"cls_row"})
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         return class_attention(signals.cls_row)
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         scores, crops = self.score(site, signals), len(signals.grids)
         if self.where == "projected" and crops > 1:
             kept = Gather(top_per_crop(scores, crops, budget.count(scores.shape[1] // crops)))
         else:
-            kept = self.select(scores, signals, budget)
+            kept = signals.keep(budget, scores=scores)
         # places are values, which the meta device has none of
         nowhere = None if self.newlines else torch.full((*kept.index.shape, 3), -1, device="cpu")
         return Plan(kept, layout=nowhere, positions=self.positions)

@@ -11,10 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunelab.common.core.budget import Budget
-from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site
-from prunelab.common.core.signals import Signals
+from prunelab.common.core.plan import ModelInfo, Positions, Site
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 
 def attention_score(last_row: Tensor) -> Tensor:
@@ -42,8 +41,5 @@ class FastV(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"last_row"})
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         return attention_score(signals.last_row)
-
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
-        return Plan(self.select(self.score(site, signals), signals, budget), positions=self.positions)

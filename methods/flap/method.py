@@ -19,12 +19,12 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import masks
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import Fluctuation, InputAccumulator, InputMean, InputNorm
-from prunelab.common.weights.targets import Accumulator, Kind, Target, WeightSignals
+from prunelab.common.weights.targets import Accumulator, Target, Unit, WeightSignals
 
 Metric = Literal["WIFV", "IFV", "WIFN"]
 Structure = Literal["AL-AM", "AL-MM", "UL-UM", "UL-MM"]
 
-OUTPUT: Mapping[Kind, str] = {"heads": "o", "channels": "down"}  # the projection that reads the units of a kind
+OUTPUT: Mapping[Unit, str] = {"heads": "o", "channels": "down"}  # the projection that reads the units of a unit
 
 
 class Variance(InputAccumulator):
@@ -123,17 +123,18 @@ class FLAP(WeightPruner):
     def sequential(self) -> bool:
         return False  # every layer is measured on what the dense layers before it give
 
-    def kinds(self) -> Sequence[Kind]:
+    @property
+    def units(self) -> Sequence[Unit]:
         return ("heads", "channels")
 
-    def statistics(self, kind: Kind) -> Mapping[str, Callable[[Target], Accumulator]]:
+    def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
         fluctuation = Fluctuation if self.released else Variance
         activity: Callable[[Target], Accumulator] = InputNorm if self.metric == "WIFN" else fluctuation
         return {"activity": activity, **({"input_mean": InputMean} if self.compensate else {})}
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
-        scores = importance(self.metric, signals.weights[OUTPUT[target.kind]], signals["activity"])
-        if target.kind == "heads" and self.released:  # assumption: the paper's text has no square
+        scores = importance(self.metric, signals.weights[OUTPUT[target.unit]], signals["activity"])
+        if target.unit == "heads" and self.released:  # assumption: the paper's text has no square
             scores = scores.square()
         # assumption: of a key-value group all channels count alike, whichever query head they belong to.
         if self._layerwise:
@@ -145,8 +146,6 @@ class FLAP(WeightPruner):
     ) -> Sequence[Tensor]:
         if budget.unit != "ratio" or (not self._layerwise and len(budget.amounts) > 1):
             raise PrunelabError(f"flap ({self.structure}) prunes one share of the whole model, not {budget}")
-        if min(budget.amounts) == 0:
-            raise PrunelabError("flap would remove everything; keep more")
         if self._layerwise:
             return super().select(targets, signals, scores, budget)
         if self._manual:
@@ -161,18 +160,18 @@ class FLAP(WeightPruner):
     def _costs(self, targets: Sequence[Target]) -> list[tuple[Target, float]]:
         """What a unit of each target costs, in neurons: 4 d / 3 for a plain head of size d. As released
         this is cut to a whole number (170 for d = 128)."""
-        neuron = next(target.size for target in targets if target.kind == "channels")
+        neuron = next(target.size for target in targets if target.unit == "channels")
         costs = [target.size / neuron for target in targets]
         return [(t, float(int(cost)) if self.released else cost) for t, cost in zip(targets, costs, strict=True)]
 
     def _apart(self, targets: Sequence[Target], scores: Sequence[Tensor], budget: Budget) -> list[Tensor]:
         """AL-MM: the lowest `removed_heads` heads of the model, and the lowest of all its neurons for the rest."""
         found: dict[str, Tensor] = {}
-        for kind, gone in (("heads", self.removed_heads), ("channels", self._neurons(targets, budget))):
-            of_kind = [(t, s) for t, s in zip(targets, scores, strict=True) if t.kind == kind]
-            kept = masks.per_row(torch.cat([s for _, s in of_kind]), Budget(gone, "removed"))
-            parts = kept.split([t.units for t, _ in of_kind])
-            found |= {t.name: part for (t, _), part in zip(of_kind, parts, strict=True)}
+        for unit, gone in (("heads", self.removed_heads), ("channels", self._neurons(targets, budget))):
+            of_unit = [(t, s) for t, s in zip(targets, scores, strict=True) if t.unit == unit]
+            kept = masks.per_row(torch.cat([s for _, s in of_unit]), Budget(gone, "removed"))
+            parts = kept.split([t.units for t, _ in of_unit])
+            found |= {t.name: part for (t, _), part in zip(of_unit, parts, strict=True)}
         return [found[target.name] for target in targets]
 
     def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
@@ -183,14 +182,14 @@ class FLAP(WeightPruner):
         amounts = []
         for target in targets:
             block = [t for t in targets if t.block == target.block]
-            heads = self.removed_heads // sum(t.kind == "heads" for t in targets)
-            gone = heads if target.kind == "heads" else self._neurons(block, budget.at(target.block), heads)
+            heads = self.removed_heads // sum(t.unit == "heads" for t in targets)
+            gone = heads if target.unit == "heads" else self._neurons(block, budget.at(target.block), heads)
             amounts.append(Budget(gone, "removed"))
         return amounts
 
     def _neurons(self, targets: Sequence[Target], budget: Budget, heads: int | None = None) -> int:
         """Neurons that go with the heads, so that the parameters of both meet the budget."""
-        sizes = {target.kind: target.size for target in targets}
+        sizes = {target.unit: target.size for target in targets}
         gone = (1 - budget.amounts[0]) * sum(target.parameters for target in targets)
         left = round(gone - (self.removed_heads if heads is None else heads) * sizes["heads"], 6)
         if left < 0:
@@ -203,7 +202,7 @@ class FLAP(WeightPruner):
         """The baseline bias: what the removed channels put out on average."""
         if not self.compensate or bool(mask.all()):
             return {}
-        role = OUTPUT[target.kind]
+        role = OUTPUT[target.unit]
         gone = signals["input_mean"] * ~mask.repeat_interleave(target.span)
         bias = gone @ signals.weights[role].float().T
         given = signals.weights.get(f"{role}.bias")
@@ -216,14 +215,15 @@ class WandaSP(WeightPruner):
 
     name: ClassVar[str] = "wanda_sp"
 
-    def kinds(self) -> Sequence[Kind]:
+    @property
+    def units(self) -> Sequence[Unit]:
         return ("heads", "channels")
 
-    def statistics(self, kind: Kind) -> Mapping[str, type[InputNorm]]:
+    def statistics(self, unit: Unit) -> Mapping[str, type[InputNorm]]:
         return {"input_norm": InputNorm}
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
-        scores = importance("WIFN", signals.weights[OUTPUT[target.kind]], signals["input_norm"])
+        scores = importance("WIFN", signals.weights[OUTPUT[target.unit]], signals["input_norm"])
         return scores.unflatten(0, (*target.shape, target.span)).sum(-1)
 
 
@@ -233,9 +233,10 @@ class MagnitudeSP(WeightPruner):
 
     name: ClassVar[str] = "magnitude_sp"
 
-    def kinds(self) -> Sequence[Kind]:
+    @property
+    def units(self) -> Sequence[Unit]:
         return ("heads", "channels")
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
-        norms = signals.weights[OUTPUT[target.kind]].float().norm(dim=0)
+        norms = signals.weights[OUTPUT[target.unit]].float().norm(dim=0)
         return norms.unflatten(0, (*target.shape, target.span)).sum(-1)

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.plan import Gather, ModelInfo, Plan, Rest, Site, take
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
 from prunelab.common.core.selection import descending
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.focus_detr.modules import DualAttention, FocusParts
 
 Criterion = Literal["learned", "proposal", "class"]
@@ -83,6 +83,7 @@ class FocusDETR(TokenPruner):
     objects: int = 300
 
     name: ClassVar[str] = "focus_detr"
+    rest = "bypass"
     ascending: ClassVar[bool] = False
     exempt = {
         "budget": "the first layer gets one token more than the ratio says, and later layers a share of that",
@@ -106,36 +107,33 @@ class FocusDETR(TokenPruner):
             )
         return [Site(layer, "input") for layer in range(info.depth)]
 
-    def fate(self) -> Rest:
-        return "bypass"
-
     def requires(self, site: Site) -> frozenset[str]:
         if self.criterion != "learned":
             return frozenset({f"{self.criterion}_logits"}) if site.layer == 0 else frozenset()
-        scoring = frozenset({"memory"}) if site.layer == 0 else frozenset()
+        scoring = frozenset({"encoder_memory"}) if site.layer == 0 else frozenset()
         return scoring | (frozenset({"positions", "class_weight", "class_bias"}) if self.objects else frozenset())
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         """Foreground logits [B, N], of the features before the encoder."""
         if self.criterion != "learned":
             return getattr(signals, f"{self.criterion}_logits").amax(-1)
         with torch.set_grad_enabled(signals.parts.training):  # plans are made without gradients; the scorer learns
-            return signals.parts(signals.memory, signals.grids)
+            return signals.parts(signals.encoder_memory, signals.grids)
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
-        carry, valid = signals.carry, signals.valid
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        state, valid = signals.state, signals.valid
         if site.layer == 0:  # the ranking is made once and holds for all layers
             scores = self.score(site, signals).detach().float()
-            carry["foreground"], carry["ranking"] = fill_padding(scores, valid), rank(scores, valid)
-        available = [signals.units] * len(carry["ranking"]) if valid is None else valid.sum(1).tolist()
+            state["foreground"], state["ranking"] = fill_padding(scores, valid), rank(scores, valid)
+        available = [signals.units] * len(state["ranking"]) if valid is None else valid.sum(1).tolist()
         counts = focus_counts(budget, available)
-        return Plan(select(carry["ranking"], counts, self.cascade[site.layer]), rest=self.fate())
+        return Plan(select(state["ranking"], counts, self.cascade[site.layer]), rest=self.rest)
 
-    def refine(self, site: Site, hidden: Tensor, signals: Signals, plan: Plan) -> Tensor:
+    def refine(self, site: Site, hidden: Tensor, signals: TokenSignals, plan: Plan) -> Tensor:
         if self.criterion != "learned" or not self.objects or not isinstance(plan.reduce, Gather):
             return hidden
         index = plan.reduce.index
         positions = take(signals.positions.expand(index.shape[0], -1, -1), index)
         logits = functional.linear(hidden, signals.class_weight, signals.class_bias)
-        foreground = signals.carry["foreground"].gather(1, index)
+        foreground = signals.state["foreground"].gather(1, index)
         return enhance(hidden, positions, foreground, logits, signals.parts.dual[site.layer], self.objects)

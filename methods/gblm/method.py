@@ -16,7 +16,7 @@ from torch import Tensor
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputNorm
-from prunelab.common.weights.targets import Accumulator, Kind, Probe, Statistics, Target, WeightSignals
+from prunelab.common.weights.targets import Accumulator, Probe, Statistics, Target, Unit, WeightSignals
 
 Norm = Literal["l1", "l2"]
 
@@ -84,10 +84,10 @@ class GBLM(WeightPruner):
         if self.scale <= 0 or (self.inverse and self.gradient_only):
             raise PrunelabError("gblm: scale must be above 0, and gradient_only has nothing to invert")
 
-    def statistics(self, kind: Kind) -> Mapping[str, type[InputNorm]]:
+    def statistics(self, unit: Unit) -> Mapping[str, type[InputNorm]]:
         return {} if self.gradient_only else {"input_norm": InputNorm}
 
-    def survey(self, probe: Probe) -> Mapping[str, Statistics]:
+    def precompute(self, probe: Probe) -> Mapping[str, Statistics]:
         return probe.gradients({"gradient_norm": lambda t: GradientNorm(t, self.norm, self.scale, self.half)})
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:

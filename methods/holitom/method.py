@@ -22,8 +22,8 @@ from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site, take
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.holitom.segmentation import Segment, frame_similarity, run_lengths, segment, split
 
 Pooling = Literal["bilinear", "average", "none"]
@@ -226,9 +226,9 @@ class HoliTom(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"hidden", "received" if site.where == "projected" else "last_row"})
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         if site.where == "input":  # RoPE goes on with the original positions of those that stay
-            return Plan(self.select(signals.last_row.mean(1), signals, budget))
+            return Plan(signals.keep(budget, scores=signals.last_row.mean(1)))
         signals.one_length(self.name)  # from here on before packing
         units, (height, frames) = signals.units, (signals.grids[0][0], len(signals.grids))
         order = signals.prunable.int().argsort(dim=1, descending=True, stable=True)
@@ -252,7 +252,7 @@ class HoliTom(TokenPruner):
         layout = torch.stack([place // cells, place % cells // side, place % side], -1)
         return Plan(reduce, nn.functional.pad(layout, (0, 0, protected.shape[1], 0), value=-1), positions="renumber")
 
-    def refine(self, site: Site, hidden: Tensor, signals: Signals, plan: Plan) -> Tensor:
+    def refine(self, site: Site, hidden: Tensor, signals: TokenSignals, plan: Plan) -> Tensor:
         if site.where != "input":
             return hidden
         assert isinstance(plan.reduce, Gather)  # a Mix would stand at its heaviest token, not at the one kept

@@ -16,8 +16,8 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import ModelInfo, Rest, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 
 def confidence(last_row: Tensor) -> Tensor:
@@ -62,10 +62,7 @@ class LazyLLM(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"last_row"})
 
-    def fate(self) -> Rest:
-        return self.rest
-
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         # assumption: of the active tokens the best share stays, equal ones in their order; the paper drops what lies
         # below a percentile, which leaves ties and the rounding open. The newest token always stays.
         return confidence(signals.last_row)

@@ -17,8 +17,8 @@ from torch import Tensor
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 
 def shares(total: int, parts: int) -> list[int]:
@@ -87,7 +87,7 @@ class PooledTokens(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset()
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         signals.one_length(self.name)
         batch, total = signals.prunable.shape
         device, special, frames = signals.prunable.device, total - signals.units, max(1, len(signals.grids))

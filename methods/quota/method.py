@@ -19,8 +19,8 @@ from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 Assigner = Literal["bilinear", "average", "linspace", "merge", "axes"]
 SCORES = "frame_scores"
@@ -209,7 +209,7 @@ class QuoTA(TokenPruner):
             shares = capped(shares, most / total)
         return [int(total * share) for share in shares.tolist()]
 
-    def scores(self, signals: Signals, videos: int, frames: int) -> Sequence[Tensor | None]:
+    def scores(self, signals: TokenSignals, videos: int, frames: int) -> Sequence[Tensor | None]:
         """Of each video of so many frames, in the order of the prompts."""
         if self.weighting == "even":
             return [None] * videos
@@ -231,7 +231,7 @@ class QuoTA(TokenPruner):
             )
         return fitting
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         signals.one_length(self.name)
         batch, total = signals.prunable.shape
         device, special, frames = signals.prunable.device, total - signals.units, max(1, len(signals.grids))

@@ -9,10 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prunelab.common.core.budget import Budget
-from prunelab.common.core.plan import ModelInfo, Plan, Positions, Rest, Site, Where
-from prunelab.common.core.signals import Signals
+from prunelab.common.core.plan import ModelInfo, Positions, Rest, Site, Where
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,6 @@ class RandomDrop(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset()
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         shape, device = signals.prunable.shape, signals.prunable.device
         return torch.rand(shape, generator=signals.rng, device=device)
-
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
-        kept = self.select(self.score(site, signals), signals, budget)
-        return Plan(kept, rest=self.fate(), positions=self.positions)
-
-    def fate(self) -> Rest:
-        return self.rest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.weights.role import WeightPruner
-from prunelab.common.weights.targets import Kind, Target, WeightSignals
+from prunelab.common.weights.targets import Target, Unit, WeightSignals
 
 
 @dataclass(frozen=True)
@@ -18,16 +17,13 @@ class RandomWeights(WeightPruner):
     """Keeps units by lot: weights of each row, or heads, channels, experts or layers. `prune(..., seed=...)` starts the
     draws."""
 
-    units: tuple[Kind, ...] = ("linear",)
+    units: tuple[Unit, ...] = ("linear",)
 
     name: ClassVar[str] = "random_weights"
 
     @property
     def sequential(self) -> bool:
         return "layers" not in self.units
-
-    def kinds(self) -> Sequence[Kind]:
-        return self.units
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         drawn = torch.rand(target.shape, generator=signals.rng)

@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.plan import Gather, ModelInfo, Plan, Rest, Site
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
 from prunelab.common.core.selection import descending, keep_first
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.detr import TokenScorer, attention_map
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class SparseDETR(TokenPruner):
     criterion: Literal["learned", "proposal", "class"] = "learned"
 
     name: ClassVar[str] = "sparse_detr"
+    rest = "bypass"
     exempt = {
         "budget": "one token more than the ratio says (released)",
         "padding": "the scorer's mean runs over padding (released)",
@@ -101,22 +102,19 @@ class SparseDETR(TokenPruner):
     def sites(self, info: ModelInfo) -> Sequence[Site]:
         return [Site(layer, "input") for layer in range(info.depth)]
 
-    def fate(self) -> Rest:
-        return "bypass"
-
     def requires(self, site: Site) -> frozenset[str]:
-        signal = "memory" if self.criterion == "learned" else f"{self.criterion}_logits"
+        signal = "encoder_memory" if self.criterion == "learned" else f"{self.criterion}_logits"
         return frozenset({signal}) if site.layer == 0 else frozenset()
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         """Saliency logits [B, N] of the features before the encoder."""
         if self.criterion != "learned":
             return getattr(signals, f"{self.criterion}_logits").amax(-1)
         with torch.set_grad_enabled(signals.parts.training):  # plans are made without gradients; the scorer learns
-            return signals.parts(signals.memory)
+            return signals.parts(signals.encoder_memory)
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
-        carry, valid = signals.carry, signals.valid
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        state, valid = signals.state, signals.valid
         if site.layer == 0:  # the choice is made once and holds for all layers
             scores = self.score(site, signals)
             padded = scores if valid is None else scores.masked_fill(~valid, float("-inf"))
@@ -126,5 +124,5 @@ class SparseDETR(TokenPruner):
             if self.criterion == "learned":
                 learning = Scored(scores, valid, signals.grids, tuple(counts))
                 signals.parts.scored = learning if signals.parts.training else None
-            carry["kept"] = choose(ranking, counts)
-        return Plan(carry["kept"], rest=self.fate())
+            state["kept"] = choose(ranking, counts)
+        return Plan(state["kept"], rest=self.rest)

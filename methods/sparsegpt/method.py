@@ -16,61 +16,37 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import masks
+from prunelab.common.weights.obs import inverse_factors, sweep
 from prunelab.common.weights.role import WeightPruner
-from prunelab.common.weights.statistics import InputNorm, SecondMoment
-from prunelab.common.weights.targets import Accumulator, Decision, Kind, Target, WeightSignals
+from prunelab.common.weights.statistics import InputNorm
+from prunelab.common.weights.targets import Accumulator, Decision, Target, Unit, WeightSignals
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor [C, C] of the inverse of the damped Hessian. Channels never used count as independent."""
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    factor, failed = torch.linalg.cholesky_ex(hessian)
-    if not bool(failed):
-        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-    if bool(failed) or not bool(torch.isfinite(factor).all()):
-        raise PrunelabError("a Hessian is singular; give more calibration data or raise sparsegpt's damping")
-    return factor
+@dataclass
+class Pruned:
+    """Columns of which some weights become zero (`kept` False). A ratio is met in each block over all of its rows, a
+    pattern in each group of columns of a row, where the group is chosen when its first column is reached, on weights
+    updated until then."""
+
+    budget: Budget
+    kept: Tensor
+
+    def enter(self, columns: slice, block: Tensor, diagonal: Tensor) -> None:
+        if self.budget.unit == "ratio":
+            self.kept[:, columns] = masks.per_matrix(block.square() / diagonal.square(), self.budget)
+
+    def settle(self, column: int, block: Tensor, diagonal: Tensor, at: int) -> Tensor:
+        if self.budget.unit == "pattern" and at % self.budget.every == 0:
+            group, last = slice(at, at + self.budget.every), column + self.budget.every
+            scores = block[:, group].square() / diagonal[group].square()
+            self.kept[:, column:last] = masks.per_row(scores, self.budget)
+        return block[:, at].masked_fill(~self.kept[:, column], 0)
 
 
 def prune_matrix(weight: Tensor, factor: Tensor, budget: Budget, width: int) -> tuple[Tensor, Tensor]:
-    """Mask and updated weight, both [out, in] (algorithm 1).
-
-    Columns are taken in blocks of `width`. A ratio is met in each block over all of its rows, a pattern in each group
-    of columns of a row, where the group is chosen when its first column is reached, on weights updated until then.
-    """
-    weight, kept = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
-    columns = weight.shape[1]
-    for start in range(0, columns, width):
-        stop = min(start + width, columns)
-        block, local = weight[:, start:stop].clone(), factor[start:stop, start:stop]
-        diagonal = local.diagonal()
-        errors = torch.zeros_like(block)
-        stays = kept[:, start:stop]
-        if budget.unit == "ratio":
-            stays.copy_(masks.per_matrix(block.square() / diagonal.square(), budget))
-        for i in range(stop - start):
-            if budget.unit == "pattern" and i % budget.every == 0:
-                group = slice(i, i + budget.every)
-                stays[:, group] = masks.per_row(block[:, group].square() / diagonal[group].square(), budget)
-            errors[:, i] = block[:, i].masked_fill(stays[:, i], 0) / diagonal[i]
-            block[:, i:] -= torch.outer(errors[:, i], local[i, i:])
-        weight[:, start:stop] = block
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return kept, weight.masked_fill_(~kept, 0)
-
-
-class InverseFactor(SecondMoment):
-    """The factor of the Hessian of a layer's inputs, made once for all layers that read them."""
-
-    def __init__(self, target: Target, damping: float) -> None:
-        super().__init__(target)
-        self.damping = damping
-
-    def value(self) -> Tensor:
-        return inverse_factor(self.state, self.damping)
+    """Mask and updated weight, both [out, in] (algorithm 1), with columns taken in blocks of `width`."""
+    pruned = Pruned(budget, torch.ones_like(weight, dtype=torch.bool))
+    return pruned.kept, sweep(weight, factor, width, pruned)
 
 
 @dataclass(frozen=True)
@@ -90,8 +66,8 @@ class SparseGPT(WeightPruner):
         if self.damping < 0 or self.width < 1:
             raise PrunelabError("sparsegpt: damping must be at least 0 and width at least 1")
 
-    def statistics(self, kind: Kind) -> Mapping[str, Callable[[Target], Accumulator]]:
-        return {"inverse_factor": lambda target: InverseFactor(target, self.damping), "input_norm": InputNorm}
+    def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
+        return {"inverse_factor": inverse_factors(self.damping), "input_norm": InputNorm}
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         """w^2 / U_ii^2, the error of removing a weight before any other is touched."""

@@ -86,8 +86,7 @@ class SpAtten(CachePruner):
 
     def attend(self, site: Site, signals: CacheSignals, budget: Budget) -> Tensor | None:
         queries, new = signals.queries, signals.queries.shape[2]
-        places, carry = signals.places, signals.carry
-        assert places is not None
+        places, carry = signals.places, signals.memory
         batch, heads = queries.shape[:2]
         tokens = int(places.max()) + 1
         if site.layer == 0:  # a new pass: the cascade starts again, importance goes on
@@ -112,7 +111,7 @@ class SpAtten(CachePruner):
         were fetched whole; a block of queries at a time."""
         queries, keys, values = signals.queries, signals.keys, signals.values
         new, total = queries.shape[2], keys.shape[2]
-        working = attention.grouped(signals.carry["heads"], keys.shape[1])  # [B, KV, G]
+        working = attention.grouped(signals.memory["heads"], keys.shape[1])  # [B, KV, G]
         weight = working[..., None].float() * asking[:, None, None]  # [B, KV, G, M]
         short = quantised(keys, self.msb, self.lsb) if self.msb else keys
         whole = quantised(keys, self.msb + self.lsb) if self.msb else keys
@@ -133,17 +132,15 @@ class SpAtten(CachePruner):
 
     def score(self, site: Site, signals: CacheSignals) -> Tensor:
         """Cumulative importance [B, KV, N] of the tokens; what an earlier layer pruned is out."""
-        assert signals.places is not None
-        importance = signals.carry["importance"].gather(1, signals.places[:, 0])
-        importance = importance.masked_fill(~signals.carry["tokens"].gather(1, signals.places[:, 0]), -1)
+        importance = signals.memory["importance"].gather(1, signals.places[:, 0])
+        importance = importance.masked_fill(~signals.memory["tokens"].gather(1, signals.places[:, 0]), -1)
         return importance.unsqueeze(1).expand_as(signals.prunable)
 
     def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
-        assert signals.places is not None
         kept = self.select(self.score(site, signals), signals, budget)
         stays = kept.apply(signals.places)[:, 0]
         counts = torch.ones_like(stays, dtype=torch.bool) if kept.valid is None else kept.valid[:, 0]
-        carry = signals.carry
+        carry = signals.memory
         left = torch.zeros(*carry["tokens"].shape, dtype=torch.long, device=stays.device)
         carry["tokens"] = carry["tokens"] & left.scatter_add(1, stays, counts.long()).bool()
         heads = carry["head_importance"].masked_fill(~carry["heads"], -1)

@@ -21,14 +21,14 @@ from prunelab.common.weights.statistics import InputNorm
 from prunelab.common.weights.targets import (
     Accumulator,
     Decision,
-    Kind,
     Observation,
     Probe,
     Statistics,
     Target,
+    Unit,
     WeightSignals,
 )
-from prunelab.methods.stun.outliers import importance, one_ratio, owl_budgets, survey_outliers
+from prunelab.methods.stun.outliers import importance, one_ratio, outlier_shares, owl_budgets
 
 Similarity = Literal["router", "coactivation", "both"]
 Trials = Callable[[float], int]
@@ -156,11 +156,11 @@ class Owl(WeightPruner):
         if self.outlier <= 0 or self.spread < 0:
             raise PrunelabError(f"{self.name}: outlier must be above 0 and spread at least 0")
 
-    def statistics(self, kind: Kind) -> Mapping[str, Callable[[Target], Accumulator]]:
-        return {"input_norm": InputNorm} if kind == "linear" else {}
+    def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
+        return {"input_norm": InputNorm} if unit == "linear" else {}
 
-    def survey(self, probe: Probe) -> Mapping[str, Statistics]:
-        return survey_outliers(probe, probe.targets, self.outlier)
+    def precompute(self, probe: Probe) -> Mapping[str, Statistics]:
+        return outlier_shares(probe, probe.targets, self.outlier)
 
     def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
         budgets = owl_budgets(list(zip(targets, signals, strict=True)), one_ratio(budget, self.name), self.spread)
@@ -199,12 +199,13 @@ class Stun(Owl):
         if not 0 < self.experts <= 1 or self.means_up_to < 0:
             raise PrunelabError("stun: experts is a share above 0 and at most 1, and means_up_to at least 0")
 
-    def kinds(self) -> Sequence[Kind]:
+    @property
+    def units(self) -> Sequence[Unit]:
         return ("experts",) if self.then == "none" else ("experts", "linear")
 
-    def survey(self, probe: Probe) -> Mapping[str, Statistics]:
+    def precompute(self, probe: Probe) -> Mapping[str, Statistics]:
         """The clusters of every layer's experts, and the blocks' outlier shares."""
-        layers = [target for target in probe.targets if target.kind == "experts"]
+        layers = [target for target in probe.targets if target.unit == "experts"]
         distances = self.distances(probe, layers)
         least = [target.least for target in layers]
 
@@ -219,8 +220,8 @@ class Stun(Owl):
         threshold = search_threshold(lambda t: sum(int(x.max()) + 1 for x in clusters(t)), wanted)
         found = {t.name: {"clusters": labels} for t, labels in zip(layers, clusters(threshold), strict=True)}
         if self.then == "owl":
-            linears = [target for target in probe.targets if target.kind == "linear"]
-            found |= survey_outliers(probe, linears, self.outlier)
+            linears = [target for target in probe.targets if target.unit == "linear"]
+            found |= outlier_shares(probe, linears, self.outlier)
         return found
 
     def distances(self, probe: Probe, layers: Sequence[Target]) -> list[Tensor]:
@@ -239,7 +240,7 @@ class Stun(Owl):
 
     def experts_kept(self, targets: Sequence[Target], budget: Budget) -> int:
         """Experts that stage one keeps in the whole model, never fewer than the budget makes necessary."""
-        keep, layers = one_ratio(budget, self.name), [target for target in targets if target.kind == "experts"]
+        keep, layers = one_ratio(budget, self.name), [target for target in targets if target.unit == "experts"]
         experts = sum(target.units for target in layers)
         if self.then == "none":
             return experts - budget.pruned(experts)
@@ -249,16 +250,16 @@ class Stun(Owl):
     def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
         """Of experts as many as there are clusters; of weights what is still to go, among those that are left."""
         experts = {
-            t.block: int(s["clusters"].max()) + 1 for t, s in zip(targets, signals, strict=True) if t.kind == "experts"
+            t.block: int(s["clusters"].max()) + 1 for t, s in zip(targets, signals, strict=True) if t.unit == "experts"
         }
-        budgets = {t.name: Budget(experts[t.block], "count") for t in targets if t.kind == "experts"}
+        budgets = {t.name: Budget(experts[t.block], "count") for t in targets if t.unit == "experts"}
         left = [
             (t, s)
             for t, s in zip(targets, signals, strict=True)
-            if t.kind == "linear" and t.expert < experts.get(t.block, 0)
+            if t.unit == "linear" and t.expert < experts.get(t.block, 0)
         ]
         if left:
-            removed = sum(t.size * (t.units - experts[t.block]) for t in targets if t.kind == "experts")
+            removed = sum(t.size * (t.units - experts[t.block]) for t in targets if t.unit == "experts")
             gone = (1 - one_ratio(budget, self.name)) * prunable(targets) - removed
             keep = min(max(1 - gone / sum(target.units for target, _ in left), 0.0), 1.0)
             uniform = {target.name: Budget(keep) for target, _ in left}
@@ -268,7 +269,7 @@ class Stun(Owl):
         ]  # weights of experts that leave stay as they are
 
     def solve(self, target: Target, signals: WeightSignals, budget: Budget) -> Decision:
-        if target.kind != "experts":
+        if target.unit != "experts":
             return super().solve(target, signals, budget)
         labels, weights = signals["clusters"].cpu(), signals.weights
         clusters, mask = int(labels.max()) + 1, torch.zeros(target.units, dtype=torch.bool)

@@ -42,7 +42,7 @@ def block_ratios(shares: Tensor, sizes: Tensor, keep: float, spread: float) -> T
 
 
 def owl_budgets(linears: Sequence[tuple[Target, WeightSignals]], keep: float, spread: float) -> dict[str, Budget]:
-    """The budget of every linear from the outlier share its block was surveyed to have."""
+    """The budget of every linear from the outlier share its block was precomputed to have."""
     blocks = [list(group) for _, group in groupby(linears, key=lambda pair: pair[0].block)]
     shares = torch.stack([group[0][1]["outliers"].cpu() for group in blocks])
     sizes = torch.tensor([sum(target.units for target, _ in group) for group in blocks])
@@ -50,7 +50,7 @@ def owl_budgets(linears: Sequence[tuple[Target, WeightSignals]], keep: float, sp
     return {t.name: Budget(round(ratio, 12)) for group, ratio in zip(blocks, ratios, strict=True) for t, _ in group}
 
 
-def survey_outliers(probe: Probe, linears: Sequence[Target], times: float) -> dict[str, dict[str, Tensor]]:
+def outlier_shares(probe: Probe, linears: Sequence[Target], times: float) -> dict[str, dict[str, Tensor]]:
     """By linear the outlier share of its block, from the dense model's stream."""
     norms = probe.statistics({"linear": {"norm": InputNorm}})
     found: dict[str, dict[str, Tensor]] = {}

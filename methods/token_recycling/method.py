@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.speculative.role import DraftDecoder
+from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import DraftTree
 
 Path = tuple[int, ...]
@@ -140,6 +140,6 @@ class TokenRecycling(DraftDecoder):
         template = state.shape(budget.count(len(state.template.parents)))
         return template.tree.refill(expand(state.table, tokens[-1:], template))
 
-    def observe(self, state: Memory, tokens: Tensor, logits: Tensor) -> None:
+    def observe(self, state: Memory, step: Step) -> None:
         """All nodes renew the table, accepted or not. The prompt does not: its logits were never computed."""
-        renew(state.table, tokens, logits)
+        renew(state.table, step.tokens, step.logits)

@@ -18,8 +18,8 @@ from torch.nn.functional import normalize
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Mix, ModelInfo, Plan, Site, take
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 Softmax = Literal["tokens", "anchors"]
 
@@ -103,17 +103,17 @@ class TokenTransforming(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"cls_row" if self.informative == "class_attention" else "received", self.feature})
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         """How informative a token is [B, N]: attention from the class token or from all tokens, mean over heads."""
         attention = signals.cls_row if self.informative == "class_attention" else signals.received
         return attention.float().mean(1)
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         """Anchors, the matrix around them, and what its outputs weigh."""
-        anchors = self.select(self.score(site, signals), signals, budget)
+        anchors = signals.keep(budget, scores=self.score(site, signals))
         prunable, features = signals.prunable, self.features(signals)
         ones = torch.ones_like(prunable, dtype=torch.float32)
-        sizes = signals.carry.get("mass", ones) if self.proportional else None  # [B, N]
+        sizes = signals.state.get("mass", ones) if self.proportional else None  # [B, N]
 
         moving = take(prunable, anchors.index)  # [B, K]: rows of patches, not of tokens that stay as they are
         moving = moving if anchors.valid is None else moving & anchors.valid
@@ -127,9 +127,9 @@ class TokenTransforming(TokenPruner):
         mix = replace(Mix.from_matrix(matrix), valid=anchors.valid)
         if sizes is None:
             return Plan(mix)
-        signals.carry["mass"] = mass(matrix, sizes)
-        return Plan(mix, key_bias=signals.carry["mass"].clamp_min(torch.finfo(torch.float32).tiny).log())
+        signals.state["mass"] = mass(matrix, sizes)
+        return Plan(mix, key_bias=signals.state["mass"].clamp_min(torch.finfo(torch.float32).tiny).log())
 
-    def features(self, signals: Signals) -> Tensor:
+    def features(self, signals: TokenSignals) -> Tensor:
         """Features [B, N, D] that are compared; the keys of all heads side by side."""
         return signals.hidden if self.feature == "hidden" else signals.keys.transpose(1, 2).flatten(2)

@@ -13,8 +13,8 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
 from prunelab.common.core.selection import Matching, bipartite_matching
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 
 def schedule(blocks: int, removed: int | Sequence[int], inflection: float = 0.0) -> list[int]:
@@ -56,7 +56,7 @@ class ToMe(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"keys", "sizes"})
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         signals.one_length(self.name)
         if budget.unit == "removed" and 0 < budget.amounts[0] < 1:  # a share of the patches: 13 of 196 is 0.0663
             patches = signals.info.tokens - signals.info.special

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, Where
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 
 def evenly_spaced(prunable: Tensor, counts: Tensor) -> Tensor:
@@ -43,11 +43,7 @@ class UniformTokens(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset()
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
-        prunable = signals.prunable
-        if signals.valid is None:
-            counts = torch.full((len(prunable),), budget.count(signals.units), device=prunable.device)
-        else:
-            counts = torch.tensor([budget.count(n) for n in prunable.sum(1).tolist()], device=prunable.device)
-        stays = evenly_spaced(prunable, counts)
-        return Plan(self.select(stays.float(), signals, budget), positions=self.positions)
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        counts = torch.tensor([budget.count(n) for n in signals.available()], device=signals.prunable.device)
+        stays = evenly_spaced(signals.prunable, counts)
+        return Plan(signals.keep(budget, mask=stays), positions=self.positions)

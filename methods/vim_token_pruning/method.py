@@ -19,8 +19,8 @@ from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Positions, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 Metric = Literal["clip", "none", "l1", "l2"]
 
@@ -114,11 +114,11 @@ class VimTokenPruning(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"scans"})
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         signals.one_length(self.name)
         if self.released:
             return Plan(released_choice(released_importance(signals.scans), budget), positions="renumber")
         # assumption: scans' outputs count after the gate, as in the authors' code; the paper says "SSM output"
         scores = importance(signals.scans, self.metric)
-        choice = self.select(scores, signals, Budget(kept(budget, signals.units), "count"))
+        choice = signals.keep(Budget(kept(budget, signals.units), "count"), scores=scores)
         return Plan(choice, positions=self.align)

@@ -13,7 +13,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import masks
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputNorm
-from prunelab.common.weights.targets import Kind, Target, WeightSignals
+from prunelab.common.weights.targets import Target, Unit, WeightSignals
 
 
 def importance(weight: Tensor, norms: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Wanda(WeightPruner):
 
     name: ClassVar[str] = "wanda"
 
-    def statistics(self, kind: Kind) -> Mapping[str, type[InputNorm]]:
+    def statistics(self, unit: Unit) -> Mapping[str, type[InputNorm]]:
         return {"input_norm": InputNorm}
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:

@@ -18,8 +18,8 @@ from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import ModelInfo, Plan, Site, take
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 
 Partition = Literal["sequential-U", "sequential-I", "alternating", "random", "none"]
 Feature = Literal["keys", "queries", "values", "hidden"]
@@ -186,7 +186,7 @@ class ZeroTPrune(TokenPruner):
             return self.iterations[site.index]
         return 30 if site.layer < 3 else 1 if site.layer >= info.depth - 3 else 5
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         """The I'-S-I order: one vote for ranks, drop near copies, rank the surviving graph, drop the rest."""
         signals.one_length(self.name)
         special, units = signals.prunable.shape[1] - signals.units, signals.units
@@ -208,9 +208,9 @@ class ZeroTPrune(TokenPruner):
         )
         importance = self.importance(scores[..., special:], alive if alive is None else alive[:, special:])
         full = torch.nn.functional.pad(importance, (special, 0))
-        return Plan(self.select(full, signals, budget))
+        return Plan(signals.keep(budget, scores=full))
 
-    def graph(self, signals: Signals) -> Tensor:
+    def graph(self, signals: TokenSignals) -> Tensor:
         """The attention graph [B, H, N, N]; the paper's is the block's own attention."""
         if "attention" in self.requires(Site(0)):
             return signals.attention.float()
@@ -222,7 +222,7 @@ class ZeroTPrune(TokenPruner):
         combined = combine_heads(scores, "mean" if self.heads == "mean" else "rms", self.variance_range, alive)
         return combined if alive is None else combined.masked_fill(~alive, -1.0)
 
-    def features(self, signals: Signals) -> Tensor:
+    def features(self, signals: TokenSignals) -> Tensor:
         """Features [B, N, D] that the S-stage compares; heads side by side."""
         features = getattr(signals, self.feature)
         # assumption: heads are concatenated (the paper says "key matrix" only)

@@ -15,18 +15,18 @@ from prunelab.common.constrained.role import ConstrainedSampler
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.method import Method
 from prunelab.common.core.plan import ModelInfo, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.data_selection.role import SampleSelector
-from prunelab.common.kv_cache.role import CachePruner
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 from prunelab.common.ranking import sentences
 from prunelab.common.ranking.sentences import Passage, Ranker
-from prunelab.common.speculative.role import DraftDecoder
+from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import Accepted, DraftTree
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.common.weights import masks
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputMean, InputNorm
-from prunelab.common.weights.targets import Accumulator, Kind, Target, WeightSignals
+from prunelab.common.weights.targets import Accumulator, Target, Unit, WeightSignals
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 9, "num_heads": 3, "num_classes": 7}
 # The published variants of timm's ViT that differ in structure, each shrunk to a few thousand parameters.
@@ -67,7 +67,7 @@ def images(batch: int = 3) -> Tensor:
 
 def signals(
     batch: int = 2, patches: int = 12, special: int = 1, heads: int = 3, seed: int = 0, pad: int = 0
-) -> tuple[Signals, dict[str, Tensor]]:
+) -> tuple[TokenSignals, dict[str, Tensor]]:
     """Synthetic signals of one site with `pad` padding tokens behind the real ones; the tensors are returned too."""
     g = torch.Generator().manual_seed(seed)
     total, width = special + patches, 8
@@ -83,8 +83,8 @@ def signals(
 
 def build(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, valid: Tensor | None, special: int, seed: int = 0
-) -> Signals:
-    """Signals from raw tensors, for one sample or many."""
+) -> TokenSignals:
+    """TokenSignals from raw tensors, for one sample or many."""
     batch, heads, total, width = q.shape
     logits = q @ k.transpose(-2, -1) * width**-0.5
     if valid is not None:
@@ -108,7 +108,7 @@ def build(
         "scans": lambda: torch.stack([hidden, hidden.flip(-1) - 1], 1),
         "class_confidence": lambda: (4 * hidden[..., :4]).sigmoid() + 0 * hidden[..., :4],  # bad values stay bad
         "positions": lambda: torch.zeros_like(hidden),
-        "memory": lambda: hidden,
+        "encoder_memory": lambda: hidden,
         "class_logits": lambda: hidden,
         "proposal_logits": lambda: hidden,
         "class_weight": lambda: torch.ones(3, heads * width),
@@ -118,8 +118,8 @@ def build(
     info = ModelInfo("reference", 12, heads, heads * width, real + special, special, special > 0)
     rng = torch.Generator().manual_seed(seed)
     places = torch.arange(total).expand(batch, -1)
-    return Signals(
-        sources, prunable=prunable, units=units, info=info, valid=valid, rng=rng, places=places, grids=((1, total),)
+    return TokenSignals(
+        sources, prunable=prunable, units=units, info=info, valid=valid, rng=rng, indices=places, grids=((1, total),)
     )
 
 
@@ -200,7 +200,7 @@ class NormTokens(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"hidden"})
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
         return signals.hidden.norm(dim=-1)
 
 
@@ -213,7 +213,7 @@ class ReceivedCache(CachePruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"received"})
 
-    def score(self, site: Site, signals: Signals) -> Tensor:
+    def score(self, site: Site, signals: CacheSignals) -> Tensor:
         return signals.received
 
 
@@ -239,10 +239,11 @@ class NormChannels(WeightPruner):
     def sequential(self) -> bool:
         return False
 
-    def kinds(self) -> Sequence[Kind]:
+    @property
+    def units(self) -> Sequence[Unit]:
         return ("channels",)
 
-    def statistics(self, kind: Kind) -> Mapping[str, type[Accumulator]]:
+    def statistics(self, unit: Unit) -> Mapping[str, type[Accumulator]]:
         return {"input_norm": InputNorm, "input_mean": InputMean}
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
@@ -278,8 +279,8 @@ class BigramDrafts(DraftDecoder):
         agreed = int((tree.tokens == greedy[:-1]).long().cumprod(0).sum())
         return Accepted(greedy[: agreed + 1], torch.arange(agreed))
 
-    def observe(self, state: Tensor, tokens: Tensor, logits: Tensor) -> None:
-        state[tokens] = logits.argmax(-1)
+    def observe(self, state: Tensor, step: Step) -> None:
+        state[step.tokens] = step.logits.argmax(-1)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from prunelab.common.constrained.role import ConstrainedSampler
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import ModelInfo
 from prunelab.common.data_selection.role import SampleSelector
 from prunelab.common.ranking.sentences import Passage, Ranker
+from prunelab.common.speculative import Session
 from prunelab.common.speculative.role import DraftDecoder
 from tests.contract import references
 from tests.contract.references import invariant
@@ -39,44 +41,69 @@ TEXT = (
 
 
 class Table:
-    """A model whose next token depends on the last one alone: logits [V, V]. As the service `draft` it reads trees."""
+    """A model whose next token depends on the last one alone: logits [V, V], which it makes of themselves. It reads
+    trees as a target, and as the service `draft`."""
 
     def __init__(self, seed: int, vocabulary: int = 11) -> None:
         self.logits = torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(seed))
+        self.hidden = self.logits
 
-    def read(self, tokens, tree, known=0):
-        out = self.logits[torch.cat([tokens[-1:], tree.tokens])]
+    def read(self, tokens, tree, known=0, aside=None):
+        read = [tokens[-1:], tree.tokens] if aside is None else [tokens[-1:], tree.tokens, aside.tokens]
+        self.hidden = out = self.logits[torch.cat(read)]
         return out[known + 1 :] if known else out
 
+    def keep(self, nodes):
+        assert nodes.tolist() == sorted(nodes.tolist())
 
-def drafted(method, target, state, tokens, budget, rng=None):
-    """The tree behind the tokens and what it makes of them; the tree must be one."""
-    tree = method.draft(state, tokens, budget)
+
+def session(method, budget, prompt):
+    """The method at work behind a prompt, with what it asks for: random parts, a draft model, a store to search."""
+    torch.manual_seed(0)
+    parts = method.build(ModelInfo("table", depth=1, heads=1, width=11, tokens=99, vocabulary=11))
+    asked = {name: SERVICES[name] for name in method.services} | ({"parts": parts} if parts is not None else {})
+    started = Session(method, budget, method.start(11, **asked))
+    started.begin(prompt)
+    return started
+
+
+def drafted(at_work, target, tokens):
+    """A step behind the tokens; its tree must be one."""
+    step = at_work.step(target, tokens)
+    tree, accepted = step.tree, step.accepted
     assert tree.tokens.dtype == tree.parents.dtype == torch.int64
     assert bool((tree.parents < torch.arange(len(tree.tokens))).all()), "parents come first"
     assert bool(((tree.tokens >= 0) & (tree.tokens < len(target.logits))).all())
-    logits = target.read(tokens, tree)
-    accepted = method.accept(tree, logits, rng)
     assert len(accepted.nodes) == len(accepted.tokens) - 1
     assert torch.equal(tree.tokens[accepted.nodes], accepted.tokens[:-1])
-    method.observe(state, torch.cat([tokens[-1:], tree.tokens]), logits)
-    return tree, accepted
+    at_work.learn(step)
+    return step
+
+
+def spoken(table, token):
+    """41 tokens that the table says, from this one on."""
+    said = [token]
+    while len(said) < 41:
+        said.append(int(table.logits[said[-1]].argmax()))
+    return said
+
+
+TEXTS = torch.tensor([spoken(Table(0), first) for first in range(11)])
+SERVICES = {"draft": Table(1), "store": TEXTS.flatten()}
 
 
 @every(DraftDecoder, references.BigramDrafts)
 @pytest.mark.parametrize("budget", [Budget(4, "count"), Budget(0, "count"), Budget(9, "count")], ids=str)
 def test_drafts_never_change_greedy_decoding(method, budget):
     target = Table(0)
-    plain = [3]
-    for _ in range(40):
-        plain.append(int(target.logits[plain[-1]].argmax()))
+    plain = spoken(target, 3)
     texts = []
     for _ in range(2):
-        state, out, steps = method.start(11, draft=Table(1)) if method.services else method.start(11), [3], 0
+        at_work, out, steps = session(method, budget, torch.tensor([3])), [3], 0
         while len(out) < 41:
-            tree, accepted = drafted(method, target, state, torch.tensor(out), budget)
-            assert len(tree.tokens) <= int(budget.amounts[0])
-            out += accepted.tokens.tolist()
+            step = drafted(at_work, target, torch.tensor(out))
+            assert len(step.tree.tokens) <= int(budget.amounts[0])
+            out += step.accepted.tokens.tolist()
             steps += 1
         texts.append(out)
         assert out[:41] == plain
@@ -88,11 +115,12 @@ def test_drafts_never_change_greedy_decoding(method, budget):
     "method", [c() for c in registry.load().values() if issubclass(c, DraftDecoder)], ids=lambda m: m.name
 )
 def test_drafts_never_change_the_distribution_of_samples(method):
-    target, rng, budget = Table(0), torch.Generator().manual_seed(0), Budget(12, "count")
-    state, tokens = method.start(11, draft=Table(1)), torch.tensor([3, 7, 3])
+    target, tokens = Table(0), torch.tensor([3, 7, 3])
+    at_work = session(method, Budget(12, "count"), tokens)
+    at_work.rng = torch.Generator().manual_seed(0)
     counts, confirmed, draws = torch.zeros(11), 0, 4000
     for _ in range(draws):
-        _, accepted = drafted(method, target, state, tokens, budget, rng)
+        accepted = drafted(at_work, target, tokens).accepted
         counts[accepted.tokens[0]] += 1
         confirmed += len(accepted.nodes)
     wanted = draws * target.logits[3].softmax(-1)

@@ -66,7 +66,7 @@ def _parts(method: TokenPruner, given):
 
 def prefix(method: TokenPruner, special: int) -> int:
     """Special tokens of the model the method is made for: a pyramid has none."""
-    return 0 if method.fate() == "bypass" else special
+    return 0 if method.rest == "bypass" else special
 
 
 # -- on signals ------------------------------------------------------------------------------------------------------
@@ -215,9 +215,9 @@ def test_pruned_model_runs_and_is_restored(method, family):
             report = handle.report()
             assert torch.isfinite(pruned).all()
             early = {site.where for site in method.sites(info(family))} <= {"projected", "packed"}
-            assert report.tokens[-1][1] < report.tokens[0][0] or method.fate() == "bypass" or early
+            assert report.tokens[-1][1] < report.tokens[0][0] or method.rest == "bypass" or early
             assert min(mlp for _, mlp in report.tokens) < info(family).tokens
-            assert 0 < report.macs - report.scoring_macs < report.dense_macs or method.fate() == "bypass"
+            assert 0 < report.macs - report.scoring_macs < report.dense_macs or method.rest == "bypass"
             assert torch.equal(output(model, x), pruned) or "batch" in method.exempt, "report leaves the method applied"
         assert hooks(model) == before and set(model.state_dict()) == names
         assert torch.equal(output(model, x), dense)

@@ -17,7 +17,7 @@ every = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 
 
 def families(method: WeightPruner) -> list[str]:
-    return ["mixtral", "olmoe"] if "experts" in method.kinds() else ["llama", "llama_mha", "qwen3"]
+    return ["mixtral", "olmoe"] if "experts" in method.units else ["llama", "llama_mha", "qwen3"]
 
 
 def run(method: WeightPruner, budget: Budget, family: str = "", dtype: torch.dtype = torch.float32, **options):
@@ -105,7 +105,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(method, tmp_path, monkey
 @every
 def test_nan_weights_and_a_missing_calibration_set_are_named(method):
     model = language_model(families(method)[0])
-    needs = any(method.statistics(kind) for kind in method.kinds())
+    needs = any(method.statistics(unit) for unit in method.units)
     base = language_model(families(method)[0], seed=5) if method.needs_base else None
     if needs:
         with pytest.raises(PrunelabError, match="calibration set"):

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals, View
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Stream:
     valid: Tensor | None = None  # [B, N] bool, None while nothing is padded
     origin: Tensor | None = None  # [B, N] place of each token in the full sequence, None until one was taken away
     mixed: bool = False  # from here on tokens have no single place
-    carry: dict[str, Any] = field(default_factory=dict)  # what the method leaves for its later sites
+    state: dict[str, Any] = field(default_factory=dict)  # what the method leaves for its later sites
 
     def attention_bias(self) -> Tensor | None:
         """The bias over keys with padding masked out."""
@@ -104,7 +104,7 @@ class Stream:
             sizes = replace(plan.reduce, weight=shares).apply(full.unsqueeze(-1)).squeeze(-1)
             bias, origin, mixed = None, None, True
         bias = bias if plan.key_bias is None else plan.key_bias
-        return Stream(sizes, bias, plan.reduce.valid, origin, mixed, self.carry)
+        return Stream(sizes, bias, plan.reduce.valid, origin, mixed, self.state)
 
 
 class Adapter(ABC):
@@ -133,14 +133,31 @@ class Adapter(ABC):
         """Put the hooks in; the returned function takes every one of them out."""
 
     @abstractmethod
-    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
-        """What the method may see of the tokens x [B, N, D] at a site."""
+    def view(self, site: Site, x: Tensor) -> View:
+        """The tokens x [B, N, D] at a site, and how each of its signals is computed."""
 
-    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, Signals]:
+    @property
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What the method left for its later sites of the forward pass at work."""
+
+    def signals_of(self, application: Application, site: Site, x: Tensor) -> TokenSignals:
+        """What the method may see of the tokens x [B, N, D] at a site."""
+        return TokenSignals(
+            **vars(self.view(site, x)),
+            info=self.info,
+            rng=application.rng(x.device),
+            required=application.method.requires(site),
+            services=application.services,
+            parts=application.parts,
+            state=self.state,
+        )
+
+    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, TokenSignals]:
         """The method's plan for the tokens x [B, N, D] at a site, and the signals it was made from."""
         trace, method = application.trace, application.method
         with trace.scoring(), torch.no_grad():
-            signals = self.signals_at(application, site, x)
+            signals = self.signals_of(application, site, x)
             plan = method.plan(site, signals, application.budget.at(site.index))
             self.check_plan(plan)
         if trace.measured is not None:
@@ -148,11 +165,11 @@ class Adapter(ABC):
         return plan, signals
 
     def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
-        """Refuse, before any work, a method whose sites, signals or fate of tokens this family cannot give."""
+        """Refuse, before any work, a method whose sites, signals or `rest` this family cannot give."""
         info = self.info
-        if method.fate() not in self.rest:
+        if method.rest not in self.rest:
             raise PrunelabError(
-                f"{method.name} needs a model whose tokens can {method.fate()}, those of {self.family} can only"
+                f"{method.name} needs a model whose tokens can {method.rest}, those of {self.family} can only"
                 f" {' or '.join(sorted(self.rest))}"
             )
         for site in sites:
@@ -204,7 +221,7 @@ class SequenceAdapter(Adapter):
 
     @abstractmethod
     def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
-        """How each signal of a site is computed, by name; see `Signals`."""
+        """How each signal of a site is computed, by name; see `TokenSignals`."""
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Hook before the first block: a new forward pass starts."""
@@ -239,29 +256,27 @@ class SequenceAdapter(Adapter):
                 origin = origin.masked_fill(~self.stream.valid, -1)
             application.trace.origins.append((site, origin))
 
-    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
-        stream, info = self.stream, self.info
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.stream.state
+
+    def view(self, site: Site, x: Tensor) -> View:
+        stream, special = self.stream, self.info.special
         prunable = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        prunable[:, : info.special] = False
+        prunable[:, :special] = False
         if stream.valid is not None:
             prunable &= stream.valid
         common: dict[str, Callable[[], Tensor]] = {
             "hidden": lambda: x,
             "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32) if stream.sizes is None else stream.sizes,
         }
-        return Signals(
+        return View(
             {**common, **self.sources(site, x)},
-            prunable=prunable,
-            units=x.shape[1] - info.special,
-            info=info,
+            prunable,
+            units=x.shape[1] - special,
             valid=stream.valid,
-            rng=application.rng(x.device),
-            required=application.method.requires(site),
-            services=application.services,
-            parts=application.parts,
-            places=stream.places(x),
+            indices=stream.places(x),
             grids=self.grids(),
-            carry=stream.carry,
         )
 
     def grids(self) -> tuple[tuple[int, int], ...]:

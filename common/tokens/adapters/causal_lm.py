@@ -32,10 +32,10 @@ from prunelab.common.core.attention_interface import NAME, Recorder, record
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import padded_first, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.adapters.base import Application, SequenceAdapter, Stream
 from prunelab.common.tokens.adapters.causal_lm_cache import Book, Entries, in_order, visible
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import View
 
 _ALWAYS = frozenset({"hidden", "sizes"})
 _LASTING = frozenset({"keys", "last_row"})  # what can be read of tokens that are in the cache alone
@@ -99,7 +99,7 @@ class CausalLM(SequenceAdapter):
             )
         if len({site.layer for site in sites}) < len(sites):
             raise PrunelabError(f"{method.name} prunes twice before one layer; a decoder has one site a layer")
-        for site in sites if method.fate() == "defer" else ():
+        for site in sites if method.rest == "defer" else ():
             if missing := method.requires(site) - _LASTING:
                 raise PrunelabError(
                     f"{method.name} reads {', '.join(sorted(missing))}, which a model no longer has of tokens in its"
@@ -138,7 +138,7 @@ class CausalLM(SequenceAdapter):
 
     def _begin(self, application: Application) -> Callable[..., Any]:
         """Before the decoder: which columns are new, and whose they are. The mask is made anew for every stretch."""
-        deferring = application.method.fate() == "defer"
+        deferring = application.method.rest == "defer"
 
         def hook(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
             ids, cache = given.get("input_ids", args[0] if args else None), given.get("past_key_values")
@@ -288,15 +288,15 @@ class CausalLM(SequenceAdapter):
 
     # -- signals -------------------------------------------------------------------------------------------------
 
-    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
+    def view(self, site: Site, x: Tensor) -> View:
         """In a decoding step x is the active tokens' columns [B, U] alone, since most of them have no hidden state."""
-        signals = super().signals_at(application, site, x)
-        assert signals.places is not None
+        view = super().view(site, x)
+        assert view.indices is not None
         last = self.book.prompt - 1  # assumption: the prompt's last token stays like the generated ones that follow it
-        signals.prunable = signals.prunable & (signals.places < last)
+        prunable = view.prunable & (view.indices < last)
         always = self.book.total - last
-        signals.units = x.shape[1] - always if signals.valid is None else int(signals.prunable.sum(1).max())
-        return signals
+        units = x.shape[1] - always if view.valid is None else int(prunable.sum(1).max())
+        return replace(view, prunable=prunable, units=units)
 
     def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
         seen = self.recorders.get(site.layer - 1)

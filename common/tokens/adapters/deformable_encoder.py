@@ -21,14 +21,15 @@ from prunelab.common.tokens.adapters.base import Application, SequenceAdapter, S
 from prunelab.common.tokens.role import TokenPruner
 
 _CLASSES = frozenset({"class_logits", "class_weight", "class_bias"})
-_FIRST_STAGE = frozenset({"memory", "proposal_logits"})
+_FIRST_STAGE = frozenset({"encoder_memory", "proposal_logits"})
 
 
 class DeformableEncoder(SequenceAdapter):
     """Signals: `hidden` and `positions` [B, N, D] (sine plus level embedding); `class_logits` [B, N, classes], the
     encoder's class head on the tokens as they are, and its `class_weight` and `class_bias`; with a two-stage detector
-    `memory` [B, N, D] (tokens plus positions behind the first stage's projection and norm) and `proposal_logits`
-    [B, N, classes] (the first stage's scores, were this the encoder's end). They carry gradients while training."""
+    `encoder_memory` [B, N, D] (tokens plus positions behind the first stage's projection and norm) and
+    `proposal_logits` [B, N, classes] (the first stage's scores, were this the encoder's end). While training they
+    carry gradients."""
 
     family = "deformable_encoder"
     model_classes = (
@@ -158,7 +159,7 @@ class DeformableEncoder(SequenceAdapter):
             self.levels = {**levels, "positions": positions}
             padded = attention_mask is not None and attention_mask.device.type != "meta"
             valid = attention_mask.bool() if attention_mask is not None and padded else None
-            self.stream = Stream(valid=None if valid is None or bool(valid.all()) else valid, carry=self.stream.carry)
+            self.stream = Stream(valid=None if valid is None or bool(valid.all()) else valid, state=self.stream.state)
             plan, signals = self.decide(application, site, hidden_states)
             assert isinstance(plan.reduce, Gather)  # as check_plan saw to
             index, kept = plan.reduce.index, plan.reduce.valid
@@ -218,7 +219,7 @@ class DeformableEncoder(SequenceAdapter):
             "class_logits": learning(lambda: head(x)),
             "class_weight": lambda: head.weight,
             "class_bias": lambda: head.bias,
-            "memory": learning(lambda: memory(x + positions)),
+            "encoder_memory": learning(lambda: memory(x + positions)),
             "proposal_logits": learning(lambda: head(memory(x))),
         }
 

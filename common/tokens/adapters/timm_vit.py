@@ -16,8 +16,8 @@ from prunelab.common.core import attention
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.adapters.base import Application, SequenceAdapter, Stream
+from prunelab.common.tokens.signals import TokenSignals
 
 _ATTENTION = frozenset(
     {"queries", "keys", "values", "attention", "attention_logits", "cls_row", "last_row", "received"}
@@ -150,7 +150,7 @@ class TimmViT(SequenceAdapter):
 
     # -- one site ------------------------------------------------------------------------------------------------
 
-    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, Signals]:
+    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, TokenSignals]:
         decided = super().decide(application, site, x)
         self.qkv.pop(site.layer, None)
         return decided

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ from prunelab.common.backbones.vim import add
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.adapters.base import Application, SequenceAdapter
+from prunelab.common.tokens.signals import TokenSignals, View
 
 _ALWAYS = frozenset({"hidden", "sizes"})
 
@@ -130,7 +131,7 @@ class _VisionMamba(SequenceAdapter):
     def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
         return {"scans": lambda: self.scanned[site.layer].transpose(-1, -2)} if site.where == "block_output" else {}
 
-    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, Signals]:
+    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, TokenSignals]:
         decided = super().decide(application, site, x)
         self.scanned.pop(site.layer, None)
         return decided
@@ -233,11 +234,10 @@ class VimAdapter(_VisionMamba):
         model: Any = self.model
         return model.read.register_forward_pre_hook(find, with_kwargs=True).remove
 
-    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
-        signals = super().signals_at(application, site, x)
+    def view(self, site: Site, x: Tensor) -> View:
+        view = super().view(site, x)
         assert self.class_at is not None
-        signals.prunable = torch.ones_like(signals.prunable).scatter(1, self.class_at.unsqueeze(1), False)
-        return signals
+        return replace(view, prunable=torch.ones_like(view.prunable).scatter(1, self.class_at.unsqueeze(1), False))
 
 
 class PlainMambaAdapter(_VisionMamba):

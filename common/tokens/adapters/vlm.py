@@ -35,7 +35,6 @@ from prunelab.common.core.attention_interface import record
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import padded_first, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.adapters.base import Application, Stream
 from prunelab.common.tokens.adapters.vlm_attribution import Ancestry, spread
 from prunelab.common.tokens.adapters.vlm_prompt import (
@@ -50,6 +49,7 @@ from prunelab.common.tokens.adapters.vlm_prompt import (
 )
 from prunelab.common.tokens.adapters.vlm_vision import TOWER, VisionSide
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import View
 
 _ALWAYS = frozenset({"hidden", "sizes"})
 _DECODER = frozenset({"queries", "keys", "attention_logits", "attention", "last_row", "received"})
@@ -363,16 +363,17 @@ class VisionLanguage(VisionSide):
 
     # -- signals -------------------------------------------------------------------------------------------------
 
-    def signals_at(self, application: Application, site: Site, x: Tensor) -> Signals:
+    def view(self, site: Site, x: Tensor) -> View:
         if site.where == "projected":
-            return self._projected_signals(application, site, x)
-        signals = super().signals_at(application, site, x)
+            return self._projected_view(x)
         valid = self.stream.valid
-        signals.prunable = self.prunable
         shown = [modality for modality, visual in self.visual.items() if visual.any()]
-        signals.modality = shown[0] if len(shown) == 1 else None
-        signals.units = x.shape[1] - self.text if valid is None else int(self.prunable.sum(1).max())
-        return signals
+        return replace(
+            super().view(site, x),
+            prunable=self.prunable,
+            units=x.shape[1] - self.text if valid is None else int(self.prunable.sum(1).max()),
+            modality=shown[0] if len(shown) == 1 else None,
+        )
 
     def grids(self) -> tuple[tuple[int, int], ...]:
         return ()  # the sequence has text between its visual tokens, and newlines among them

@@ -17,7 +17,6 @@ from prunelab.common.core import attention
 from prunelab.common.core.attention_interface import Recorder
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, Site, take
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.adapters.base import Application, SequenceAdapter, Stream
 from prunelab.common.tokens.adapters.vlm_attribution import Masses, handed_back
 from prunelab.common.tokens.adapters.vlm_prompt import (
@@ -32,6 +31,7 @@ from prunelab.common.tokens.adapters.vlm_prompt import (
     newline_order,
     spliced,
 )
+from prunelab.common.tokens.signals import View
 
 TOWER = frozenset({"cls_row", "received"})
 
@@ -245,7 +245,7 @@ class VisionSide(SequenceAdapter):
             positions = closed(positions, kept)
             self.shift = self.shift + following(self.full, valid) - following(positions, kept)
         self.full = positions
-        self.stream = Stream(valid=kept, origin=self.places, carry=self.stream.carry)
+        self.stream = Stream(valid=kept, origin=self.places, state=self.stream.state)
         return torch.cat(pool).index_select(0, rows.flatten()).view(batch, longest, -1)
 
     def _project_images(self, application: Application, site: Site, modality: str, encoded: Encoded) -> list[Fresh]:
@@ -296,14 +296,14 @@ class VisionSide(SequenceAdapter):
                 made[image] = Fresh(own[turn], seats, back)
         return [made[image] for image in range(len(shapes))]
 
-    def _projected_signals(self, application: Application, site: Site, x: Tensor) -> Signals:
+    def _projected_view(self, x: Tensor) -> View:
         modality, encoded, crops, grids, packed = self.group
 
         def tower(name: str) -> Tensor:
             patches = self._patch_attention(name, encoded)[crops]  # [G * crops, patches, H]
             return patches.reshape(len(x), x.shape[1], -1).transpose(1, 2)
 
-        return Signals(
+        return View(
             {
                 "hidden": lambda: x,
                 "sizes": lambda: x.new_ones(x.shape[:2], dtype=torch.float32),
@@ -311,14 +311,8 @@ class VisionSide(SequenceAdapter):
             },
             prunable=torch.ones(x.shape[:2], dtype=torch.bool, device=x.device),
             units=x.shape[1],
-            info=self.info,
-            rng=application.rng(x.device),
-            required=application.method.requires(site),
-            services=application.services,
-            parts=application.parts,
-            places=torch.arange(x.shape[1], device=x.device).expand(len(x), -1),
+            indices=torch.arange(x.shape[1], device=x.device).expand(len(x), -1),
             grids=grids,
             modality=modality,
             packed=packed,
-            carry=self.stream.carry,
         )

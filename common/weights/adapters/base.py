@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.weights.adapters.projections import is_linear, oriented
-from prunelab.common.weights.targets import Decision, Kind, Observation, Target
+from prunelab.common.weights.adapters.projections import Projection, is_linear, oriented
+from prunelab.common.weights.targets import Decision, Observation, Target, Unit
 
 Tap = tuple[tuple[Any, ...], Any]  # what a module got and what it gave
 
@@ -66,16 +67,16 @@ class WeightAdapter(ABC):
         now, so that only the plan can."""
 
     def body(self, block: int) -> nn.Module:
-        """The module whose parts the names of a block's targets begin at."""
+        """The module whose projections the names of a block's targets begin at."""
         return self.blocks[block]
 
     # -- targets -----------------------------------------------------------------------------------------------------
 
-    def targets(self, kind: Kind) -> list[Target]:
-        """The model's targets of a kind, in forward order; an empty list where it has none."""
-        if kind == "tensor":
+    def targets(self, unit: Unit) -> list[Target]:
+        """The model's targets of a unit, in forward order; an empty list where it has none."""
+        if unit == "tensor":
             return self._tensors()
-        found = getattr(self, f"_{kind}", None)
+        found = getattr(self, f"_{unit}", None)
         return [] if found is None else [target for block in range(len(self.blocks)) for target in found(block)]
 
     @abstractmethod
@@ -90,13 +91,13 @@ class WeightAdapter(ABC):
 
     def parameter(self, target: Target) -> nn.Parameter:
         """The parameter that holds the weight of a linear or tensor target."""
-        name = target.name if target.kind == "tensor" else f"{target.name}.weight"
+        name = target.name if target.unit == "tensor" else f"{target.name}.weight"
         found: nn.Parameter = self.model.get_parameter(name)
         return found
 
     def view(self, target: Target, tensor: Tensor) -> Tensor:
         """The target's share of a tensor shaped like its parameter."""
-        return oriented(self.model.get_submodule(target.name), tensor) if target.kind == "linear" else tensor
+        return oriented(self.model.get_submodule(target.name), tensor) if target.unit == "linear" else tensor
 
     def structure(self, target: Target) -> dict[str, Tensor]:
         """The parameters that hold a structure."""
@@ -104,7 +105,7 @@ class WeightAdapter(ABC):
 
     def weights(self, target: Target) -> dict[str, Tensor]:
         """The target's tensors by role, as views of the model's own wherever its layout allows one."""
-        if target.kind in ("linear", "tensor"):
+        if target.loose:
             return {"weight": self.view(target, self.parameter(target).detach())}
         return {role: tensor.detach() for role, tensor in self.structure(target).items()}
 
@@ -114,8 +115,15 @@ class WeightAdapter(ABC):
     def remove(self, target: Target, kept: Tensor) -> None:
         """Take the units of a structure away but those at `kept` [K]."""
 
-    def check(self, target: Target, decision: Decision) -> None:  # noqa: B027  most families take every decision
+    def readers(self, target: Target) -> list[Projection]:
+        """Where the units of a structure are read: with these entries at zero they are as good as gone. None where
+        that takes more."""
+        return []
+
+    def check(self, target: Target, decision: Decision) -> None:
         """Refuse a decision the model cannot carry."""
+        if not decision.remove and not target.loose and not self.readers(target):
+            raise PrunelabError(f"{target.unit} are removed or kept; {target.name} cannot be set to zero instead")
 
     def write(self, target: Target, decision: Decision) -> None:
         """Carry a decision out on the model."""
@@ -126,11 +134,36 @@ class WeightAdapter(ABC):
                     self.assign(target, role, value)
                 else:
                     self.add_bias(target, role, value)
-            if target.kind in ("linear", "tensor"):
+            if target.loose:
                 if known["weight"].device.type != "meta" and not decision.whole:
                     known["weight"].masked_fill_(~decision.mask.to(known["weight"].device), 0)
             elif decision.kept < target.units:
-                self.remove(target, decision.mask.nonzero().flatten())
+                if decision.remove:
+                    self.remove(target, decision.mask.nonzero().flatten())
+                else:
+                    for reader in self.readers(target):
+                        reader.silence(~decision.mask)
+
+    def attempt(self, target: Target, decision: Decision) -> Callable[[], None]:
+        """Carry a decision out in a way that the returned function takes back to the bit: structures are silenced
+        rather than removed."""
+        decision = replace(decision, remove=False)
+        self.check(target, decision)
+        own, touched = self.weights(target), {*decision.values, *(["weight"] if target.loose else [])}
+        before = {role: own[role].clone() for role in touched & own.keys()}
+        readers = [(r.module.weight, r.module.weight.detach().clone()) for r in self.readers(target)]
+        self.write(target, decision)
+
+        def undo() -> None:
+            with torch.no_grad():
+                for role, value in before.items():
+                    self.assign(target, role, value)
+                for weight, value in readers:
+                    weight.copy_(value)
+            for role in decision.values.keys() - own.keys():
+                self.drop_bias(target, role)
+
+        return undo
 
     def assign(self, target: Target, role: str, value: Tensor) -> None:
         """New values for one of the target's tensors."""
@@ -141,6 +174,10 @@ class WeightAdapter(ABC):
     def add_bias(self, target: Target, role: str, value: Tensor) -> None:
         """Create the bias that a decision names."""
         raise PrunelabError(f"{self.family} has no place for the value '{role}' of {target.name}")
+
+    def drop_bias(self, target: Target, role: str) -> None:
+        """Take away a bias that `add_bias` made."""
+        raise NotImplementedError
 
     # -- linears and other tensors are found alike everywhere --------------------------------------------------------
 
@@ -183,7 +220,7 @@ class WeightAdapter(ABC):
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         for target in targets:
-            if target.kind in ("linear", "tensor"):
+            if target.loose:
                 shared = names[id(self.parameter(target))]
                 if len(shared) > 1:
                     raise PrunelabError(

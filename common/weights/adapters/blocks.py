@@ -5,7 +5,7 @@ A family names the modules; what its projections are fused from follows from the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.adapters.base import Tap, WeightAdapter
-from prunelab.common.weights.adapters.projections import IN, OUT, Part, length, remove
-from prunelab.common.weights.targets import Observation, Target
+from prunelab.common.weights.adapters.projections import IN, OUT, Projection, length, remove
+from prunelab.common.weights.targets import Decision, Observation, Target
 
 READS = {"heads": "o", "channels": "down"}  # the projection that reads the units of a structure
 
@@ -67,13 +67,13 @@ class Blocks(WeightAdapter):
         down = self.mlp.get("down", "")
         return self._structure("channels", block, self.path(block, down.rpartition(".")[0]))
 
-    def _structure(self, kind: str, block: int, name: str) -> list[Target]:
-        parts = self._parts(kind, block)
-        if not parts:
+    def _structure(self, unit: str, block: int, name: str) -> list[Target]:
+        projections = self._projections(unit, block)
+        if not projections:
             return []
-        units, span = parts[READS[kind]].entries.shape
-        size = sum(part.size for part in parts.values()) // units
-        return [Target(kind, name, block, kind, (units,), size, span)]  # type: ignore[arg-type]
+        units, span = projections[READS[unit]].entries.shape
+        size = sum(part.size for part in projections.values()) // units
+        return [Target(unit, name, block, unit, (units,), size, span)]  # type: ignore[arg-type]
 
     def _layers(self, block: int) -> list[Target]:
         size = sum(parameter.numel() for parameter in self.body(block).parameters())
@@ -81,19 +81,19 @@ class Blocks(WeightAdapter):
 
     # -- where the units of structures lie ---------------------------------------------------------------------------
 
-    def parts(self, target: Target) -> dict[str, Part]:
-        """The parts of heads or channels by role."""
-        return self._parts(target.kind, target.block)
+    def projections(self, target: Target) -> dict[str, Projection]:
+        """The projections of heads or channels by role."""
+        return self._projections(target.unit, target.block)
 
-    def _parts(self, kind: str, block: int) -> dict[str, Part]:
-        if kind not in READS:
+    def _projections(self, unit: str, block: int) -> dict[str, Projection]:
+        if unit not in READS:
             return {}
-        modules = self._modules(block, self.heads if kind == "heads" else self.mlp)
+        modules = self._modules(block, self.heads if unit == "heads" else self.mlp)
         if not modules:
             return {}
-        entries = self.head_entries(block, modules) if kind == "heads" else self.channel_entries(modules)
-        last = READS[kind]
-        return {role: Part(modules[role], IN if role == last else OUT, entries[role]) for role in entries}
+        entries = self.head_entries(block, modules) if unit == "heads" else self.channel_entries(modules)
+        last = READS[unit]
+        return {role: Projection(modules[role], IN if role == last else OUT, entries[role]) for role in entries}
 
     def head_entries(self, block: int, modules: Mapping[str, Any]) -> dict[str, Tensor]:
         """Places [units, span] of key-value groups in `q` `k` `v` `o`; none where heads cannot leave alone."""
@@ -122,60 +122,74 @@ class Blocks(WeightAdapter):
 
     def structure(self, target: Target) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for role, part in self.parts(target).items():
+        for role, part in self.projections(target).items():
             found[role] = part.module.weight
             if part.module.bias is not None:
                 found[f"{role}.bias"] = part.module.bias
         return found
 
     def weights(self, target: Target) -> dict[str, Tensor]:
-        parts = self.parts(target)
-        if not parts:
+        projections = self.projections(target)
+        if not projections:
             return super().weights(target)
-        found = {role: part.weight() for role, part in parts.items()}
-        biases = {f"{role}.bias": part.bias() for role, part in parts.items()}
+        found = {role: part.weight() for role, part in projections.items()}
+        biases = {f"{role}.bias": part.bias() for role, part in projections.items()}
         return {**found, **{name: bias for name, bias in biases.items() if bias is not None}}
 
     # -- what a target reads -----------------------------------------------------------------------------------------
 
     def taps(self, target: Target) -> tuple[str, ...]:
-        if target.kind == "linear":
+        if target.unit == "linear":
             return (target.role,)
-        reads = {"heads": self.heads.get("o"), "channels": self.mlp.get("down")}.get(target.kind)
+        reads = {"heads": self.heads.get("o"), "channels": self.mlp.get("down")}.get(target.unit)
         return () if reads is None else (reads,)
 
     def observe(
         self, target: Target, seen: Mapping[str, Tap], before: Tensor, after: Tensor, tokens: Tensor
     ) -> Observation:
         before, after = before.flatten(0, -2), after.flatten(0, -2)
-        inputs = before if target.kind == "layers" else seen[self.taps(target)[0]][0][0].flatten(0, -2)
+        inputs = before if target.unit == "layers" else seen[self.taps(target)[0]][0][0].flatten(0, -2)
         return Observation(inputs, self.weights(target), before, after, tokens)
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
     def assign(self, target: Target, role: str, value: Tensor) -> None:
         name, _, bias = role.partition(".")
-        parts = self.parts(target)
-        if name in parts:
-            parts[name].write(bias or "weight", value)
+        projections = self.projections(target)
+        if name in projections:
+            projections[name].write(bias or "weight", value)
         else:
             super().assign(target, role, value)
 
     def add_bias(self, target: Target, role: str, value: Tensor) -> None:
-        name, _, kind = role.partition(".")
-        part = self.parts(target).get(name)
-        if part is None or kind != "bias" or part.axis == OUT:
+        name, _, end = role.partition(".")
+        part = self.projections(target).get(name)
+        if part is None or end != "bias" or part.axis == OUT:
             return super().add_bias(target, role, value)
         weight = part.module.weight
         value = value.to(weight.device, weight.dtype)
         part.module.bias = nn.Parameter(value, requires_grad=weight.requires_grad)
 
+    def drop_bias(self, target: Target, role: str) -> None:
+        self.projections(target)[role.partition(".")[0]].module.bias = None
+
+    def readers(self, target: Target) -> list[Projection]:
+        projections = self.projections(target)
+        return [projections[READS[target.unit]]] if projections else []
+
+    def attempt(self, target: Target, decision: Decision) -> Callable[[], None]:
+        if target.unit != "layers":
+            return super().attempt(target, decision)
+        if decision.kept:
+            return lambda: None
+        return self.blocks[target.block].register_forward_hook(_pass_by).remove
+
     def remove(self, target: Target, kept: Tensor) -> None:
-        if target.kind == "layers":
+        if target.unit == "layers":
             self.gone.add(target.block)  # blocks leave together, in finish()
             return
-        remove(list(self.parts(target).values()), kept)
-        if target.kind == "heads":
+        remove(list(self.projections(target).values()), kept)
+        if target.unit == "heads":
             self.resize(target.block)
 
     def resize(self, block: int) -> None:
@@ -198,6 +212,11 @@ class Blocks(WeightAdapter):
                     module.layer_idx = place  # type: ignore[assignment]
         self.gone.clear()
         return stay
+
+
+def _pass_by(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """What a block that is not there would give."""
+    return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
 
 
 def _is_list(chain: nn.Module) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from prunelab.common.weights.adapters.projections import IN, OUT, Part, length
+from prunelab.common.weights.adapters.projections import IN, OUT, Projection, length
 
 _Conv, _Norm = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
 _PASS: tuple[type[nn.Module], ...] = (
@@ -88,13 +88,13 @@ class Use:
     spaces: tuple[Space, ...]
     place: int
 
-    def part(self) -> Part:
+    def part(self) -> Projection:
         """Where the channels lie in the module as it is now; behind a flattening a channel has several inputs."""
         sizes = [space.root().size for space in self.spaces]
         span = length(self.module, self.axis) // sum(sizes)
         start = sum(sizes[: self.place])
         channels = torch.arange(start, start + sizes[self.place])
-        return Part(self.module, self.axis, (channels.unsqueeze(1) * span + torch.arange(span)))
+        return Projection(self.module, self.axis, (channels.unsqueeze(1) * span + torch.arange(span)))
 
 
 class _Tracer(fx.Tracer):

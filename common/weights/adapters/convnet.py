@@ -1,6 +1,6 @@
 """Convolutional networks that torch.fx can trace: residual networks, VGG, MobileNet, DenseNet and their like.
 
-The whole network is one block. Targets of kind `channels` are coupled channels of convolutions and linears, found by
+The whole network is one block. Targets of unit `channels` are coupled channels of convolutions and linears, found by
 `channel_graph`; kernels are linears [out, in * k * k] that read the patches under them.
 """
 
@@ -17,7 +17,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.adapters.base import Tap, WeightAdapter
 from prunelab.common.weights.adapters.channel_graph import ChannelGraph, Space, Use, trace
 from prunelab.common.weights.adapters.images import check_image
-from prunelab.common.weights.adapters.projections import Part, oriented, remove
+from prunelab.common.weights.adapters.projections import Projection, oriented, remove
 from prunelab.common.weights.targets import Observation, Target
 
 
@@ -77,11 +77,14 @@ class ConvNet(WeightAdapter):
 
     def weights(self, target: Target) -> dict[str, Tensor]:
         """Of channels: `up` [C, n], all rows that make one, and `down` [m, C], all weights that read one."""
-        if target.kind != "channels":
+        if target.unit != "channels":
             return super().weights(target)
         space = self.spaces[target.name]
         up = [_rows(use.part()) for use in space.made if use.module.weight.dim() > 1]
         return {"up": torch.cat(up, 1), "down": torch.cat([_columns(use.part()) for use in space.read])}
+
+    def readers(self, target: Target) -> list[Projection]:
+        return [use.part() for use in self.spaces[target.name].read] if target.unit == "channels" else []
 
     def _uses(self, target: Target) -> list[Use]:
         space = self.spaces[target.name]
@@ -90,13 +93,13 @@ class ConvNet(WeightAdapter):
     # -- what a target reads -----------------------------------------------------------------------------------------
 
     def taps(self, target: Target) -> tuple[str, ...]:
-        return (target.role,) if target.kind == "linear" else (self.spaces[target.name].read[0].path,)
+        return (target.role,) if target.unit == "linear" else (self.spaces[target.name].read[0].path,)
 
     def observe(
         self, target: Target, seen: Mapping[str, Tap], before: Tensor, after: Tensor, tokens: Tensor
     ) -> Observation:
         given = seen[self.taps(target)[0]][0][0]
-        if target.kind == "linear":
+        if target.unit == "linear":
             inputs = _patches(self.model.get_submodule(target.role), given)
         else:  # what the first layer that reads the channels is given, place by place
             entries = self.spaces[target.name].read[0].part().entries.to(given.device)  # [units, span]
@@ -106,7 +109,7 @@ class ConvNet(WeightAdapter):
     # -- decisions ---------------------------------------------------------------------------------------------------
 
     def assign(self, target: Target, role: str, value: Tensor) -> None:
-        if target.kind == "channels":
+        if target.unit == "channels":
             raise PrunelabError(f"convnet: channels are removed as they are, and '{role}' of {target.name} is shared")
         super().assign(target, role, value)
 
@@ -131,13 +134,13 @@ def _patches(module: Any, given: Tensor) -> Tensor:
     return patches.transpose(1, 2).flatten(0, 1)
 
 
-def _rows(part: Part) -> Tensor:
+def _rows(part: Projection) -> Tensor:
     """Everything that makes a unit [units, n]."""
     weight = oriented(part.module, part.module.weight.detach())
     return weight[part.entries.to(weight.device)].flatten(1)
 
 
-def _columns(part: Part) -> Tensor:
+def _columns(part: Projection) -> Tensor:
     """Everything that reads a unit [m, units]."""
     weight = part.module.weight.detach()
     spread = weight.reshape(*weight.shape[:2], -1)[:, part.entries.to(weight.device)]  # [out, units, span, k * k]

@@ -81,7 +81,7 @@ class DeepSeek(Decoder):
         return {"q": q.view(len(both), -1), "k": both[:, :keys], "v": both[:, keys:], "o": o.view(len(both), -1)}
 
     def sizes(self, target: Target) -> dict[str, int]:
-        if target.kind != "heads":
+        if target.unit != "heads":
             return super().sizes(target)
         return dict.fromkeys(("num_attention_heads", "num_key_value_heads"), target.units)
 

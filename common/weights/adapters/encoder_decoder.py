@@ -131,7 +131,7 @@ class T5(Pretrained):
 
     def taps(self, target: Target) -> tuple[str, ...]:
         path = (
-            target.role if target.kind == "linear" else f"{target.name.removeprefix(self.prefix(target.block))[1:]}.wo"
+            target.role if target.unit == "linear" else f"{target.name.removeprefix(self.prefix(target.block))[1:]}.wo"
         )
         return (f"block.{path}",)
 

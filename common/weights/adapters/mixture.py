@@ -54,12 +54,12 @@ class Mixtures(Pretrained):
     def taps(self, target: Target) -> tuple[str, ...]:
         if target.expert >= 0:
             return (self.experts,)
-        return (self.experts, self.router, self.experts_norm) if target.kind == "experts" else super().taps(target)
+        return (self.experts, self.router, self.experts_norm) if target.unit == "experts" else super().taps(target)
 
     def observe(
         self, target: Target, seen: Mapping[str, Tap], before: Tensor, after: Tensor, tokens: Tensor
     ) -> Observation:
-        if target.expert < 0 and target.kind != "experts":
+        if target.expert < 0 and target.unit != "experts":
             return super().observe(target, seen, before, after, tokens)
         before, after = before.flatten(0, -2), after.flatten(0, -2)
         if target.expert >= 0:
@@ -96,7 +96,7 @@ class Mixtures(Pretrained):
         return tensor[target.expert].chunk(2)[target.role.endswith(".up")]
 
     def structure(self, target: Target) -> dict[str, Tensor]:
-        if target.kind != "experts":
+        if target.unit != "experts":
             return super().structure(target)
         experts, router = self._part(target.block, self.experts), self._part(target.block, self.router)
         return {"gate_up": experts.gate_up_proj, "down": experts.down_proj, "router": router.weight}
@@ -104,13 +104,14 @@ class Mixtures(Pretrained):
     # -- removal -----------------------------------------------------------------------------------------------------
 
     def check(self, target: Target, decision: Decision) -> None:
-        if decision.kept < target.least and target.kind == "experts":
+        super().check(target, decision)
+        if decision.kept < target.least and target.unit == "experts":
             raise PrunelabError(
                 f"{target.name} would keep {decision.kept} experts, fewer than the {target.least} of a token"
             )
 
     def remove(self, target: Target, kept: Tensor) -> None:
-        if target.kind != "experts":
+        if target.unit != "experts":
             super().remove(target, kept)
             return
         self.reshaped = True
@@ -128,7 +129,7 @@ class Mixtures(Pretrained):
         experts.num_experts = router.num_experts = len(kept)
 
     def sizes(self, target: Target) -> dict[str, int]:
-        if target.kind != "experts":
+        if target.unit != "experts":
             return super().sizes(target)
         config, router = self.model.config, self._part(target.block, self.router)
         found = {next(name for name in _COUNTS if hasattr(config, name)): target.units}

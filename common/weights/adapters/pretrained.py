@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.adapters.blocks import READS, Blocks
 from prunelab.common.weights.adapters.projections import IN, length
-from prunelab.common.weights.targets import Target
+from prunelab.common.weights.targets import Decision, Target
 
 
 class Pretrained(Blocks):
@@ -44,12 +44,21 @@ class Pretrained(Blocks):
 
     def remove(self, target: Target, kept: Tensor) -> None:
         super().remove(target, kept)
-        self.reshaped |= target.kind != "layers"
+        self.reshaped |= target.unit != "layers"
 
     def add_bias(self, target: Target, role: str, value: Tensor) -> None:
         super().add_bias(target, role, value)
         self.reshaped = True
-        self.options.add(self.biases[target.kind])
+        self.options.add(self.biases[target.unit])
+
+    def attempt(self, target: Target, decision: Decision) -> Callable[[], None]:
+        flags, back = (self.reshaped, set(self.options)), super().attempt(target, decision)
+
+        def undo() -> None:
+            back()
+            self.reshaped, self.options = flags
+
+        return undo
 
     # -- the config --------------------------------------------------------------------------------------------------
 
@@ -61,8 +70,8 @@ class Pretrained(Blocks):
         if not self.reshaped:
             return True
         changes: dict[str, Any] = {option: True for option in self.options if hasattr(self.model.config, option)}
-        for kind in (*READS, "experts"):
-            targets = self.targets(kind)  # type: ignore[arg-type]
+        for unit in (*READS, "experts"):
+            targets = self.targets(unit)  # type: ignore[arg-type]
             if len({target.shape for target in targets}) > 1:
                 return False
             changes |= self.sizes(targets[0]) if targets else {}
@@ -73,7 +82,7 @@ class Pretrained(Blocks):
 
     def sizes(self, target: Target) -> dict[str, int]:
         """What the config says of the size of a structure like this one."""
-        if target.kind == "channels":
+        if target.unit == "channels":
             return {self.inner: target.units}
         size = int(getattr(self._part(target.block, self.attention), self.head_size))
         heads = length(self._modules(target.block, self.heads)["o"], IN) // size

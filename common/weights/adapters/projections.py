@@ -42,7 +42,7 @@ def length(module: Any, axis: int) -> int:
 
 
 @dataclass(frozen=True)
-class Part:
+class Projection:
     """What one module holds of a structure: `entries` [units, span] are the places of its units among the module's
     outputs (`axis` 0; the bias goes with them) or inputs (1)."""
 
@@ -80,6 +80,13 @@ class Part:
         else:
             own.index_copy_(self.axis, self.entries.flatten().to(own.device), value)
 
+    def silence(self, gone: Tensor) -> None:
+        """Set what the outputs or inputs of these units [units] hold to zero."""
+        weight = self.module.weight.detach()
+        if weight.device.type != "meta":
+            dim = self.axis ^ (weight.dim() == 2 and hasattr(self.module, "nf"))
+            weight.index_fill_(dim, self.entries[gone.cpu()].flatten().to(weight.device), 0)
+
     def _taken(self, tensor: Tensor, dim: int) -> Tensor:
         places = self.entries.flatten()
         start = int(places[0])
@@ -88,12 +95,12 @@ class Part:
         return tensor.index_select(dim, places.to(tensor.device))
 
 
-def remove(parts: list[Part], kept: Tensor) -> None:
-    """Take all units away from the parts but those at `kept` [K]. Parts of one module leave it together."""
-    gone = torch.ones(len(parts[0].entries), dtype=torch.bool)
+def remove(projections: list[Projection], kept: Tensor) -> None:
+    """Take all units away from the projections but those at `kept` [K]. Parts of one module leave it together."""
+    gone = torch.ones(len(projections[0].entries), dtype=torch.bool)
     gone[kept.cpu()] = False
-    leaving: dict[tuple[int, int], list[Part]] = {}
-    for part in parts:
+    leaving: dict[tuple[int, int], list[Projection]] = {}
+    for part in projections:
         leaving.setdefault((id(part.module), part.axis), []).append(part)
     for together in leaving.values():
         module, axis = together[0].module, together[0].axis

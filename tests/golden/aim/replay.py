@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from prunelab.common.core import selection
-from prunelab.methods.aim.method import importance, keep, merge, retained
+from prunelab.methods.aim.method import importance, merge, retained
 
 TOLERANCE = {"out_importance": (1e-6, 1e-4), "": (1e-5, 0.0)}
 
@@ -50,7 +50,9 @@ def schedule(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         seen = causal & running[:, None, None, :]
         walk = importance(raw.masked_fill(~seen, torch.finfo(torch.float32).min))
         shares.append(retained(layer, 14, 22))
-        kept = keep(walk, prunable & running, [int(round(shares[-1] * (end - start), 6))], end - start, running)
+        kept = selection.top_k_units(
+            walk, prunable & running, end - start, [int(round(shares[-1] * (end - start), 6))], running
+        )
         places = kept.index if kept.valid is None else kept.index.masked_select(kept.valid).view(1, -1)
         running = torch.zeros_like(running).scatter(1, places, True)
         walks.append(walk[0])

@@ -24,11 +24,11 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     head, inner = int(inputs["hp_head_dim"]), inputs["in_mlp_inputs"].shape[-1]
     targets, signals = [], []
     for layer in range(layers):
-        for kind, (place, _) in NAMES.items():
-            units, span, size = (width // head, head, 4 * head * width) if kind == "heads" else (inner, 1, 3 * width)
-            target = Target(kind, f"{layer}.{kind}", layer, kind, (units,), size, span)  # type: ignore[arg-type]
+        for unit, (place, _) in NAMES.items():
+            units, span, size = (width // head, head, 4 * head * width) if unit == "heads" else (inner, 1, 3 * width)
+            target = Target(unit, f"{layer}.{unit}", layer, unit, (units,), size, span)  # type: ignore[arg-type]
             weights = {"o": output[layer], "k": output[layer]}  # the accumulator reads the size of k alone
-            accumulator = method.statistics(target.kind)["importance"](target)  # type: ignore[call-arg]
+            accumulator = method.statistics(target.unit)["importance"](target)  # type: ignore[call-arg]
             for prompt, length in enumerate(inputs["in_lens"]):
                 x = torch.from_numpy(inputs[f"in_{place}_inputs"][layer, prompt, :length])
                 accumulator.update(SimpleNamespace(inputs=x, weights=weights))
@@ -39,7 +39,7 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     masks = method.select(targets, signals, scores, Budget(1 - round(float(inputs["hp_ratio"]), 6)))
     out: dict[str, list[Tensor]] = {}
     for target, seen, mask in zip(targets, signals, masks, strict=True):
-        unit = NAMES[target.kind][1]
+        unit = NAMES[target.unit][1]
         out.setdefault(f"out_{unit}_importance", []).append(seen["importance"])
         out.setdefault(f"out_{unit}s_pruned", []).append((~mask).nonzero().flatten())
     left = sum(t.size * int(mask.sum()) for t, mask in zip(targets, masks, strict=True))

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
+from prunelab.common.weights.obs import inverse_factor
 from prunelab.common.weights.statistics import InputNorm, SecondMoment
 from prunelab.common.weights.targets import Target, WeightSignals
 from prunelab.methods.magnitude.method import Magnitude
-from prunelab.methods.sparsegpt.method import SparseGPT, inverse_factor
+from prunelab.methods.sparsegpt.method import SparseGPT
 from prunelab.methods.wanda.method import Wanda
 
 TOLERANCE = {"out_weight": (1e-5, 1e-5), "out_scaler_row|out_metric|out_hessian": (1e-6, 1e-5)}

@@ -15,7 +15,7 @@ from prunelab.common.apply import apply
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import ModelInfo
-from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.fastv.method import FastV, attention_score
 
 TOLERANCE = {"": (1e-5, 1e-3)}
@@ -34,7 +34,7 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     prunable = torch.zeros(1, total, dtype=torch.bool)
     prunable[:, image] = True
     sources = {"last_row": lambda: attention[:, :, -1]}
-    signals = Signals(sources, prunable=prunable, units=length, info=info)
+    signals = TokenSignals(sources, prunable=prunable, units=length, info=info)
     kept = method.plan(site, signals, Budget(rank, "count")).reduce.index  # type: ignore[union-attr]
     scores = attention_score(attention[:, :, -1])[0, image]
     return {

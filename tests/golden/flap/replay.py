@@ -32,10 +32,10 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     inner = arrays["in_down_weight"].shape[-1]
     targets, signals = [], []
     for layer in range(layers):
-        for kind, (place, _, role) in NAMES.items():
-            units, span, size = (width // head, head, 4 * head * width) if kind == "heads" else (inner, 1, 3 * width)
-            target = Target(kind, f"{layer}.{kind}", layer, kind, (units,), size, span)  # type: ignore[arg-type]
-            accumulators = {name: make(target) for name, make in method.statistics(kind).items()}  # type: ignore[arg-type]
+        for unit, (place, _, role) in NAMES.items():
+            units, span, size = (width // head, head, 4 * head * width) if unit == "heads" else (inner, 1, 3 * width)
+            target = Target(unit, f"{layer}.{unit}", layer, unit, (units,), size, span)  # type: ignore[arg-type]
+            accumulators = {name: make(target) for name, make in method.statistics(unit).items()}  # type: ignore[arg-type]
             for sequence in arrays[f"in_{place}_inputs"][layer] if accumulators else ():
                 for accumulator in accumulators.values():
                     accumulator.update(SimpleNamespace(inputs=sequence))
@@ -47,11 +47,11 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     masks = method.select(targets, signals, scores, Budget(1 - round(float(inputs["hp_ratio"]), 6)))
     out: dict[str, list[Tensor]] = {}
     for target, seen, mask in zip(targets, signals, masks, strict=True):
-        place, unit, role = NAMES[target.kind]
+        place, unit, role = NAMES[target.unit]
         out.setdefault(f"out_{unit}_keep", []).append(mask)
         if isinstance(method, FLAP):
             activity = "scaler" if method.metric == "WIFN" else "fluc"
-            unsquared = "_unsquared" if target.kind == "heads" else ""
+            unsquared = "_unsquared" if target.unit == "heads" else ""
             metric = importance(method.metric, seen.weights[role], seen["activity"])
             out.setdefault(f"out_{activity}_{place}", []).append(seen["activity"])
             out.setdefault(f"out_metric_{place}{unsquared}", []).append(metric)

@@ -15,7 +15,7 @@ from prunelab.common.backbones.dino import DINO, Pyramid
 from prunelab.common.backbones.pyramid import ConvPyramid
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
-from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.focus_detr.checkpoint import PARTS, convert
 from prunelab.methods.focus_detr.method import FocusDETR, focus_counts
 from prunelab.methods.focus_detr.modules import FocusParts
@@ -76,8 +76,8 @@ def selector(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     budget, carry = Budget(scalar(given["in_rho"])), {}
     outputs = {"out_reference_points": pyramid.references(), "out_valid_ratios": pyramid.ratios()}
     for layer in range(len(method.cascade)):
-        signals = Signals(
-            {"memory": lambda: detector.memory(pyramid.features + pyramid.positions, pyramid.anchors()[1])},
+        signals = TokenSignals(
+            {"encoder_memory": lambda: detector.memory(pyramid.features + pyramid.positions, pyramid.anchors()[1])},
             prunable=valid,
             units=valid.shape[1],
             info=ModelInfo("golden", len(method.cascade), 1, width, valid.shape[1], levels=len(shapes)),
@@ -85,7 +85,7 @@ def selector(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
             required=method.requires(Site(layer)),
             parts=parts,
             grids=shapes,
-            carry=carry,
+            state=carry,
         )
         index = method.plan(Site(layer, "input", layer), signals, budget).reduce.index
         scores = carry["foreground"]
@@ -115,8 +115,8 @@ class Selected(FocusDETR):
 
     given: object = None
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
-        signals.carry["foreground"] = self.given["in_foreground_score"]  # type: ignore[index]
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        signals.state["foreground"] = self.given["in_foreground_score"]  # type: ignore[index]
         index, counts = self.given[f"in_inds_layer{site.layer}"], self.given["in_focus_token_nums"]  # type: ignore[index]
         kept = torch.arange(index.shape[1]) < counts.unsqueeze(1)
         return Plan(Gather(index, kept), rest="bypass")

@@ -11,8 +11,8 @@ from torch import Tensor
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import ModelInfo
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.adapters.vlm_prompt import with_newlines
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.holitom import method, segmentation
 from prunelab.methods.holitom.method import HoliTom
 
@@ -100,7 +100,7 @@ def outer(inputs: Arrays) -> dict[str, Tensor]:
     info = ModelInfo("golden", 1, 1, width, frames * patches)
     (site,) = pruner.sites(info)
     hidden = features.view(1, -1, width)
-    signals = Signals(
+    signals = TokenSignals(
         {"hidden": lambda: hidden, "received": lambda: attention.view(1, 1, -1)},
         prunable=torch.ones(1, frames * patches, dtype=torch.bool),
         units=frames * patches,
@@ -125,7 +125,7 @@ def inner(inputs: Arrays) -> dict[str, Tensor]:
     pruner = HoliTom(layer=2)
     site = pruner.sites(info)[1]
     sources = {"hidden": lambda: hidden, "last_row": lambda: row}
-    signals = Signals(sources, prunable=prunable, units=length, info=info)
+    signals = TokenSignals(sources, prunable=prunable, units=length, info=info)
     kept = round(length * (1 - number(inputs, "prune_ratio")))  # the authors round half to even
     plan = pruner.plan(site, signals, Budget(kept, "count"))
     index = plan.reduce.index  # type: ignore[union-attr]

@@ -9,8 +9,8 @@ import torch
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import ModelInfo
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.adapters.vlm_prompt import with_newlines
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.quota.method import SCORES, Assigner, QuoTA, capped, sharpened
 
 ASSIGNERS: dict[str, Assigner] = {"v1": "bilinear", "v2": "average", "v3": "linspace", "v4": "merge", "v5": "axes"}
@@ -26,7 +26,7 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     side, total = int(inputs["in_side"]), int(inputs["in_total_frames_budget"]) * int(inputs["in_tokens_per_frame"])
     method = QuoTA("query", ASSIGNERS[str(inputs["in_version"])])
     hidden = features.flatten(0, 1).unsqueeze(0)
-    signals = Signals(
+    signals = TokenSignals(
         {"hidden": lambda: hidden},
         prunable=torch.ones(hidden.shape[:2], dtype=torch.bool),
         units=hidden.shape[1],

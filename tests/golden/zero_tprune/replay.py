@@ -10,7 +10,7 @@ import torch
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import ModelInfo, Site
-from prunelab.common.core.signals import Signals
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.zero_tprune.method import ZeroTPrune, combine_heads, page_rank, similar_units, start, transition
 
 TOLERANCE = {"": (1e-6, 1e-4)}
@@ -61,7 +61,7 @@ def prune_layer(inputs: Mapping[str, np.ndarray], tau: float, rate: float) -> di
     prunable = torch.ones(batch, total, dtype=torch.bool)
     prunable[:, 0] = False
     sources = {"attention_logits": lambda: logits, "attention": lambda: logits.softmax(-1)}
-    signals = Signals(sources, required=method.requires(Site(0)), prunable=prunable, units=total - 1, info=info)
+    signals = TokenSignals(sources, required=method.requires(Site(0)), prunable=prunable, units=total - 1, info=info)
     plan = method.plan(Site(0), signals, Budget(rate))
     kept = torch.zeros(batch, total, dtype=torch.bool).scatter(1, plan.reduce.index, True)  # type: ignore[union-attr]
     attention = transition(logits, tau)

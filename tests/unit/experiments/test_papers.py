@@ -52,7 +52,7 @@ def test_every_folder_is_complete_and_every_method_has_a_paper():
         folder = papers.METHODS / registry.slug(method)
         for file in ("method.py", "paper.yaml", "reported.csv", "README.md", "__init__.py"):
             assert (folder / file).exists(), f"{name} lacks {file}"
-        assert registry.entry(name).slug == folder.name
+        assert planning.entries("classify", name)[1] == f"methods/{folder.name}/method.py"
 
 
 def test_methods_stay_small():
@@ -175,7 +175,7 @@ def test_missing_pieces_are_named():
     with pytest.raises(PrunelabError, match="no model 'nobody'"):
         lookup.model("nobody")
     with pytest.raises(PrunelabError, match="there is no method 'nobody'"):
-        registry.entry("nobody")
+        planning.entries("classify", "nobody")
 
 
 def test_paper_scale_runs_the_whole_set_and_only_pinned_checkpoints(tmp_path, monkeypatch):

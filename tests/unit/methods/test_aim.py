@@ -12,7 +12,7 @@ from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import papers
-from prunelab.methods.aim.method import AIM, importance, keep, merge, retained
+from prunelab.methods.aim.method import AIM, importance, merge, retained
 from prunelab.methods.aim.tables import QWEN2_7B, VICUNA_7B, costs, prefill, scheduled, staged
 from tests.contract.vlms import VLMS, film, images, prompt, typed, vlm
 from tests.unit.tokens.test_vlm import oracle, pair
@@ -93,8 +93,8 @@ def test_padding_starts_no_walk():
 def test_the_schedule_falls_evenly_to_none():
     assert [retained(layer, 14, 22) for layer in (13, 14, 17, 21, 25)] == [1.0, 0.875, 0.5, 0.0, 0.0]
     scores, prunable = torch.tensor([[9.0, 1, 3, 2, 0]]), torch.tensor([[False, True, True, True, False]])
-    assert keep(scores, prunable, [1], 3).index.tolist() == [[0, 2, 4]]
-    assert keep(scores, prunable, [0], 3).index.tolist() == [[0, 4]]
+    assert selection.top_k_units(scores, prunable, 3, [1]).index.tolist() == [[0, 2, 4]]
+    assert selection.top_k_units(scores, prunable, 3, [0]).index.tolist() == [[0, 4]]
 
 
 def test_the_first_cut_is_by_the_eager_attention_of_the_layer_before():

@@ -29,8 +29,8 @@ def inputs_of(model: nn.Module, linear: nn.Module) -> list[Tensor]:
     return seen
 
 
-def lost(plan: WeightPlan, kind: str) -> list[list[int]]:
-    return [(~d.mask).nonzero().flatten().tolist() for t, d in plan.decisions() if t.kind == kind]
+def lost(plan: WeightPlan, unit: str) -> list[list[int]]:
+    return [(~d.mask).nonzero().flatten().tolist() for t, d in plan.decisions() if t.unit == unit]
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_mha", "qwen3"])
@@ -52,9 +52,9 @@ def test_scores_and_counts_by_plain_loops(family, order):
         in_groups = [sum(heads[g * query // groups : (g + 1) * query // groups]) for g in range(groups)]
         neurons = torch.stack([x.abs().mean(0) for x in inputs_of(model, down)]).mean(0).tolist()
         sign = -1 if order == "reversed" else 1
-        for scores, kind, count in ((in_groups, "heads", groups // 2), (neurons, "channels", 20)):
+        for scores, unit, count in ((in_groups, "heads", groups // 2), (neurons, "channels", 20)):
             worst = sorted(sorted(range(len(scores)), key=lambda i: sign * scores[i])[:count])
-            assert lost(plan, kind)[block] == worst
+            assert lost(plan, unit)[block] == worst
 
 
 def test_prompts_count_alike_whatever_their_length():
@@ -104,7 +104,7 @@ def test_exact_counts_meet_the_budget_to_half_a_neuron(gone, heads, inner):
 def test_one_kind_alone_random_order_and_budgets_a_layer():
     ids = token_ids()
     plan = prune(AMP(prune=("channels",)), language_model(), 0.7, ids, progress=False)
-    assert {t.kind for t in plan.targets} == {"channels"} and [len(x) for x in lost(plan, "channels")] == [12] * 3
+    assert {t.unit for t in plan.targets} == {"channels"} and [len(x) for x in lost(plan, "channels")] == [12] * 3
     plan = prune(AMP(prune=("heads",)), language_model("llama_mha"), Budget((1.0, 0.75, 0.5)), ids, progress=False)
     assert [len(x) for x in lost(plan, "heads")] == [0, 1, 2]
     drawn = [prune(AMP("random"), language_model(), 0.5, ids, seed=s, progress=False) for s in (0, 0, 1)]

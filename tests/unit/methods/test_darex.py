@@ -203,7 +203,7 @@ def test_every_layer_has_its_own_analytic_q(eta):
     plan = prune(method, fine, 0.1, token_ids(), base=base, progress=False)
     factors: dict[str, float] = {}
     for target, decision in plan.decisions():
-        name = target.name if target.kind == "tensor" else f"{target.name}.weight"
+        name = target.name if target.unit == "tensor" else f"{target.name}.weight"
         start, kept = base.get_parameter(name), decision.mask
         if bool(kept.any()):
             deltas = (old[name] - start).detach()[kept], (fine.get_parameter(name) - start).detach()[kept]

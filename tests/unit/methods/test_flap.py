@@ -89,8 +89,8 @@ def test_the_common_threshold_by_trying_all(scores, share, inclusive, data):
     assert got.tolist() == want
 
 
-def kept(plan: WeightPlan, kind: str) -> list[int]:
-    return [decision.kept for target, decision in plan.decisions() if target.kind == kind]
+def kept(plan: WeightPlan, unit: str) -> list[int]:
+    return [decision.kept for target, decision in plan.decisions() if target.unit == unit]
 
 
 def gone(plan: WeightPlan) -> float:
@@ -112,14 +112,14 @@ def test_grouped_queries_count_and_leave_with_their_keys():
     """A group of two query heads and one key-value head of size 8 costs as many neurons as its parameters make."""
     model, dense = language_model(), language_model()
     plan = prune(FLAP(), model, 0.7, token_ids(8), progress=False)
-    heads, neurons = (weight_adapter(dense).targets(kind)[0] for kind in ("heads", "channels"))
+    heads, neurons = (weight_adapter(dense).targets(unit)[0] for unit in ("heads", "channels"))
     assert FLAP()._costs([heads, neurons])[0][1] == (2 * 8 * 2 + 2 * 8) * 32 // (3 * 32) == 16
     assert FLAP(released=False)._costs([heads, neurons])[0][1] == 48 / 3
     with torch.no_grad():  # the same by zeros and biases in the dense model
         for target, decision in plan.decisions():
             columns = decision.mask.repeat_interleave(target.span)
             part = dense.get_submodule(target.name)
-            linear = part.o_proj if target.kind == "heads" else part.down_proj
+            linear = part.o_proj if target.unit == "heads" else part.down_proj
             linear.weight[:, ~columns] = 0
             for role, bias in decision.values.items():
                 assert role in ("o.bias", "down.bias")
@@ -225,7 +225,7 @@ def test_bad_options_and_budgets_are_named():
     refused("heads are more than the budget", FLAP("AL-MM", removed_heads=5), 0.9)
     refused("two sequences or more", FLAP(), 0.5, ids[:1])
     refused("would remove all heads of model.layers.0.self_attn; keep more", FLAP("AL-MM", removed_heads=6), 0.3)
-    refused("would remove everything; keep more", FLAP("UL-UM"), 0.0)
+    refused("would remove everything under 0; keep more", FLAP("UL-UM"), 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     with pytest.raises(PrunelabError, match="prunes channels, and this MixtralForCausalLM has none"):
         prune(FLAP(), language_model("mixtral"), 0.5, ids, progress=False)

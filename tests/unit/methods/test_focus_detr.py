@@ -194,7 +194,7 @@ def test_bad_values_are_named(build):
     model, bad = build(), X.clone()
     bad[0, :, :40] = float("nan")
     with (
-        pytest.raises(PrunelabError, match="'memory' holds NaN"),
+        pytest.raises(PrunelabError, match="'encoder_memory' holds NaN"),
         apply(FocusDETR(cascade=ALL), model, 0.4, parts=parts_for(model)),
     ):
         output(model, bad)
@@ -289,9 +289,6 @@ class Probe(TokenPruner):
 
     def requires(self, site):
         return frozenset()
-
-    def fate(self):
-        return self.rest
 
     def plan(self, site, signals, budget):
         index = torch.arange(3).expand(signals.prunable.shape[0], -1)

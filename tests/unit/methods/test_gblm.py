@@ -144,7 +144,7 @@ def test_an_interrupted_run_keeps_its_gradients(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             prune(GBLM(), language_model(), 0.5, ids, folder=tmp_path, progress=False)
     with monkeypatch.context() as patch:  # the dense model is gone by then; its gradients must come from the folder
-        patch.setattr(GBLM, "survey", lambda self, probe: pytest.fail("gradients were taken again"))
+        patch.setattr(GBLM, "precompute", lambda self, probe: pytest.fail("gradients were taken again"))
         prune(GBLM(), resumed, 0.5, ids, folder=tmp_path, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 

@@ -18,8 +18,8 @@ from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, ModelInfo, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.experiments import papers
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.holitom.method import HoliTom, absorbed, footprints, kept_count, pooled
 from prunelab.methods.holitom.segmentation import frame_similarity, gain_table, run_lengths, segment, split
 from prunelab.methods.holitom.tables import costs
@@ -130,7 +130,7 @@ def test_inside_the_decoder_tokens_go_into_the_most_similar_kept_one(inner):
     info = ModelInfo("test", 4, 3, 6, 14)
     site = method.sites(info)[1]
     sources = {"hidden": lambda: x, "last_row": lambda: row}
-    given_signals = Signals(sources, prunable=prunable, units=9, info=info, valid=valid)
+    given_signals = TokenSignals(sources, prunable=prunable, units=9, info=info, valid=valid)
     plan = method.plan(site, given_signals, Budget(0.5))
     reduce = plan.reduce
     assert isinstance(reduce, Gather) and plan.positions == "original"
@@ -274,7 +274,7 @@ class ByReceived(HoliTom):
     def plan(self, site, signals, budget):
         from prunelab.common.core.plan import Plan
 
-        return Plan(self.select(signals.received.mean(1), signals, budget), positions="renumber")
+        return Plan(signals.keep(budget, scores=signals.received.mean(1)), positions="renumber")
 
 
 def test_newlines_stand_behind_rows_where_the_model_has_them():

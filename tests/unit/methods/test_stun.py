@@ -203,7 +203,7 @@ def test_sparsity_counts_both_stages(then, family, tmp_path):
     rows = 1 / 24  # rows lose whole weights only
     assert 0.5 - rows < report.sparsity <= 0.5
     zeros = sum(
-        int((weight_adapter(model).weights(t)["weight"] == 0).sum()) for t in plan.targets if t.kind == "linear"
+        int((weight_adapter(model).weights(t)["weight"] == 0).sum()) for t in plan.targets if t.unit == "linear"
     )
     assert zeros == report.zeroed
     save_pruned(model, plan, tmp_path)
@@ -213,7 +213,7 @@ def test_sparsity_counts_both_stages(then, family, tmp_path):
 def test_experts_stay_where_the_budget_does_not_need_them_to_go():
     plan = prune(Stun(experts=0.5), language_model("mixtral"), 0.9, token_ids(), progress=False)
     assert 0.08 < plan.report.sparsity <= 0.1
-    kept = sum(decision.kept for target, decision in plan.decisions() if target.kind == "experts")
+    kept = sum(decision.kept for target, decision in plan.decisions() if target.unit == "experts")
     assert kept == 11
 
 

@@ -250,8 +250,8 @@ def test_mass_follows_through_the_sites():
 
     def spy(self, site, given_signals, budget):
         plan = planned(self, site, given_signals, budget)
-        totals.append(given_signals.carry["mass"].sum(1))
-        assert torch.allclose(plan.key_bias, given_signals.carry["mass"].log())
+        totals.append(given_signals.state["mass"].sum(1))
+        assert torch.allclose(plan.key_bias, given_signals.state["mass"].log())
         return plan
 
     model = vit()

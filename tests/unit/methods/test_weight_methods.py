@@ -11,9 +11,10 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import masks, prune
+from prunelab.common.weights.obs import inverse_factor
 from prunelab.common.weights.statistics import Fluctuation, InputMean, InputNorm, SecondMoment
 from prunelab.methods.magnitude.method import Magnitude
-from prunelab.methods.sparsegpt.method import SparseGPT, inverse_factor, prune_matrix
+from prunelab.methods.sparsegpt.method import SparseGPT, prune_matrix
 from prunelab.methods.wanda.method import Wanda, cumulative_mask
 from tests.contract.references import language_model, token_ids
 

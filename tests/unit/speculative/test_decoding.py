@@ -18,7 +18,7 @@ from prunelab.common.data import prompts
 from prunelab.common.experiments.run import Run
 from prunelab.common.models import loading
 from prunelab.common.speculative import Reader, baselines, trees
-from prunelab.common.speculative.role import DraftDecoder
+from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import DraftTree
 from prunelab.common.tasks import decode
 from tests.contract.references import TINY_LM, BigramDrafts, language_model
@@ -72,8 +72,8 @@ class Bushy(DraftDecoder):
         count = budget.count(len(drafts))
         return DraftTree(torch.tensor(drafts[:count]), torch.tensor(parents[:count]))
 
-    def observe(self, state: dict[int, list[int]], tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        for token, best in zip(tokens.tolist(), logits.topk(2).indices.tolist(), strict=True):
+    def observe(self, state: dict[int, list[int]], step: Step) -> None:
+        for token, best in zip(step.tokens.tolist(), step.logits.topk(2).indices.tolist(), strict=True):
             state[token] = best
 
 
@@ -126,8 +126,8 @@ class Oracle(DraftDecoder):
         chain = torch.tensor(self.text[len(tokens) : len(tokens) + 6], dtype=torch.long)
         return DraftTree(chain, torch.arange(len(chain)) - 1)
 
-    def observe(self, state: list[int], tokens: torch.Tensor, logits: torch.Tensor) -> None:
-        state.append(len(tokens))
+    def observe(self, state: list[int], step: Step) -> None:
+        state.append(len(step.tokens))
 
 
 def test_eos_stops_wherever_it_is_met():
@@ -231,6 +231,57 @@ def test_tree_logits_are_those_of_each_path_alone(family):
         other = torch.cat([PROMPT[:4], torch.tensor([1, 2])])
         torch.testing.assert_close(reader.read(other, TREE), Reader(model).read(other, TREE), atol=1e-4, rtol=1e-4)
         assert reader.cache.get_seq_length() == 6 + 6
+
+
+@dataclass(frozen=True)
+class Watchful(Bushy):
+    """Has a chain of right tokens read aside, and keeps every step."""
+
+    text: tuple[int, ...] = ()
+    name: ClassVar[str] = "watchful"
+    reads_hidden: ClassVar[bool] = True
+
+    def begin(self, state: dict[Any, Any], prompt: torch.Tensor) -> None:
+        state["begun"] = prompt
+        state["steps"] = []
+
+    def aside(self, state: dict[Any, Any], tokens: torch.Tensor) -> DraftTree:
+        chain = torch.tensor(self.text[len(tokens) :][:9], dtype=torch.long)
+        return DraftTree(chain, torch.arange(len(chain)) - 1)
+
+    def observe(self, state: dict[Any, Any], step: Step) -> None:
+        super().observe(state, step)
+        state["steps"].append(step)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_read_aside_is_answered_but_never_accepted(family):
+    model = model_of(family, max_position_embeddings=40)
+    wanted = plain(model, PROMPT, max_new_tokens=34)
+    method, state = Watchful(text=(*PROMPT.tolist(), *wanted.tolist())), {}
+    out = speculative.generate(method, model, PROMPT, max_new_tokens=34, state=state, budget=Budget(2, "count"))
+    bare = speculative.generate(Bushy(), model, PROMPT, max_new_tokens=34, state={}, budget=Budget(2, "count"))
+    assert torch.equal(out.tokens, wanted)
+    assert out.steps == bare.steps
+    assert torch.equal(state["begun"], PROMPT)
+    written = 0
+    for step in state["steps"]:
+        ahead = wanted[written + 1 :][: len(step.aside)]
+        assert len(ahead) == min(9, 33 - written)
+        assert torch.equal(step.aside.argmax(-1)[: len(ahead)], ahead)
+        head = model.get_output_embeddings()
+        torch.testing.assert_close(head(step.hidden), step.logits, atol=1e-5, rtol=1e-5)
+        assert len(step.hidden) == len(step.tree.tokens) + 1
+        written += len(step.accepted.tokens)
+
+
+def test_places_aside_stay_within_a_table_of_positions():
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24, "vocab_size": 61, "eos_token_id": None}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=None)).eval()
+    wanted = plain(model, PROMPT, max_new_tokens=18)
+    method = Watchful(text=(*PROMPT.tolist(), *wanted.tolist(), *range(20)))
+    assert torch.equal(speculative.generate(method, model, PROMPT, max_new_tokens=18).tokens, wanted)
 
 
 # -- trees -----------------------------------------------------------------------------------------------------------

@@ -195,8 +195,8 @@ class Learned(NormTokens):
         return nn.Linear(info.width, info.width)
 
     def score(self, site, signals):
-        norm = signals.carry.setdefault("ranking", signals.hidden.norm(dim=-1))
-        return norm.gather(1, signals.places)
+        norm = signals.state.setdefault("ranking", signals.hidden.norm(dim=-1))
+        return norm.gather(1, signals.indices)
 
     def refine(self, site, hidden, signals, plan):
         return signals.parts(hidden)

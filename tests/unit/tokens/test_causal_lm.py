@@ -14,9 +14,9 @@ from prunelab.common.apply import apply
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, Mix, Plan, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.random_drop.method import RandomDrop
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Phi")
@@ -62,10 +62,7 @@ class Attended(TokenPruner):
     def requires(self, site):
         return frozenset(self.reads)
 
-    def fate(self):
-        return self.rest
-
-    def score(self, site, signals: Signals) -> Tensor:
+    def score(self, site, signals: TokenSignals) -> Tensor:
         return signals.last_row.mean(1)
 
 
@@ -78,7 +75,7 @@ class KeyNorms(Attended):
 
     reads: tuple[str, ...] = ("keys",)
 
-    def score(self, site, signals: Signals) -> Tensor:
+    def score(self, site, signals: TokenSignals) -> Tensor:
         return signals.keys.float().norm(dim=-1).mean(1)
 
 

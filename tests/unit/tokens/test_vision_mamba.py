@@ -21,11 +21,11 @@ from prunelab.common.backbones.subset import Subset
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Positions, Site
-from prunelab.common.core.signals import Signals
 from prunelab.common.costs import meter
 from prunelab.common.models import loading
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.random_drop.method import RandomDrop
 from prunelab.methods.tome.method import ToMe
 from prunelab.methods.vim_token_pruning.method import VimTokenPruning, importance, kept
@@ -79,7 +79,7 @@ class Fixed(TokenPruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"hidden"})
 
-    def plan(self, site: Site, signals: Signals, budget: Budget) -> Plan:
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         return self.plans[site.index]
 
 
@@ -469,7 +469,7 @@ class Doubling(Fixed):
 
     name: ClassVar[str] = "doubling"
 
-    def refine(self, site: Site, hidden: Tensor, signals: Signals, plan: Plan) -> Tensor:
+    def refine(self, site: Site, hidden: Tensor, signals: TokenSignals, plan: Plan) -> Tensor:
         return 2 * hidden
 
 
@@ -536,12 +536,12 @@ def test_bfloat16_is_finite_and_nan_is_named(family):
 # -- the method ------------------------------------------------------------------------------------------------------
 
 
-def signals(scans: Tensor, class_place: int) -> Signals:
+def signals(scans: Tensor, class_place: int) -> TokenSignals:
     batch, _, units, _ = scans.shape
     prunable = torch.ones(batch, units, dtype=torch.bool)
     prunable[:, class_place] = False
     info = ModelInfo("vim", 24, 1, 8, units, 1, True, class_place)
-    return Signals({"scans": lambda: scans}, prunable=prunable, units=units - 1, info=info)
+    return TokenSignals({"scans": lambda: scans}, prunable=prunable, units=units - 1, info=info)
 
 
 def test_metrics_are_those_of_the_ablation():

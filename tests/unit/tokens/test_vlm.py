@@ -225,7 +225,7 @@ class Reader(TokenPruner):
     def plan(self, site: Site, signals: Any, budget: Budget) -> Plan:
         self.read = {name: getattr(signals, name) for name in self.names}
         self.grids, self.modality = signals.grids, signals.modality
-        return Plan(self.select(torch.zeros(signals.prunable.shape), signals, Budget(1.0)))
+        return Plan(signals.keep(Budget(1.0), scores=torch.zeros(signals.prunable.shape)))
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from prunelab.common.core.budget import Budget
 from prunelab.common.weights import masks, prune
 from prunelab.common.weights.adapters import weight_adapter
+from prunelab.common.weights.obs import inverse_factor
 from prunelab.common.weights.targets import Target, WeightSignals
 from prunelab.methods.flap.method import FLAP
-from prunelab.methods.sparsegpt.method import inverse_factor, prune_matrix
+from prunelab.methods.sparsegpt.method import prune_matrix
 from prunelab.methods.wanda.method import Wanda
 from tests.contract.references import language_model, token_ids
 
@@ -144,5 +145,5 @@ def inputs(model: nn.Module, linear: nn.Module, ids: Tensor) -> Tensor:
 
 
 def test_flap_counts_parameters_as_the_adapter_does():
-    targets = [weight_adapter(language_model("llama_mha")).targets(kind)[0] for kind in ("heads", "channels")]
+    targets = [weight_adapter(language_model("llama_mha")).targets(unit)[0] for unit in ("heads", "channels")]
     assert [target.size for target in targets] == [4 * 8 * 32, 3 * 32]

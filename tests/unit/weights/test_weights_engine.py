@@ -19,13 +19,13 @@ from benchmarks.memory import Live
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import prune, windows
-from prunelab.common.weights.accumulators import Ledger
+from prunelab.common.weights.accumulators import Accumulators
 from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.calibration import Stream, finite
 from prunelab.common.weights.checkpoints import Work
 from prunelab.common.weights.probe import ModelProbe
 from prunelab.common.weights.role import WeightPruner
-from prunelab.common.weights.targets import Accumulator, Kind, Observation, Target, WeightSignals
+from prunelab.common.weights.targets import Accumulator, Observation, Target, Unit, WeightSignals
 from prunelab.methods.flap.method import FLAP
 from prunelab.methods.gblm.method import GBLM
 from prunelab.methods.magnitude.method import Magnitude
@@ -94,8 +94,8 @@ def test_targets_cover_every_linear_of_the_blocks_and_sizes_add_up(family):
     assert all(
         "norm" in name or name in ("gate", "shared_expert_gate") or name in "q_projk_projv_proj" for name in left
     )
-    for kind in ("heads", "channels", "experts"):
-        for target in adapter.targets(kind):
+    for unit in ("heads", "channels", "experts"):
+        for target in adapter.targets(unit):
             held = sum(t.numel() for r, t in adapter.weights(target).items() if r not in ("o.bias", "down.bias"))
             assert held == target.parameters, target.name
     outside = {t.name for t in adapter.targets("tensor")}
@@ -106,13 +106,14 @@ def test_targets_cover_every_linear_of_the_blocks_and_sizes_add_up(family):
 class Spy(WeightPruner):
     """Keeps all, and checks what it is shown."""
 
-    kind: Kind = "linear"
+    unit: Unit = "linear"
     name: ClassVar[str] = "spy"
 
-    def kinds(self) -> tuple[Kind, ...]:
-        return (self.kind,)
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return (self.unit,)
 
-    def statistics(self, kind: Kind) -> Mapping[str, type[Accumulator]]:
+    def statistics(self, unit: Unit) -> Mapping[str, type[Accumulator]]:
         return {"observations": Observations}
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
@@ -134,10 +135,10 @@ class Observations(Accumulator):
         return torch.zeros(())
 
 
-def observations(family: str, kind: Kind) -> tuple[nn.Module, list[tuple[Target, Observation]]]:
+def observations(family: str, unit: Unit) -> tuple[nn.Module, list[tuple[Target, Observation]]]:
     Observations.seen.clear()
     model = language_model(family)
-    prune(Spy(kind), model, 1.0, token_ids(2), progress=False)
+    prune(Spy(unit), model, 1.0, token_ids(2), progress=False)
     return model, list(Observations.seen)
 
 
@@ -174,16 +175,16 @@ def test_linears_of_experts_read_the_tokens_sent_to_them(family):
             assert torch.allclose(down.inputs @ down.weights["weight"].T, outputs, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["heads", "channels", "layers", "linear"])
-def test_block_states_and_inputs_are_those_of_the_model(kind):
-    model, seen = observations("llama", kind)
+@pytest.mark.parametrize("unit", ["heads", "channels", "layers", "linear"])
+def test_block_states_and_inputs_are_those_of_the_model(unit):
+    model, seen = observations("llama", unit)
     with torch.no_grad():
         states = model.model(input_ids=token_ids(2)[:1], output_hidden_states=True).hidden_states
-    for target, observed in seen[:: 2 if kind != "linear" else 14][:1]:
+    for target, observed in seen[:: 2 if unit != "linear" else 14][:1]:
         assert torch.allclose(observed.before, states[target.block][0], atol=1e-5)
         assert torch.allclose(observed.after, states[target.block + 1][0], atol=1e-5)
         assert torch.equal(observed.tokens, token_ids(2)[0])
-    last = {"heads": "o", "channels": "down"}.get(kind)
+    last = {"heads": "o", "channels": "down"}.get(unit)
     if last:
         for target, observed in seen:
             assert observed.inputs.shape[1] == observed.weights[last].shape[1] == target.units * target.span
@@ -191,9 +192,9 @@ def test_block_states_and_inputs_are_those_of_the_model(kind):
 
 def test_linears_that_read_one_input_share_its_statistic():
     adapter = weight_adapter(language_model())
-    ledger = Ledger(Wanda(), [t for t in adapter.targets("linear") if t.block == 0])
-    distinct = {id(a) for made in ledger.made.values() for a in made.values()}
-    assert len(distinct) == 4 and len(ledger.owned) == 4  # q k v, o, gate up, down
+    accumulators = Accumulators(Wanda(), [t for t in adapter.targets("linear") if t.block == 0])
+    distinct = {id(a) for made in accumulators.made.values() for a in made.values()}
+    assert len(distinct) == 4 and len(accumulators.owned) == 4  # q k v, o, gate up, down
 
 
 def test_gradients_are_those_of_the_loss_and_leave_nothing_behind():
@@ -410,7 +411,7 @@ def test_bad_input_is_named_before_any_work():
     refused("exceed the model's 64", Wanda(), calibration=token_ids(1, 65))
     refused("do not divide into groups of 3", Wanda(), budget="2:3")
     refused("is for single weights", RandomWeights(("heads",)), budget="1:2")
-    refused("would remove everything in model.layers.0", Wanda(), budget="0:4")
+    refused("would remove everything under 0:4", Wanda(), budget="0:4")
     refused("would remove everything in model.layers.0.self_attn", RandomWeights(("heads",)), budget="2removed")
     refused("would remove all layers", RandomWeights(("layers",)), budget="3removed")
     refused("reads no base model", Wanda(), base=language_model())
@@ -446,9 +447,9 @@ def test_rows_that_no_pattern_divides_are_named_before_any_work(method, monkeypa
 
 @dataclass(frozen=True)
 class Drastic(WeightPruner):
-    """Prunes everything of a block's targets of one kind."""
+    """Prunes everything of a block's targets of one unit."""
 
-    kind: Kind
+    unit: Unit
     block: int
     atonce: bool
     name: ClassVar[str] = "drastic"
@@ -457,8 +458,9 @@ class Drastic(WeightPruner):
     def sequential(self) -> bool:
         return not self.atonce
 
-    def kinds(self) -> tuple[Kind, ...]:
-        return (self.kind,)
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return (self.unit,)
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         return torch.ones(target.shape)
@@ -469,7 +471,7 @@ class Drastic(WeightPruner):
 
 @pytest.mark.parametrize("atonce", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "family", "says"),
+    ("unit", "family", "says"),
     [
         ("heads", "llama", "all heads of model.layers.0.self_attn"),
         ("channels", "llama", "all channels of model.layers.0.mlp"),
@@ -477,11 +479,11 @@ class Drastic(WeightPruner):
         ("linear", "llama", "all weights of model.layers.0.self_attn.q_proj"),
     ],
 )
-def test_nothing_is_removed_whole(kind, family, says, atonce):
+def test_nothing_is_removed_whole(unit, family, says, atonce):
     model = language_model(family)
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(PrunelabError, match=f"would remove {says}; keep more"):
-        prune(Drastic(kind, 0, atonce), model, 0.5, progress=False)
+        prune(Drastic(unit, 0, atonce), model, 0.5, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

@@ -38,14 +38,14 @@ def parameters(model: nn.Module) -> int:
 
 
 @families
-@pytest.mark.parametrize("kind", ["heads", "channels"])
-def test_removed_heads_and_channels_are_as_if_their_outputs_were_zero(family, kind):
+@pytest.mark.parametrize("unit", ["heads", "channels"])
+def test_removed_heads_and_channels_are_as_if_their_outputs_were_zero(family, unit):
     pruned, dense = language_model(family), language_model(family)
-    targets = weight_adapter(dense).targets(kind)
+    targets = weight_adapter(dense).targets(unit)
     if not targets:
         pytest.skip("not in this family")
-    plan = prune(RandomWeights((kind,)), pruned, Budget(0.5), progress=False)
-    last = "o" if kind == "heads" else "down"
+    plan = prune(RandomWeights((unit,)), pruned, Budget(0.5), progress=False)
+    last = "o" if unit == "heads" else "down"
     with torch.no_grad():
         for target in targets:
             gone = ~plan.decision(target).mask.repeat_interleave(target.span)
@@ -118,7 +118,7 @@ def test_removed_layers_are_skipped_and_the_cache_closes_up():
 @pytest.mark.parametrize("units", [("heads",), ("channels",), ("experts",), ("layers",), ("heads", "channels")])
 def test_uniform_plans_reload_with_the_stock_loader(family, units, tmp_path):
     model = language_model(family)
-    if not all(weight_adapter(model).targets(kind) for kind in units):
+    if not all(weight_adapter(model).targets(unit) for unit in units):
         pytest.skip("not in this family")
     budget = Budget(0.5) if "heads" in units else Budget(1, "removed")
     plan = prune(RandomWeights(units), model, budget, progress=False)

@@ -1,0 +1,180 @@
+"""The role of methods that learn, while a model trains, what one-shot pruning decides at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.method import Method
+from prunelab.common.training.parametrizations import Attachment, LowRank, Mask
+from prunelab.common.training.schedule import Constant, Schedule
+from prunelab.common.weights.adapters.base import WeightAdapter
+from prunelab.common.weights.adapters.projections import oriented
+from prunelab.common.weights.targets import Decision, Target, Unit
+
+Batch = Mapping[str, Any]
+
+
+@dataclass
+class Training:
+    """A training as its method sees it.
+
+    targets: what the method covers, in forward order. step counts from 0, of `steps`; behind the last one it equals
+    `steps`. memory: tensors of the method's own by name, which checkpoints keep. rng: draws that go on where they
+    stood. services: second models by name.
+    """
+
+    adapter: WeightAdapter
+    targets: Sequence[Target]
+    target_budget: Budget
+    schedule: Schedule
+    steps: int
+    objective: Callable[[nn.Module, Batch], Any]
+    services: Mapping[str, Any] = field(default_factory=dict)
+    rng: torch.Generator = field(default_factory=torch.Generator)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    attachments: Sequence[Attachment] = ()
+
+    @property
+    def model(self) -> nn.Module:
+        model: nn.Module = self.adapter.model
+        return model
+
+    @property
+    def budget(self) -> Budget:
+        """What the schedule makes of the budget at this step."""
+        return self.schedule.budget(self.step, self.target_budget)
+
+    def modules(self, target: Target) -> list[Any]:
+        """What the method put on a target."""
+        return [a.module for a in self.attachments if a.target.name == target.name and a.target.unit == target.unit]
+
+    def low_rank(self, target: Target) -> LowRank:
+        """The low-rank factors on the weight of a linear."""
+        return next(module for module in self.modules(target) if isinstance(module, LowRank))
+
+    def weight(self, target: Target) -> Tensor:
+        """The weight of a linear [out, in] or another tensor, as the forward pass uses it."""
+        if target.unit == "tensor":
+            path, _, name = target.name.rpartition(".")
+            tensor: Tensor = getattr(self.model.get_submodule(path), name)
+            return tensor.detach()
+        owner: Any = self.model.get_submodule(target.name)
+        return oriented(owner, owner.weight.detach())
+
+    def gradient(self, target: Target) -> Tensor:
+        """The gradient of the parameter underneath `weight`."""
+        path, _, name = (target.name if target.unit == "tensor" else f"{target.name}.weight").rpartition(".")
+        owner: Any = self.model.get_submodule(path)
+        held = getattr(owner, "parametrizations", {})
+        parameter = held[name].original if name in held else getattr(owner, name)
+        assert parameter.grad is not None, f"{target.name} does not learn"
+        return oriented(owner, parameter.grad) if target.unit == "linear" else parameter.grad
+
+    def mask(self, target: Target) -> Tensor:
+        """The mask on a target, True where a unit stays."""
+        return self._mask(target).mask
+
+    def prune(self, target: Target, mask: Tensor) -> None:
+        """Set the mask on a target; from the next forward pass on the rest of it is zero."""
+        self._mask(target).mask.copy_(mask)
+
+    def _mask(self, target: Target) -> Mask:
+        return next(module for module in self.modules(target) if isinstance(module, Mask))
+
+    def removed(self) -> Tensor | float:
+        """Parameters that masks hold at zero, on the model's device."""
+        masks = [(a.target.size, a.module.mask) for a in self.attachments if isinstance(a.module, Mask)]
+        return sum((size * (~mask).sum() for size, mask in masks), 0.0)
+
+    def learned(self, target: Target) -> list[str]:
+        """Names of the parameters that the method put on a target."""
+        own = {id(parameter) for module in self.modules(target) for parameter in module.parameters()}
+        return [name for name, parameter in self.model.named_parameters() if id(parameter) in own]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The plain loss of a batch in eval mode, for methods that try something out between steps."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                found: Tensor = self.objective(self.model, batch).loss
+        finally:
+            self.model.train(training)
+        return found
+
+
+class TrainingMethod(Method):
+    """Learns masks, gates, low-rank factors or quantisers while a model trains.
+
+    The hooks are called in the order in which they stand here. What a method must remember between steps lies in
+    `training.memory` or in buffers of what it attached, so that a training can go on after an interruption.
+    `services` may name `teacher`, a second model that reads every batch.
+    """
+
+    role: ClassVar[str] = "training_method"
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """What the method decides on."""
+        return ("linear",)
+
+    def covers(self, target: Target) -> bool:
+        """Whether the method touches a target of its units."""
+        return True
+
+    def schedule(self, steps: int) -> Schedule:
+        """How the budget is approached over a training; by default it holds from the start."""
+        return Constant()
+
+    def attach(self, training: Training) -> Sequence[Attachment]:
+        """What is put on the model before the first step; by default a mask on every target. Draws of new parameters
+        come from torch's global generator."""
+        return [masked(target) for target in training.targets]
+
+    def start(self, training: Training) -> None:
+        """Once everything is attached, before the first step."""
+
+    def trainable(self, names: Sequence[str], training: Training) -> Collection[str]:
+        """Which of the model's parameters learn at this step, by name; by default all."""
+        return names
+
+    def options(self, name: str) -> Mapping[str, Any]:
+        """Settings of the optimiser that a parameter has for itself: `scale` (of the learning rate), `weight_decay`,
+        `maximize`."""
+        return {}
+
+    def before_step(self, batch: Callable[[], Batch], training: Training) -> None:
+        """Ahead of a step. `batch()` draws a further batch, for methods that try something out."""
+
+    def loss(self, batch: Batch, outputs: Any, teacher: Any, training: Training) -> Tensor:
+        """The loss of a batch, from the model's outputs and the teacher's (None without one)."""
+        loss: Tensor = outputs.loss
+        return loss
+
+    def after_backward(self, training: Training) -> None:
+        """Gradients are there, clipped; the weights have not moved."""
+
+    def after_step(self, training: Training) -> None:
+        """The weights have moved."""
+
+    def finish(self, training: Training) -> Mapping[str, Decision]:
+        """The decision on every target by name; by default the masks. What a decision leaves out keeps the values that
+        it has learned."""
+        return {target.name: Decision(training.mask(target).clone()) for target in training.targets}
+
+
+def masked(target: Target) -> Attachment:
+    """A mask on a target."""
+    return Attachment(target, Mask(target.shape), "weight" if target.loose else "units")
+
+
+def low_rank(target: Target, rank: int, scale: float = 1.0) -> Attachment:
+    """Low-rank factors on the weight of a linear."""
+    return Attachment(target, LowRank(target.shape, rank, scale))

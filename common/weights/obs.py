@@ -1,0 +1,81 @@
+"""Optimal brain surgery on one layer (LeCun et al., 1990; Hassibi et al., 1993), column by column as SparseGPT and GPTQ
+do it: what is lost at one input channel, the channels behind it make up for.
+
+Shapes: weight [R, C] of R outputs and C inputs; the Hessian [C, C] of half the squared error of the layer's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.statistics import SecondMoment
+from prunelab.common.weights.targets import Target
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor [C, C] of the inverse of the damped Hessian. Channels never used count as independent."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * diagonal.mean()
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    if not bool(failed):
+        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if bool(failed) or not bool(torch.isfinite(factor).all()):
+        raise PrunelabError("a Hessian is singular; give more calibration data or raise the damping")
+    return factor
+
+
+class Columns(Protocol):
+    """What becomes of the columns of a weight, asked for from left to right."""
+
+    def enter(self, columns: slice, block: Tensor, diagonal: Tensor) -> None:
+        """A block [R, width] of columns is reached; diagonal [width] is the inverse factor's."""
+
+    def settle(self, column: int, block: Tensor, diagonal: Tensor, at: int) -> Tensor:
+        """The final values [R] of a column, which stands at `at` of the block; what is right of it in the block is as
+        the columns so far have left it."""
+
+
+def sweep(weight: Tensor, factor: Tensor, width: int, columns: Columns) -> Tensor:
+    """The weight [R, C] after every column was settled and those behind it made up for the error (SparseGPT, algorithm
+    1; GPTQ, algorithm 1).
+
+    factor: from `inverse_factor`. Columns are updated lazily, in blocks of `width`. Each step is one rank-1 update in
+    place.
+    """
+    weight, total = weight.clone(), weight.shape[1]
+    for start in range(0, total, width):
+        stop = min(start + width, total)
+        block, local = weight[:, start:stop].clone(), factor[start:stop, start:stop]
+        diagonal, errors = local.diagonal(), torch.zeros_like(block)
+        columns.enter(slice(start, stop), block, diagonal)
+        for i in range(stop - start):
+            settled = columns.settle(start + i, block, diagonal, i)
+            errors[:, i] = (block[:, i] - settled) / diagonal[i]
+            block[:, i:].addmm_(errors[:, i : i + 1], local[i : i + 1, i:], alpha=-1)
+            block[:, i] = settled
+        weight[:, start:stop] = block
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return weight
+
+
+class InverseFactor(SecondMoment):
+    """The factor of the Hessian of a layer's inputs, made once for all layers that read them."""
+
+    def __init__(self, target: Target, damping: float) -> None:
+        super().__init__(target)
+        self.damping = damping
+
+    def value(self) -> Tensor:
+        return inverse_factor(self.state, self.damping)
+
+
+def inverse_factors(damping: float) -> Callable[[Target], InverseFactor]:
+    """A factory of such factors, for `WeightPruner.statistics`."""
+    return lambda target: InverseFactor(target, damping)

@@ -1,0 +1,97 @@
+"""A record's address: everything that decides an outcome is in it, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from prunelab.common.catalogue import lookup
+from prunelab.common.core.files import ROOT
+from prunelab.common.experiments import planning, provenance
+from prunelab.common.experiments.run import Run
+
+CODE = '''"""What it is."""
+# A word on it.
+import os  # of its own line
+
+
+def f(x):
+    """Add."""
+
+    return """
+# no comment
+
+""" + x
+'''
+
+
+def test_words_decide_nothing_and_code_does():
+    less = provenance.code(CODE)
+    assert "What it is" not in less and "A word" not in less and "Add" not in less
+    assert "# no comment\n\n" in less, "a string is code"
+    assert provenance.code(CODE.replace("Add.", "Add two\n    texts.").replace("\n\n\n", "\n\n")) == less
+    assert provenance.code(CODE.replace("+ x", "+ x + x")) != less
+    assert provenance.code(CODE.replace("no comment", "one comment")) != less
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Run]:
+    return planning.jobs(lookup.settings({}))
+
+
+@pytest.fixture
+def edited(monkeypatch, runs) -> Callable[[str], list[Run]]:
+    """The runs that another content of a file gives another address."""
+
+    def change(name: str) -> list[Run]:
+        path, known = ROOT / name, provenance.file_hash
+        assert path.is_file()
+        with monkeypatch.context() as patch:
+            patch.setattr(provenance, "file_hash", lambda p: "another" if p == path else known(p))
+            patch.setattr(provenance, "_sources", provenance._sources.__wrapped__)
+            now: dict[tuple[str, ...], str] = {}
+            for run in runs.values():
+                if run.entries not in now:
+                    now[run.entries] = provenance.sources(ROOT / entry for entry in run.entries)[:12]
+        return [run for run in runs.values() if now[run.entries] != run.sources]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "silent",
+    ["common/experiments/planning.py", "common/experiments/papers.py", "common/catalogue/schema.py",
+     "common/catalogue/lookup.py", "common/cli/__init__.py", "common/core/errors.py", "common/core/registry.py",
+     "prunelab/__init__.py", "common/drawing/svg.py", "paper_tables/join.py"],
+)  # fmt: skip
+def test_what_decides_nothing_changes_no_address(edited, silent):
+    assert not edited(silent)
+
+
+def on(testbed: str) -> Callable[[Run], bool]:
+    return lambda run: any(isinstance(i, dict) and i.get("testbed") == testbed for i in run.ids.values())
+
+
+def built_by(backbone: str) -> Callable[[Run], bool]:
+    def test(run: Run) -> bool:
+        architecture = run.ids.get("model", {}).get("architecture", run.ids.get("model", {}))
+        return architecture.get("library") == "backbones" and architecture["name"].startswith(f"{backbone}:")
+
+    return test
+
+
+@pytest.mark.parametrize(
+    ("file", "test"),
+    [
+        ("common/testbeds/code_moe.py", on("code_moe")),
+        ("common/testbeds/code_draft.py", on("code_draft")),
+        ("common/testbeds/digits_detection.py", on("digits_detection")),
+        ("common/testbeds/digits_video_qa.py", on("digits_video_qa")),
+        ("common/backbones/plain_mamba.py", built_by("plain_mamba")),
+        ("methods/focus_detr/method.py", lambda r: r.method == "focus_detr" or on("digits_detection")(r)),
+    ],
+)
+def test_what_builds_a_model_is_in_the_address_of_its_runs_alone(edited, runs, file, test):
+    changed = edited(file)
+    assert changed == [run for run in runs.values() if test(run)] and changed
