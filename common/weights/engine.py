@@ -136,9 +136,9 @@ class Engine:
         chosen = self.method.select(self.targets, signals, scores, self.budget)
         for target, mask in zip(self.targets, chosen, strict=True):
             self.check(target, Decision(mask))
-        layers = [mask for target, mask in zip(self.targets, chosen, strict=True) if target.unit == "layers"]
-        if layers and not any(bool(mask.any()) for mask in layers):
-            raise PrunelabError(f"{self.method.name} would remove all layers; keep more")
+        whole = [mask for target, mask in zip(self.targets, chosen, strict=True) if target.whole]
+        if whole and not any(bool(mask.any()) for mask in whole):
+            raise PrunelabError(f"{self.method.name} would remove all {self.targets[0].unit}; keep more")
         return {target.name: mask for target, mask in zip(self.targets, chosen, strict=True)}
 
     # -- shared steps ------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ class Engine:
         """Refuse a decision that leaves a target empty or that the model cannot carry."""
         if decision.mask.shape != target.shape or decision.mask.dtype != torch.bool:
             raise TypeError(f"{self.method.name} gives {target.name} a mask that is not bool {target.shape}")
-        if target.unit not in ("layers", "tensor") and decision.kept == 0:
+        if not target.whole and target.unit != "tensor" and decision.kept == 0:
             units = {"linear": "weights"}.get(target.unit, target.unit)
             raise PrunelabError(f"{self.method.name} would remove all {units} of {target.name}; keep more")
         if not all(bool(torch.isfinite(value).all()) for value in decision.values.values()):
@@ -213,7 +213,7 @@ class Engine:
 def check_budgets(targets: Sequence[Target], budgets: Sequence[Budget]) -> None:
     """Refuse budgets that leave nothing, or patterns that do not divide a row."""
     for target, budget in zip(targets, budgets, strict=True):
-        if target.unit in ("layers", "tensor"):
+        if target.whole or target.unit == "tensor":
             continue
         if budget.unit == "pattern" and target.unit != "linear":
             raise PrunelabError(f"the pattern {budget} is for single weights, and {target.name} has {target.unit}")

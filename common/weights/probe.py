@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.accumulators import Accumulators, Factories, Wanted
-from prunelab.common.weights.adapters.base import WeightAdapter
-from prunelab.common.weights.calibration import Stream, finite
+from prunelab.common.weights.adapters.base import View, WeightAdapter
+from prunelab.common.weights.calibration import Stream, finite, tapped
 from prunelab.common.weights.targets import Accumulator, Decision, Target, Unit, WeightSignals
 
 
@@ -68,28 +69,43 @@ class ModelProbe:
             found |= {target.name: accumulators.values(target) for target in targets}
         return found
 
-    def gradients(self, factories: Mapping[str, Callable[[Target], Accumulator]]) -> dict[str, dict[str, Tensor]]:
+    def hidden_states(self, sample: Tensor, normed: bool = True) -> list[Tensor]:
+        blocks = [self.adapter.prefix(block) for block in range(len(self.adapter.blocks))]
+        last = self.adapter.norm if normed and self.adapter.norm else blocks[-1]
+        with tapped(self.adapter.model, [*blocks, last]) as seen:
+            self.adapter.run(sample)
+        states = [*(seen[block][0][0] for block in blocks), seen[last][1]]
+        return [state.flatten(0, -2) for state in states]
+
+    def gradients(
+        self, factories: Mapping[str, Callable[[Target], Accumulator]], together: bool = False
+    ) -> dict[str, dict[str, Tensor]]:
         """Each gradient is dropped as soon as it was read, so that one parameter's is held at a time."""
-        linear = [target for target in self.targets if target.loose]
-        made = {target.name: {name: factory(target) for name, factory in factories.items()} for target in linear}
-        by_parameter: dict[nn.Parameter, list[Target]] = defaultdict(list)
-        for target in linear:
-            by_parameter[self.adapter.parameter(target)].append(target)
+        made: dict[str, dict[str, Accumulator]] = defaultdict(dict)
+        by_parameter: dict[nn.Parameter, list[tuple[str, View, list[Accumulator]]]] = defaultdict(list)
+        for target in self.targets:
+            for role, (parameter, view) in self.adapter.holders(target).items():
+                member = target if target.loose else replace(target, role=role)
+                own = {name: factory(member) for name, factory in factories.items()}
+                by_parameter[parameter].append((target.name, view, list(own.values())))
+                made[target.name] |= {name if target.loose else f"{name}.{role}": a for name, a in own.items()}
 
         def read(parameter: Tensor) -> None:
             assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
             if not finite(parameter.grad):
-                name = by_parameter[parameter][0].name
+                name = by_parameter[parameter][0][0]
                 raise PrunelabError(f"the gradient of {name} holds NaN or infinite values; use a wider dtype")
-            for target in by_parameter[parameter]:
-                for accumulator in made[target.name].values():
-                    accumulator.update(self.adapter.view(target, parameter.grad))
+            for _, view, accumulators in by_parameter[parameter]:
+                for accumulator in accumulators:
+                    accumulator.update(view(parameter.grad))
             parameter.grad = None
 
         with _only_these_learn(self.adapter.model, set(by_parameter)), torch.enable_grad():
             handles = [parameter.register_post_accumulate_grad_hook(read) for parameter in by_parameter]
             try:
-                for sample in self.samples:
+                if together:
+                    torch.stack([self.loss(sample) for sample in self.samples]).mean().backward()
+                for sample in () if together else self.samples:
                     self.loss(sample).backward()
             finally:
                 for handle in handles:

@@ -74,9 +74,9 @@ class WeightPruner(Method):
     def select(
         self, targets: Sequence[Target], signals: Sequence[WeightSignals], scores: Sequence[Tensor], budget: Budget
     ) -> Sequence[Tensor]:
-        """The masks of all targets at once. Methods that compare scores across targets override this; layers are
-        compared by default."""
-        if all(target.unit == "layers" for target in targets):
+        """The masks of all targets at once. Methods that compare scores across targets override this; layers
+        and sublayers are compared by default."""
+        if all(target.whole for target in targets):
             return list(masks.per_row(torch.cat(list(scores)), budget).split(1))
         budgets = self.allocate(targets, signals, budget)
         return [self.mask(t, s, b) for t, s, b in zip(targets, scores, budgets, strict=True)]

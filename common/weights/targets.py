@@ -20,7 +20,7 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 
-Unit = Literal["linear", "heads", "channels", "experts", "layers", "tensor"]
+Unit = Literal["linear", "heads", "channels", "experts", "layers", "sublayers", "tensor"]
 Statistics = Mapping[str, Tensor]
 
 
@@ -30,10 +30,12 @@ class Target:
 
     unit:   `linear` has single weights as units, `heads` key-value groups of attention (with plain multi-head
             attention these are the heads), `channels` intermediate channels of an MLP, `experts` and `layers` what
-            they say, `tensor` the entries of any other parameter;
+            they say, `sublayers` the attention or the MLP of a layer with its norm, `tensor` the entries of any other
+            parameter;
     name:   unique in the model, and the same in every model of its architecture;
     block:  index of the block it lies in, -1 outside of all;
-    role:   its place in the block (`self_attn.q_proj`, or the unit for structures);
+    role:   its place in the block (`self_attn.q_proj`), `attention` or `mlp` for sublayers, the unit for other
+            structures;
     shape:  shape of scores and mask: that of the weight, [out, in], or [units];
     size:   parameters one unit holds;
     span:   consecutive input channels one unit covers (head size times query heads of a group; 1 for channels);
@@ -62,6 +64,11 @@ class Target:
     def loose(self) -> bool:
         """Whether its units are single entries of a parameter, which become zero where they go."""
         return self.unit in ("linear", "tensor")
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is one unit, which stays as it is or leaves."""
+        return self.unit in ("layers", "sublayers")
 
     @property
     def parameters(self) -> int:
@@ -133,6 +140,7 @@ class WeightSignals:
     weights: the model's own tensors by role, to read and never to write: `weight` of a linear [out, in]; `q` `k` `v`
         `o` of heads; `gate` `up` `down` of channels (no `gate` in a plain MLP); `gate_up` [E, 2I, D], `down`
         [E, D, I] and `router` [E, D] of experts; `weight` of other tensors; biases, where there are any, as `o.bias`;
+        of layers and sublayers every parameter under its path, as it is stored;
     statistics: by the names under which the method asked for them;
     base: the same tensors in the model before fine-tuning, where `prune` was given one;
     rng: draws that depend on the seed and the target alone.
@@ -191,8 +199,12 @@ class Probe(Protocol):
     ) -> dict[str, dict[str, Tensor]]:
         """Statistics by target and name of the dense model's stream, asked for by unit and name."""
 
-    def gradients(self, factories: Mapping[str, Callable[[Target], Accumulator]]) -> dict[str, dict[str, Tensor]]:
-        """Statistics by target and name of the loss gradients of each linear's weight, one backward pass a sequence."""
+    def gradients(
+        self, factories: Mapping[str, Callable[[Target], Accumulator]], together: bool = False
+    ) -> dict[str, dict[str, Tensor]]:
+        """Statistics by target and name of the loss gradients of each linear's weight, one backward pass a sequence;
+        `together` one for the mean of their losses, which gives each gradient once and whole. Of heads and channels
+        each projection has statistics of its own, `name.q` and so on: the factory gets the target with that role."""
 
     def trial(self, decisions: Iterable[tuple[Target, Decision]]) -> AbstractContextManager[None]:
         """The model under these decisions for the length of a `with` block; then it is again what it was, to the bit.
@@ -204,6 +216,10 @@ class Probe(Protocol):
 
     def logits(self, sample: Tensor) -> Tensor:
         """The model's logits [T, V] on one sequence."""
+
+    def hidden_states(self, sample: Tensor, normed: bool = True) -> Sequence[Tensor]:
+        """The hidden states [T, D] of one sequence in front of every block, and behind the last one; these where
+        `normed` behind the final norm."""
 
     def weights(self, target: Target) -> Mapping[str, Tensor]:
         """The target's tensors, to read; `trial` changes them."""

@@ -14,8 +14,10 @@ from prunelab.common.weights.targets import Target, Unit, WeightSignals
 
 @dataclass(frozen=True)
 class RandomWeights(WeightPruner):
-    """Keeps units by lot: weights of each row, or heads, channels, experts or layers. `prune(..., seed=...)` starts the
-    draws."""
+    """Keeps units by lot: weights of each row, or heads, channels, experts, layers or sublayers.
+
+    `prune(..., seed=...)` starts the draws.
+    """
 
     units: tuple[Unit, ...] = ("linear",)
 
@@ -23,7 +25,7 @@ class RandomWeights(WeightPruner):
 
     @property
     def sequential(self) -> bool:
-        return "layers" not in self.units
+        return not {"layers", "sublayers"} & set(self.units)  # these are compared across the model
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         drawn = torch.rand(target.shape, generator=signals.rng)

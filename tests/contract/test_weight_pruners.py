@@ -50,7 +50,12 @@ def test_keep_all_is_the_identity(method):
 def test_budget_is_met_exactly(method, ratio):
     with invariant("budget", method):
         for family in families(method):
-            for target, decision in run(method, Budget(ratio), family)[1].decisions():
+            plan = run(method, Budget(ratio), family)[1]
+            whole = [decision.kept for target, decision in plan.decisions() if target.whole]
+            assert sum(whole) == len(whole) - Budget(ratio).pruned(len(whole)), "layers are counted together"
+            for target, decision in plan.decisions():
+                if target.whole:
+                    continue
                 kept = decision.mask.sum(-1)
                 wanted = target.shape[-1] - Budget(ratio).pruned(target.shape[-1])
                 assert bool((kept == wanted).all()), target.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from prunelab.common.weights.adapters.projections import Projection, is_linear, 
 from prunelab.common.weights.targets import Decision, Observation, Target, Unit
 
 Tap = tuple[tuple[Any, ...], Any]  # what a module got and what it gave
+View = Callable[[Tensor], Tensor]
 
 
 class WeightAdapter(ABC):
@@ -24,6 +26,7 @@ class WeightAdapter(ABC):
     model_classes: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[tuple[str, ...], ...]] = ()  # linears (ends of their paths) that read one input
     skip: ClassVar[tuple[str, ...]] = ()  # names of linears that are not weights to prune, such as gates
+    norm: ClassVar[str] = ""  # path of the norm behind the last block, empty where there is none
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -98,6 +101,11 @@ class WeightAdapter(ABC):
     def view(self, target: Target, tensor: Tensor) -> Tensor:
         """The target's share of a tensor shaped like its parameter."""
         return oriented(self.model.get_submodule(target.name), tensor) if target.unit == "linear" else tensor
+
+    def holders(self, target: Target) -> dict[str, tuple[nn.Parameter, View]]:
+        """By role the parameters that hold the target's weights, and what of a tensor shaped like one is the target's,
+        as [out, in]."""
+        return {"weight": (self.parameter(target), partial(self.view, target))} if target.loose else {}
 
     def structure(self, target: Target) -> dict[str, Tensor]:
         """The parameters that hold a structure."""

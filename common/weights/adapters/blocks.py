@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.weights.adapters.base import Tap, WeightAdapter
+from prunelab.common.weights.adapters.base import Tap, View, WeightAdapter
 from prunelab.common.weights.adapters.projections import IN, OUT, Projection, length, remove
 from prunelab.common.weights.targets import Decision, Observation, Target
 
@@ -25,7 +25,8 @@ class Blocks(WeightAdapter):
     layers: path of the chain; attention: of a block's attention, whose attribute `head_size` is the size of a head;
     heads: paths of `q` `k` `v` `o`, mlp: of `gate` `up` `down` (no `gate` in a plain MLP). Roles of equal path are one
     fused projection, whose outputs are all q, then all k, then all v; where `interleaved`, q k v of the first head,
-    then of the next.
+    then of the next. sublayers: of `attention` and `mlp` the module whose output is added to the residual stream, and
+    the norms that serve it alone.
     """
 
     layers: ClassVar[str]
@@ -33,6 +34,7 @@ class Blocks(WeightAdapter):
     head_size: ClassVar[str] = "head_dim"
     heads: ClassVar[Mapping[str, str]] = {}
     mlp: ClassVar[Mapping[str, str]] = {}
+    sublayers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     interleaved: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,6 +81,15 @@ class Blocks(WeightAdapter):
         size = sum(parameter.numel() for parameter in self.body(block).parameters())
         return [Target("layers", self.prefix(block), block, "layers", (1,), size)]
 
+    def _sublayers(self, block: int) -> list[Target]:
+        found = []
+        for role, (path, *norms) in self.sublayers.items():
+            modules = [self._part(block, name) for name in (path, *norms)]
+            if not isinstance(modules[0], Absent):
+                size = sum(p.numel() for module in modules for p in module.parameters())
+                found.append(Target("sublayers", self.path(block, path), block, role, (1,), size))
+        return found
+
     # -- where the units of structures lie ---------------------------------------------------------------------------
 
     def projections(self, target: Target) -> dict[str, Projection]:
@@ -120,8 +131,17 @@ class Blocks(WeightAdapter):
         channels = torch.arange(inner).unsqueeze(1)
         return {role: channels + inner * (fused and role == "up") for role in modules}
 
+    def holders(self, target: Target) -> dict[str, tuple[nn.Parameter, View]]:
+        found = self.projections(target).items()
+        return {role: (part.module.weight, part.view) for role, part in found} or super().holders(target)
+
     def structure(self, target: Target) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
+        if target.whole:
+            body = self.body(target.block)
+            for path in self.sublayers.get(target.role, ("",)):
+                found |= body.get_submodule(path).named_parameters(prefix=path)
+            return found
         for role, part in self.projections(target).items():
             found[role] = part.module.weight
             if part.module.bias is not None:
@@ -148,7 +168,7 @@ class Blocks(WeightAdapter):
         self, target: Target, seen: Mapping[str, Tap], before: Tensor, after: Tensor, tokens: Tensor
     ) -> Observation:
         before, after = before.flatten(0, -2), after.flatten(0, -2)
-        inputs = before if target.unit == "layers" else seen[self.taps(target)[0]][0][0].flatten(0, -2)
+        inputs = before if target.whole else seen[self.taps(target)[0]][0][0].flatten(0, -2)
         return Observation(inputs, self.weights(target), before, after, tokens)
 
     # -- decisions ---------------------------------------------------------------------------------------------------
@@ -178,15 +198,30 @@ class Blocks(WeightAdapter):
         return [projections[READS[target.unit]]] if projections else []
 
     def attempt(self, target: Target, decision: Decision) -> Callable[[], None]:
-        if target.unit != "layers":
+        if not target.whole:
             return super().attempt(target, decision)
-        if decision.kept:
-            return lambda: None
-        return self.blocks[target.block].register_forward_hook(_pass_by).remove
+        own = self.weights(target)
+        before = {role: own[role].clone() for role in decision.values}
+        for role, value in decision.values.items():
+            self.assign(target, role, value)
+        layer = target.unit == "layers"
+        module = self.blocks[target.block] if layer else self._part(target.block, self.sublayers[target.role][0])
+        if not decision.kept:
+            module.forward = _pass_by if layer else Absent(module, target.role).forward
+
+        def undo() -> None:
+            vars(module).pop("forward", None)
+            for role, value in before.items():
+                self.assign(target, role, value)
+
+        return undo
 
     def remove(self, target: Target, kept: Tensor) -> None:
         if target.unit == "layers":
             self.gone.add(target.block)  # blocks leave together, in finish()
+            return
+        if target.unit == "sublayers":
+            self._leave(target)
             return
         remove(list(self.projections(target).values()), kept)
         if target.unit == "heads":
@@ -194,6 +229,15 @@ class Blocks(WeightAdapter):
 
     def resize(self, block: int) -> None:
         """Bring what a block's attention notes of its size up to date; most read it off their weights."""
+
+    def _leave(self, target: Target) -> None:
+        """Take attention or MLP out of a block with its norms; a block of which nothing is left goes itself."""
+        body, (path, *norms) = self.body(target.block), self.sublayers[target.role]
+        body.set_submodule(path, Absent(body.get_submodule(path), target.role))
+        for norm in norms:
+            body.set_submodule(norm, nn.Identity())
+        if next(body.parameters(), None) is None:
+            self.gone.add(target.block)
 
     def drop_layers(self) -> list[int] | None:
         """Take the blocks away that decisions left out; the places of those that stay, None where none leaves."""
@@ -214,9 +258,33 @@ class Blocks(WeightAdapter):
         return stay
 
 
-def _pass_by(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+class Absent(nn.Module):
+    """In place of attention or an MLP that left: adds nothing to the residual stream.
+
+    Attention notes in the cache that tokens went by, by one number each, since models count tokens by what one of
+    their layers has cached.
+    """
+
+    def __init__(self, module: nn.Module, role: str) -> None:
+        super().__init__()
+        self.role = role
+        if hasattr(module, "layer_idx"):
+            self.layer_idx: Any = module.layer_idx
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nothing = torch.zeros_like(hidden_states)
+        if self.role != "attention":
+            return nothing
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        if cache is not None:
+            passed = nothing[:, None, :, :1]
+            cache.update(passed, passed, self.layer_idx)
+        return nothing, None
+
+
+def _pass_by(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """What a block that is not there would give."""
-    return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
+    return hidden
 
 
 def _is_list(chain: nn.Module) -> bool:

@@ -28,8 +28,6 @@ class Decoder(Mixtures):
         qwen2="Qwen2",
         qwen3="Qwen3",
         gemma="Gemma",
-        gemma2="Gemma2",
-        gemma3="Gemma3",
         mixtral="Mixtral",
         olmoe="Olmoe",
         qwen2_moe="Qwen2Moe",
@@ -38,7 +36,9 @@ class Decoder(Mixtures):
     shared = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     skip = ("shared_expert_gate",)
     layers = "model.layers"
+    norm = "model.norm"
     attention = "self_attn"
+    sublayers = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
     heads = {role: f"self_attn.{role}_proj" for role in "qkvo"}
     mlp = {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
 
@@ -55,6 +55,17 @@ class Decoder(Mixtures):
         if norm is not None and norm.weight.numel() != self._part(block, self.attention).head_dim:
             return {}  # a norm over all heads changes with every head that leaves (OLMoE)
         return super().head_entries(block, modules)
+
+
+class Gemma2(Decoder):
+    """Gemma 2 and 3, which norm what a sublayer reads and what it gives."""
+
+    family = "gemma2"
+    model_classes = _classes(gemma2="Gemma2", gemma3="Gemma3")
+    sublayers = {
+        "attention": ("self_attn", "input_layernorm", "post_attention_layernorm"),
+        "mlp": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    }
 
 
 class DeepSeek(Decoder):
@@ -95,6 +106,8 @@ class Phi(Decoder):
 
     family = "phi"
     model_classes = _classes(phi="Phi")
+    norm = "model.final_layernorm"
+    sublayers = {"attention": ("self_attn",), "mlp": ("mlp",)}  # one norm for both, which stays
     heads = {**{role: f"self_attn.{role}_proj" for role in "qkv"}, "o": "self_attn.dense"}
     mlp = {"up": "mlp.fc1", "down": "mlp.fc2"}
 
@@ -122,7 +135,9 @@ class GPTNeoX(Decoder):
     family = "gpt_neox"
     model_classes = _classes(gpt_neox="GPTNeoX")
     layers = "gpt_neox.layers"
+    norm = "gpt_neox.final_layer_norm"
     attention = "attention"
+    sublayers = {"attention": ("attention", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
     head_size = "head_size"
     interleaved = True
     heads = {**dict.fromkeys("qkv", "attention.query_key_value"), "o": "attention.dense"}
@@ -135,7 +150,9 @@ class GPT2(Decoder):
     family = "gpt2"
     model_classes = ("transformers.models.gpt2.modeling_gpt2.GPT2LMHeadModel",)
     layers = "transformer.h"
+    norm = "transformer.ln_f"
     attention = "attn"
+    sublayers = {"attention": ("attn", "ln_1"), "mlp": ("mlp", "ln_2")}
     heads = {**dict.fromkeys("qkv", "attn.c_attn"), "o": "attn.c_proj"}
     mlp = {"up": "mlp.c_fc", "down": "mlp.c_proj"}
     inner = "n_inner"

@@ -59,7 +59,11 @@ class Projection:
 
     def weight(self) -> Tensor:
         """The part's rows or columns, [out, in]: a view, but a copy where they do not lie side by side."""
-        return self._taken(oriented(self.module, self.module.weight.detach()), self.axis)
+        return self.view(self.module.weight.detach())
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The part's rows or columns of a tensor shaped like the module's weight, [out, in]."""
+        return self._taken(oriented(self.module, tensor), self.axis)
 
     def bias(self) -> Tensor | None:
         """The bias: of the part's outputs, or all of it where the part has inputs."""
