@@ -89,7 +89,8 @@ def spoken(table, token):
 
 
 TEXTS = torch.tensor([spoken(Table(0), first) for first in range(11)])
-SERVICES = {"draft": Table(1), "store": TEXTS.flatten()}
+NOISE = torch.randint(11, (500,), generator=torch.Generator().manual_seed(0))
+SERVICES = {"draft": Table(1), "store": torch.cat([TEXTS.flatten(), NOISE])}
 
 
 @every(DraftDecoder, references.BigramDrafts)
