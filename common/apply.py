@@ -52,14 +52,15 @@ def apply(
 ) -> AbstractContextManager[Any]:
     """Let `method` work on the model under `budget` inside a `with` block, whose handle tells what it cost.
 
-    Token pruners prune the tokens of every pass; cache pruners (`kv_cache.applied`) and draft decoders
-    (`speculative.applied`) go with the model's `generate`. The model's weights and forward stay as they are: hooks
-    go in, and all come out at the end, also after an exception. `seed` starts the draws of random methods. `services`
-    are second models by the names that the method gives them. `parts` are the method's learned parts
-    (`method.build`); inside the block they belong to the model, so that one optimiser and one device serve both. A
-    model that was trained with the method carries them already, as `model.pruning_parts`. Raises PrunelabError, before
-    any work, where the model has no adapter, a site or signal cannot be had there, a service or learned part is
-    missing, or the method is already applied.
+    Token pruners prune the tokens of every pass, expert pruners the experts that each chose; cache pruners
+    (`kv_cache.applied`) and draft decoders (`speculative.applied`) go with the model's `generate`. Methods of several
+    roles work on one model at once, in nested blocks of any order that has a meaning. The model's weights and forward
+    stay as they are: hooks go in, and all come out at the end, also after an exception. `seed` starts the draws of
+    random methods. `services` are second models by the names that the method gives them. `parts` are the method's
+    learned parts (`method.build`); inside the block they belong to the model, so that one optimiser and one device
+    serve both. A model that was trained with the method carries them already, as `model.pruning_parts`. Raises
+    PrunelabError, before any work, where the model has no adapter, a site or signal cannot be had there, a service or
+    learned part is missing, or the model runs a method already that this one has no meaning beside.
     """
     if isinstance(method, type):
         raise PrunelabError(f"{method.__name__} is a class; give a method with its options: {method.__name__}()")
@@ -79,6 +80,10 @@ def apply(
         from prunelab.common import kv_cache
 
         return kv_cache.applied(method, model, budget, services=services, seed=seed)  # type: ignore[arg-type]
+    if method.role == "expert_pruner":
+        from prunelab.common import experts
+
+        return experts.applied(method, model, budget, services=services, seed=seed)  # type: ignore[arg-type]
     raise _elsewhere(method)
 
 
@@ -129,6 +134,10 @@ def _check(method: Method, model: nn.Module) -> None:
         from prunelab.common.speculative import loop
 
         loop.check(method, model)  # type: ignore[arg-type]
+    elif method.role == "expert_pruner":
+        from prunelab.common.experts import apply as experts
+
+        experts.mixtures(model)
     elif method.role == "weight_pruner":
         from prunelab.common.weights import pruning
 

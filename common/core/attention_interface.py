@@ -1,13 +1,16 @@
-"""Queries and keys of single attention layers of transformers' models, read beside the fused kernel.
+"""The one seam into transformers: its attention, watched and replaced, and the names that its releases changed.
 
-transformers hands every attention layer's queries, keys and mask to a registered function. Ours passes them to the
-stock SDPA and leaves them, as they are and uncopied, with the recorder of that layer; rows of attention are computed
-from them only when a method reads them. It never runs eager attention.
+Every attention layer of transformers hands its queries, keys, values and mask to a registered function. Ours leaves
+them, as they are and uncopied, with the recorders of that layer, from which rows of attention are computed only when a
+method reads them; then at most one method answers in the library's place, and without one the stock SDPA does. Eager
+attention never runs. Models that share a configuration share the function, not what watches or answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +21,16 @@ from torch import Tensor, nn
 from prunelab.common.core import attention
 from prunelab.common.core.errors import PrunelabError
 
-NAME = "recording_sdpa"
-_RECORDERS: WeakKeyDictionary[nn.Module, Recorder] = WeakKeyDictionary()
+NAME = "prunelab"
+FAMILIES = (  # decoders, by model type
+    "llama", "qwen2", "qwen3", "mistral", "phi", "gpt_neox", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
+    "qwen2_5_vl_text",
+)  # fmt: skip
+
+Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+_RECORDERS: WeakKeyDictionary[nn.Module, tuple[Recorder, ...]] = WeakKeyDictionary()
+_ATTEND: WeakKeyDictionary[nn.Module, Attend] = WeakKeyDictionary()
+_SWITCHED: dict[int, tuple[Any, str, int]] = {}  # by id: a configuration, its own implementation, and its users
 
 
 class Recorder:
@@ -50,11 +61,16 @@ class Recorder:
         return self.queries
 
     @property
+    def grouped_keys(self) -> Tensor:
+        """[B, KV, M, d], one set for the query heads that share it."""
+        self.shown()
+        assert self._keys is not None
+        return self._keys
+
+    @property
     def keys(self) -> Tensor:
         """[B, H, M, d], one set a query head."""
-        queries = self.shown()
-        assert self._keys is not None
-        return self._keys.repeat_interleave(queries.shape[1] // self._keys.shape[1], 1)
+        return self.grouped_keys.repeat_interleave(self.shown().shape[1] // self.grouped_keys.shape[1], 1)
 
     def _visible(self, rows: Tensor | None) -> Tensor | None:
         """Which keys the query rows [B, R] (None: all) see, as logit offsets [B or 1, 1, R, M], from the mask that the
@@ -98,30 +114,129 @@ def _register() -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def recording(
+    def seam(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Any:
-        recorder = _RECORDERS.get(module)
-        if recorder is not None:
+        for recorder in _RECORDERS.get(module, ()):
             recorder.see(query, key, attention_mask, options.get("scaling"))
+        attend = _ATTEND.get(module)
+        if attend is not None and query.device.type != "meta":  # costs are counted on the model's own attention
+            return attend(module, query, key, value, attention_mask, options["scaling"]), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
-    AttentionInterface.register(NAME, recording)
+    AttentionInterface.register(NAME, seam)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # without it padded batches would run unmasked
 
 
-def record(layer: Any) -> tuple[Recorder, Callable[[], Any]]:
-    """Records one attention layer until the returned function is called. Its whole backbone runs SDPA meanwhile."""
+def _switch(config: Any) -> Callable[[], None]:
+    """Send the attention of a configuration's models through the seam, until every such call is taken back."""
     _register()
-    config, before = layer.config, layer.config._attn_implementation
-    if layer in _RECORDERS:
-        raise PrunelabError("this attention layer is being recorded already; leave that `with` block first")
-    recorder = _RECORDERS[layer] = Recorder(bool(getattr(layer, "is_causal", True)))
+    _, before, users = _SWITCHED.get(id(config), (config, config._attn_implementation, 0))
+    _SWITCHED[id(config)] = (config, "sdpa" if before == NAME else before, users + 1)  # a copy made in a block has NAME
     config._attn_implementation = NAME
 
+    def back() -> None:
+        _, before, users = _SWITCHED.pop(id(config))
+        if users > 1:
+            _SWITCHED[id(config)] = (config, before, users - 1)
+        else:
+            config._attn_implementation = before
+
+    return back
+
+
+def implementation(config: Any) -> str:
+    """The attention that a configuration asks for, also while it goes through the seam."""
+    name: str = _SWITCHED[id(config)][1] if id(config) in _SWITCHED else config._attn_implementation
+    return name
+
+
+def record(layer: Any) -> tuple[Recorder, Callable[[], Any]]:
+    """Record one attention layer until the returned function is called. Its whole backbone runs SDPA meanwhile."""
+    recorder, back = Recorder(bool(getattr(layer, "is_causal", True))), _switch(layer.config)
+    _RECORDERS[layer] = (*_RECORDERS.get(layer, ()), recorder)
+
     def stop() -> None:
-        _RECORDERS.pop(layer, None)
-        if not any(other.config is config for other in _RECORDERS):
-            config._attn_implementation = before if before != NAME else "sdpa"
+        left = tuple(other for other in _RECORDERS.pop(layer, ()) if other is not recorder)
+        if left:
+            _RECORDERS[layer] = left
+        back()
 
     return recorder, stop
+
+
+@contextmanager
+def replaced(layers: Iterable[Any], attend: Attend) -> Iterator[None]:
+    """Let `attend` answer for attention layers inside the block: from a layer, queries [B, H, M, d], keys and values
+    [B, KV, N, d], the mask that the layer was given and the scale to the heads' outputs [B, M, H, d]."""
+    layers = list(layers)
+    if any(layer in _ATTEND for layer in layers):
+        raise PrunelabError("another method already computes this model's attention; leave that `with` block first")
+    backs = [_switch(config) for config in {id(layer.config): layer.config for layer in layers}.values()]
+    _ATTEND.update(dict.fromkeys(layers, attend))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            _ATTEND.pop(layer, None)
+        for back in backs:
+            back()
+
+
+def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The library's own attention [B, M, H, d] under a mask [B, 1 or KV, M, N] over the module's heads."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    output: Tensor = sdpa_attention_forward(module, query, key, value, mask, scaling=scale)[0]
+    return output
+
+
+# -- decoders and their caches -----------------------------------------------------------------------------------------
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The decoder of a causal language model, also of the one within an image or video model or an adapter of `peft`.
+    Raises where the family is not supported."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if find is not None and hasattr(model, "generate") else None
+    if getattr(getattr(decoder, "config", None), "model_type", None) not in FAMILIES:
+        raise PrunelabError(
+            f"{type(model).__name__} has no cache that can be pruned here; use a causal language model of the families"
+            f" {', '.join(FAMILIES)}"
+        )
+    return decoder
+
+
+def windowed(config: Any) -> bool:
+    """Whether some layers of a decoder see a window of the text alone, or none of it."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return bool(kinds - {"full_attention"}) or (not kinds and getattr(config, "sliding_window", None) is not None)
+
+
+def attention_layers(decoder: nn.Module) -> list[Any]:
+    """The attention modules of a decoder, by layer."""
+    found: list[Any] = [m for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+@cache
+def cache_name() -> str:
+    """What this release of transformers calls a cache among arguments and outputs."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    names = {field.name for field in fields(BaseModelOutputWithPast)}
+    return "cache" if "cache" in names else "past_key_values"  # the latter before 5.24
+
+
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """The cache among a module's arguments or outputs, by the name of any release; None where there is none."""
+    found = given.get("cache")
+    return given.get("past_key_values") if found is None else found
+
+
+def with_cache(given: Mapping[str, Any], held: Any) -> dict[str, Any]:
+    """The arguments with this cache, under the one name that this release knows."""
+    rest = {name: value for name, value in given.items() if name not in ("cache", "past_key_values")}
+    return rest | {cache_name(): held}

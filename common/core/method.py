@@ -28,3 +28,7 @@ class Method(ABC):
         """The method's learned parts for a model of this size, or None. Trained by the paper's own rule and handed to
         `apply(..., parts=...)`, which makes them part of the model for the length of its block."""
         return None
+
+    def beside(self, other: Method) -> str | None:
+        """Why this method has no meaning on a model that runs another one of another role, or None where it has."""
+        return None

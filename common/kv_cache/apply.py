@@ -1,29 +1,37 @@
 """Apply a cache pruner to a decoder of transformers for the length of a `with` block, and measure what it holds.
 
-The model's attention goes through a function of ours that calls the library's own and then lets the method decide.
-The cache's layers are replaced by `PrunedLayer`, which counts the tokens seen and holds the entries that are left, so
-that positions go on as without pruning.
+The model's attention goes through the seam, where the method decides behind the library's own. The cache's layers are
+replaced by `PrunedLayer`, which counts the tokens seen and holds the entries that are left, so that positions go on as
+without pruning. A pass's state lives with its cache, so that threads may share a model.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from prunelab.common.core import attention_interface as seam
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import run_all
+from prunelab.common.core.hooks import claimed, overridden, run_all, runs
 from prunelab.common.core.plan import Gather, ModelInfo, Site
 from prunelab.common.kv_cache.draft import Draft
-from prunelab.common.kv_cache.intercept import attentions, fused, intercepted
-from prunelab.common.kv_cache.layer import PrunedLayer, Stream
-from prunelab.common.kv_cache.role import CachePruner, CacheSignals
+from prunelab.common.kv_cache.layer import CacheState, PrunedLayer
+from prunelab.common.kv_cache.role import (
+    CachePruner,
+    CacheSignals,
+    OwnAttention,
+    ReadsAhead,
+    ShortensPrompt,
+    ThinsVectors,
+)
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -56,89 +64,126 @@ class CacheReport:
 class CacheHandle:
     """A cache pruner at work on a decoder."""
 
-    def __init__(self, method: CachePruner, model: Any, budget: Budget, services: Mapping[str, Any], seed: int) -> None:
+    def __init__(
+        self, method: CachePruner, model: nn.Module, budget: Budget, services: Mapping[str, Any], seed: int
+    ) -> None:
         self.method, self.model, self.budget, self.services = method, model, budget, services
-        config = model.config
+        self.decoder = seam.decoder_of(model)
+        config = self.decoder.config
         self.depth: int = config.num_hidden_layers
         self.context: int = config.max_position_embeddings
-        self.info = ModelInfo(
-            "decoder", self.depth, config.num_attention_heads, config.hidden_size, config.max_position_embeddings
-        )
-        self.stream = Stream()
-        self.layers: list[PrunedLayer] = []
-        self.hidden: dict[nn.Module, Tensor] = {}
-        self.ahead = 0
+        self.info = ModelInfo("decoder", self.depth, config.num_attention_heads, config.hidden_size, self.context)
+        self.layers: list[PrunedLayer] = []  # of the cache that was used last
+        self._generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
+        self._thread = threading.local()
         self._seed = seed
         self._rngs: dict[torch.device, torch.Generator] = {}
-        self._last: dict[int, tuple[float, int, int, int]] = {}
-        self._tokens = 0
 
     def report(self) -> CacheReport:
         """See `CacheReport`. Needs a forward pass."""
-        if not self._last:
+        if not self.layers or not self.layers[0].is_initialized:
             raise PrunelabError("nothing ran yet; generate, or run the model with a cache, inside the `with` block")
-        entries, held, book, dense = zip(*(self._last[layer] for layer in sorted(self._last)))
-        return CacheReport(entries, sum(held), sum(book), sum(dense), self._tokens + self.stream.closed_up)
+        stored = [layer.nbytes() for layer in self.layers]
+        return CacheReport(
+            tuple(layer.entries() for layer in self.layers),
+            sum(held for held, _ in stored),
+            sum(book for _, book in stored),
+            sum(layer.dense_bytes() for layer in self.layers),
+            self.layers[0].seen + self.layers[0].state.closed_up,
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise PrunelabError(f"{self.method.name} is at work on this model; copy it outside the `with` block")
+
+    def __reduce__(self) -> Any:
+        raise PrunelabError(f"{self.method.name} is at work on this model; save it outside the `with` block")
 
     # -- around the model ------------------------------------------------------------------------------------------
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any]:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any] | None:
         """Before the decoder: take over its cache, see to padding, and let the method change the prompt."""
-        given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
-        given |= given.pop("kwargs", {})
+        given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments) if args else kwargs
+        given = {**given, **given.get("kwargs", {})}
+        given.pop("kwargs", None)
         tokens, embedded = given.get("input_ids"), given.get("inputs_embeds")
         read: Any = embedded if tokens is None else tokens
         if read is None or read.shape[1] == 0:
             raise PrunelabError("the prompt is empty; give at least one token")
-        use = given.get("use_cache")
-        if not (self.model.config.use_cache if use is None else use):
-            raise PrunelabError(f"{self.method.name} prunes a cache and there is none; run the model with use_cache")
+        if read.device.type == "meta":  # costs are counted on the model's own cache
+            return None
+        self._refuse(module, given)
         mask = given.get("attention_mask")
-        past = given["past_key_values"] = self.take_over(given.get("past_key_values"), mask)
-        given["use_cache"] = True
-        seen = past.get_seq_length()
-        if mask is not None and (mask.dim() != 2 or mask.shape[1] != seen + self.stream.closed_up + read.shape[1]):
-            raise PrunelabError(
-                "a pruned cache takes an attention mask of one column a token seen so far, not one of shape"
-                f" {tuple(mask.shape)}"
-            )
-        valid = None if mask is None else mask[:, -read.shape[1] :].bool()
+        past = self.take_over(seam.cache_in(given), mask)
+        state, new = past.layers[0].state, read.shape[1]
+        seen: int = past.get_seq_length()
+        drafted = mask is not None and mask.dim() == 4 and runs(self.model, "draft_decoder")
+        if mask is not None and not drafted:
+            if mask.dim() != 2 or mask.shape[1] != seen + state.closed_up + new:
+                raise PrunelabError(
+                    "a pruned cache takes an attention mask of one column a token seen so far, not one of shape"
+                    f" {tuple(mask.shape)}"
+                )
+            valid = mask[:, -new:].bool()
+            valid = None if bool(valid.all()) else valid
+        else:
+            valid = None
         if valid is not None and not seen and not bool(valid[:, -1].all()):
             raise PrunelabError("samples must end with a token: pad on the left, and leave no sample empty")
-        self.ahead = 0
+        state.ahead, state.tree = 0, mask == 0 if drafted else None
         if seen == 0:
-            valid = self._prompt(given, tokens, valid)
-        elif self.stream.closed_up:
+            valid = self._prompt(state, given, tokens, valid)
+            new = read.shape[1] if tokens is None else given["input_ids"].shape[1]
+        elif state.closed_up:
             real = torch.ones(read.shape[:2], device=read.device) if valid is None else valid
-            given["position_ids"] = self.layers[0].counts.unsqueeze(1) + real.long().cumsum(1) - 1
-        self.stream.fresh = None if valid is None or bool(valid.all()) else valid
-        length = read.shape[1] if tokens is None else given["input_ids"].shape[1]
-        self._tokens = seen + length - self.ahead
-        if self._tokens > self.context:
+            counts = past.layers[0].counts
+            counts = counts if isinstance(counts, int) else counts.unsqueeze(1)
+            given["position_ids"] = counts + real.long().cumsum(1) - 1
+        if seen + new - state.ahead > self.context:
             raise PrunelabError(
-                f"{self._tokens} tokens are more than the model's context of {self.context}; shorten the text"
+                f"{seen + new - state.ahead} tokens are more than the model's context of {self.context}; shorten the"
+                " text"
             )
-        given["attention_mask"] = None  # what the cache holds decides instead
-        return (), given
+        state.fresh, state.running = valid, True
+        self.layers = self._thread.layers = past.layers
+        self._thread.hidden = {}
+        return (), seam.with_cache(given, past) | {"use_cache": True, "attention_mask": None}  # the cache decides
 
-    def _prompt(self, given: dict[str, Any], tokens: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    def _refuse(self, module: nn.Module, given: Mapping[str, Any]) -> None:
+        """Refuse passes whose cache or attention maps would not be what was asked for."""
+        use = given.get("use_cache")
+        if not (self.decoder.config.use_cache if use is None else use):
+            raise PrunelabError(f"{self.method.name} prunes a cache and there is none; run the model with use_cache")
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise PrunelabError("gradient checkpointing reads a pass twice, a cache only once; switch it off")
+        asked = given.get("output_attentions")
+        if self.decoder.config.output_attentions if asked is None else asked:
+            raise PrunelabError(f"{self.method.name} leaves no attention maps; run the model without output_attentions")
+
+    def _prompt(
+        self, state: CacheState, given: dict[str, Any], tokens: Tensor | None, valid: Tensor | None
+    ) -> Tensor | None:
         """Let the method shorten the prompt and write ahead; the validity [B, N] of what is read then."""
-        if tokens is None:
+        method = self.method
+        if not isinstance(method, (ShortensPrompt, ReadsAhead)):
             return valid
-        chosen = self.method.shorten(tokens, valid, self.budget, self.services)
+        if tokens is None:
+            raise PrunelabError(f"{method.name} reads the prompt's tokens; give input_ids, not embeddings or pictures")
+        chosen = None
+        if isinstance(method, ShortensPrompt):
+            chosen = method.shorten(tokens, valid, self.budget, self.services)
         if chosen is not None:
-            self.stream.closed_up = tokens.shape[1] - chosen.shape[1]
+            state.closed_up = tokens.shape[1] - chosen.shape[1]
             tokens = tokens.gather(1, chosen)
             valid = None if valid is None else valid.gather(1, chosen)
             real = torch.ones_like(tokens) if valid is None else valid.long()
             given["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
-        ahead = self.method.lookahead(tokens, valid, self.budget, self.services)
-        self.ahead = ahead.shape[1]
-        if self.ahead:
+        if isinstance(method, ReadsAhead):
+            ahead = method.lookahead(tokens, valid, self.budget, self.services)
+            state.ahead = ahead.shape[1]
             tokens = torch.cat([tokens, ahead], 1)
             places = given.get("position_ids")
-            if places is not None:
-                more = torch.arange(1, self.ahead + 1, device=places.device)
+            if places is not None and state.ahead:
+                more = torch.arange(1, state.ahead + 1, device=places.device)
                 given["position_ids"] = torch.cat([places, places[:, -1:] + more], 1)
             if valid is not None:
                 valid = torch.cat([valid, torch.ones_like(ahead, dtype=torch.bool)], 1)
@@ -147,11 +192,22 @@ class CacheHandle:
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Behind the decoder: nobody sees what was written ahead."""
-        self.stream.fresh = None
-        self.hidden.clear()
-        if self.ahead:
-            output.last_hidden_state = output.last_hidden_state[:, : -self.ahead]
+        layers = getattr(self._thread, "layers", None)
+        if layers is None:
+            return output
+        state = layers[0].state
+        state.running, state.fresh, state.tree = False, None, None
+        self._thread.layers, self._thread.hidden = None, {}
+        if state.ahead:
+            output.last_hidden_state = output.last_hidden_state[:, : -state.ahead]
+            if output.hidden_states is not None:
+                output.hidden_states = tuple(hidden[:, : -state.ahead] for hidden in output.hidden_states)
         return output
+
+    def leave(self) -> None:
+        """At the end of the block, also where an exception left a pass half done."""
+        if self.layers:
+            self.layers[0].state.running = False
 
     def take_over(self, past: Cache | None, mask: Tensor | None) -> Cache:
         """The cache with layers that can be pruned, or an error that names what cannot. What a cache already holds is
@@ -159,62 +215,73 @@ class CacheHandle:
         from transformers import DynamicCache
         from transformers.cache_utils import DynamicLayer
 
-        past = DynamicCache(config=self.model.config) if past is None else past
-        unlike = {type(layer).__name__ for layer in past.layers} - {DynamicLayer.__name__, PrunedLayer.__name__}
+        past = DynamicCache(config=self.decoder.config) if past is None else past
+        if past.layers and isinstance(past.layers[0], PrunedLayer):
+            return past
+        unlike = {type(layer).__name__ for layer in past.layers} - {DynamicLayer.__name__}
         if not isinstance(past, DynamicCache) or unlike:
             raise PrunelabError(
                 f"a {', '.join(sorted(unlike)) or type(past).__name__} does not hold one entry a token; use a"
-                " DynamicCache, and for models with a sliding window set config.sliding_window=None first"
+                " DynamicCache"
             )
-        if not any(isinstance(layer, PrunedLayer) for layer in past.layers):
-            stream = Stream()
-            if mask is not None and mask.dim() == 2 and not bool(mask.all()):
-                stream.fresh = mask[:, : past.get_seq_length()].bool()
-            new = [PrunedLayer(stream, index) for index in range(self.depth)]
-            for old, layer in zip(past.layers, new):
-                if old.get_seq_length():
-                    layer.update(old.keys, old.values)
-            past.layers[:] = new
-        self.layers = past.layers
-        self.stream = self.layers[0].stream
+        state = CacheState(running=True)
+        new = [PrunedLayer(state, index) for index in range(self.depth)]
+        held: int = past.get_seq_length() if past.layers else 0
+        fresh = None
+        if held and mask is not None and mask.dim() == 2 and not bool(mask[:, :held].all()):
+            fresh = mask[:, :held].bool()
+        for old, layer in zip(past.layers, new):
+            if old.get_seq_length():
+                layer.update(old.keys, old.values)
+                layer.admit(fresh)
+        past.layers[:] = new
         return past
 
     # -- inside a layer --------------------------------------------------------------------------------------------
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a layer's attention: what it reads, for methods that require `hidden`."""
-        self.hidden[module] = args[0] if args else kwargs["hidden_states"]
+        if getattr(self._thread, "layers", None) is not None:
+            self._thread.hidden[module] = args[0] if args else kwargs["hidden_states"]
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
         """Attention [B, M, H, d] of a layer whose cache was just updated, and its pruning."""
-        layer, method = self.layers[module.layer_idx], self.method  # type: ignore[index]
-        site = Site(layer.index, "block_output", layer.index)
-        prefill = layer.seen == layer.added
-        sources = {"queries": lambda: query, "hidden": lambda: self.hidden[module]}
+        layers, method = getattr(self._thread, "layers", None), self.method
+        if layers is None:  # the layer was called by itself
+            return seam.sdpa(module, query, key, value, mask, scale)
+        layer: PrunedLayer = layers[module.layer_idx]
+        state, site = layer.state, Site(layer.index, "block_output", layer.index)
+        fresh = state.fresh
+        if mask is not None and runs(self.model, "token_pruner"):  # which left this layer other tokens than the first
+            fresh = mask[:, 0, -1, -query.shape[2] :].expand(len(query), -1)
+        prefill = layer.seen == 0
+        layer.admit(fresh)
+        hidden = self._thread.hidden
+        sources = {"queries": lambda: query, "hidden": lambda: hidden[module]}
         budget = self.budget.at(layer.index)
         output = None
-        if type(method).attend is not CachePruner.attend:
+        if isinstance(method, OwnAttention):
             with torch.no_grad():
-                output = method.attend(site, self.signals(layer, site, sources, scale, prefill), budget)
+                output = method.attend(site, self.signals(layer, site, sources, scale, prefill, fresh), budget)
         if output is None:
-            output = fused(module, query, layer.keys, layer.values, layer.mask(), scale)
+            output = seam.sdpa(module, query, layer.keys, layer.values, layer.mask(), scale)
         else:
             output = output.to(query.dtype).transpose(1, 2)
-        acts = method.when == "both" or method.when == ("prefill" if prefill else "decode")
-        if acts:
+        if method.when == "both" or method.when == ("prefill" if prefill else "decode"):
             with torch.no_grad():
-                signals = self.signals(
-                    layer, site, {**sources, "outputs": lambda: output.transpose(1, 2)}, scale, prefill
-                )
+                sources = {**sources, "outputs": lambda: output.transpose(1, 2)}
+                signals = self.signals(layer, site, sources, scale, prefill, fresh)
                 kept = method.plan(site, signals, budget).reduce
                 assert isinstance(kept, Gather)
-                layer.keys, layer.values = method.thin(site, layer.keys, layer.values, signals, budget)
+                if isinstance(method, ThinsVectors):
+                    layer.keys, layer.values = method.thin(site, layer.keys, layer.values, signals, budget)
                 layer.keep(kept)
-        if prefill and self.ahead:
-            layer.forget(self.ahead)
-        if method.storage == "bitmap":
-            layer.pack(method.settled(layer.keys.shape[2]))
-        self._last[layer.index] = (layer.entries(), *layer.nbytes(), layer.dense_bytes())
+        if prefill and state.ahead:
+            layer.forget(state.ahead)
+        if isinstance(method, ThinsVectors):
+            layer.pack(method.frozen(layer.keys.shape[2]))
         return output
 
     def signals(
@@ -224,9 +291,10 @@ class CacheHandle:
         sources: Mapping[str, Callable[[], Tensor]],
         scale: float,
         prefill: bool,
+        fresh: Tensor | None,
     ) -> CacheSignals:
         """What the method may see of a layer now."""
-        valid, ahead = layer.valid, self.ahead if prefill else 0
+        valid, ahead = layer.valid, layer.state.ahead if prefill else 0
         if ahead:
             valid = torch.ones_like(layer.places, dtype=torch.bool) if valid is None else valid.clone()
             valid[..., -ahead:] = False
@@ -240,17 +308,18 @@ class CacheHandle:
             given,
             scale=scale,
             places=layer.places,
-            prompt=layer.prompt - ahead,
+            prompt=tuple(length - ahead for length in layer.prompt),
+            seen=layer.seen,
             marks=layer.marks,
             prefill=prefill,
             ahead=ahead,
-            asking=self.stream.fresh,
+            asking=fresh,
             valid=valid,
             info=self.info,
             rng=self._rng(layer.keys.device),
             required=self.method.requires(site) - ({"outputs"} - given.keys()),
             services=self.services,
-            memory=self.stream.carry,
+            memory=layer.state.memory,
         )
         return signals
 
@@ -259,10 +328,26 @@ class CacheHandle:
             self._rngs[device] = torch.Generator(device).manual_seed(self._seed)
         return self._rngs[device]
 
+    # -- generate --------------------------------------------------------------------------------------------------
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """The model's own `generate`, whose prompt is read in one piece."""
+        config = options.get("generation_config") or self.model.generation_config
+        if options.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
+            raise PrunelabError(
+                f"{self.method.name} decides when the whole prompt was read; generate without prefill_chunk_size"
+            )
+        return self._generate(*args, **options)
+
 
 def check(method: CachePruner, model: nn.Module) -> None:
     """Raises PrunelabError where the model has no cache that the method can prune."""
-    attentions(model)
+    config = seam.decoder_of(model).config
+    if seam.windowed(config):
+        raise PrunelabError(
+            f"layers of a {config.model_type} with a sliding window hide entries by themselves; set"
+            " config.sliding_window=None before the model is built"
+        )
 
 
 @contextmanager
@@ -279,15 +364,31 @@ def applied(
 
     The model's weights and forward stay as they are: all hooks come out at the end, also after an exception. Raises
     PrunelabError where the model or the kind of cache is not supported, a service is missing, the budget does not fit
-    the layers or the method, the prompt is empty or longer than the context, or a method is already applied.
+    the layers or the method, the prompt is empty or longer than the context, or the model runs a method already that
+    this one has no meaning beside.
     """
     budget = budget if isinstance(budget, Budget) else Budget(budget)
-    missing = set(method.services) - set(services or {})
-    if missing:
-        raise PrunelabError(f"{method.name} needs the services {', '.join(sorted(missing))}; pass services={{...}}")
-    check(method, model)
-    served = {name: Draft(s) if isinstance(s, nn.Module) else s for name, s in (services or {}).items()}
-    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    with claimed(method, model, services), ExitStack() as stack:
+        check(method, model)
+        handle = CacheHandle(method, model, budget, _served(model, services or {}), seed)
+        _fits(handle)
+        layers = seam.attention_layers(handle.decoder)
+        removers: list[Callable[[], Any]] = []
+        stack.callback(run_all, removers)
+        stack.callback(handle.leave)
+        stack.enter_context(seam.replaced(layers, handle.attend))
+        stack.enter_context(overridden(model, "generate", handle.generate))
+        removers.append(handle.decoder.register_forward_pre_hook(handle.begin, with_kwargs=True).remove)
+        removers.append(handle.decoder.register_forward_hook(handle.end).remove)
+        if any("hidden" in method.requires(Site(i, index=i)) for i in range(handle.depth)):
+            removers += [m.register_forward_pre_hook(handle.note, with_kwargs=True).remove for m in layers]
+        yield handle
+
+
+def _served(model: nn.Module, services: Mapping[str, Any]) -> dict[str, Any]:
+    """The services as methods see them: a language model becomes a draft, which must speak the target's tokens."""
+    served = {name: Draft(s) if isinstance(s, nn.Module) else s for name, s in services.items()}
+    vocabulary = int(seam.decoder_of(model).config.vocab_size)
     for name, service in served.items():
         if isinstance(service, Draft) and service.model is model:
             raise PrunelabError(f"the {name} is the model itself; load it a second time")
@@ -296,23 +397,13 @@ def applied(
                 f"the {name} has a vocabulary of {service.vocabulary} and the model one of {vocabulary};"
                 " both must read the same tokens"
             )
+    return served
+
+
+def _fits(handle: CacheHandle) -> None:
+    """Refuse budgets that do not fit."""
+    budget = handle.budget
     if budget.unit not in ("ratio", "count", "removed"):
         raise PrunelabError(f"a cache is pruned to a ratio, a count or by a number removed, not to {budget}")
-    handle = CacheHandle(method, model, budget, served, seed)
     if len(budget.amounts) not in (1, handle.depth):
         raise PrunelabError(f"the budget names {len(budget.amounts)} amounts but the model has {handle.depth} layers")
-    if getattr(model, "_prunelab_method", None):
-        raise PrunelabError(f"this model already runs {model._prunelab_method}; leave that `with` block first")
-    removers: list[Callable[[], Any]] = []
-    object.__setattr__(model, "_prunelab_method", method.name)
-    try:
-        with intercepted(model, handle.attend) as modules:
-            decoder: Any = model.base_model
-            removers.append(decoder.register_forward_pre_hook(handle.begin, with_kwargs=True).remove)
-            removers.append(decoder.register_forward_hook(handle.end).remove)
-            if any("hidden" in method.requires(Site(i, index=i)) for i in range(handle.depth)):
-                removers += [m.register_forward_pre_hook(handle.note, with_kwargs=True).remove for m in modules]
-            yield handle
-    finally:
-        run_all(removers)
-        object.__delattr__(model, "_prunelab_method")

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core import attention
-from prunelab.common.kv_cache.intercept import attentions, fused, intercepted
+from prunelab.common.core import attention_interface as seam
 
 
 class Draft:
     """A draft model as a service to methods. It must read the target's tokens."""
 
     def __init__(self, model: nn.Module) -> None:
-        attentions(model)
         self.model: Any = model
+        self.decoder = seam.decoder_of(model)
 
     @property
     def vocabulary(self) -> int:
         """How many tokens it knows."""
-        return int(self.model.config.vocab_size)
+        return int(self.decoder.config.vocab_size)
 
     def continues(self, tokens: Tensor, valid: Tensor | None, count: int) -> Tensor:
         """Up to `count` tokens [B, A] that the draft would write behind the prompt [B, N], the likeliest each time."""
@@ -45,7 +45,9 @@ class Draft:
         found: list[Tensor] = []
         mask = torch.ones_like(tokens) if valid is None else valid.long()
 
-        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, scale: float
+        ) -> Tensor:
             fresh = mask[:, : key.shape[2]].bool()
             if int(module.layer_idx) >= first_layer:  # type: ignore[arg-type]
                 real = None if bool(fresh.all()) else fresh.unsqueeze(1)
@@ -55,10 +57,10 @@ class Draft:
                 places = torch.arange(key.shape[2], device=key.device)
                 own = places[-query.shape[2] :, None]
                 allowed = (places <= own) & (fresh[:, None, None] | (places == own))
-            return fused(module, query, key, value, allowed, scale)
+            return seam.sdpa(module, query, key, value, allowed, scale)
 
         later: list[list[Tensor]] = []
-        with torch.inference_mode(), intercepted(self.model, attend):
+        with torch.inference_mode(), seam.replaced(seam.attention_layers(self.decoder), attend):
             out = self.model(input_ids=tokens, attention_mask=mask, position_ids=_places(mask), use_cache=True)
             window = [rows.clone() for rows in found]
             for _ in range(steps):
@@ -69,8 +71,8 @@ class Draft:
                     input_ids=written,
                     attention_mask=mask,
                     position_ids=_places(mask)[:, -1:],
-                    past_key_values=out.past_key_values,
                     use_cache=True,
+                    **seam.with_cache({}, seam.cache_in(out)),
                 )
                 later.append([rows.clone() for rows in found])
         return window, later

@@ -26,11 +26,11 @@ class CacheSignals(Signals):
     `queries` and `keys`.
 
     places [B, KV, N]: number of each entry's token among the sample's own; valid [B, KV, N] or None: entries that
-    count. prompt [B]: tokens each sample began with, which ratios count from. marks: tensors [B, KV, N] by name that
-    the method leaves at a layer; they follow the entries from step to step, new entries bring zeros. memory: what the
-    method leaves for all layers while the cache lives. prefill: whether the cache was empty before this pass. ahead:
-    entries at the end that a draft wrote, which never stay. asking [B, M]: queries that are no padding, None where
-    all count.
+    count. seen: tokens so far, padding among them. prompt: tokens each sample began with, which ratios count from.
+    marks: tensors [B, KV, N] by name that the method leaves at a layer; they follow the entries from step to step, new
+    entries bring zeros. memory: what the method leaves for all layers while the cache lives. prefill: whether the cache
+    was empty before this pass. ahead: entries at the end that a draft wrote, which never stay. asking [B, M]: queries
+    that are no padding, None where all count.
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class CacheSignals(Signals):
         *,
         scale: float,
         places: Tensor,
-        prompt: Tensor,
+        prompt: tuple[int, ...],
+        seen: int,
         marks: dict[str, Tensor],
         prefill: bool,
         ahead: int = 0,
@@ -53,8 +54,8 @@ class CacheSignals(Signals):
             required |= {"queries", "keys"}
         rest |= {"required": required}
         super().__init__(sources, prunable=prunable, units=places.shape[-1], valid=valid, **rest)
-        self.places = places
-        self.scale, self.prompt, self.marks, self.prefill, self.ahead = scale, prompt, marks, prefill, ahead
+        self.places, self.scale, self.prompt, self.seen = places, scale, prompt, seen
+        self.marks, self.prefill, self.ahead = marks, prefill, ahead
         self.asking = asking
 
     def rows(self, last: int) -> Tensor:
@@ -80,15 +81,13 @@ class CacheSignals(Signals):
 
 class CachePruner(Method):
     """Prunes entries of a key-value cache, per layer and key-value head. Fill in `score`, or override what does not
-    fit. The budget counts entries of one head; ratios count from the prompt.
+    fit. The budget counts entries of one head; ratios count from the prompt. What few methods do is said by a mixin.
 
     when: after the pass that fills the empty cache (`prefill`), after each later one (`decode`), or `both`.
-    storage: `bitmap` keeps entries that are `settled` as bitmaps and nonzero numbers.
     """
 
     role: ClassVar[str] = "cache_pruner"
     when: ClassVar[Literal["prefill", "decode", "both"]] = "prefill"
-    storage: ClassVar[Literal["dense", "bitmap"]] = "dense"
 
     @abstractmethod
     def requires(self, site: Site) -> frozenset[str]:
@@ -98,7 +97,7 @@ class CachePruner(Method):
         """Importance [B, KV, N] of every cache entry, larger is better."""
         raise TypeError(f"{type(self).__name__} fills in neither score() nor plan()")
 
-    def spared(self, capacity: int) -> tuple[int, int]:
+    def protected(self, capacity: int) -> tuple[int, int]:
         """How many of the first and of the last tokens always stay, where a head keeps `capacity` entries."""
         return 0, 0
 
@@ -111,51 +110,102 @@ class CachePruner(Method):
         whole = budget.amounts == ((0,) if budget.unit == "removed" else (1,)) and budget.unit != "count"
         if whole or budget.unit == "count":
             return [1 << 30 if whole else int(budget.amounts[0])] * len(signals.prompt)
-        return [budget.count(n) for n in signals.prompt.tolist()]
+        return [budget.count(n) for n in signals.prompt]
 
     def select(self, scores: Tensor, signals: CacheSignals, budget: Budget) -> Gather:
-        """The spared and the best-scored entries of each head under the budget, in original order."""
+        """The protected and the best-scored entries of each head under the budget, in original order."""
+        counts = self.capacity(signals, budget)
+        ends = [self.protected(n) for n in counts]
+        if signals.valid is None and len(set(counts)) == 1:
+            return self._alike(scores, signals, counts[0], *ends[0])
         assert signals.places is not None
-        counts = torch.tensor(self.capacity(signals, budget), device=scores.device)
+        limits = torch.tensor(counts, device=scores.device).unsqueeze(1)
         available = signals.prunable.sum(-1)  # [B, KV]
-        sink, window = (
-            torch.tensor(part, device=scores.device).view(-1, 1, 1)
-            for part in zip(*(self.spared(n) for n in counts.tolist()))
-        )
+        sink, window = (torch.tensor(part, device=scores.device).view(-1, 1, 1) for part in zip(*ends))
         least = (sink + window).squeeze(-1)
-        if bool(((counts.unsqueeze(1) < available) & (counts.unsqueeze(1) < least)).any()):
-            raise PrunelabError(
-                f"a cache of {int(counts.min())} entries cannot hold the {int(least.max())} first and last tokens that"
-                f" {self.name} always keeps; raise the budget or lower its sink or window"
-            )
+        if bool(((limits < available) & (limits < least)).any()):
+            raise self._too_small(min(counts), max(map(sum, ends)))
         newest = signals.places.masked_fill(~signals.prunable, -1).amax(-1, keepdim=True)
         kept = (signals.places < sink) | (signals.places > newest - window)
         ranked = scores.float().masked_fill(kept, float("inf")).masked_fill(~signals.prunable, float("-inf"))
-        counts = counts.unsqueeze(1).clamp(max=available)
-        best = selection.keep_first(selection.descending(ranked).flatten(0, 1), counts.flatten())
+        best = selection.keep_first(selection.descending(ranked).flatten(0, 1), limits.clamp(max=available).flatten())
         shape = (*scores.shape[:2], -1)
         return Gather(best.index.view(shape), None if best.valid is None else best.valid.view(shape))
 
+    def _alike(self, scores: Tensor, signals: CacheSignals, count: int, sink: int, window: int) -> Gather:
+        """The same where all entries of all samples count and equally many stay: nothing depends on a value, so that
+        none is looked at."""
+        entries = scores.shape[-1]
+        if count >= entries:
+            return Gather(torch.arange(entries, device=scores.device).expand_as(scores))
+        if count < sink + window:
+            raise self._too_small(count, sink + window)
+        ranked = scores.float()
+        if sink or window:
+            assert signals.places is not None
+            ends = (signals.places < sink) | (signals.places >= signals.seen - window)
+            ranked = ranked.masked_fill(ends, float("inf"))
+        return Gather(selection.descending(ranked)[..., :count].sort(-1).values)
+
+    def _too_small(self, count: int, least: int) -> PrunelabError:
+        return PrunelabError(
+            f"a cache of {count} entries cannot hold the {least} first and last tokens that {self.name} always keeps;"
+            " raise the budget or lower its sink or window"
+        )
+
+    def beside(self, other: Method) -> str | None:
+        if other.role == "draft_decoder" and self.when != "prefill":
+            return f"a draft is confirmed or taken back, but {self.name} prunes for good at every step; let one go"
+        return None
+
+
+class ThinsVectors(CachePruner):
+    """Prunes single numbers of keys and values; what changes no more is stored as bitmaps and nonzero numbers."""
+
+    @abstractmethod
     def thin(
         self, site: Site, keys: Tensor, values: Tensor, signals: CacheSignals, budget: Budget
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [B, KV, N, d] with zeros where single numbers are pruned."""
-        return keys, values
 
-    def settled(self, entries: int) -> int:
+    @abstractmethod
+    def frozen(self, entries: int) -> int:
         """How many of the first of so many entries `thin` will never change again."""
-        return 0
 
+
+class OwnAttention(CachePruner):
+    """Changes attention itself."""
+
+    @abstractmethod
     def attend(self, site: Site, signals: CacheSignals, budget: Budget) -> Tensor | None:
-        """The heads' outputs [B, H, M, d], for methods that change attention itself; None leaves it to the model's."""
-        return None
+        """The heads' outputs [B, H, M, d]; None leaves them to the model."""
 
+
+class _ReadsPrompt(CachePruner):
+    def beside(self, other: Method) -> str | None:
+        if other.role == "token_pruner":
+            return f"{self.name} chooses what is read of the prompt before {other.name} sees it; let one go"
+        return super().beside(other)
+
+
+class ReadsAhead(_ReadsPrompt):
+    """Lets the target read what may follow the prompt, for its queries alone."""
+
+    @abstractmethod
     def lookahead(self, tokens: Tensor, valid: Tensor | None, budget: Budget, services: Mapping[str, Any]) -> Tensor:
-        """Tokens [B, A] that may follow the prompt [B, N]; the target reads them for their queries alone."""
-        return tokens[:, :0]
+        """Tokens [B, A] that may follow the prompt [B, N]."""
 
+
+class ShortensPrompt(_ReadsPrompt):
+    """Leaves tokens of the prompt unread."""
+
+    @abstractmethod
     def shorten(
         self, tokens: Tensor, valid: Tensor | None, budget: Budget, services: Mapping[str, Any]
     ) -> Tensor | None:
         """Places [B, K] of the prompt tokens [B, N] that the target reads at all, closed up; None: all."""
-        return None
+
+    def beside(self, other: Method) -> str | None:
+        if other.role == "draft_decoder":
+            return f"{self.name} renumbers the prompt that {other.name} drafts behind; let one go"
+        return super().beside(other)

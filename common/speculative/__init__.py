@@ -7,7 +7,7 @@
 """
 
 from prunelab.common.speculative import baselines
-from prunelab.common.speculative.loop import Decoded, Handle, Session, applied, generate
+from prunelab.common.speculative.loop import Decoded, DecodingHandle, Session, applied, generate
 from prunelab.common.speculative.reader import Reader
 
-__all__ = ["Decoded", "Handle", "Reader", "Session", "applied", "baselines", "generate"]
+__all__ = ["Decoded", "DecodingHandle", "Reader", "Session", "applied", "baselines", "generate"]

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prunelab.common.core import attention_interface as seam
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import claimed, overridden, runs
 from prunelab.common.core.learned import PARTS, fitting
 from prunelab.common.speculative.reader import Reader, info
 from prunelab.common.speculative.role import DraftDecoder, Step
@@ -21,8 +23,6 @@ from prunelab.common.speculative.trees import DraftTree
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation import GenerateDecoderOnlyOutput
-
-MARK = "_prunelab_method"  # names the method at work on a model
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,11 @@ class Session:
 
         room: tokens that may still be emitted. process: from a tree and its logits to the logits to decode by.
         """
+        room = 1 if reader.prompting else room
         with self._drafting(tokens.device):
             tree = self.method.draft(self.state, tokens, self.budget)
             tree = tree if room is None else tree.within(room - 1)
-            aside = self.method.aside(self.state, tokens)
+            aside = None if reader.prompting else self.method.aside(self.state, tokens)
         count = len(tree.tokens) + 1
         read = reader.read(tokens, tree, aside=aside)
         logits, hidden = read[:count], reader.hidden
@@ -110,12 +111,13 @@ def clock(device: torch.device) -> float:
 
 
 @dataclass
-class Handle:
+class DecodingHandle:
     """A method applied to a model; `runs` holds what every call of `generate` gave."""
 
     model: PreTrainedModel
     session: Session
     seed: int
+    plain: Callable[..., Any]  # the model's `generate` as it was
     runs: list[Decoded] = field(default_factory=list)
     _steps: int = 0
     _prompt: int = 0
@@ -138,7 +140,7 @@ class Handle:
                 f"{self.session.method.name} decodes by itself; leave custom_generate and assistants out"
             )
         self._steps, before, start = 0, self.session.drafting, clock(self.model.device)
-        out = type(self.model).generate(self.model, *args, custom_generate=self.decode, **options)
+        out = self.plain(*args, custom_generate=self.decode, **options)
         seconds = clock(self.model.device) - start
         sequence = out if isinstance(out, Tensor) else out.sequences
         tokens = sequence[0, self._prompt :]
@@ -182,7 +184,7 @@ class Handle:
             return sequence
         from transformers.generation import GenerateDecoderOnlyOutput
 
-        return GenerateDecoderOnlyOutput(sequences=sequence, past_key_values=reader.cache)
+        return GenerateDecoderOnlyOutput(sequences=sequence, **seam.with_cache({}, reader.cache))
 
     def _own(self, model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, mask: Tensor | None) -> Tensor:
         """The prompt's own tokens [N], without padding on the left."""
@@ -193,10 +195,11 @@ class Handle:
         return input_ids[0] if mask is None else input_ids[0][mask[0].bool()]
 
     def _reader(self, model: PreTrainedModel, tokens: Tensor, given: Mapping[str, Any]) -> Reader:
-        cache = given.get("past_key_values")
+        cache = seam.cache_in(given)
         if cache is None or not given.get("use_cache", True):
             raise PrunelabError("a draft is verified with the help of a cache; leave use_cache on")
-        return Reader(model, cache, tokens[: cache.get_seq_length()], self.session.method.reads_hidden)
+        whole = runs(model, "cache_pruner")
+        return Reader(model, cache, tokens[: cache.get_seq_length()], self.session.method.reads_hidden, whole)
 
 
 def refuse_prompt(model: PreTrainedModel, input_ids: Tensor) -> None:
@@ -250,7 +253,7 @@ def applied(
     parts: nn.Module | None = None,
     seed: int = 0,
     state: Any = None,
-) -> Iterator[Handle]:
+) -> Iterator[DecodingHandle]:
     """Let `model.generate` decode by the method inside the `with` block, with all of its options and one prompt a call.
 
     budget: nodes of a draft tree, in number or as a share of the method's own. services: what the method needs by name;
@@ -259,28 +262,19 @@ def applied(
     on. state: one that `method.start` or an earlier handle gave (`handle.session.state`), to go on from.
     Nothing of the model changes but the attribute `generate`, for the length of the block.
     """
-    reader = check(method, model)
-    missing = set(method.services) - set(services or {})
-    if missing:
-        raise PrunelabError(f"{method.name} needs the services {', '.join(sorted(missing))}; pass services={{...}}")
-    if getattr(model, MARK, None):
-        raise PrunelabError(f"this model already runs {getattr(model, MARK)}; leave that `with` block first")
-    vocabulary = reader.vocabulary
-    given = {name: _service(name, value, vocabulary) for name, value in (services or {}).items()}
-    if state is None:
-        learned = fitting(method, info(model), parts, getattr(model, PARTS, None))
-        given |= {} if learned is None else {"parts": learned}
-        with torch.inference_mode(False), torch.device(reader.model.device):  # a state may be gone on from anywhere
-            state = method.start(vocabulary, **given)
-    budget = budget if isinstance(budget, Budget) else Budget(budget)
-    handle = Handle(reader.model, Session(method, budget, state), seed)
-    object.__setattr__(model, MARK, method.name)
-    object.__setattr__(model, "generate", handle.generate)
-    try:
-        yield handle
-    finally:
-        object.__delattr__(model, "generate")
-        object.__delattr__(model, MARK)
+    with claimed(method, model, services):
+        reader = check(method, model)
+        vocabulary = reader.vocabulary
+        given = {name: _service(name, value, vocabulary) for name, value in (services or {}).items()}
+        if state is None:
+            learned = fitting(method, info(model), parts, getattr(model, PARTS, None))
+            given |= {} if learned is None else {"parts": learned}
+            with torch.inference_mode(False), torch.device(reader.model.device):  # a state may be gone on from anywhere
+                state = method.start(vocabulary, **given)
+        budget = budget if isinstance(budget, Budget) else Budget(budget)
+        handle = DecodingHandle(reader.model, Session(method, budget, state), seed, model.generate)
+        with overridden(model, "generate", handle.generate):
+            yield handle
 
 
 def _service(name: str, value: Any, vocabulary: int) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prunelab.common.core import attention_interface as seam
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import ModelInfo
 from prunelab.common.speculative.trees import DraftTree
@@ -24,11 +25,17 @@ class Reader:
     The cache holds the entries of the sequence `held` [n] and, until the next call, of the tree read last. Tree entries
     are told apart by a 4-D attention mask and by position ids, which transformers passes on to any model. `cache` may
     hold the first tokens already, `held` says which. With `watch` the last read leaves in `hidden` [rows, D] what the
-    model's output layer made its logits of.
+    model's output layer made its logits of. With `whole` a prompt is read in one pass and by itself, for models that
+    prune what it leaves.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: Cache | None = None, held: Tensor | None = None, watch: bool = False
+        self,
+        model: PreTrainedModel,
+        cache: Cache | None = None,
+        held: Tensor | None = None,
+        watch: bool = False,
+        whole: bool = False,
     ) -> None:
         from transformers import DynamicCache
 
@@ -37,6 +44,7 @@ class Reader:
         self.held = torch.empty(0, dtype=torch.long, device=model.device) if held is None else held
         self.hidden: Tensor | None = None
         self._watch, self._context = watch, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._whole = whole
         self._tree: DraftTree | None = None
         self._brief = "logits_to_keep" in inspect.signature(model.forward).parameters
         _check(model, self.cache)
@@ -46,6 +54,11 @@ class Reader:
         """Number of tokens that the model gives logits for."""
         return vocabulary(self.model)
 
+    @property
+    def prompting(self) -> bool:
+        """Whether the next thing read is a prompt that is read by itself, with an empty tree."""
+        return self._whole and not len(self.held)
+
     def read(self, tokens: Tensor, tree: DraftTree, known: int = 0, aside: DraftTree | None = None) -> Tensor:
         """Logits [T + 1, V] behind the sequence [N] (row 0) and behind every node of the tree.
 
@@ -53,6 +66,9 @@ class Reader:
         not read again, and the logits are those of the other nodes [T - known, V]. `aside`: S tokens more, which share
         the pass alone; their logits follow, and where the context ends they take its last place.
         """
+        if self.prompting:
+            self.held, self._tree = tokens, tree
+            return self._forward(tokens, None, 0, 1, self._watch)
         drafts, tree = len(tree.tokens), tree if aside is None else tree.beside(aside)
         if known:
             unread = tokens[:0]
@@ -76,13 +92,16 @@ class Reader:
             behind[drafts:].clamp_(max=self._context - 1)
         positions = torch.cat([places, behind[known:]])
         self.held, self._tree = tokens, tree
-        return self._forward(fed, seen, positions, new + (not known))
+        return self._forward(fed, seen, positions, new + (not known), self._watch)
 
     def keep(self, nodes: Tensor) -> None:
         """Of the tree read last keep the path of nodes [A], as part of the sequence. Caches shrink in place."""
         assert self._tree is not None
         start, count = len(self.held), len(nodes)
         for layer in self.cache.layers:
+            if hasattr(layer, "keep_path"):  # a layer that holds fewer entries than it has seen tokens
+                layer.keep_path(nodes, len(self._tree.tokens))
+                continue
             for name in ("keys", "values"):
                 entries = getattr(layer, name)
                 moved = entries.index_select(-2, start + nodes.to(entries.device))  # source and target overlap
@@ -103,7 +122,9 @@ class Reader:
         short = min(len(tokens), len(self.held))
         self.crop(int((tokens[:short] == self.held[:short]).long().cumprod(0).sum()))
 
-    def _forward(self, fed: Tensor, seen: Tensor | None, positions: Tensor | int, keep: int) -> Tensor:
+    def _forward(
+        self, fed: Tensor, seen: Tensor | None, positions: Tensor | int, keep: int, watch: bool = False
+    ) -> Tensor:
         """Logits [keep, V] of the last tokens fed [M]; seen: [M, N] bool of the entries each may attend to."""
         mask = None
         if seen is not None:  # additive: the one form that both sdpa and eager attention take
@@ -112,14 +133,12 @@ class Reader:
         if isinstance(positions, int):
             positions = torch.arange(positions, positions + len(fed), device=fed.device)
         options: dict[str, Any] = {"logits_to_keep": keep} if self._brief else {}
-        watch = self._watch and seen is not None
         out = self.model(
             input_ids=fed.unsqueeze(0),
             attention_mask=mask,
             position_ids=positions.unsqueeze(0),
-            past_key_values=self.cache,
-            use_cache=True,
             output_hidden_states=watch,
+            **seam.with_cache({"use_cache": True}, self.cache),
             **options,
         )
         self.hidden = out.hidden_states[-1][0, -keep:] if watch else None
@@ -152,14 +171,15 @@ def _check(model: PreTrainedModel, cache: Cache) -> None:
 
     if model.config.is_encoder_decoder:
         raise PrunelabError("speculative decoding runs on decoder-only language models; this one has an encoder")
-    attention = model.config._attn_implementation
+    attention = seam.implementation(model.config)
     if attention not in ("sdpa", "eager"):
         raise PrunelabError(
             f"a tree needs an attention mask, which {attention} does not take;"
             ' call model.set_attn_implementation("sdpa")'
         )
     for layers in (cache.layers, DynamicCache(config=model.config).layers):
-        odd = {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}
+        plain = [type(layer) is DynamicLayer or hasattr(layer, "keep_path") for layer in layers]
+        odd = {type(layer).__name__ for layer, known in zip(layers, plain, strict=True) if not known}
         if odd:
             raise PrunelabError(
                 f"the cache has {', '.join(sorted(odd))}, whose entries cannot be moved one by one;"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import claimed
 from prunelab.common.core.learned import PARTS, fitting
 from prunelab.common.core.plan import Report, Site
 from prunelab.common.costs.meter import flops, on_meta
@@ -130,33 +131,38 @@ def applied(
     seed: int = 0,
 ) -> Iterator[Handle]:
     """Prune the tokens of every forward pass inside the block; see `prunelab.apply`."""
-    missing = set(method.services) - set(services or {})
-    if missing:
-        raise PrunelabError(f"{method.name} needs the services {', '.join(sorted(missing))}; pass services={{...}}")
+    with claimed(method, model, services):
+        handle = _handle(method, model, budget, services or {}, parts, seed)
+        own = getattr(model, PARTS, None)
+        handle.start()
+        try:
+            if parts is not None:
+                model.add_module(PARTS, parts)
+            yield handle
+        finally:
+            handle.stop()
+            if own is not None:
+                model.add_module(PARTS, own)
+            else:
+                model._modules.pop(PARTS, None)
+
+
+def _handle(
+    method: TokenPruner,
+    model: nn.Module,
+    budget: Budget | float,
+    services: Mapping[str, Any],
+    parts: nn.Module | None,
+    seed: int,
+) -> Handle:
+    """The method on the model's adapter, once everything is known to fit."""
     budget = budget if isinstance(budget, Budget) else Budget(budget)
     adapter, sites = check(method, model)
     info = adapter.info
-    own = getattr(model, PARTS, None)
-    used = fitting(method, info, parts, own)
+    used = fitting(method, info, parts, getattr(model, PARTS, None))
     for site in sites:
         budget.at(site.index)
     if len(budget.amounts) > max(1, len(sites)):
         raise PrunelabError(f"the budget names {len(budget.amounts)} amounts but {method.name} has {len(sites)} sites")
-    if getattr(model, "_prunelab_method", None):
-        raise PrunelabError(f"this model already runs {model._prunelab_method}; leave that `with` block first")
     trace = Trace([0.0] * info.depth, [0.0] * info.depth)
-    application = Application(method, budget, sites, trace, _seeded(seed), services or {}, used)
-    handle = Handle(adapter, application)
-    handle.start()
-    object.__setattr__(model, "_prunelab_method", method.name)
-    if parts is not None:
-        model.add_module(PARTS, parts)
-    try:
-        yield handle
-    finally:
-        handle.stop()
-        object.__delattr__(model, "_prunelab_method")
-        if own is not None:
-            model.add_module(PARTS, own)
-        else:
-            model._modules.pop(PARTS, None)
+    return Handle(adapter, Application(method, budget, sites, trace, _seeded(seed), services, used))

@@ -35,6 +35,13 @@ class TokenPruner(Method):
     def requires(self, site: Site) -> frozenset[str]:
         """Names of the signals read at a site. The adapter computes these and no others."""
 
+    def beside(self, other: Method) -> str | None:
+        if other.role == "cache_pruner" and self.rest == "defer":
+            return f"{self.name} brings tokens back from the cache that {other.name} prunes; take rest='drop'"
+        if other.role == "draft_decoder":
+            return f"{other.name} verifies drafts against every token of the text, of which {self.name} leaves some out"
+        return None
+
     def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         """Decide what goes on from here. `budget` is already the one of this site."""
         kept = signals.keep(budget, scores=self.score(site, signals))

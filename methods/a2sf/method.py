@@ -16,7 +16,7 @@ from prunelab.common.core import attention
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Site
-from prunelab.common.kv_cache.role import CachePruner, CacheSignals
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals, OwnAttention
 
 
 def surviving(row: Tensor, evicted: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class A2SF(CachePruner):
+class A2SF(OwnAttention):
     """The paper's method: entries go one by one, while the prompt is read and while the answer is written.
 
     forgetting: alpha; 1 is H2O's sum, 0 the current step alone. sink, recent: first and last tokens that always stay;
@@ -94,7 +94,7 @@ class A2SF(CachePruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys", "values"})
 
-    def spared(self, capacity: int) -> tuple[int, int]:
+    def protected(self, capacity: int) -> tuple[int, int]:
         return self.sink, self.recent
 
     def attend(self, site: Site, signals: CacheSignals, budget: Budget) -> Tensor | None:
@@ -142,7 +142,7 @@ class A2SFPrefill(CachePruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})
 
-    def spared(self, capacity: int) -> tuple[int, int]:
+    def protected(self, capacity: int) -> tuple[int, int]:
         return 0, self.recent
 
     def score(self, site: Site, signals: CacheSignals) -> Tensor:

@@ -36,7 +36,7 @@ class H2O(CachePruner):
         signals.marks["received"] = received
         return received
 
-    def spared(self, capacity: int) -> tuple[int, int]:
+    def protected(self, capacity: int) -> tuple[int, int]:
         return 0, int(round(self.recent * capacity, 6))
 
 

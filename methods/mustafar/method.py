@@ -15,7 +15,7 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, Plan, Site
-from prunelab.common.kv_cache.role import CachePruner, CacheSignals
+from prunelab.common.kv_cache.role import CacheSignals, ThinsVectors
 
 
 def largest(x: Tensor, sparsity: float, released: bool = True) -> Tensor:
@@ -47,7 +47,7 @@ def per_channel(x: Tensor, sparsity: float, group: int, released: bool = True) -
 
 
 @dataclass(frozen=True)
-class Mustafar(CachePruner):
+class Mustafar(ThinsVectors):
     """Magnitude pruning of keys and values, each token once, when it leaves the window of the last tokens.
 
     The budget is the share of the entries of a vector that stays. keys, values: the share that goes of the one or the
@@ -64,7 +64,6 @@ class Mustafar(CachePruner):
 
     name: ClassVar[str] = "mustafar"
     when = "both"
-    storage = "bitmap"
     exempt = {"budget": "every entry stays, with fewer numbers"}
 
     def __post_init__(self) -> None:
@@ -74,7 +73,7 @@ class Mustafar(CachePruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})
 
-    def settled(self, entries: int) -> int:
+    def frozen(self, entries: int) -> int:
         done = max(entries - self.window, 0)
         return done if self.value_groups == "token" else done // self.window * self.window
 

@@ -28,5 +28,5 @@ class RandomCache(CachePruner):
         assert signals.places is not None
         return torch.rand(signals.places.shape, generator=signals.rng, device=signals.places.device)
 
-    def spared(self, capacity: int) -> tuple[int, int]:
+    def protected(self, capacity: int) -> tuple[int, int]:
         return 0, min(self.window, capacity)

@@ -49,7 +49,7 @@ class SnapKV(CachePruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})
 
-    def spared(self, capacity: int) -> tuple[int, int]:
+    def protected(self, capacity: int) -> tuple[int, int]:
         return 0, self.window
 
     def score(self, site: Site, signals: CacheSignals) -> Tensor:

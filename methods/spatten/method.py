@@ -19,7 +19,7 @@ from prunelab.common.core import attention, selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Plan, Site
-from prunelab.common.kv_cache.role import CachePruner, CacheSignals
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals, OwnAttention
 
 ROWS = 128  # queries attended at once
 
@@ -56,7 +56,7 @@ def fetched(
 
 
 @dataclass(frozen=True)
-class SpAtten(CachePruner):
+class SpAtten(OwnAttention):
     """Cascade pruning while a prompt is read and an answer written. The budget is what stays of the tokens behind each
     layer: one amount for all, or falling amounts, one a layer.
 
@@ -81,7 +81,7 @@ class SpAtten(CachePruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys", "values"})
 
-    def spared(self, capacity: int) -> tuple[int, int]:
+    def protected(self, capacity: int) -> tuple[int, int]:
         return 0, min(1, capacity)  # assumption: the newest token stays, since the next one is read off it
 
     def attend(self, site: Site, signals: CacheSignals, budget: Budget) -> Tensor | None:
@@ -183,7 +183,7 @@ class SpAttenChat(CachePruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})
 
-    def spared(self, capacity: int) -> tuple[int, int]:
+    def protected(self, capacity: int) -> tuple[int, int]:
         return self.start, int(round(self.recent * capacity, 6))
 
     def score(self, site: Site, signals: CacheSignals) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, Plan, Site
-from prunelab.common.kv_cache.role import CachePruner, CacheSignals
+from prunelab.common.kv_cache.role import CacheSignals, ReadsAhead, ShortensPrompt
 
 Reduction = Literal["max", "mean"]
 
@@ -36,7 +36,7 @@ def asked_for(rows: Tensor, kernel: int, reduction: Reduction = "max", pooling: 
 
 
 @dataclass(frozen=True)
-class SpecKV(CachePruner):
+class SpecKV(ReadsAhead):
     """Scores a prompt's entries by the queries of the tokens that a draft writes behind it, and of its last ones.
 
     ahead: tokens the draft writes; the paper lets it write as many as the answer may have. window: last tokens that ask
@@ -60,7 +60,7 @@ class SpecKV(CachePruner):
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})
 
-    def spared(self, capacity: int) -> tuple[int, int]:
+    def protected(self, capacity: int) -> tuple[int, int]:
         return 0, self.window
 
     def lookahead(self, tokens: Tensor, valid: Tensor | None, budget: Budget, services: Mapping[str, Any]) -> Tensor:
@@ -127,7 +127,7 @@ def chosen(scores: Tensor, capacity: int, window: int, neighbours: int) -> Tenso
 
 
 @dataclass(frozen=True)
-class SpecPC(CachePruner):
+class SpecPC(ShortensPrompt):
     """Leaves tokens out of the prompt by a draft's attention; the target reads the others as if that were all.
 
     window: last tokens of the prompt whose attention counts, and which always stay; weighted: rising to the last.
@@ -181,7 +181,7 @@ class SpecPC(CachePruner):
 
 
 @dataclass(frozen=True)
-class SpecKVPC(SpecKV):
+class SpecKVPC(ShortensPrompt, SpecKV):
     """SpecPC down to `prompt` tokens, then SpecKV down to the budget. The draft writes ahead behind the shortened
     prompt; the paper uses again what it wrote behind the whole one."""
 

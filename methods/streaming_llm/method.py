@@ -37,7 +37,7 @@ class StreamingLLM(CachePruner):
     def score(self, site: Site, signals: CacheSignals) -> Tensor:
         return recency(signals)
 
-    def spared(self, capacity: int) -> tuple[int, int]:
+    def protected(self, capacity: int) -> tuple[int, int]:
         return self.sink, 0
 
 

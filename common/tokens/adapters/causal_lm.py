@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core import attention, selection
-from prunelab.common.core.attention_interface import NAME, Recorder, record
+from prunelab.common.core.attention_interface import NAME, Recorder, cache_in, implementation, record
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import padded_first, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
@@ -93,10 +93,8 @@ class CausalLM(SequenceAdapter):
         kinds = set(getattr(self.config, "layer_types", None) or ())
         if kinds - {"full_attention"} or (not kinds and getattr(self.config, "sliding_window", None) is not None):
             raise PrunelabError("tokens leave decoders of full attention only; set config.sliding_window=None first")
-        if self.config._attn_implementation not in ("sdpa", "eager", NAME):
-            raise PrunelabError(
-                f"tokens leave models that run sdpa or eager attention, not {self.config._attn_implementation}"
-            )
+        if (attends := implementation(self.config)) not in ("sdpa", "eager", NAME):
+            raise PrunelabError(f"tokens leave models that run sdpa or eager attention, not {attends}")
         if len({site.layer for site in sites}) < len(sites):
             raise PrunelabError(f"{method.name} prunes twice before one layer; a decoder has one site a layer")
         for site in sites if method.rest == "defer" else ():
@@ -125,7 +123,8 @@ class CausalLM(SequenceAdapter):
                 if application.method.requires(site) & _ATTENTION:
                     self.recorders[layer - 1], stop = record(self.blocks[layer - 1].self_attn)
                     removers.append(stop)
-            removers.append(self.decoder.register_forward_pre_hook(self._begin(application), with_kwargs=True).remove)
+            begin = self._begin(application)  # before what prunes the cache of the tokens that are left
+            removers.append(self.decoder.register_forward_pre_hook(begin, prepend=True, with_kwargs=True).remove)
             removers.append(self.decoder.register_forward_hook(self._end).remove)
             for layer, block in enumerate(self.blocks):
                 stretch = starts.index(layer) if layer in starts else None
@@ -141,7 +140,7 @@ class CausalLM(SequenceAdapter):
         deferring = application.method.rest == "defer"
 
         def hook(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-            ids, cache = given.get("input_ids", args[0] if args else None), given.get("past_key_values")
+            ids, cache = given.get("input_ids", args[0] if args else None), cache_in(given)
             read = given.get("inputs_embeds") if ids is None else ids
             if read is None or read.shape[1] == 0:
                 raise PrunelabError("the prompt is empty; give at least one token")
@@ -205,7 +204,7 @@ class CausalLM(SequenceAdapter):
         self, application: Application, layer: int, stretch: int | None, site: Site | None
     ) -> Callable[..., Any]:
         def hook(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-            x, cache = args[0], given.get("past_key_values")
+            x, cache = args[0], cache_in(given)
             if layer == 0 and not self.decoding:
                 application.trace.samples += len(x)
                 if cache is not None:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core import attention
-from prunelab.common.core.attention_interface import record
+from prunelab.common.core.attention_interface import cache_in, record
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import padded_first, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
@@ -174,7 +174,8 @@ class VisionLanguage(VisionSide):
             removers.append(self._watch_placeholders())
             begin = self.body.register_forward_pre_hook(self._begin, with_kwargs=True)
             removers.append(begin.remove)
-            removers.append(self.decoder.register_forward_pre_hook(self._enter(application), with_kwargs=True).remove)
+            enter = self._enter(application)  # before what prunes the cache of the tokens that are left
+            removers.append(self.decoder.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
             for layer, block in enumerate(self.blocks):
                 hook = self._layer(application, layer)
                 removers.append(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -210,7 +211,7 @@ class VisionLanguage(VisionSide):
         sites = [s for s in application.sites if s.where != "input" or s.layer == 0]
 
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
             if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
                 raise PrunelabError("tokens are pruned with a growing cache and a 2-D mask; leave cache_implementation")
             if cache is not None and cache.get_seq_length() > 0:
@@ -275,7 +276,7 @@ class VisionLanguage(VisionSide):
         sites = [s for s in application.sites if s.where == "input" and s.layer == layer and layer > 0]
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            cache = kwargs.get("past_key_values")
+            cache = cache_in(kwargs)
             if layer == 0:
                 self.decoding = cache is not None and cache.get_seq_length() > 0
                 if cache is not None and not self.decoding:

@@ -206,8 +206,8 @@ def test_spatten_generates_and_padding_changes_nothing():
         together = model.generate(tokens, attention_mask=padded(tokens, 6), **GREEDY)
         alone = model.generate(tokens[:1, 6:], **GREEDY)
         assert handle.report().entries == (9.0,) * 3
-        assert int(handle.stream.carry["heads"].sum()) == 2
-        assert 0 < handle.stream.carry["refetched"] <= 1
+        assert int(handle.layers[0].state.memory["heads"].sum()) == 2
+        assert 0 < handle.layers[0].state.memory["refetched"] <= 1
     assert torch.equal(together[:1, 6:], alone)
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import at_work
 from prunelab.common.experiments.run import Run
 from prunelab.common.tasks import perplexity, zero_shot
 
@@ -42,7 +43,7 @@ def harness(monkeypatch):
         use_cache=None, limit=None, bootstrap_iters=100000, check_integrity=False, write_out=False, log_samples=True,
     ):  # fmt: skip
         calls.append({"model": model, "tasks": tasks, "num_fewshot": num_fewshot, "limit": limit})
-        calls[-1]["at work"] = getattr(model.model, "_prunelab_method", None)
+        calls[-1]["at work"] = [method.name for method in at_work(model.model)]
         return {"results": RESULTS, "configs": {}}
 
     stub, wrappers, wrapper = (ModuleType(f"lm_eval{part}") for part in ("", ".models", ".models.huggingface"))
@@ -93,8 +94,8 @@ def test_the_harness_gets_the_pruned_model(harness, tiny):
 def test_caches_and_tokens_are_pruned_while_the_harness_asks(harness, tiny):
     zero_shot.execute(run("snapkv", "0.5"), {})
     zero_shot.execute(run(), {})
-    assert [call["at work"] for call in harness] == ["snapkv", None]
-    assert not hasattr(tiny, "_prunelab_method")
+    assert [call["at work"] for call in harness] == [["snapkv"], []]
+    assert not at_work(tiny)
     with pytest.raises(PrunelabError, match="not applied to a running model"):
         zero_shot.execute(run("lexrank", "0.5"), {})
 

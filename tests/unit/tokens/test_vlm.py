@@ -394,12 +394,14 @@ def test_everything_is_as_before_afterwards(family):
         assert torch.equal(model(**given).logits, dense)
 
 
-def test_recording_twice_is_refused_and_nested_recording_is_undone():
-    layers = vlm("llava").model.language_model.layers
-    first = record(layers[0].self_attn)
+def test_a_layer_has_as_many_recorders_as_are_asked_for_and_nested_recording_is_undone():
+    model = vlm("llava").model.language_model
+    layers = model.layers
+    first, again = record(layers[0].self_attn), record(layers[0].self_attn)
     second = record(layers[1].self_attn)
-    with pytest.raises(PrunelabError, match="already"):
-        record(layers[0].self_attn)
+    model(inputs_embeds=torch.ones(1, 3, 32))
+    assert first[0].shown() is again[0].shown()
+    again[1]()
     second[1]()
     assert layers[0].self_attn.config._attn_implementation == NAME
     first[1]()
