@@ -272,7 +272,7 @@ def applied(
             with torch.inference_mode(False), torch.device(reader.model.device):  # a state may be gone on from anywhere
                 state = method.start(vocabulary, **given)
         budget = budget if isinstance(budget, Budget) else Budget(budget)
-        handle = DecodingHandle(reader.model, Session(method, budget, state), seed, model.generate)
+        handle = DecodingHandle(reader.model, Session(method, budget, state), seed, reader.model.generate)
         with overridden(model, "generate", handle.generate):
             yield handle
 
