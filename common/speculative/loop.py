@@ -74,16 +74,17 @@ class Session:
         tokens: Tensor,
         room: int | None = None,
         process: Callable[[DraftTree, Tensor], Tensor] | None = None,
+        alone: bool = False,
     ) -> Step:
         """Draft behind the tokens [N], verify, and keep the entries of what was confirmed.
 
-        room: tokens that may still be emitted. process: from a tree and its logits to the logits to decode by.
+        room: tokens that may still be emitted. process: from a tree and its logits to the logits to decode by. alone:
+        nothing is drafted and the tokens are read by themselves.
         """
-        room = 1 if reader.prompting else room
         with self._drafting(tokens.device):
             tree = self.method.draft(self.state, tokens, self.budget)
-            tree = tree if room is None else tree.within(room - 1)
-            aside = None if reader.prompting else self.method.aside(self.state, tokens)
+            tree = tree.within(0) if alone else tree if room is None else tree.within(room - 1)
+            aside = None if alone else self.method.aside(self.state, tokens)
         count = len(tree.tokens) + 1
         read = reader.read(tokens, tree, aside=aside)
         logits, hidden = read[:count], reader.hidden
@@ -171,7 +172,7 @@ class DecodingHandle:
 
         while not done:
             room = int(generation_config.max_length) - sequence.shape[1]
-            step = session.step(reader, tokens, room, process)
+            step = session.step(reader, tokens, room, process, reader.prompting)
             emitted, done = until_stop(stopping_criteria, sequence, step.accepted.tokens)
             self._steps += 1
             sequence = torch.cat([sequence, emitted.unsqueeze(0)], 1)
