@@ -35,7 +35,7 @@ $(READY): pyproject.toml requirements.lock
 
 # Pins what is installed now. CUDA and Triton wheels exist for Linux alone.
 lock: $(READY)
-	$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check \
+	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable --disable-pip-version-check \
 	  | sed -E "/^(nvidia-|cuda-|triton==)/ s/$$/ ; sys_platform == 'linux'/" > requirements.lock
 
 clean:
