@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Report, Site
     from prunelab.common.core.signals import Signals
     from prunelab.common.kv_cache.role import CachePruner, CacheSignals
-    from prunelab.common.ranking.sentences import Passage, Ranker
+    from prunelab.common.ranking.role import Ranker
+    from prunelab.common.ranking.sentences import Passage, SentenceRanker, Summary
     from prunelab.common.speculative.role import DraftDecoder
     from prunelab.common.tokens.role import TokenPruner
     from prunelab.common.weights.calibration import windows
@@ -59,8 +60,10 @@ __all__ = [
     "Ranker",
     "Refusal",
     "Report",
+    "SentenceRanker",
     "Signals",
     "Site",
+    "Summary",
     "TokenPruner",
     "WeightPlan",
     "WeightPruner",
@@ -87,7 +90,8 @@ _HOMES = {  # module below prunelab.common -> names that are imported from it wh
     "core.plan": ("Gather", "Mix", "ModelInfo", "Plan", "Report", "Site"),
     "core.signals": ("Signals",),
     "kv_cache.role": ("CachePruner", "CacheSignals"),
-    "ranking.sentences": ("Passage", "Ranker"),
+    "ranking.role": ("Ranker",),
+    "ranking.sentences": ("Passage", "SentenceRanker", "Summary"),
     "speculative.role": ("DraftDecoder",),
     "tokens.role": ("TokenPruner",),
     "weights.calibration": ("windows",),
@@ -213,8 +217,8 @@ def summarise(
     text: str | Sequence[str] | Passage,
     budget: Budget | float | str,
     **options: Any,
-) -> list[str]:
-    """The sentences that a ranker keeps of a text, in their order.
+) -> Summary:
+    """The sentences that a ranker keeps of a text, in their order; `tied` where scores did not decide.
 
     text: as one string, which is split into sentences, as a list of sentences, or a `Passage` of several documents.
     budget: `"3count"`, `"100words"`, `"665bytes"` or a share of the sentences.
@@ -222,10 +226,10 @@ def summarise(
     from prunelab.common.core.budget import Budget
     from prunelab.common.core.errors import PrunelabError
     from prunelab.common.ranking import text as texts
-    from prunelab.common.ranking.sentences import Ranker
+    from prunelab.common.ranking.sentences import SentenceRanker
 
     chosen = _method(method, options)
-    if not isinstance(chosen, Ranker):
+    if not isinstance(chosen, SentenceRanker):
         raise PrunelabError(f"{chosen.name} is a {chosen.role} and ranks no sentences; use lexrank or another ranker")
     return chosen.summarise(texts.sentences(text) if isinstance(text, str) else text, Budget.of(budget))
 

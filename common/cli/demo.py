@@ -18,7 +18,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import images
 from prunelab.common.models import loading
-from prunelab.common.ranking.sentences import Passage, Ranker
+from prunelab.common.ranking.sentences import Passage, SentenceRanker
 from prunelab.common.tokens.role import TokenPruner
 
 TILE = 224  # pixels a panel of the picture
@@ -41,7 +41,7 @@ def run(
     chosen, limit = registry.create(method, **options), Budget.parse(budget)
     if not file.is_file():
         raise PrunelabError(f"the file {file} does not exist; give an image, a video or a text file")
-    if isinstance(chosen, Ranker):
+    if isinstance(chosen, SentenceRanker):
         _text(chosen, file, limit, out, console)
     elif isinstance(chosen, TokenPruner):
         picture = out or file.with_suffix(".pruned.png")
@@ -58,7 +58,7 @@ def run(
         raise PrunelabError(f"{method} is a {chosen.role}: it needs a model in code, see the README of its folder")
 
 
-def _text(method: Ranker, file: Path, budget: Budget, out: Path | None, console: Console) -> None:
+def _text(method: SentenceRanker, file: Path, budget: Budget, out: Path | None, console: Console) -> None:
     from prunelab.common.ranking import text
 
     try:

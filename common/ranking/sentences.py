@@ -1,12 +1,12 @@
-"""Sentences to rank, and the role of methods that rank them."""
+"""Sentences to rank, the methods that rank them, and summaries."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -15,9 +15,8 @@ from torch import Tensor
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.method import Method
-from prunelab.common.core.plan import Gather, Plan
-from prunelab.common.ranking import sentences, text
+from prunelab.common.ranking import text
+from prunelab.common.ranking.role import Ranker, Ranking, levels
 from prunelab.common.ranking.text import Background, Similarity
 
 
@@ -59,55 +58,63 @@ class Passage:
             background,
         )
 
+    def __len__(self) -> int:
+        return len(self.sentences)
+
     @cached_property
     def words(self) -> list[list[str]]:
         """The words of each sentence."""
         return [text.words(s) for s in self.sentences]
 
 
-class Ranker(Method):
-    """Ranks sentences, prompt tokens or vocabulary entries, and keeps the best under a budget."""
+class Summary(list[str]):
+    """The sentences of a summary. tied: whether a sentence left out scores as high as one that is kept, so that the
+    order of the text chose between them."""
 
-    role: ClassVar[str] = "ranker"
+    def __init__(self, sentences: Sequence[str], tied: bool) -> None:
+        super().__init__(sentences)
+        self.tied = tied
 
-    @abstractmethod
-    def rank(self, passage: Passage) -> Tensor:
-        """Scores [n], larger is better."""
 
-    def order(self, passage: Passage) -> list[int]:
-        """Units from the best to the worst, ties to the earlier one. What is left out here is never chosen."""
-        return selection.descending(self.rank(passage)).tolist()
+class SentenceRanker(Ranker[Passage]):
+    """Ranks the sentences of a passage."""
 
     def redundant(self, passage: Passage) -> Callable[[int, list[int]], bool] | None:
-        """Tells whether a unit repeats those already taken; None where the method does not ask."""
+        """Tells whether a sentence repeats those already taken; None where the method does not ask."""
         return None
 
-    def plan(self, passage: Passage, budget: Budget) -> Plan:
-        """Units that stay, [1, K] in original order: best first while the budget lasts."""
-        sizes = sentences.text_sizes(passage.sentences, budget.unit)
-        chosen = sentences.fill(self.order(passage), sizes, budget, self.redundant(passage))
-        return Plan(Gather(torch.tensor([sorted(chosen)], dtype=torch.long)))
+    def take(self, passage: Passage, ranking: Ranking, budget: Budget) -> list[int]:
+        sizes = text_sizes(passage.sentences, budget.unit)
+        return sorted(fill(ranking.order, sizes, budget, self.redundant(passage)))
 
-    def summarise(self, sentences: Sequence[str] | Passage, budget: Budget) -> list[str]:
+    def summarise(self, sentences: Sequence[str] | Passage, budget: Budget) -> Summary:
         """The sentences that `plan` keeps, in document order."""
         if isinstance(sentences, str):
             raise PrunelabError(
                 "summarise takes a list of sentences; split the text with prunelab.common.ranking.text.sentences first"
             )
         passage = sentences if isinstance(sentences, Passage) else Passage(tuple(sentences))
-        return [passage.sentences[i] for i in self.plan(passage, budget).reduce.index[0].tolist()]  # type: ignore[union-attr]
+        ranking = self.ranking(passage)
+        kept = self.take(passage, ranking, budget)
+        return Summary([passage.sentences[i] for i in kept], ranking.tied(kept))
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureRanker(Ranker):
+class FeatureRanker(SentenceRanker):
     """Sentence extraction in MEAD's frame: a salience feature, Position, a length cut-off and a re-ranker.
 
-    weight, position: weights of the salience feature and of Position, both scaled to [0, 1] over the passage.
-        With position=0 the salience itself is the score.
-    min_words: LengthCutoff; sentences with fewer words are never chosen (unless all are that short).
-    max_cosine: a sentence whose cosine with one already chosen exceeds it is skipped; None chooses all.
-    without_background: idf for a passage that brings no background corpus: `sentences` counts each of its
-        sentences as a document, `uniform` gives every word the weight 1, `error` refuses.
+    Parameters
+    ----------
+    weight, position
+        Weights of the salience feature and of Position, both scaled to [0, 1] over the passage. With position=0 the
+        salience itself is the score.
+    min_words
+        LengthCutoff; sentences with fewer words are never chosen (unless all are that short).
+    max_cosine
+        A sentence whose cosine with one already chosen exceeds it is skipped; None chooses all.
+    without_background
+        idf for a passage that brings no background corpus: `sentences` counts each of its sentences as a document,
+        `uniform` gives every word the weight 1, `error` refuses.
     """
 
     weight: float = 1.0
@@ -125,18 +132,16 @@ class FeatureRanker(Ranker):
     def salience(self, passage: Passage) -> Tensor:
         """The feature [n] that the method contributes, larger is better."""
 
-    def rank(self, passage: Passage) -> Tensor:
+    def rank(self, passage: Passage, services: Mapping[str, Any] | None = None) -> Tensor:
         salience = self.salience(passage)
         if self.position == 0:
             return salience
-        features = [(self.weight, salience), (self.position, sentences.leading(passage.document, passage.position))]
-        return sum((w * sentences.min_max(f) for w, f in features), torch.zeros(()))
+        features = [(self.weight, salience), (self.position, leading(passage.document, passage.position))]
+        return sum((w * min_max(f) for w, f in features), torch.zeros(()))
 
-    def order(self, passage: Passage) -> list[int]:
+    def order(self, passage: Passage, scores: Tensor) -> list[int]:
         lengths = [len(w) for w in passage.words]
-        scores = self.rank(passage)
-        scores = (scores / scores.abs().max().clamp_min(1e-300)).round(decimals=9)  # closer ones are ties
-        order: list[int] = selection.descending(scores).tolist()
+        order: list[int] = selection.descending(levels(scores)).tolist()
         order = [i for i in order if lengths[i]] + [i for i in order if not lengths[i]]  # wordless sentences last
         return [i for i in order if lengths[i] >= self.min_words] or order
 
@@ -179,9 +184,9 @@ def leading(document: Sequence[int], position: Sequence[int]) -> Tensor:
 def text_sizes(sentences: Sequence[str], unit: str) -> list[int]:
     """What each sentence takes of a budget: 1 (`count`, `ratio`), its `words`, or its UTF-8 `bytes` and a newline."""
     if unit == "words":
-        return [len(s.split()) for s in sentences]
+        return [text.length(s) for s in sentences]
     if unit == "bytes":
-        return [len(s.encode()) + 1 for s in sentences]
+        return [len(s.encode("utf8", "replace")) + 1 for s in sentences]
     return [1] * len(sentences)
 
 

@@ -1,15 +1,19 @@
 """Text as the extractive methods see it: words, sentences, counts, idf, and similarity as a linear operator.
 
 Letters: n sentences, V words of the vocabulary, N documents of the background corpus, n_w of them with word w.
-Nothing is downloaded and no language model is involved; the rules suit English and its relatives.
+Nothing is downloaded and no language model is involved; the rules are made for English and its relatives, and do no
+harm to other scripts.
 """
+# ruff: noqa: SIM905  lists of words are read as text
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,96 +25,67 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # -- words and sentences ---------------------------------------------------------------------------------------------
 
-_WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['’-][^\W_]+)*")
-_END = re.compile(r"[.!?…]+[\"'”’)\]]*\s+")
+# Letters of scripts that put no blanks between words; each counts as a word, since no dictionary is at hand.
+_UNSPACED = (
+    "\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46"  # Thai
+    "\u0e80-\u0eff\u1000-\u109f\u1780-\u17d3"  # Lao, Burmese, Khmer
+    "\u3005-\u3007\u3041-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"  # Japanese, Chinese
+)
+_LETTER = re.compile(rf"[{_UNSPACED}]")
+_END = re.compile(
+    r"""(?<![.!?…])[.!?…]++["'”’)\]]*+\s+"""  # a run of marks as a whole: trying every part of it squares the time
+    r"""|[।॥؟۔։።။]++["'”’)\]]*+\s+"""  # Indic, Arabic, Armenian, Ethiopic, Burmese
+    r"""|[。！？｡]++[」』”’）】"')\]]*+\s*"""  # Chinese and Japanese, which put no blank behind them
+)
 _OPENING = "\"'“‘([{"
 _INNER_DOTS = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
-# A full stop behind one of these never ends a sentence.
+# A full stop behind one of these never ends a sentence,
 _NEVER_LAST = frozenset(
-    [
-        "mr",
-        "mrs",
-        "ms",
-        "dr",
-        "prof",
-        "rev",
-        "hon",
-        "gov",
-        "sen",
-        "rep",
-        "gen",
-        "col",
-        "capt",
-        "lt",
-        "sgt",
-        "st",
-        "mt",
-        "messrs",
-        "mme",
-        "mlle",
-        "e.g",
-        "i.e",
-        "cf",
-        "vs",
-        "viz",
-        "fig",
-        "figs",
-        "eq",
-        "eqs",
-        "sec",
-        "no",
-        "nos",
-        "vol",
-        "pp",
-        "ca",
-        "approx",
-        "resp",
-    ]
+    "mr mrs ms dr prof rev hon gov sen rep gen col capt lt sgt st mt messrs mme mlle e.g i.e cf vs viz fig figs eq eqs"
+    " sec vol pp ca approx resp".split()
 )
+# behind one of these none before a number (No. 5, Smith et al. (2004)),
+_BEFORE_NUMBERS = frozenset("no nos al".split())
+# and behind a number none before one of these (am 31. August).
+_MONTHS = frozenset("Januar Jänner Februar März April Mai Juni Juli August September Oktober November Dezember".split())
 # Behind initials such as U.S. only these words are taken for the start of the next sentence.
-_STARTERS = frozenset(
-    [
-        "The",
-        "A",
-        "An",
-        "It",
-        "He",
-        "She",
-        "They",
-        "We",
-        "In",
-        "On",
-        "At",
-        "This",
-        "That",
-        "These",
-        "Those",
-        "But",
-        "And",
-        "If",
-        "For",
-        "As",
-    ]
-)
+_STARTERS = frozenset("The A An It He She They We In On At This That These Those But And If For As".split())
+
+
+@cache
+def _word(marks: str) -> re.Pattern[str]:
+    """What a word is in a text that holds these combining marks, which belong to the letter before them."""
+    within = rf"(?:[^\W_{_UNSPACED}]|[{re.escape(marks)}])*" if marks else rf"[^\W_{_UNSPACED}]*"
+    run, mark = rf"[^\W_{_UNSPACED}]{within}", rf"[{re.escape(marks)}]*" if marks else ""
+    return re.compile(rf"\d+(?:[.,]\d+)+|{run}(?:['’-]{run})*|[{_UNSPACED}]{mark}")
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case: runs of letters and digits, with inner hyphens, apostrophes, and points in numbers."""
-    return [w.replace("’", "'") for w in _WORD.findall(text.lower())]
+    """Words in lower case: runs of letters and digits, with inner hyphens, apostrophes, and points in numbers.
+
+    However accents are encoded, the words are the same. Combining marks and joiners belong to the letter before them;
+    in scripts without blanks every letter is a word.
+    """
+    if text.isascii():
+        return _word("").findall(text.lower())
+    text = unicodedata.normalize("NFC", text.replace("\u00ad", "")).lower()
+    marks = (c for c in set(text) if unicodedata.category(c)[0] == "M" or c in "\u200c\u200d")
+    return [w.replace("’", "'") for w in _word("".join(sorted(marks))).findall(text)]
 
 
 def sentences(text: str) -> list[str]:
     """Sentences of running text, white space normalised.
 
     A sentence ends at . ! ? or an ellipsis (closing quotes and brackets included) before white space, unless the
-    next word starts in lower case or the full stop belongs to an abbreviation, to an initial (J. Smith), or to
-    letters with inner stops (U.S. Army) before anything but a typical first word. A blank line always ends one.
+    next word starts in lower case or the full stop belongs to an abbreviation, to an initial (J. Smith), to a number
+    (No. 5), or to letters with inner stops (U.S. Army) before anything but a typical first word. Marks of other scripts
+    end one too, those of Chinese and Japanese without white space. A blank line always ends one.
     """
     found = []
     for paragraph in re.split(r"\n\s*\n", text):
         paragraph, start = " ".join(paragraph.split()), 0
         for match in _END.finditer(paragraph):
-            if _ends(paragraph[start : match.start()], match[0].rstrip(), paragraph[match.end() :]):
+            if _ends(paragraph, start, match):
                 found.append(paragraph[start : match.end()].rstrip())
                 start = match.end()
         if start < len(paragraph):
@@ -118,17 +93,34 @@ def sentences(text: str) -> list[str]:
     return found
 
 
-def _ends(before: str, mark: str, after: str) -> bool:
-    """Whether the punctuation `mark` between two stretches of text ends a sentence."""
-    first = after.lstrip(_OPENING)[:1]
+def _ends(paragraph: str, start: int, match: re.Match[str]) -> bool:
+    """Whether the punctuation of a match ends the sentence that began at `start`. Looks at what lies beside it."""
+    place = match.end()
+    while paragraph[place : place + 1] and paragraph[place] in _OPENING:
+        place += 1
+    first = paragraph[place : place + 1]
     if not first or first.islower():
         return not first
-    last = before.split(" ")[-1].lstrip(_OPENING)
-    if mark != "." or not last:
+    last = paragraph[max(paragraph.rfind(" ", start, match.start()) + 1, start) : match.start()].lstrip(_OPENING)
+    if match[0].rstrip() != "." or not last:
         return True
     if last.lower() in _NEVER_LAST or (len(last) == 1 and last.isupper()):
         return False
-    return not _INNER_DOTS.fullmatch(last) or after.split(" ")[0] in _STARTERS
+    if last.lower() in _BEFORE_NUMBERS and first.isdigit():
+        return False
+    end = paragraph.find(" ", match.end())
+    following = paragraph[match.end() : end if end >= 0 else len(paragraph)]
+    if last.isdigit() and following.rstrip(",.;:!?") in _MONTHS:
+        return False
+    return not _INNER_DOTS.fullmatch(last) or following in _STARTERS
+
+
+def length(sentence: str) -> int:
+    """Words of a sentence as a budget counts them: what blanks part, and every letter of a script without blanks."""
+    letters = 0 if sentence.isascii() else len(_LETTER.findall(sentence))
+    if not letters:
+        return len(sentence.split())
+    return letters + sum(any(c.isalnum() for c in part) for part in _LETTER.sub(" ", sentence).split())
 
 
 # -- counts and idf --------------------------------------------------------------------------------------------------

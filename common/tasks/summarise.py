@@ -13,20 +13,20 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data.documents import Document, background, load
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import rouge, uncertainty
-from prunelab.common.ranking.sentences import Passage, Ranker
+from prunelab.common.ranking.sentences import Passage, SentenceRanker
 
 
 def execute(job: Run, config: Mapping[str, Any]) -> dict[str, Any]:
     """ROUGE of the method on a catalogue entry's documents; see `run` for the metrics."""
     method = registry.create(str(job.method), **job.options)
-    if not isinstance(method, Ranker):
-        raise PrunelabError(f"{method.name} is a {method.role}; only a ranker summarises")
+    if not isinstance(method, SentenceRanker):
+        raise PrunelabError(f"{method.name} is a {method.role}; only a ranker of sentences summarises")
     found = load(job.ids["data"], config, job.settings.get("samples"))
     return run(method, found, Budget.parse(str(job.budget)), progress=True)
 
 
 def run(
-    method: Ranker, documents: Sequence[Document], budget: Budget, progress: bool = False
+    method: SentenceRanker, documents: Sequence[Document], budget: Budget, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Percentages `rouge1_recall`, `rouge1_f`, `rouge2_recall`, `rouge2_f` with n, standard error and samples, and the
     mean length of the summaries in `bytes`.

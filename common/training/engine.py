@@ -70,8 +70,7 @@ def train(
     """
     if not isinstance(method, TrainingMethod):
         raise PrunelabError(f"{method.name} is a {method.role}, which does not train")
-    budget = Budget.parse(budget) if isinstance(budget, str) else budget
-    budget = budget if isinstance(budget, Budget) else Budget(budget)
+    budget = Budget.of(budget)
     services = dict(services or {})
     missing = [name for name in method.services if name not in services]
     if missing:

@@ -59,12 +59,24 @@ def lexrank(graph: Graph, jump: float = 0.15, epsilon: float = 1e-8, iterations:
 
 @dataclass(frozen=True, kw_only=True)
 class LexRank(FeatureRanker):
-    """LexRank on the graph of cosines above 0.1, the setting the paper recommends; others through the options.
+    """LexRank (JAIR 22, 2004, pages 457-479; arXiv 1109.2128) on the graph of cosines above 0.1, the setting that the
+    paper recommends; others through the options.
 
-    centrality: `lexrank` walks the graph of edges above `threshold`, `continuous` the complete graph weighted by
-        cosine, `degree` counts the edges above `threshold`. jump: probability of jumping to any sentence.
-    epsilon: L2 change at which the power method stops.
     `LexRank.mead(weight)` adds Position, the length cut-off and the re-ranker of the paper's experiments.
+
+    Parameters
+    ----------
+    centrality
+        `lexrank` walks the graph of edges above `threshold`, `continuous` the complete graph weighted by cosine,
+        `degree` counts the edges above `threshold`.
+    threshold
+        Cosine above which two sentences are linked.
+    jump
+        Probability of jumping to any sentence.
+    epsilon
+        L2 change at which the power method stops.
+    weight, position, min_words, max_cosine, without_background
+        The frame that the scores are used in, see `FeatureRanker`.
     """
 
     centrality: Literal["lexrank", "continuous", "degree"] = "lexrank"

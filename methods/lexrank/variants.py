@@ -8,9 +8,9 @@ within each connected component, whose scores sum to the size of the component.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from prunelab.common.core import selection
-from prunelab.common.ranking.sentences import Passage, Ranker
+from prunelab.common.ranking.sentences import Passage, SentenceRanker
 from prunelab.common.ranking.text import Array, Background, Similarity, term_counts, threshold_graph
 
 # -- sumy ------------------------------------------------------------------------------------------------------------
@@ -58,15 +58,23 @@ def sumy_scores(transition: Array, epsilon: float = 0.1) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SumyLexRank(Ranker):
-    """LexRank of the package sumy, with our words instead of its tokenisers."""
+class SumyLexRank(SentenceRanker):
+    """LexRank of the package sumy (0.11), with our words instead of its tokenisers.
+
+    Parameters
+    ----------
+    threshold
+        Cosine above which two sentences are linked.
+    epsilon
+        L2 change at which the power method stops.
+    """
 
     threshold: float = 0.1
     epsilon: float = 0.1
 
     name: ClassVar[str] = "lexrank-sumy"
 
-    def rank(self, passage: Passage) -> Tensor:
+    def rank(self, passage: Passage, services: Mapping[str, Any] | None = None) -> Tensor:
         counts = term_counts(passage.words)[0].toarray()
         cosines = sumy_similarity(sumy_frequencies(counts), sumy_idf(counts))
         return sumy_scores(sumy_transition(cosines, self.threshold), self.epsilon)
@@ -137,10 +145,20 @@ def crabcamp_order(scores: Array) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrabcampLexRank(Ranker):
-    """LexRank of the package `lexrank`. threshold=None is its continuous mode; without a background corpus each
-    sentence counts as a document of it. unseen: idf of words that the corpus lacks (the package: 1, or 0 where new
-    words are not to count)."""
+class CrabcampLexRank(SentenceRanker):
+    """LexRank of the package `lexrank` (0.1). Without a background corpus each sentence counts as a document of it.
+
+    Parameters
+    ----------
+    threshold
+        Cosine from which on two sentences are linked; None is the package's continuous mode.
+    unseen
+        idf of words that the corpus lacks (the package: 1, or 0 where new words are not to count).
+    keep_numbers
+        Whether words with a digit count.
+    stop_words
+        Words that do not.
+    """
 
     threshold: float | None = 0.03
     unseen: float = 1.0
@@ -149,7 +167,7 @@ class CrabcampLexRank(Ranker):
 
     name: ClassVar[str] = "lexrank-crabcamp"
 
-    def rank(self, passage: Passage) -> Tensor:
+    def rank(self, passage: Passage, services: Mapping[str, Any] | None = None) -> Tensor:
         tokens = [crabcamp_words(s, self.stop_words, self.keep_numbers) for s in passage.sentences]
         counts, vocabulary = term_counts(tokens)
         if not vocabulary:
@@ -158,5 +176,5 @@ class CrabcampLexRank(Ranker):
         cosines = Similarity.of(counts, background.idf(vocabulary, self.unseen)).dense()
         return torch.from_numpy(crabcamp_scores(crabcamp_transition(crabcamp_weights(cosines, self.threshold))))
 
-    def order(self, passage: Passage) -> list[int]:
-        return [int(i) for i in crabcamp_order(self.rank(passage).numpy())]
+    def order(self, passage: Passage, scores: Tensor) -> list[int]:
+        return [int(i) for i in crabcamp_order(scores.numpy())]

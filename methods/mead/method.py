@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunelab.common.ranking import sentences, text
-from prunelab.common.ranking.sentences import FeatureRanker, Passage
+from prunelab.common.ranking import text
+from prunelab.common.ranking.sentences import FeatureRanker, Passage, leading
 from prunelab.common.ranking.text import Array
 
 
@@ -30,9 +30,15 @@ def centroid(counts: Array, idf: Array, threshold: float = 0.0) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Centroid(FeatureRanker):
-    """Centroid score of a sentence: the sum of the centroid's weights over all of its word occurrences.
+    """MEAD's centroid score of a sentence (Information Processing & Management 40(6), 2004, section 3): the sum of the
+    centroid's weights over all of its word occurrences.
 
-    threshold: words of no more than this weight are left out of the centroid.
+    Parameters
+    ----------
+    threshold
+        Words of no more than this weight are left out of the centroid.
+    weight, position, min_words, max_cosine, without_background
+        The frame that the scores are used in, see `FeatureRanker`.
     """
 
     threshold: float = 0.0
@@ -47,17 +53,24 @@ class Centroid(FeatureRanker):
 
 @dataclass(frozen=True, kw_only=True)
 class Lead(FeatureRanker):
-    """The lead baseline: Position alone, so first the first sentence of every document."""
+    """The lead baseline of LexRank's and MEAD's evaluations: Position alone, so first the first sentence of every
+    document."""
 
     name: ClassVar[str] = "lead"
 
     def salience(self, passage: Passage) -> Tensor:
-        return sentences.leading(passage.document, passage.position)
+        return leading(passage.document, passage.position)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSentences(FeatureRanker):
-    """The random baseline: scores drawn evenly from [0, 1), from the seed and the text."""
+    """The random baseline of LexRank's evaluation: scores drawn evenly from [0, 1), from the seed and the text.
+
+    Parameters
+    ----------
+    seed
+        Other seeds, other draws.
+    """
 
     seed: int = 0
 

@@ -18,7 +18,7 @@ from prunelab.common.core.plan import ModelInfo, Site
 from prunelab.common.data_selection.role import SampleSelector
 from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 from prunelab.common.ranking import sentences
-from prunelab.common.ranking.sentences import Passage, Ranker
+from prunelab.common.ranking.sentences import Passage, SentenceRanker
 from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import Accepted, DraftTree
 from prunelab.common.tokens.role import TokenPruner
@@ -312,10 +312,10 @@ class NormSamples(SampleSelector):
 
 
 @dataclass(frozen=True)
-class LengthRanker(Ranker):
+class LengthRanker(SentenceRanker):
     """Ranks long sentences first."""
 
     name: ClassVar[str] = "reference_ranker"
 
-    def rank(self, passage: Passage) -> Tensor:
+    def rank(self, passage: Passage, services: Mapping[str, Any] | None = None) -> Tensor:
         return torch.tensor([float(n) for n in sentences.text_sizes(passage.sentences, "words")])

@@ -16,7 +16,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import ModelInfo
 from prunelab.common.data_selection.role import SampleSelector
-from prunelab.common.ranking.sentences import Passage, Ranker
+from prunelab.common.ranking.sentences import Passage, SentenceRanker
 from prunelab.common.speculative import Session
 from prunelab.common.speculative.role import DraftDecoder
 from tests.contract import references
@@ -182,7 +182,7 @@ def test_selector_budget_order_and_seed(method, count, ratio):
     assert torch.equal(*plans)
 
 
-@every(Ranker, references.LengthRanker)
+@every(SentenceRanker, references.LengthRanker)
 @pytest.mark.parametrize(
     "budget", [Budget(0.5), Budget(2, "count"), Budget(20, "words"), Budget(120, "bytes")], ids=str
 )
@@ -202,7 +202,7 @@ def test_ranker_budget_order_and_seed(method, budget):
             assert len("\n".join(summary).encode()) <= 120
 
 
-@every(Ranker, references.LengthRanker)
+@every(SentenceRanker, references.LengthRanker)
 def test_ranker_edges(method):
     assert method.summarise(["One sentence alone stands here."], Budget(1, "count")) == [
         "One sentence alone stands here."

@@ -10,7 +10,7 @@ import pytest
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import documents
-from prunelab.common.ranking.sentences import Ranker
+from prunelab.common.ranking.sentences import SentenceRanker
 from prunelab.common.ranking.text import words
 from prunelab.common.tasks import summarise
 from prunelab.methods.lexrank.method import LexRank
@@ -129,6 +129,6 @@ def test_assets() -> None:
     opinosis, bbc, cnndm = documents.opinosis(assets), documents.bbc(assets), documents.cnndm(assets)
     assert (len(opinosis), len(bbc), len(cnndm)) == (51, 112, 6)
     assert {len(d.references) for d in opinosis} <= {3, 4, 5}
-    methods: list[Ranker] = [LexRank(centrality="continuous"), Lead()]
+    methods: list[SentenceRanker] = [LexRank(centrality="continuous"), Lead()]
     scores = [summarise.run(m, bbc, Budget(0.4))["rouge1_f"]["value"] for m in methods]
     assert scores[0] > scores[1] + 5

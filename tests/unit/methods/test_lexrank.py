@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.ranking.sentences import FeatureRanker, Passage, Ranker
+from prunelab.common.ranking.sentences import FeatureRanker, Passage, SentenceRanker
 from prunelab.common.ranking.text import Background, threshold_graph
 from prunelab.methods.lexrank import figure, tables, variants
 from prunelab.methods.lexrank.method import LexRank, lexrank
@@ -24,7 +24,7 @@ from prunelab.methods.mead.method import Centroid, Lead, RandomSentences
 
 ROOT = Path(__file__).resolve().parents[3]
 SENTENCES = figure.EXAMPLE
-METHODS: list[Ranker] = [
+METHODS: list[SentenceRanker] = [
     LexRank(),
     LexRank(centrality="continuous"),
     LexRank(centrality="degree"),
@@ -66,7 +66,7 @@ def test_jump_of_one_is_uniform_and_scores_sum_to_one() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_registered_and_written_as_its_repr(method: Ranker) -> None:
+def test_registered_and_written_as_its_repr(method: SentenceRanker) -> None:
     assert registry.parse(repr(method)) == method
     assert registry.create(method.name).name == method.name
 
@@ -74,7 +74,7 @@ def test_registered_and_written_as_its_repr(method: Ranker) -> None:
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 @given(passages, st.integers(0, 9))
 @settings(max_examples=25, deadline=None)
-def test_budgets_are_met_in_document_order(method: Ranker, sentences: list[str], amount: int) -> None:
+def test_budgets_are_met_in_document_order(method: SentenceRanker, sentences: list[str], amount: int) -> None:
     if not any(sentences):
         with pytest.raises(PrunelabError, match="no sentence"):
             method.summarise(sentences, Budget(1, "count"))
@@ -101,7 +101,7 @@ def test_byte_budget_counts_utf8_and_the_newlines_between() -> None:
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not isinstance(m, RandomSentences)], ids=repr)
-def test_ties_go_to_the_earlier_sentence(method: Ranker) -> None:
+def test_ties_go_to_the_earlier_sentence(method: SentenceRanker) -> None:
     kept = method.plan(Passage(("One cow here.",) * 5), Budget(2, "count")).reduce.index.tolist()  # type: ignore[union-attr]
     assert kept == [[0, 1]]
     unrelated = Passage(("Ant bee.", "Cat dog.", "Elk fox.", "Gnu hen."))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -49,7 +51,7 @@ def test_blank_line_ends_a_sentence() -> None:
 
 @given(st.text(max_size=200))
 def test_sentences_lose_nothing(raw: str) -> None:
-    assert " ".join(text.sentences(raw)).split() == raw.split()
+    assert "".join("".join(text.sentences(raw)).split()) == "".join(raw.split())
 
 
 def test_idf() -> None:
@@ -115,3 +117,58 @@ def test_threshold_is_strict_in_the_matrix_own_precision() -> None:
     printed = np.array([[1, 0.2], [0.2, 1]], np.float32)
     assert threshold_graph(printed, 0.2).nnz == 2
     assert threshold_graph(printed, 0.19).nnz == 4
+
+
+# -- other scripts, other encodings, long texts ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        (unicodedata.normalize("NFD", "für Bücher, Ångström"), ["für", "bücher", "ångström"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("می\u200cخواهم بروم", ["می\u200cخواهم", "بروم"]),
+        ("exam\u00adple", ["example"]),
+        ("今天 Tokyo 2.5", ["今", "天", "tokyo", "2.5"]),
+        ("ひらがな カタカナ 한국어", ["ひ", "ら", "が", "な", "カタカナ", "한국어"]),
+        ("ที่นี่", ["ที่", "นี่"]),
+        ("İstanbul'da", ["i̇stanbul'da"]),
+    ],
+)
+def test_words_of_other_scripts(sentence: str, expected: list[str]) -> None:
+    assert text.words(sentence) == expected
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        ["今天天气很好。", "我们去公园散步！", "当然想。"],
+        ["彼は言った。", "「はい。」", "終わり"],
+        ["Did he go?", "No.", "He stayed."],
+        ["See No. 5.", "Am 31. August ging sie.", "Es war 1998.", "Der 3. Mai."],
+        ["See Smith et al. (2004).", "So say Ross et al.", "The end."],
+        ["यह है।", "वह गया।"],
+        ["هل ذهب؟", "نعم."],
+    ],
+)
+def test_sentences_of_other_scripts_and_with_numbers(expected: list[str]) -> None:
+    assert text.sentences(" ".join(expected)) == expected
+    assert text.sentences("".join(expected)) == expected or not set("。！") & set(expected[0])
+
+
+def test_a_budget_counts_letters_where_there_are_no_blanks() -> None:
+    assert [text.length(s) for s in ("two words", "a - b", "今天很好。", "今天 very good。")] == [2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("piece", ["Mr. ", ".", ". ", "a.", "(. ", "He went. ", "\n ", "1.", "a-", "。", "é. "])
+def test_time_grows_with_the_text_and_not_with_its_square(piece: str) -> None:
+    def seconds(copies: int) -> float:
+        raw, best = piece * copies + "x", math.inf
+        for _ in range(3):
+            start = time.process_time()
+            text.sentences(raw)
+            text.words(raw)
+            best = min(best, time.process_time() - start)
+        return best
+
+    assert seconds(80_000) < 40 * seconds(8_000) + 0.05  # ten times as long; a hundred times where it squares
