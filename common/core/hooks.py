@@ -1,25 +1,32 @@
-"""Hooks that come out again, what they share, and which methods a model runs."""
+"""Hooks that come out again, that copies of a model are free of; what the roles' hooks share, and which methods a model
+runs."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
 from prunelab.common.core.plan import Gather, Mix
 
-_METHODS = "_prunelab_methods"  # attribute of a model: the methods at work on it, the outermost first
+Remove = Callable[[], Any]
+_METHODS: WeakKeyDictionary[nn.Module, tuple[Method, ...]] = WeakKeyDictionary()  # at work on a model, outermost first
 
 
 def at_work(model: nn.Module) -> tuple[Method, ...]:
     """The methods that are applied to a model now, the outermost first."""
-    methods: tuple[Method, ...] = vars(_bare(model)).get(_METHODS, ())
-    return methods
+    return _METHODS.get(_bare(model), ())
 
 
 def runs(model: nn.Module, role: str) -> bool:
@@ -49,14 +56,14 @@ def claimed(method: Method, model: nn.Module, services: Mapping[str, Any] | None
         if reason is not None:
             raise PrunelabError(f"{method.name} and {other.name} cannot run on one model: {reason}")
     bare = _bare(model)
-    object.__setattr__(bare, _METHODS, (*before, method))
+    _METHODS[bare] = (*before, method)
     try:
         yield
     finally:
         left = tuple(other for other in at_work(model) if other is not method)
-        object.__setattr__(bare, _METHODS, left)
+        _METHODS[bare] = left
         if not left:
-            object.__delattr__(bare, _METHODS)
+            del _METHODS[bare]
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -79,10 +86,108 @@ def overridden(model: nn.Module, name: str, value: Any) -> Iterator[None]:
             object.__delattr__(model, name)
 
 
-def run_all(removers: list[Callable[[], Any]]) -> None:
+def run_all(removers: list[Remove]) -> None:
     """Call every function of the list, the last first, and empty it."""
     while removers:
         removers.pop()()
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What a copied hook does."""
+
+
+def _inert() -> Callable[..., None]:
+    return _nothing
+
+
+class Hook:
+    """A function for a module's hooks. A copy of the module, and what is saved of it, do without."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
+
+
+class _Replacement(Hook):
+    """A function in place of a method of one instance, of whose copies it is none."""
+
+    def __init__(self, owner: Any, name: str, call: Callable[..., Any]) -> None:
+        super().__init__(call)
+        functools.update_wrapper(self, call)  # whoever looks at its signature sees the method's
+        self._owner, self._name, self._before = owner, name, vars(owner).get(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = memo.get(id(self._owner), self._owner)
+        return _method(owner, self._name) if self._before is None else copy.deepcopy(self._before, memo)
+
+    def __reduce__(self) -> Any:
+        if self._before is None:
+            return _method, (self._owner, self._name)
+        return _same, (self._before,)
+
+
+def _method(owner: Any, name: str) -> Any:
+    return types.MethodType(getattr(type(owner), name), owner)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def before(module: nn.Module, call: Callable[..., Any], *, kwargs: bool = False, first: bool = False) -> Remove:
+    """`call` before every forward of the module, as `register_forward_pre_hook` has it; returns what takes it out."""
+    return module.register_forward_pre_hook(Hook(call), with_kwargs=kwargs, prepend=first).remove
+
+
+def after(module: nn.Module, call: Callable[..., Any], *, kwargs: bool = False) -> Remove:
+    """`call` after every forward of the module, as `register_forward_hook` has it; returns what takes it out."""
+    return module.register_forward_hook(Hook(call), with_kwargs=kwargs).remove
+
+
+def replaced(owner: Any, name: str, call: Callable[..., Any]) -> Remove:
+    """`call` in place of a method of one instance. Returns what brings back the method, or what the instance had in
+    its place (a wrapper of its own)."""
+    values = vars(owner)
+    had, own = name in values, values.get(name)
+    values[name] = _Replacement(owner, name, call)
+
+    def restore() -> None:
+        if had:
+            values[name] = own
+        else:
+            values.pop(name, None)
+
+    return restore
+
+
+def arguments(owner: Any, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+    """What a call of a method means by the class's signature, whatever wrapper the instance has around it."""
+    given = inspect.signature(getattr(type(owner), name)).bind(owner, *args, **kwargs).arguments
+    more = given.pop("kwargs", {})
+    return {**given, **more}
+
+
+def refuse_checkpointing(model: nn.Module) -> None:
+    """Gradient checkpointing runs layers again in the backward pass, one by one and the last first, when what the
+    method decided for them is gone."""
+    if not torch.is_grad_enabled():
+        return
+    for module in model.modules():
+        again = getattr(module, "grad_checkpointing", False) is True
+        again = again or (getattr(module, "gradient_checkpointing", False) is True and module.training)
+        if again:
+            raise PrunelabError(
+                "gradient checkpointing runs layers again in another order, in which a pruned model cannot be run; turn"
+                " it off (set_grad_checkpointing(False), gradient_checkpointing_disable()) inside the block"
+            )
 
 
 def padded_first(reduce: Gather | Mix) -> Gather | Mix:

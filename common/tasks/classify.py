@@ -82,12 +82,11 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
 def one_pass(model: nn.Module, handle: Handle | None, x: Tensor) -> Tensor:
     """Logits [B, classes] of the images x [B, C, H, W]. What a pass that ends for want of memory has added to the
     counts of the method at work is taken back, since its images come again."""
-    trace = None if handle is None else handle.application.trace
-    before = trace and (list(trace.attention), list(trace.mlp), trace.samples)
+    undo = None if handle is None else handle.application.trace.mark()
     try:
         logits: Tensor = model(x)
     except torch.OutOfMemoryError:
-        if trace and before:
-            trace.attention[:], trace.mlp[:], trace.samples = before
+        if undo is not None:
+            undo()
         raise
     return logits

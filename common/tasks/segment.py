@@ -166,7 +166,7 @@ def _macs(handle: Handle, counts: list[int]) -> tuple[float, float]:
     layers = [float(adapter.info.tokens)] * depth
     for site, count in zip(application.sites, counts, strict=True):
         layers[site.layer + 1 :] = [float(count)] * (depth - site.layer - 1)
-    seen = Trace([0.0] * depth, [0.0] * depth, measured=Trace(layers, layers, samples=1))
+    seen = Trace(depth, measured=Trace.of(layers))
     remove = adapter.install(replace(application, trace=seen))
     try:
         total = meter.flops(lambda: meter.on_meta(adapter.model, adapter.example()), seen) / 2

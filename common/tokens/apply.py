@@ -25,7 +25,7 @@ from prunelab.common.tokens.role import TokenPruner
 class Handle:
     """A method at work on a model. `report()` may be read inside the `with` block or after it."""
 
-    def __init__(self, adapter: Adapter, application: Application) -> None:
+    def __init__(self, adapter: Adapter[Any], application: Application) -> None:
         self.adapter = adapter
         self.application = application
         self._remove: Callable[[], None] | None = None
@@ -41,9 +41,9 @@ class Handle:
             remove()
 
     def kept(self) -> list[tuple[Site, Tensor]]:
-        """For the last batch: at each site the places [B, K] in the full sequence of the tokens that went on
-        (-1 marks padding). Sites behind a merge are left out, since their tokens have no single place."""
-        return list(self.application.trace.origins)
+        """For the last batch: at each site the indices [B, K] in the full sequence of the tokens that went on
+        (-1 marks padding). Sites behind a merge are left out, since their tokens have no single one."""
+        return list(self.application.trace.kept)
 
     def macs(self, example: Any = None) -> float:
         """MACs of one sample, scoring included; see `report`."""
@@ -74,11 +74,7 @@ class Handle:
     def _measure(self, example: Any) -> tuple[float, Trace]:
         """MACs on the meta device and the trace of that pass, with hooks of its own in place of the handle's."""
         seen, model = self.application.trace, self.adapter.model
-        meter = Trace(
-            [0.0] * len(seen.mlp),
-            [0.0] * len(seen.mlp),
-            measured=seen if self.application.method.adaptive else None,
-        )
+        meter = Trace(self.adapter.info.depth, measured=seen if self.application.method.adaptive else None)
 
         def count() -> float:
             remove = self.adapter.install(replace(self.application, trace=meter))
@@ -164,5 +160,4 @@ def _handle(
         budget.at(site.index)
     if len(budget.amounts) > max(1, len(sites)):
         raise PrunelabError(f"the budget names {len(budget.amounts)} amounts but {method.name} has {len(sites)} sites")
-    trace = Trace([0.0] * info.depth, [0.0] * info.depth)
-    return Handle(adapter, Application(method, budget, sites, trace, _seeded(seed), services, used))
+    return Handle(adapter, Application(method, budget, sites, Trace(info.depth), _seeded(seed), services, used))

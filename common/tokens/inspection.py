@@ -111,15 +111,15 @@ def _pruned(
 ) -> Look:
     with applied(method, model, budget, services={FRAMES: weights}, seed=seed) as handle:
         pruned = answer(model, asked)
-        lineage = handle.application.trace.ancestry
+        attribution = handle.application.trace.attribution
         adapter = handle.adapter
         assert isinstance(adapter, VisionLanguage)
         report = handle.report(adapter.shaped(asked.given)) if counted else None
-    whole = [crops for modality in lineage.encoded for crops in lineage.dense(0)[modality]]
-    grids = [grid for encoded in lineage.encoded.values() for grid in encoded.grids]
+    whole = [crops for modality in attribution.encoded for crops in attribution.dense(0)[modality]]
+    grids = [grid for encoded in attribution.encoded.values() for grid in encoded.grids]
     stages = []
-    for site, masses in lineage.behind(0):
-        left = [crops for modality in lineage.encoded for crops in masses[modality]]
+    for site, masses in attribution.behind(0):
+        left = [crops for modality in attribution.encoded for crops in masses[modality]]
         shares = [
             (part / full.clamp_min(1e-9)).view(grid)
             for crops, before, grid in zip(left, whole, grids, strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -18,13 +19,13 @@ from prunelab.common.tokens.adapters.base import Adapter
 
 
 @cache
-def adapters() -> dict[str, type[Adapter]]:
+def adapters() -> dict[str, type[Adapter[Any]]]:
     """All adapters by family, discovered in this package."""
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
     return {cls.family: cls for module in modules for cls in defined(module, Adapter)}  # type: ignore[type-abstract]
 
 
-def adapter_for(model: nn.Module) -> Adapter:
+def adapter_for(model: nn.Module) -> Adapter[Any]:
     """The adapter of the model's class, else that of its nearest parent class that has one."""
     adapter = resolve(adapters().values(), model)
     if adapter is not None:

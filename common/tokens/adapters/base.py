@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +15,62 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import refuse_checkpointing
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals, View
 
 
-@dataclass
 class Trace:
-    """What one application saw, summed over samples: the tokens every layer's attention and MLP worked on."""
+    """What one application saw, summed over samples: the tokens every layer's attention and MLP worked on.
 
-    attention: list[float]
-    mlp: list[float]
-    samples: int = 0
-    origins: list[tuple[Site, Tensor]] = field(default_factory=list)
-    scoring_flops: int = 0
-    counter: FlopCounterMode | None = None
-    ancestry: Any = None  # how the last batch's tokens came from patches, where a family keeps that
-    measured: Trace | None = None  # mean counts to cost at, for methods whose counts depend on the input
+    Threads add to it together. Counts that stand on a device stay there until the trace is read.
+    """
+
+    def __init__(self, depth: int, measured: Trace | None = None) -> None:
+        self.samples = 0
+        self.kept: list[tuple[Site, Tensor]] = []  # of the last batch
+        self.attribution: Any = None  # how the last batch's tokens came from patches, where a family keeps that
+        self.scoring_flops = 0
+        self.counter: FlopCounterMode | None = None
+        self.measured = measured  # mean counts to cost at, for methods whose counts depend on the input
+        self._counts: dict[str, list[Any]] = {part: [0.0] * depth for part in ("attention", "mlp")}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, tokens: Sequence[float]) -> Trace:
+        """Of one sample that has so many tokens in each layer."""
+        trace = cls(len(tokens))
+        trace.samples, trace._counts = 1, {part: list(tokens) for part in ("attention", "mlp")}
+        return trace
+
+    def add(self, part: str, layer: int, tokens: int | Tensor) -> None:
+        """So many tokens went through the `attention` or `mlp` of a layer."""
+        with self._lock:
+            self._counts[part][layer] = self._counts[part][layer] + tokens
+
+    def begin(self, samples: int) -> None:
+        """A batch of so many samples enters the model."""
+        with self._lock:
+            self.samples += samples
+
+    def mark(self) -> Callable[[], None]:
+        """What takes back all that is counted from here on."""
+        counts, samples = {part: list(layers) for part, layers in self._counts.items()}, self.samples
+
+        def undo() -> None:
+            with self._lock:
+                self._counts, self.samples = counts, samples
+
+        return undo
+
+    @property
+    def attention(self) -> list[float]:
+        return [float(tokens) for tokens in self._counts["attention"]]
+
+    @property
+    def mlp(self) -> list[float]:
+        return [float(tokens) for tokens in self._counts["mlp"]]
 
     def behind(self, site: Site) -> int:
         """Mean number of tokens behind a site."""
@@ -63,16 +103,16 @@ class Application:
     parts: nn.Module | None = None
 
 
-@dataclass
-class Stream:
-    """State of one forward pass: per token its size, its bias as a key, whether it counts, and where it came from."""
+@dataclass(frozen=True)
+class Tokens:
+    """What is known of the tokens at hand: of each its size, its bias as a key, whether it counts, and which of the
+    full sequence it is."""
 
     sizes: Tensor | None = None  # [B, N], None while all are 1
     bias: Tensor | None = None  # [B, N] added to attention logits
     valid: Tensor | None = None  # [B, N] bool, None while nothing is padded
-    origin: Tensor | None = None  # [B, N] place of each token in the full sequence, None until one was taken away
-    mixed: bool = False  # from here on tokens have no single place
-    state: dict[str, Any] = field(default_factory=dict)  # what the method leaves for its later sites
+    origin: Tensor | None = None  # [B, N] index of each token in the full sequence, None until one was taken away
+    mixed: bool = False  # from here on tokens have no single index
 
     def attention_bias(self) -> Tensor | None:
         """The bias over keys with padding masked out."""
@@ -81,20 +121,25 @@ class Stream:
         base = torch.zeros_like(self.valid, dtype=torch.float32) if self.bias is None else self.bias
         return base.masked_fill(~self.valid, float("-inf"))
 
-    def places(self, like: Tensor) -> Tensor | None:
-        """[B, N] place in the full sequence of each token of like [B, N, ...]; None once tokens were mixed."""
+    def indices(self, like: Tensor) -> Tensor | None:
+        """[B, N] index in the full sequence of each token of like [B, N, ...]; None once tokens were mixed."""
         if self.mixed or self.origin is not None:
             return self.origin
         return torch.arange(like.shape[1], device=like.device).expand(like.shape[0], -1)
 
-    def reduce(self, plan: Plan, x: Tensor) -> Stream:
-        """The state after a plan for the tokens x [B, N, ...]."""
+    def count(self, x: Tensor) -> int | Tensor:
+        """How many of the tokens x [B, N, ...] count, over all samples."""
+        valid = None if x.device.type == "meta" else self.valid
+        return x.shape[0] * x.shape[1] if valid is None else valid.sum()
+
+    def reduce(self, plan: Plan, x: Tensor) -> Tokens:
+        """What is known after a plan for the tokens x [B, N, ...]."""
         if isinstance(plan.reduce, Gather):
             move = plan.reduce.apply
             sizes = None if self.sizes is None else move(self.sizes)
             bias = None if self.bias is None else move(self.bias)
-            places = self.places(x)
-            origin, mixed = None if places is None else move(places), self.mixed
+            indices = self.indices(x)
+            origin, mixed = None if indices is None else move(indices), self.mixed
         else:
             # A unit that several outputs use is shared among them by weight, so that sizes always add up.
             source, weight = plan.reduce.source, plan.reduce.weight.float().abs()
@@ -104,10 +149,31 @@ class Stream:
             sizes = replace(plan.reduce, weight=shares).apply(full.unsqueeze(-1)).squeeze(-1)
             bias, origin, mixed = None, None, True
         bias = bias if plan.key_bias is None else plan.key_bias
-        return Stream(sizes, bias, plan.reduce.valid, origin, mixed, self.state)
+        return Tokens(sizes, bias, plan.reduce.valid, origin, mixed)
+
+    def kept(self) -> Tensor | None:
+        """[B, N] index of each token in the full sequence, -1 for padding; None once tokens were mixed."""
+        if self.origin is None or self.valid is None:
+            return self.origin
+        return self.origin.masked_fill(~self.valid, -1)
 
 
-class Adapter(ABC):
+@dataclass
+class Pass:
+    """One forward pass: all that its hooks leave for each other. Every thread has its own, copies of a model have none.
+
+    state: what the method leaves for its later sites. kept: see `Handle.kept`.
+    """
+
+    tokens: Tokens = field(default_factory=Tokens)
+    state: dict[str, Any] = field(default_factory=dict)
+    kept: list[tuple[Site, Tensor]] = field(default_factory=list)
+
+
+P = TypeVar("P", bound=Pass)
+
+
+class Adapter(ABC, Generic[P]):
     """Applies token plans to one model family through hooks that come out again."""
 
     family: ClassVar[str]
@@ -118,6 +184,23 @@ class Adapter(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._own = threading.local()  # what each thread that runs the model has for itself
+
+    @abstractmethod
+    def started(self) -> P:
+        """The state of a forward pass that begins now."""
+
+    @property
+    def running(self) -> P:
+        """The forward pass of this thread that is at work, or was last."""
+        if not hasattr(self._own, "running"):
+            self._own.running = self.started()
+        found: P = self._own.running
+        return found
+
+    @running.setter
+    def running(self, new: P) -> None:
+        self._own.running = new
 
     @property
     @abstractmethod
@@ -136,28 +219,25 @@ class Adapter(ABC):
     def view(self, site: Site, x: Tensor) -> View:
         """The tokens x [B, N, D] at a site, and how each of its signals is computed."""
 
-    @property
-    @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """What the method left for its later sites of the forward pass at work."""
-
-    def signals_of(self, application: Application, site: Site, x: Tensor) -> TokenSignals:
+    def signals_of(self, application: Application, site: Site, x: Tensor, view: View | None = None) -> TokenSignals:
         """What the method may see of the tokens x [B, N, D] at a site."""
         return TokenSignals(
-            **vars(self.view(site, x)),
+            **vars(self.view(site, x) if view is None else view),
             info=self.info,
             rng=application.rng(x.device),
             required=application.method.requires(site),
             services=application.services,
             parts=application.parts,
-            state=self.state,
+            state=self.running.state,
         )
 
-    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, TokenSignals]:
+    def decide(
+        self, application: Application, site: Site, x: Tensor, view: View | None = None
+    ) -> tuple[Plan, TokenSignals]:
         """The method's plan for the tokens x [B, N, D] at a site, and the signals it was made from."""
         trace, method = application.trace, application.method
         with trace.scoring(), torch.no_grad():
-            signals = self.signals_of(application, site, x)
+            signals = self.signals_of(application, site, x, view)
             plan = method.plan(site, signals, application.budget.at(site.index))
             self.check_plan(plan)
         if trace.measured is not None:
@@ -207,12 +287,8 @@ class Adapter(ABC):
             )
 
 
-class SequenceAdapter(Adapter):
+class SequenceAdapter(Adapter[P]):
     """A family whose tokens flow as one sequence [B, N, D] through a list of blocks."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.stream = Stream()
 
     @property
     @abstractmethod
@@ -225,17 +301,16 @@ class SequenceAdapter(Adapter):
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Hook before the first block: a new forward pass starts."""
-        self.stream = Stream()
+        refuse_checkpointing(self.model)
+        self.running = self.started()
 
     def count(self, application: Application, layer: int, part: str) -> Callable[..., None]:
         """Hook before a layer's `attention` or `mlp`: counts the tokens that each works on."""
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            trace, x = application.trace, args[0]
             if layer == 0 and part == "attention":
-                trace.samples += x.shape[0]
-            valid = None if x.device.type == "meta" else self.stream.valid
-            getattr(trace, part)[layer] += x.shape[0] * x.shape[1] if valid is None else int(valid.sum())
+                application.trace.begin(args[0].shape[0])
+            application.trace.add(part, layer, self.running.tokens.count(args[0]))
 
         return hook
 
@@ -246,36 +321,33 @@ class SequenceAdapter(Adapter):
         return application.method.refine(site, plan.reduce.apply(x), signals, plan)
 
     def follow(self, application: Application, site: Site, plan: Plan, x: Tensor) -> None:
-        """Bring the stream up to date with a plan for the tokens x [B, N, D], and note what was kept."""
-        if site.index == 0:
-            application.trace.origins.clear()
-        self.stream = self.stream.reduce(plan, x)
-        if self.stream.origin is not None:
-            origin = self.stream.origin
-            if self.stream.valid is not None:
-                origin = origin.masked_fill(~self.stream.valid, -1)
-            application.trace.origins.append((site, origin))
+        """Bring what is known of the tokens up to date with a plan for x [B, N, D], and note what was kept."""
+        self.running.tokens = self.running.tokens.reduce(plan, x)
+        self.note(application, site, self.running.tokens.kept())
 
-    @property
-    def state(self) -> dict[str, Any]:
-        return self.stream.state
+    def note(self, application: Application, site: Site, kept: Tensor | None) -> None:
+        """Record the indices kept at a site, for `handle.kept()`; None where tokens have no single one."""
+        if site.index == 0:
+            application.trace.kept = self.running.kept = []
+        if kept is not None:
+            self.running.kept.append((site, kept))
 
     def view(self, site: Site, x: Tensor) -> View:
-        stream, special = self.stream, self.info.special
+        tokens, special = self.running.tokens, self.info.special
         prunable = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         prunable[:, :special] = False
-        if stream.valid is not None:
-            prunable &= stream.valid
+        if tokens.valid is not None:
+            prunable &= tokens.valid
         common: dict[str, Callable[[], Tensor]] = {
             "hidden": lambda: x,
-            "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32) if stream.sizes is None else stream.sizes,
+            "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32) if tokens.sizes is None else tokens.sizes,
         }
         return View(
             {**common, **self.sources(site, x)},
             prunable,
             units=x.shape[1] - special,
-            valid=stream.valid,
-            indices=stream.places(x),
+            valid=tokens.valid,
+            indices=tokens.indices(x),
             grids=self.grids(),
         )
 

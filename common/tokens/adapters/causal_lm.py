@@ -1,17 +1,17 @@
 """Causal language models of transformers, whose prompt tokens leave on their way up and may come back while decoding.
 
 A unit is a token of the prompt; its last one, what is generated and padding are never pruned. Sites are the `input` of
-decoder layers, with the attention of the layer before at hand. Between two sites lies a stretch of layers, and a token
-goes through a stretch as a whole or not at all. What leaves keeps its position and its entries in the caches of the
+decoder layers, with the attention of the layer before at hand. Between two sites lies a segment of layers, and a token
+goes through a segment as a whole or not at all. What leaves keeps its position and its entries in the caches of the
 layers that it went through. By a plan's `rest`:
 
 - `drop`: it is gone. The method decides once, at the prompt.
-- `defer`: its hidden state waits before the stretch, and the method decides anew for every token that is generated.
+- `defer`: its hidden state waits before the segment, and the method decides anew for every token that is generated.
   What it then chooses is read from the cache where it is there; what waits is computed along with the newest token and
   never again. The units of a decision are the tokens that are active in the layer before, in the cache or computed now,
   so that only `keys` and `last_row` can be read.
 
-Samples whose last token is not in the last column are refused. A stretch's caches hold the entries in the order in
+Samples whose last token is not in the last column are refused. A segment's caches hold the entries in the order in
 which they were computed; samples of one batch that get back fewer tokens than others hold entries that do not count.
 """
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from prunelab.common.core import attention, selection
 from prunelab.common.core.attention_interface import NAME, Recorder, cache_in, implementation, record
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import padded_first, run_all
+from prunelab.common.core.hooks import after, before, padded_first, refuse_checkpointing, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
-from prunelab.common.tokens.adapters.base import Application, SequenceAdapter, Stream
-from prunelab.common.tokens.adapters.causal_lm_cache import Book, Entries, in_order, visible
+from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter, Tokens
+from prunelab.common.tokens.adapters.causal_lm_cache import Entries, PromptCache, in_order, visible
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import View
 
@@ -43,7 +43,23 @@ _ATTENTION = _LASTING | {"queries", "attention_logits", "attention", "received"}
 _EXAMPLE = 4096  # assumption: tokens of the standard prompt, where the model's context is not shorter
 
 
-class CausalLM(SequenceAdapter):
+@dataclass
+class PromptPass(Pass):
+    """cache: what is known of the batch. new: tokens at hand. decoding: whether they follow a prompt. deciding: whether
+    sites decide in this pass. Of the segment at work: its number, rows [B, R] that go through it, how many of them are
+    of the prompt (counted), and the arguments of its layers (aids)."""
+
+    cache: PromptCache = field(init=False)
+    new: int = 0
+    decoding: bool = False
+    deciding: bool = True
+    segment: int = 0
+    rows: Entries = field(init=False)
+    counted: int | Tensor = 0
+    aids: dict[str, Any] = field(default_factory=dict)
+
+
+class CausalLM(SequenceAdapter[PromptPass]):
     """A causal language model of transformers: `model.model` with `layers`, rotary positions and a dynamic cache."""
 
     family = "causal_lm"
@@ -58,8 +74,11 @@ class CausalLM(SequenceAdapter):
         super().__init__(model)
         self.decoder: Any = model.model
         self.config: Any = model.config
-        self.books: WeakKeyDictionary[Any, Book] = WeakKeyDictionary()  # by cache
+        self.caches: WeakKeyDictionary[Any, PromptCache] = WeakKeyDictionary()  # by the model's own
         self.recorders: dict[int, Recorder] = {}  # by layer
+
+    def started(self) -> PromptPass:
+        return PromptPass()
 
     # -- sizes and refusals --------------------------------------------------------------------------------------
 
@@ -123,37 +142,39 @@ class CausalLM(SequenceAdapter):
                 if application.method.requires(site) & _ATTENTION:
                     self.recorders[layer - 1], stop = record(self.blocks[layer - 1].self_attn)
                     removers.append(stop)
-            begin = self._begin(application)  # before what prunes the cache of the tokens that are left
-            removers.append(self.decoder.register_forward_pre_hook(begin, prepend=True, with_kwargs=True).remove)
-            removers.append(self.decoder.register_forward_hook(self._end).remove)
+            # before what prunes the cache of the tokens that are left
+            removers.append(before(self.decoder, self._begin(application), kwargs=True, first=True))
+            removers.append(after(self.decoder, self._end))
             for layer, block in enumerate(self.blocks):
-                stretch = starts.index(layer) if layer in starts else None
-                hook = self._layer(application, layer, stretch, sites.get(layer))
-                removers.append(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                segment = starts.index(layer) if layer in starts else None
+                hook = self._layer(application, layer, segment, sites.get(layer))
+                removers.append(before(block, hook, kwargs=True))
         except BaseException:
             run_all(removers)
             raise
         return lambda: run_all(removers)
 
     def _begin(self, application: Application) -> Callable[..., Any]:
-        """Before the decoder: which columns are new, and whose they are. The mask is made anew for every stretch."""
+        """Before the decoder: which columns are new, and whose they are. The mask is made anew for every segment."""
         deferring = application.method.rest == "defer"
 
         def hook(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+            refuse_checkpointing(self.model)
             ids, cache = given.get("input_ids", args[0] if args else None), cache_in(given)
             read = given.get("inputs_embeds") if ids is None else ids
             if read is None or read.shape[1] == 0:
                 raise PrunelabError("the prompt is empty; give at least one token")
             batch, new = read.shape[:2]
             seen = 0 if cache is None else cache.get_seq_length()
+            running = self.running = self.started()
             if seen:
-                self.book = self._known(cache, seen)
+                running.cache = self._known(cache, seen)
                 if deferring and new > 1:
                     raise PrunelabError("tokens come back for one new token at a time; give the others one by one")
             else:
                 nothing = torch.zeros(batch, 0, dtype=torch.long, device=read.device)
-                self.book = Book(new, nothing[:1], None, nothing)
-            book, start = self.book, self.book.total
+                running.cache = PromptCache(new, nothing[:1], None, nothing)
+            known, start = running.cache, running.cache.total
             if start + new > self.config.max_position_embeddings:
                 raise PrunelabError(
                     f"{start + new} tokens are more than the model's context of"
@@ -162,21 +183,21 @@ class CausalLM(SequenceAdapter):
             positions = given.get("position_ids")
             if positions is None:
                 positions = torch.arange(start, start + new, device=read.device).unsqueeze(0)
-            book.grow(positions, self._real(given.get("attention_mask"), start, new))
-            self.new, self.decoding = new, seen > 0
-            self.deciding = deferring or not seen
+            known.grow(positions, self._real(given.get("attention_mask"), start, new))
+            running.new, running.decoding = new, seen > 0
+            running.deciding = deferring or not seen
             aids = {"attention_mask": None, **({"position_ids": positions} if seen else {})}
             return args, given | aids
 
         return hook
 
-    def _known(self, cache: Any, seen: int) -> Book:
-        book = self.books.get(cache)
-        if book is None:
+    def _known(self, cache: Any, seen: int) -> PromptCache:
+        known = self.caches.get(cache)
+        if known is None:
             raise PrunelabError("this cache was filled without the method; run the prompt inside the `with` block")
-        if seen != book.held[0].columns.shape[1] or len(cache.layers[0].keys) != len(book.stretches):
+        if seen != known.held[0].columns.shape[1] or len(cache.layers[0].keys) != len(known.segments):
             raise PrunelabError("this cache was changed since; a pruned cache grows, but is not cropped or expanded")
-        return book
+        return known
 
     def _real(self, mask: Tensor | None, start: int, new: int) -> Tensor | None:
         """The new columns [B, M] that are no padding, None where all are."""
@@ -196,88 +217,92 @@ class CausalLM(SequenceAdapter):
         """Behind the decoder: what came back is not what was asked for."""
         for recorder in self.recorders.values():
             recorder.clear()
-        if self.decoding and output.last_hidden_state.shape[1] > self.new:
-            output.last_hidden_state = output.last_hidden_state[:, -self.new :]
+        new = self.running.new
+        if self.running.decoding and output.last_hidden_state.shape[1] > new:
+            output.last_hidden_state = output.last_hidden_state[:, -new:]
         return output
 
     def _layer(
-        self, application: Application, layer: int, stretch: int | None, site: Site | None
+        self, application: Application, layer: int, segment: int | None, site: Site | None
     ) -> Callable[..., Any]:
         def hook(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-            x, cache = args[0], cache_in(given)
-            if layer == 0 and not self.decoding:
-                application.trace.samples += len(x)
+            x, cache, running = args[0], cache_in(given), self.running
+            if layer == 0 and not running.decoding:
+                application.trace.begin(len(x))
                 if cache is not None:
-                    self.books[cache] = self.book
-                    self.book.follow(cache)
-            if stretch is not None:
-                x = self._open(application, stretch, site, x)
-            application.trace.attention[layer] += self.counted
-            application.trace.mlp[layer] += self.counted
-            return (x, *args[1:]), given | self.aids
+                    self.caches[cache] = running.cache
+                    running.cache.follow(cache)
+            if segment is not None:
+                x = self._open(application, segment, site, x)
+            for part in ("attention", "mlp"):
+                application.trace.add(part, layer, running.counted)
+            return (x, *args[1:]), given | running.aids
 
         return hook
 
-    # -- a stretch of layers -------------------------------------------------------------------------------------
+    # -- a segment of layers -------------------------------------------------------------------------------------
 
-    def _open(self, application: Application, stretch: int, site: Site | None, x: Tensor) -> Tensor:
-        """What goes into a stretch [B, R, D], of what came out of the one before; position table and mask of it."""
-        book, total = self.book, self.book.total
-        if stretch == 0:
+    def _open(self, application: Application, segment: int, site: Site | None, x: Tensor) -> Tensor:
+        """What goes into a segment [B, R, D], of what came out of the one before; position table and mask of it."""
+        running, cache = self.running, self.running.cache
+        total, running.segment = cache.total, segment
+        if segment == 0:
             columns = torch.arange(total, device=x.device).expand(len(x), -1)
-            self.stream = Stream(origin=columns, valid=book.real)
-            fresh = None if book.real is None else book.real[:, -self.new :]
-            self.rows = Entries(columns[:, -self.new :], fresh)
-        if site is not None and self.deciding:
-            x = self._cut(application, stretch, site, x)
-        held = book.enter(stretch, self.rows)
-        positions = book.positions.expand(len(x), -1).gather(1, self.rows.columns)
-        self.aids = {
+            running.tokens = Tokens(origin=columns, valid=cache.real)
+            fresh = None if cache.real is None else cache.real[:, -running.new :]
+            running.rows = Entries(columns[:, -running.new :], fresh)
+        if site is not None and running.deciding:
+            x = self._cut(application, segment, site, x)
+        held = cache.enter(segment, running.rows)
+        positions = cache.positions.expand(len(x), -1).gather(1, running.rows.columns)
+        running.aids = {
             "position_embeddings": self.decoder.rotary_emb(x, positions),
             "position_ids": positions,
             "attention_mask": self._mask(held, x),
         }
-        self.counted = self._computed()
+        running.counted = self._computed()
         return x
 
-    def _computed(self) -> int:
+    def _computed(self) -> int | Tensor:
         """How many of the rows are tokens of the prompt."""
-        if not self.decoding and self.rows.valid is None:
-            return self.rows.columns.numel()
-        return int((self.rows.real() & (self.rows.columns < self.book.prompt)).sum())
+        running, rows = self.running, self.running.rows
+        if not running.decoding and rows.valid is None:
+            return rows.columns.numel()
+        return (rows.real() & (rows.columns < running.cache.prompt)).sum()
 
-    def _cut(self, application: Application, stretch: int, site: Site, x: Tensor) -> Tensor:
+    def _cut(self, application: Application, segment: int, site: Site, x: Tensor) -> Tensor:
         """Carry out the method's plan: what goes on of the active tokens, among it what comes back."""
-        book, self.stretch = self.book, stretch
-        seen = self.stream.origin if self.decoding else x
+        running, cache = self.running, self.running.cache
+        seen = running.tokens.origin if running.decoding else x
         assert seen is not None
         plan, signals = self.decide(application, site, seen)
         assert isinstance(plan.reduce, Gather)
         plan = replace(plan, reduce=in_order(plan.reduce))
         if plan.rest == "defer":
-            book.defer(self.rows, x)
+            cache.defer(running.rows, x)
         self.follow(application, site, plan, seen)
-        columns, valid = self.stream.origin, self.stream.valid
+        columns, valid = running.tokens.origin, running.tokens.valid
         assert columns is not None
-        if x.device.type != "meta" and not bool((columns[:, -1] == book.total - 1).all()):
+        if x.device.type != "meta" and not bool((columns[:, -1] == cache.total - 1).all()):
             raise PrunelabError(f"{application.method.name} left out the newest token, which the model cannot")
-        if not self.decoding:
-            self.rows = Entries(columns, valid)
+        if not running.decoding:
+            running.rows = Entries(columns, valid)
             return application.method.refine(site, plan.reduce.apply(x), signals, plan)
-        assert book.waiting is not None
-        waits = (book.stretches.gather(1, columns) == stretch) & (columns < book.total - 1)
+        assert cache.waiting is not None
+        waits = (cache.segments.gather(1, columns) == segment) & (columns < cache.total - 1)
         back = padded_first(selection.compact(waits if valid is None else waits & valid))
         assert isinstance(back, Gather)
         came = Entries(back.apply(columns), back.valid)
-        self.rows = came.joined(Entries(columns[:, -1:], None))
-        return torch.cat([take(book.waiting, came.columns), x[:, -1:]], 1)
+        running.rows = came.joined(Entries(columns[:, -1:], None))
+        return torch.cat([take(cache.waiting, came.columns), x[:, -1:]], 1)
 
     def _mask(self, held: Entries, x: Tensor) -> Tensor | None:
         """Mask of the rows at hand in the form that the model's attention takes; None where causal order says it."""
-        rows, columns, active = self.rows, self.stream.origin, None
+        running, total = self.running, self.running.cache.total
+        rows, columns, valid, active = running.rows, running.tokens.origin, running.tokens.valid, None
         assert columns is not None
-        if self.decoding and self.deciding and (self.stream.valid is not None or columns.shape[1] < self.book.total):
-            active = Entries(columns, self.stream.valid).of(torch.ones_like(columns), self.book.total).bool()
+        if running.decoding and running.deciding and (valid is not None or columns.shape[1] < total):
+            active = Entries(columns, valid).of(torch.ones_like(columns), total).bool()
         eager = self.config._attn_implementation == "eager"
         plain = rows.columns.shape[1] in (1, held.columns.shape[1])  # one query, or all of the prompt
         if plain and active is None and held.valid is None and not eager:
@@ -289,11 +314,11 @@ class CausalLM(SequenceAdapter):
 
     def view(self, site: Site, x: Tensor) -> View:
         """In a decoding step x is the active tokens' columns [B, U] alone, since most of them have no hidden state."""
-        view = super().view(site, x)
+        view, cache = super().view(site, x), self.running.cache
         assert view.indices is not None
-        last = self.book.prompt - 1  # assumption: the prompt's last token stays like the generated ones that follow it
+        last = cache.prompt - 1  # assumption: the prompt's last token stays like the generated ones that follow it
         prunable = view.prunable & (view.indices < last)
-        always = self.book.total - last
+        always = cache.total - last
         units = x.shape[1] - always if view.valid is None else int(prunable.sum(1).max())
         return replace(view, prunable=prunable, units=units)
 
@@ -301,10 +326,11 @@ class CausalLM(SequenceAdapter):
         seen = self.recorders.get(site.layer - 1)
         if seen is None:
             return {}
-        newest = torch.full((len(x), 1), self.rows.columns.shape[1] - 1, device=x.device)
+        running = self.running
+        newest = torch.full((len(x), 1), running.rows.columns.shape[1] - 1, device=x.device)
         row = functools.partial(seen.weights, newest)
-        if not self.decoding:
-            valid = self.stream.valid
+        if not running.decoding:
+            valid = running.tokens.valid
             return {
                 "queries": seen.shown,
                 "keys": lambda: seen.keys,
@@ -313,10 +339,10 @@ class CausalLM(SequenceAdapter):
                 "last_row": lambda: row().squeeze(2),
                 "received": lambda: attention.received(seen.weights(), valid),
             }
-        held, columns = self.book.held[self.stretch - 1], self.stream.origin
+        held, columns = running.cache.held[running.segment - 1], running.tokens.origin
         assert columns is not None
         order = torch.arange(held.columns.shape[1], device=x.device)
-        entry = held.of(order, self.book.total).gather(1, columns).unsqueeze(1)  # [B, 1, U]
+        entry = held.of(order, running.cache.total).gather(1, columns).unsqueeze(1)  # [B, 1, U]
         return {
             "keys": lambda: take(seen.keys, entry.expand(-1, seen.keys.shape[1], -1)),
             "last_row": lambda: row().squeeze(2).gather(2, entry.expand(-1, self.info.heads, -1)),

@@ -14,7 +14,7 @@ from prunelab.common.core.plan import Gather
 
 @dataclass
 class Entries:
-    """Cache entries of a stretch: the columns [B, K] whose tokens they are, in the order of computation, and which of
+    """Cache entries of a segment: the columns [B, K] whose tokens they are, in the order of computation, and which of
     them count (None: all)."""
 
     columns: Tensor
@@ -38,19 +38,19 @@ class Entries:
 
 
 @dataclass
-class Book:
+class PromptCache:
     """What is known of one batch while it is generated, by the columns of its attention mask.
 
     real [B, T]: columns that are no padding, None where all are. positions [B or 1, T]: their position ids.
-    prompt: columns of the prompt. stretches [B, T]: how many of them each token went through, which also says where it
+    prompt: columns of the prompt. segments [B, T]: how many of them each token went through, which also says where it
     waits. waiting [B, prompt + 1, D]: hidden states that wait; the last place takes what needs none. held: the cache
-    entries of each stretch.
+    entries of each segment.
     """
 
     prompt: int
     positions: Tensor
     real: Tensor | None
-    stretches: Tensor
+    segments: Tensor
     waiting: Tensor | None = None
     held: dict[int, Entries] = field(default_factory=dict)
 
@@ -60,14 +60,14 @@ class Book:
 
     def grow(self, positions: Tensor, real: Tensor | None) -> None:
         """Columns of new tokens, [B or 1, M]."""
-        batch, new = self.stretches.shape[0], positions.shape[1]
+        batch, new = self.segments.shape[0], positions.shape[1]
         if self.real is not None or real is not None:
             ones = torch.ones(batch, self.total, dtype=torch.bool, device=positions.device)
             real = ones[:, :1].expand(-1, new) if real is None else real
             self.real = torch.cat([ones if self.real is None else self.real, real], 1)
         rows = max(len(positions), len(self.positions))
         self.positions = torch.cat([self.positions.expand(rows, -1), positions.expand(rows, -1)], 1)
-        self.stretches = torch.cat([self.stretches, self.stretches.new_zeros(batch, new)], 1)
+        self.segments = torch.cat([self.segments, self.segments.new_zeros(batch, new)], 1)
 
     def defer(self, rows: Entries, x: Tensor) -> None:
         """Let hidden states x [B, R, D] wait, unless they are of generated tokens or padding."""
@@ -76,10 +76,10 @@ class Book:
         slots = rows.columns.masked_fill(~rows.real(), self.prompt).clamp(max=self.prompt)
         self.waiting.scatter_(1, slots.unsqueeze(-1).expand_as(x), x.detach())
 
-    def enter(self, stretch: int, rows: Entries) -> Entries:
-        """The rows go through a stretch; the entries of its caches afterwards."""
-        self.stretches = torch.maximum(self.stretches, rows.of(torch.full_like(rows.columns, stretch + 1), self.total))
-        held = self.held[stretch] = self.held[stretch].joined(rows) if stretch in self.held else rows
+    def enter(self, segment: int, rows: Entries) -> Entries:
+        """The rows go through a segment; the entries of its caches afterwards."""
+        self.segments = torch.maximum(self.segments, rows.of(torch.full_like(rows.columns, segment + 1), self.total))
+        held = self.held[segment] = self.held[segment].joined(rows) if segment in self.held else rows
         return held
 
     def follow(self, cache: Any) -> None:
@@ -100,13 +100,13 @@ class Book:
 
     def select(self, index: Tensor) -> None:
         """Go on with these samples."""
-        index = index.to(self.stretches.device)
+        index = index.to(self.segments.device)
         self.positions = self.positions if len(self.positions) == 1 else self.positions[index]
         self.real = None if self.real is None else self.real[index]
         self.waiting = None if self.waiting is None else self.waiting[index]
-        self.stretches = self.stretches[index]
-        for stretch, held in self.held.items():
-            self.held[stretch] = Entries(held.columns[index], None if held.valid is None else held.valid[index])
+        self.segments = self.segments[index]
+        for segment, held in self.held.items():
+            self.held[segment] = Entries(held.columns[index], None if held.valid is None else held.valid[index])
 
 
 def in_order(reduce: Gather) -> Gather:

@@ -9,22 +9,31 @@ layer (`DINO(value="features")`, Focus-DETR).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import run_all
+from prunelab.common.core.hooks import before, replaced, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
-from prunelab.common.tokens.adapters.base import Application, SequenceAdapter, Stream
+from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter, Tokens
 from prunelab.common.tokens.role import TokenPruner
 
 _CLASSES = frozenset({"class_logits", "class_weight", "class_bias"})
 _FIRST_STAGE = frozenset({"encoder_memory", "proposal_logits"})
 
 
-class DeformableEncoder(SequenceAdapter):
+@dataclass
+class EncoderPass(Pass):
+    """levels: arguments of the layer at work. worked: [B, K] which of its queries count, None for all."""
+
+    levels: dict[str, Any] = field(default_factory=dict)
+    worked: Tensor | None = None
+
+
+class DeformableEncoder(SequenceAdapter[EncoderPass]):
     """Signals: `hidden` and `positions` [B, N, D] (sine plus level embedding); `class_logits` [B, N, classes], the
     encoder's class head on the tokens as they are, and its `class_weight` and `class_bias`; with a two-stage detector
     `encoder_memory` [B, N, D] (tokens plus positions behind the first stage's projection and norm) and
@@ -45,8 +54,9 @@ class DeformableEncoder(SequenceAdapter):
         owner: Any = model
         self.body: Any = owner.model if self.stock else owner
         self.two_stage = self.body.config.two_stage if self.stock else True
-        self.levels: dict[str, Any] = {}  # arguments of the layer at work
-        self.worked: Tensor | None = None  # [B, K] which of the queries at work count, None for all
+
+    def started(self) -> EncoderPass:
+        return EncoderPass()
 
     @property
     def blocks(self) -> Any:
@@ -80,7 +90,7 @@ class DeformableEncoder(SequenceAdapter):
 
     def grids(self) -> tuple[tuple[int, int], ...]:
         """Height and width of each level of the input at work."""
-        return tuple((int(h), int(w)) for h, w in self.levels["spatial_shapes_list"])
+        return tuple((int(h), int(w)) for h, w in self.running.levels["spatial_shapes_list"])
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -102,11 +112,10 @@ class DeformableEncoder(SequenceAdapter):
 
     def install(self, application: Application) -> Callable[[], None]:
         removers: list[Callable[[], Any]] = []
-        self.stream = Stream()
         try:
-            removers.append(self.blocks[0].register_forward_pre_hook(self.begin, prepend=True).remove)
+            removers.append(before(self.blocks[0], self.begin, first=True))
             for layer, block in enumerate(self.blocks):
-                removers.append(block.mlp.register_forward_pre_hook(self._count_layer(application, layer)).remove)
+                removers.append(before(block.mlp, self._count_layer(application, layer)))
             for site in application.sites:
                 removers.append(self._install_site(application, site))
         except BaseException:
@@ -120,11 +129,11 @@ class DeformableEncoder(SequenceAdapter):
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             trace, batch, queries = application.trace, args[0].shape[0], args[0].shape[1]
             if layer == 0:
-                trace.samples += batch
-            worked = batch * queries if self.worked is None else int(self.worked.sum())
-            trace.attention[layer] += worked
-            trace.mlp[layer] += worked
-            self.worked = None
+                trace.begin(batch)
+            worked = self.running.worked
+            for part in ("attention", "mlp"):
+                trace.add(part, layer, batch * queries if worked is None else worked.sum())
+            self.running.worked = None
 
         return hook
 
@@ -156,16 +165,17 @@ class DeformableEncoder(SequenceAdapter):
                 "spatial_shapes_list": spatial_shapes_list,
                 "level_start_index": level_start_index,
             }
-            self.levels = {**levels, "positions": positions}
+            running = self.running
+            running.levels = {**levels, "positions": positions}
             padded = attention_mask is not None and attention_mask.device.type != "meta"
             valid = attention_mask.bool() if attention_mask is not None and padded else None
-            self.stream = Stream(valid=None if valid is None or bool(valid.all()) else valid, state=self.stream.state)
+            running.tokens = Tokens(valid=None if valid is None or bool(valid.all()) else valid)
             plan, signals = self.decide(application, site, hidden_states)
             assert isinstance(plan.reduce, Gather)  # as check_plan saw to
             index, kept = plan.reduce.index, plan.reduce.valid
             queries = application.method.refine(site, plan.reduce.apply(hidden_states), signals, plan)
-            self.worked = kept
-            self._note(application, site, plan)
+            running.worked = kept
+            self.note(application, site, index if kept is None else index.masked_fill(~kept, -1))
             queries = update(
                 layer,
                 queries,
@@ -177,32 +187,23 @@ class DeformableEncoder(SequenceAdapter):
             )
             return write_back(hidden_states, queries, index, kept)
 
-        layer.forward = forward
-        return lambda: vars(layer).pop("forward", None)
-
-    def _note(self, application: Application, site: Site, plan: Plan) -> None:
-        """Record the places kept, for `handle.kept()`."""
-        assert isinstance(plan.reduce, Gather)
-        index, kept, origins = plan.reduce.index, plan.reduce.valid, application.trace.origins
-        if site.index == 0:
-            origins.clear()
-        origins.append((site, index if kept is None else index.masked_fill(~kept, -1)))
+        return replaced(layer, "forward", forward)
 
     # -- signals -------------------------------------------------------------------------------------------------
 
     def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
-        body, positions = self.body, self.levels["positions"]
+        body, tokens, positions = self.body, self.running.tokens, self.running.levels["positions"]
         # assumption: a one-stage detector has no class head of the encoder, its last decoder layer's stands in
         owner: Any = self.model
         head = owner.class_embed[-1]
 
         def memory(hidden: Tensor) -> Tensor:
             if self.stock:
-                valid = torch.ones_like(x[..., 0], dtype=torch.bool) if self.stream.valid is None else self.stream.valid
+                valid = torch.ones_like(x[..., 0], dtype=torch.bool) if tokens.valid is None else tokens.valid
                 return body.gen_encoder_output_proposals(hidden, ~valid, self.grids())[0]
             from prunelab.common.backbones.dino import Pyramid
 
-            pyramid = Pyramid(hidden, positions, self.stream.valid, list(self.grids()))
+            pyramid = Pyramid(hidden, positions, tokens.valid, list(self.grids()))
             return body.memory(hidden, pyramid.anchors()[1])
 
         def learning(source: Callable[[], Tensor]) -> Callable[[], Tensor]:

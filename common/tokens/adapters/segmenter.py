@@ -10,6 +10,7 @@ overwrites where tokens are left.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +18,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import after, before, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
 from prunelab.common.tokens.adapters.base import Application
-from prunelab.common.tokens.adapters.timm_vit import TimmViT
+from prunelab.common.tokens.adapters.timm_vit import TimmViT, ViTPass
 from prunelab.common.tokens.role import TokenPruner
 
 if TYPE_CHECKING:
     from prunelab.common.backbones.segvit import Prediction, Segmenter
 
 
+@dataclass
+class SegmenterPass(ViTPass):
+    """said: what the last head said of the tokens it saw. stages: what each head said of the whole grid, with
+    gradients."""
+
+    said: Prediction | None = None
+    stages: list[Prediction] = field(default_factory=list)
+
+
 class SegmenterViT(TimmViT):
-    """`stages` holds what each head said of the whole grid in the last forward pass, with gradients: train on it."""
+    """`stages` holds what each head said of the whole grid in the last forward pass: train on it."""
 
     family = "segmenter"
     model_classes = ("prunelab.common.backbones.segvit.Segmenter",)
@@ -36,10 +47,13 @@ class SegmenterViT(TimmViT):
 
     model: Segmenter
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.said: Prediction | None = None  # of the last head, about the tokens it saw
-        self.stages: list[Prediction] = []
+    def started(self) -> SegmenterPass:
+        return SegmenterPass()
+
+    @property
+    def stages(self) -> list[Prediction]:
+        found: list[Prediction] = self.running.stages
+        return found
 
     @property
     def blocks(self) -> Any:
@@ -80,25 +94,10 @@ class SegmenterViT(TimmViT):
 
     def install(self, application: Application) -> Callable[[], None]:
         remove = super().install(application)
-        hooks = [
-            hook
-            for head in self.model.heads
-            for hook in (
-                head.register_forward_pre_hook(self._hide_padding, with_kwargs=True),
-                head.register_forward_hook(self._join),
-            )
-        ]
-
-        def remove_all() -> None:
-            remove()
-            for hook in hooks:
-                hook.remove()
-
-        return remove_all
-
-    def begin(self, module: nn.Module, args: Any) -> None:
-        super().begin(module, args)
-        self.said, self.stages = None, []
+        removers = [remove]
+        for head in self.model.heads:
+            removers += [before(head, self._hide_padding, kwargs=True), after(head, self._join)]
+        return lambda: run_all(removers)
 
     def reduce(self, application: Application, site: Site, x: Tensor) -> Tensor:
         head = self.model.heads[self.model.head_blocks.index(site.layer)]
@@ -110,29 +109,30 @@ class SegmenterViT(TimmViT):
         special = self.info.special
 
         def confidence() -> Tensor:
-            assert self.said is not None  # reduce has just run the head of this site
-            return F.pad(self.said.confidence.transpose(1, 2), (0, 0, special, 0))  # prefix tokens have none
+            said = self.running.said  # reduce has just run the head of this site
+            return F.pad(said.confidence.transpose(1, 2), (0, 0, special, 0))  # prefix tokens have none
 
         return super().sources(site, x) | {"class_confidence": confidence}
 
     # -- hooks on the heads --------------------------------------------------------------------------------------
 
     def _hide_padding(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        valid = self.stream.valid
+        valid = self.running.tokens.valid
         return None if valid is None else (args, kwargs | {"valid": valid[:, self.info.special :]})
 
     def _join(self, head: nn.Module, args: tuple[Tensor, ...], said: Prediction) -> Prediction:
         """What a head says of the tokens it saw becomes what is known of the whole grid."""
-        special, valid = self.info.special, self.stream.valid
-        places = self.stream.places(torch.empty(len(args[0]), args[0].shape[1] + special, device=args[0].device))
-        assert places is not None  # a segmenter's plans only gather
-        self.said = said
-        before = self.stages[-1] if self.stages else None
-        here = places[:, special:] - special
+        special, running = self.info.special, self.running
+        tokens, stages = running.tokens, running.stages
+        indices = tokens.indices(torch.empty(len(args[0]), args[0].shape[1] + special, device=args[0].device))
+        assert indices is not None  # a segmenter's plans only gather
+        running.said = said
+        known = stages[-1] if stages else None
+        here = indices[:, special:] - special
         grid = self.model.patch_embed.num_patches
-        seen = None if valid is None else valid[:, special:]
-        self.stages.append(join(before, said, here, grid, seen, exit_presence=self.model.presence == "exit"))
-        return self.stages[-1]
+        seen = None if tokens.valid is None else tokens.valid[:, special:]
+        stages.append(join(known, said, here, grid, seen, exit_presence=self.model.presence == "exit"))
+        return stages[-1]
 
 
 def join(

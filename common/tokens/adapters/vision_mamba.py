@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,31 +29,36 @@ from torch import Tensor, nn
 from prunelab.common.backbones.subset import Subset
 from prunelab.common.backbones.vim import add
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import run_all
+from prunelab.common.core.hooks import after, before, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
-from prunelab.common.tokens.adapters.base import Application, SequenceAdapter
+from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter
 from prunelab.common.tokens.signals import TokenSignals, View
 
 _ALWAYS = frozenset({"hidden", "sizes"})
 
 
-class _VisionMamba(SequenceAdapter):
+@dataclass
+class MambaPass(Pass):
+    """total: tokens before anything was pruned. seats: [B, N] ascending index of each token among them, None until a
+    plan has acted. align: the last plan's positions. class_at: [B] where the class token is among the tokens. scanned:
+    [B, S, E, N] of the layers that are read. grid: of the map, where the layers are told."""
+
+    total: int = 0
+    seats: Tensor | None = None
+    align: str = "original"
+    class_at: Tensor | None = None
+    scanned: dict[int, Tensor] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+
+
+class _VisionMamba(SequenceAdapter[MambaPass]):
     """What both families share: where each token sits in the sequence that was scanned before anything was pruned."""
 
     signals = {"input": _ALWAYS, "block_output": _ALWAYS | {"scans"}}
     positions = frozenset({"original", "renumber", "hold", "decay"})
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the last forward pass."""
-        self.total = 0
-        self.seats: Tensor | None = None  # [B, N] ascending place of each token, None until a plan has acted
-        self.align: str = "original"  # the last plan's positions
-        self.class_at: Tensor | None = None  # [B] where the class token is among the tokens
-        self.scanned: dict[int, Tensor] = {}  # [B, S, E, N] by layer
+    def started(self) -> MambaPass:
+        return MambaPass()
 
     @abstractmethod
     def prune(self, application: Application, site: Site, state: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -70,13 +75,13 @@ class _VisionMamba(SequenceAdapter):
         try:
             for layer, block in enumerate(self.blocks):
                 enter = self._enter(application, layer)
-                removers.append(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                removers.append(before(block, enter, kwargs=True))
             for site in application.sites:
                 if "scans" in application.method.requires(site):
-                    removers.append(self._mixer(site.layer).scans.register_forward_hook(self._keep(site.layer)).remove)
+                    removers.append(after(self._mixer(site.layer).scans, self._keep(site.layer)))
                 if site.where == "block_output":
                     leave = self._leave(application, site)
-                    removers.append(self.blocks[site.layer].register_forward_hook(leave).remove)
+                    removers.append(after(self.blocks[site.layer], leave))
             removers.append(self.install_head())
         except BaseException:
             run_all(removers)
@@ -98,12 +103,12 @@ class _VisionMamba(SequenceAdapter):
             trace = application.trace
             if layer == 0:
                 self.begin(module, args)
-                trace.samples += len(args[0])
-                trace.origins.clear()
+                trace.begin(len(args[0]))
+                trace.kept = self.running.kept
             for site in sites:
                 args = self.prune(application, site, args)
-            for counts in (trace.attention, trace.mlp):  # a layer without halves: both see the same tokens
-                counts[layer] += args[0].shape[0] * args[0].shape[1]
+            for part in ("attention", "mlp"):  # a layer without halves: both see the same tokens
+                trace.add(part, layer, args[0].shape[0] * args[0].shape[1])
             return args, kwargs | {"subset": self.subset()}
 
         return hook
@@ -117,23 +122,25 @@ class _VisionMamba(SequenceAdapter):
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.scanned[layer] = output
+            self.running.scanned[layer] = output
 
         return hook
 
     def begin(self, module: nn.Module, args: Any) -> None:
         super().begin(module, args)
-        self.reset()
-        self.total = args[0].shape[1]
+        self.running.total = args[0].shape[1]
 
     # -- one site ------------------------------------------------------------------------------------------------
 
     def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
-        return {"scans": lambda: self.scanned[site.layer].transpose(-1, -2)} if site.where == "block_output" else {}
+        running = self.running
+        return {"scans": lambda: running.scanned[site.layer].transpose(-1, -2)} if site.where == "block_output" else {}
 
-    def decide(self, application: Application, site: Site, x: Tensor) -> tuple[Plan, TokenSignals]:
-        decided = super().decide(application, site, x)
-        self.scanned.pop(site.layer, None)
+    def decide(
+        self, application: Application, site: Site, x: Tensor, view: View | None = None
+    ) -> tuple[Plan, TokenSignals]:
+        decided = super().decide(application, site, x, view)
+        self.running.scanned.pop(site.layer, None)
         return decided
 
     def check_plan(self, plan: Plan) -> None:
@@ -148,14 +155,14 @@ class _VisionMamba(SequenceAdapter):
 
     def follow(self, application: Application, site: Site, plan: Plan, x: Tensor) -> None:
         super().follow(application, site, plan, x)
-        units = x.shape[1]
-        seats = torch.arange(units, device=x.device).expand(len(x), -1) if self.seats is None else self.seats
+        running, units = self.running, x.shape[1]
+        seats = torch.arange(units, device=x.device).expand(len(x), -1) if running.seats is None else running.seats
         reduce = plan.reduce
         owner = reduce.index if isinstance(reduce, Gather) else reduce.matrix(units).argmax(-1)  # [B, K]
-        self.seats, self.align = seats.gather(1, owner), plan.positions
-        if self.class_at is not None:
-            self.class_at = self._find(owner == self.class_at.unsqueeze(1))
-        if self.in_order() and x.device.type != "meta" and bool((self.seats.diff(dim=1) <= 0).any()):
+        running.seats, running.align = seats.gather(1, owner), plan.positions
+        if running.class_at is not None:
+            running.class_at = self._find(owner == running.class_at.unsqueeze(1))
+        if self.in_order() and x.device.type != "meta" and bool((running.seats.diff(dim=1) <= 0).any()):
             raise PrunelabError(
                 f"{application.method.name} puts tokens out of order or at one place, which {self.family} cannot scan"
                 f" with positions={plan.positions}; keep them in ascending order, each at a place of its own"
@@ -163,7 +170,7 @@ class _VisionMamba(SequenceAdapter):
 
     def in_order(self) -> bool:
         """Whether the layers behind need tokens at places of their own, in ascending order."""
-        return self.align != "renumber"
+        return self.running.align != "renumber"
 
     def _find(self, match: Tensor) -> Tensor:
         """Where in match [B, K] the class token is; of several copies the one nearest the middle."""
@@ -206,12 +213,13 @@ class VimAdapter(_VisionMamba):
     def begin(self, module: nn.Module, args: Any) -> None:
         super().begin(module, args)
         x = args[0]
-        self.class_at = torch.full((len(x),), self.info.class_place, device=x.device)
+        self.running.class_at = torch.full((len(x),), self.info.class_place, device=x.device)
 
     def subset(self) -> Subset | None:
-        if self.seats is None or self.align in ("renumber", "hold"):
+        run = self.running
+        if run.seats is None or run.align in ("renumber", "hold"):
             return None  # to hold the state over a gap is to scan as if the gap were not there
-        return Subset(self.seats, self.total, decay=self.align == "decay", spread=self.align == "original")
+        return Subset(run.seats, run.total, decay=run.align == "decay", spread=run.align == "original")
 
     def prune(self, application: Application, site: Site, state: tuple[Any, ...]) -> tuple[Any, ...]:
         """The mixer's output and the residual stream lose the same tokens; methods see and refine their sum."""
@@ -229,24 +237,20 @@ class VimAdapter(_VisionMamba):
 
     def install_head(self) -> Callable[[], Any]:
         def find(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return args, kwargs | {"place": self.class_at}
+            return args, kwargs | {"place": self.running.class_at}
 
         model: Any = self.model
-        return model.read.register_forward_pre_hook(find, with_kwargs=True).remove
+        return before(model.read, find, kwargs=True)
 
     def view(self, site: Site, x: Tensor) -> View:
-        view = super().view(site, x)
-        assert self.class_at is not None
-        return replace(view, prunable=torch.ones_like(view.prunable).scatter(1, self.class_at.unsqueeze(1), False))
+        view, class_at = super().view(site, x), self.running.class_at
+        assert class_at is not None
+        return replace(view, prunable=torch.ones_like(view.prunable).scatter(1, class_at.unsqueeze(1), False))
 
 
 class PlainMambaAdapter(_VisionMamba):
     family = "plain_mamba"
     model_classes = ("prunelab.common.backbones.plain_mamba.PlainMambaClassifier",)
-
-    def reset(self) -> None:
-        super().reset()
-        self.grid: tuple[int, int] | None = None
 
     @property
     def blocks(self) -> Any:
@@ -268,13 +272,14 @@ class PlainMambaAdapter(_VisionMamba):
 
     def begin(self, module: nn.Module, args: Any) -> None:
         super().begin(module, args)
-        self.grid = args[1]
+        self.running.grid = args[1]
 
     def grids(self) -> tuple[tuple[int, int], ...]:
-        return super().grids() if self.grid is None else (self.grid,)
+        return super().grids() if self.running.grid is None else (self.running.grid,)
 
     def subset(self) -> Subset | None:
-        return None if self.seats is None else Subset(self.seats, self.total, decay=self.align == "decay")
+        run = self.running
+        return None if run.seats is None else Subset(run.seats, run.total, decay=run.align == "decay")
 
     def in_order(self) -> bool:
         return True  # a map has one token a place, and step widths, B and C are taken in raster order
@@ -287,8 +292,8 @@ class PlainMambaAdapter(_VisionMamba):
         """The head takes the mean token: merged ones weigh as much as the tokens they stand for."""
 
         def weigh(module: nn.Module, args: Any, x: Tensor) -> Tensor:
-            sizes = self.stream.sizes
+            sizes = self.running.tokens.sizes
             return x if sizes is None else x * (sizes / sizes.mean(1, keepdim=True)).unsqueeze(-1).to(x.dtype)
 
         model: Any = self.model
-        return model.backbone.ln1.register_forward_hook(weigh).remove
+        return after(model.backbone.ln1, weigh)

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from prunelab.common.core import attention
 from prunelab.common.core.attention_interface import cache_in, record
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import padded_first, run_all
+from prunelab.common.core.hooks import after, before, padded_first, refuse_checkpointing, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
-from prunelab.common.tokens.adapters.base import Application, Stream
-from prunelab.common.tokens.adapters.vlm_attribution import Ancestry, spread
+from prunelab.common.tokens.adapters.base import Application, Tokens
+from prunelab.common.tokens.adapters.vlm_attribution import Attribution, spread
 from prunelab.common.tokens.adapters.vlm_prompt import (
     SHOWN,
+    CachedPrompt,
     Held,
-    Pass,
     Prompt,
     closed,
     disagreement,
@@ -64,7 +64,7 @@ class VisionLanguage(VisionSide):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.decoder: Any = self.body.language_model
-        self.passes: WeakKeyDictionary[Any, Pass] = WeakKeyDictionary()  # by cache
+        self.prompts: WeakKeyDictionary[Any, CachedPrompt] = WeakKeyDictionary()  # by cache
 
     def axes(self, positions: Tensor) -> Tensor:
         """Position ids as the decoder's rotary table reads them."""
@@ -158,7 +158,7 @@ class VisionLanguage(VisionSide):
 
     def install(self, application: Application) -> Callable[[], None]:
         removers: list[Callable[[], Any]] = []
-        self.recorders, self.encoded, self.stream = {}, {}, Stream()
+        self.recorders, self.encoded = {}, {}
         try:
             wanted = {s: application.method.requires(s) for s in application.sites}
             if any(s.where != "input" and read & TOWER for s, read in wanted.items()):
@@ -168,17 +168,15 @@ class VisionLanguage(VisionSide):
                     self._record(site.layer - 1, self.blocks[site.layer - 1].self_attn, removers)
             projector = getattr(self.body, "multi_modal_projector", None)
             if projector is not None:
-                removers.append(projector.register_forward_hook(self._keep_features).remove)
+                removers.append(after(projector, self._keep_features))
             for modality in self.tokens:
                 removers.append(self._watch_encoder(modality))
             removers.append(self._watch_placeholders())
-            begin = self.body.register_forward_pre_hook(self._begin, with_kwargs=True)
-            removers.append(begin.remove)
-            enter = self._enter(application)  # before what prunes the cache of the tokens that are left
-            removers.append(self.decoder.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
+            removers.append(before(self.body, self._begin, kwargs=True))
+            # before what prunes the cache of the tokens that are left
+            removers.append(before(self.decoder, self._enter(application), kwargs=True, first=True))
             for layer, block in enumerate(self.blocks):
-                hook = self._layer(application, layer)
-                removers.append(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                removers.append(before(block, self._layer(application, layer), kwargs=True))
         except BaseException:
             run_all(removers)
             raise
@@ -189,23 +187,22 @@ class VisionLanguage(VisionSide):
         removers.append(stop)
 
     def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Which tokens of the input are visual."""
+        """A new pass: which tokens of the input are visual."""
+        refuse_checkpointing(self.model)
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
         embeddings: Any = kwargs.get("inputs_embeds")
-        shown = SHOWN.get()
-        if not any(name.startswith("pixel_values") and v is not None for name, v in kwargs.items()):
-            given = kwargs.get("mm_encoder_outputs") or {}
-            self.encoded = {m: e for m, e in self.encoded.items() if shown is not None or e.gave(given.get(m))}
-        self.visual = {}
+        shown, given = SHOWN.get(), kwargs.get("mm_encoder_outputs") or {}
+        self.encoded = {m: e for m, e in self.encoded.items() if shown is not None or e.gave(given.get(m))}
+        running = self.running = self.started()
         for modality, name in self.tokens.items():
             token = getattr(self.config, name)
             if shown is not None:
-                self.visual[modality] = shown if modality in self.encoded else torch.zeros_like(shown)
+                running.visual[modality] = shown if modality in self.encoded else torch.zeros_like(shown)
             elif ids is not None:
-                self.visual[modality] = ids == token
+                running.visual[modality] = ids == token
             else:
                 like = module.get_input_embeddings()(torch.tensor(token, device=embeddings.device))
-                self.visual[modality] = (embeddings == like).all(-1)
+                running.visual[modality] = (embeddings == like).all(-1)
 
     def _enter(self, application: Application) -> Callable[..., Any]:
         sites = [s for s in application.sites if s.where != "input" or s.layer == 0]
@@ -225,7 +222,8 @@ class VisionLanguage(VisionSide):
     def _prefill(self, application: Application, sites: Sequence[Site], given: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments after everything that happens before its first layer."""
         x, mask, positions = given["inputs_embeds"], given.get("attention_mask"), given.get("position_ids")
-        visual = functools.reduce(torch.logical_or, self.visual.values())
+        running = self.running
+        visual = running.anywhere
         counts = visual.sum(1).tolist()
         if not any(counts):
             raise disagreement(0, 0)
@@ -233,24 +231,28 @@ class VisionLanguage(VisionSide):
         if valid is None and len(set(counts)) > 1:
             valid = torch.ones_like(visual)
         batch, total = x.shape[:2]
-        self.stream = Stream(valid=valid)
-        self.prunable = visual.to(x.device)
-        self.text = total - max(counts)
-        self.places = torch.arange(total, device=x.device).expand(batch, -1)
-        self.full = self.places if positions is None else positions  # position ids [..., B, N] of the tokens at hand
-        self.full = self.full.expand(*self.full.shape[:-2], batch, -1)
-        end = following(self.full, valid)
-        self.shift = torch.zeros_like(end)
-        application.trace.ancestry = Ancestry(dict(self.encoded), dict(self.visual), [])
+        running.encoded, running.tokens = self.encoded, Tokens(valid=valid)
+        running.prunable = visual.to(x.device)
+        running.text = total - max(counts)
+        running.source = torch.arange(total, device=x.device).expand(batch, -1)
+        positions = running.source if positions is None else positions
+        running.positions = positions.expand(*positions.shape[:-2], batch, -1)
+        end = following(running.positions, valid)
+        running.shift = torch.zeros_like(end)
+        application.trace.attribution = running.attribution = Attribution(running.encoded, running.visual, [])
         for site in sites:
             x = (self._project if site.where == "projected" else self._cut)(application, site, x)
-        self.running = Pass([Held(0, self.places, self.stream.valid, self.shift)], end)
+        running.cached = CachedPrompt([Held(0, running.source, running.tokens.valid, running.shift)], end)
         if not sites:
             return {}
-        seen = self.stream.valid
+        seen = running.tokens.valid
         if seen is None and x.device.type != "meta":  # a mask of ones: without, gaps between positions would be borders
             seen = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return {"inputs_embeds": x, "position_ids": self.full, "attention_mask": None if seen is None else seen.long()}
+        return {
+            "inputs_embeds": x,
+            "position_ids": running.positions,
+            "attention_mask": None if seen is None else seen.long(),
+        }
 
     def _cut(self, application: Application, site: Site, x: Tensor) -> Tensor:
         """Carry out the method's plan on the sequence x [B, N, D]; everything that goes along with it follows."""
@@ -258,38 +260,39 @@ class VisionLanguage(VisionSide):
         plan = replace(plan, reduce=padded_first(plan.reduce))
         self.follow(application, site, plan, x)
         y = application.method.refine(site, plan.reduce.apply(x), signals, plan)
-        seats, units = heaviest(plan.reduce, x.shape[1]), x.shape[1]
-        valid, before = self.stream.valid, signals.valid
-        self.prunable, self.places = self.prunable.gather(1, seats), self.places.gather(1, seats)
-        kept = self.full.gather(-1, seats.expand(*self.full.shape[:-1], -1))
+        running, source, units = self.running, heaviest(plan.reduce, x.shape[1]), x.shape[1]
+        valid = running.tokens.valid
+        running.prunable, running.source = running.prunable.gather(1, source), running.source.gather(1, source)
+        kept = running.positions.gather(-1, source.expand(*running.positions.shape[:-1], -1))
         if valid is not None:
-            self.prunable = self.prunable & valid
+            running.prunable = running.prunable & valid
         back = functools.partial(spread, plan.reduce, units=units)
-        application.trace.ancestry.steps.append((site, self.prunable, back))
+        running.attribution.steps.append((site, running.prunable, back))
         if plan.positions == "renumber":
             kept = closed(kept, valid)
-            self.shift = self.shift + following(self.full, before) - following(kept, valid)
-        self.full = kept
+            running.shift = running.shift + following(running.positions, signals.valid) - following(kept, valid)
+        running.positions = kept
         return y
 
     def _layer(self, application: Application, layer: int) -> Callable[..., Any]:
         sites = [s for s in application.sites if s.where == "input" and s.layer == layer and layer > 0]
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            cache = cache_in(kwargs)
+            cache, running = cache_in(kwargs), self.running
             if layer == 0:
-                self.decoding = cache is not None and cache.get_seq_length() > 0
-                if cache is not None and not self.decoding:
-                    self.passes[cache] = self.running
-                    self.running.follow(cache)
-            if self.decoding:
+                running.decoding = cache is not None and cache.get_seq_length() > 0
+                if cache is not None and not running.decoding:
+                    self.prompts[cache] = running.cached
+                    running.cached.follow(cache)
+            if running.decoding:
                 return args, kwargs | self._recall(layer, args[0])
             x = args[0]
             for site in sites:
                 x = self._cut(application, site, x)
-                self.running.held.append(Held(layer, self.places, self.stream.valid, self.shift))
+                held = Held(layer, running.source, running.tokens.valid, running.shift)
+                running.cached.held.append(held)
             self._count_tokens(application, layer, x)
-            if len(self.running.held) > 1:
+            if len(running.cached.held) > 1:
                 kwargs = kwargs | self._aids(x, kwargs)
             return (x, *args[1:]), kwargs
 
@@ -297,11 +300,11 @@ class VisionLanguage(VisionSide):
 
     def _aids(self, x: Tensor, given: dict[str, Any]) -> dict[str, Any]:
         """Position table and mask of the tokens at hand, in place of those of the whole sequence."""
-        ids = given.get("position_ids")
+        ids, positions = given.get("position_ids"), self.running.positions
         return {
-            "position_embeddings": self.decoder.rotary_emb(x, self.axes(self.full)),
-            "position_ids": None if ids is None else self.full.view(-1, *self.full.shape[-2:])[0],
-            "attention_mask": self._mask(self.stream.valid, x, x.shape[1]),
+            "position_embeddings": self.decoder.rotary_emb(x, self.axes(positions)),
+            "position_ids": None if ids is None else positions.view(-1, *positions.shape[-2:])[0],
+            "attention_mask": self._mask(self.running.tokens.valid, x, x.shape[1]),
         }
 
     def _mask(self, valid: Tensor | None, x: Tensor, rows: int) -> Tensor | None:
@@ -318,61 +321,59 @@ class VisionLanguage(VisionSide):
         return torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min) if eager else seen
 
     def _count_tokens(self, application: Application, layer: int, x: Tensor) -> None:
-        trace, valid = application.trace, self.stream.valid
-        count = x.shape[0] * x.shape[1] if valid is None else int(valid.sum())
         if layer == 0:
-            trace.samples += x.shape[0]
-        trace.attention[layer] += count
-        trace.mlp[layer] += count
+            application.trace.begin(x.shape[0])
+        for part in ("attention", "mlp"):
+            application.trace.add(part, layer, self.running.tokens.count(x))
 
     # -- decoding ------------------------------------------------------------------------------------------------
 
     def _resume(self, cache: Any, given: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments for tokens behind a pruned prompt: the model masks and numbers them by the prompt as
         it was, the first layer needs them by what it holds of it."""
-        if cache not in self.passes:
+        running = self.running
+        if cache not in self.prompts:
             raise PrunelabError("this cache was filled without the method; run the prompt inside the `with` block")
-        if given["inputs_embeds"].shape[1] > 1 and any(bool(visual.any()) for visual in self.visual.values()):
+        if given["inputs_embeds"].shape[1] > 1 and any(bool(visual.any()) for visual in running.visual.values()):
             raise PrunelabError("visual tokens come behind a cached prompt; give the whole prompt in one piece")
-        self.running = self.passes[cache]
-        first, x = self.running.held[0], given["inputs_embeds"]
-        later = cache.get_seq_length() - first.places.shape[1] + x.shape[1]  # tokens behind the prompt, these included
+        running.cached = self.prompts[cache]
+        first, x = running.cached.held[0], given["inputs_embeds"]
+        later = cache.get_seq_length() - first.source.shape[1] + x.shape[1]  # tokens behind the prompt, these included
         mask, positions = given.get("attention_mask"), given.get("position_ids")
-        self.later = first.places.new_ones(len(x), later) if mask is None else mask[:, mask.shape[1] - later :]
+        running.later = first.source.new_ones(len(x), later) if mask is None else mask[:, mask.shape[1] - later :]
         if positions is None:
-            positions = self.running.end.unsqueeze(-1) + torch.arange(later - x.shape[1], later, device=x.device)
-        self.now = positions
+            positions = running.cached.end.unsqueeze(-1) + torch.arange(later - x.shape[1], later, device=x.device)
+        running.now = positions
         if mask is not None or first.valid is not None:
-            mask = torch.cat([self._real(first).to(self.later.dtype), self.later], 1)
+            mask = torch.cat([self._real(first).to(running.later.dtype), running.later], 1)
         return {"attention_mask": mask, "position_ids": positions - first.shift.unsqueeze(-1)}
 
     def _recall(self, layer: int, x: Tensor) -> dict[str, Any]:
         """What a later layer that holds less of the prompt needs in place of that."""
-        held = [entry for entry in self.running.held if entry.layer <= layer][-1]
-        if held is self.running.held[0]:
+        running, first = self.running, self.running.cached.held[0]
+        held = [entry for entry in running.cached.held if entry.layer <= layer][-1]
+        if held is first:
             return {}
-        full = held.valid is None and x.shape[1] == 1 and bool(self.later.all())
-        valid = None if full else torch.cat([self._real(held), self.later.bool()], 1)
+        full = held.valid is None and x.shape[1] == 1 and bool(running.later.all())
+        valid = None if full else torch.cat([self._real(held), running.later.bool()], 1)
         aids: dict[str, Any] = {"attention_mask": self._mask(valid, x, x.shape[1])}
-        if held.shift is not self.running.held[0].shift:
-            positions = self.now - held.shift.unsqueeze(-1)
+        if held.shift is not first.shift:
+            positions = running.now - held.shift.unsqueeze(-1)
             aids["position_embeddings"] = self.decoder.rotary_emb(x, self.axes(positions))
         return aids
 
     def _real(self, held: Held) -> Tensor:
-        return torch.ones_like(held.places, dtype=torch.bool) if held.valid is None else held.valid
+        return torch.ones_like(held.source, dtype=torch.bool) if held.valid is None else held.valid
 
     # -- signals -------------------------------------------------------------------------------------------------
 
     def view(self, site: Site, x: Tensor) -> View:
-        if site.where == "projected":
-            return self._projected_view(x)
-        valid = self.stream.valid
-        shown = [modality for modality, visual in self.visual.items() if visual.any()]
+        running = self.running
+        shown = [modality for modality, visual in running.visual.items() if visual.any()]
         return replace(
             super().view(site, x),
-            prunable=self.prunable,
-            units=x.shape[1] - self.text if valid is None else int(self.prunable.sum(1).max()),
+            prunable=running.prunable,
+            units=x.shape[1] - running.text if running.tokens.valid is None else int(running.prunable.sum(1).max()),
             modality=shown[0] if len(shown) == 1 else None,
         )
 
@@ -385,7 +386,7 @@ class VisionLanguage(VisionSide):
         recorder = self.recorders.get(site.layer - 1)
         if recorder is None:
             return {}
-        seen, valid = recorder, self.stream.valid
+        seen, valid = recorder, self.running.tokens.valid
 
         def last() -> Tensor:
             if valid is None:

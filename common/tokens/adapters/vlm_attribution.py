@@ -17,7 +17,7 @@ Masses = dict[str, list[Tensor]]  # by modality, of each image or video [crops, 
 
 
 @dataclass
-class Ancestry:
+class Attribution:
     """Which patches the tokens of a prompt stand for, to be followed back from behind any site.
 
     Every token has the mass 1, which is handed back to what it was made of: to the one it was, or to those that were

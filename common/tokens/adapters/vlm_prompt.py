@@ -111,6 +111,10 @@ class Encoded:
         packed = self.pack([torch.ones(*f.shape[:2], 1) for f in self.features])
         return [int((tokens == 0).sum()) for tokens in packed]
 
+    def read(self) -> list[int]:
+        """How many tokens a decoder reads of each image, newlines apart."""
+        return [length - breaks for length, breaks in zip(self.lengths, self.newlines(), strict=True)]
+
     def patches(self, masses: Sequence[Tensor]) -> list[Tensor]:
         """Masses [tokens] of each image's packed tokens handed back to the patches [crops, patches] they are made of,
         newlines' to none: the transpose of packing, which is linear."""
@@ -151,20 +155,20 @@ class Held:
     """The prompt as the decoder's layers from `layer` on keep it in their caches."""
 
     layer: int
-    places: Tensor  # [B, K] place of each entry in the prompt
+    source: Tensor  # [B, K] index of each entry in the prompt
     valid: Tensor | None  # [B, K]
     shift: Tensor  # [..., B] by how much later tokens are numbered lower than the model would number them
 
     def rows(self, index: Tensor) -> Held:
         """Of other samples."""
-        index = index.to(self.places.device)
+        index = index.to(self.source.device)
         valid = None if self.valid is None else self.valid[index]
-        return Held(self.layer, self.places[index], valid, self.shift[..., index])
+        return Held(self.layer, self.source[index], valid, self.shift[..., index])
 
 
 @dataclass
-class Pass:
-    """One prompt on its way: what the layers hold of it, and the number [..., B] that follows its last token's."""
+class CachedPrompt:
+    """What the layers hold of one prompt, and the number [..., B] that follows its last token's."""
 
     held: list[Held]
     end: Tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunelab.common.core.hooks import arguments, replaced, run_all
 from prunelab.common.tokens.adapters.base import Application
 from prunelab.common.tokens.adapters.vlm import VisionLanguage
 from prunelab.common.tokens.adapters.vlm_prompt import Prompt, disagreement
@@ -64,7 +64,7 @@ class Qwen25VL(VisionLanguage):
             try:
                 return original(*args, **kwargs)
             except (RuntimeError, StopIteration):  # placeholders that no grid accounts for
-                given = inspect.signature(original).bind(*args, **kwargs).arguments
+                given = arguments(self.body, "get_rope_index", args, kwargs)
                 grids = {m: given.get(f"{m}_grid_thw") for m in self.tokens}
                 features = sum(
                     int(self._grids(m, given).prod(-1).sum()) for m, grid in grids.items() if grid is not None
@@ -72,13 +72,8 @@ class Qwen25VL(VisionLanguage):
                 visual = [given["input_ids"] == getattr(self.config, token) for token in self.tokens.values()]
                 raise disagreement(sum(int(mask.sum()) for mask in visual), features) from None
 
-        self.body.get_rope_index = number
-
-        def stop() -> None:
-            del self.body.get_rope_index
-            remove()
-
-        return stop
+        removers = [remove, replaced(self.body, "get_rope_index", number)]
+        return lambda: run_all(removers)
 
     def token_types(self, ids: Tensor) -> dict[str, Tensor]:
         kinds = (ids == self.config.image_token_id).int() + 2 * (ids == self.config.video_token_id).int()

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from prunelab.common.core import attention
 from prunelab.common.core.attention_interface import Recorder
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.plan import Gather, Site, take
-from prunelab.common.tokens.adapters.base import Application, SequenceAdapter, Stream
-from prunelab.common.tokens.adapters.vlm_attribution import Masses, handed_back
+from prunelab.common.core.hooks import arguments, replaced
+from prunelab.common.core.plan import Gather, Positions, Site, take
+from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter, Tokens
+from prunelab.common.tokens.adapters.vlm_attribution import Attribution, Masses, handed_back
 from prunelab.common.tokens.adapters.vlm_prompt import (
+    CachedPrompt,
     Encoded,
     Fresh,
     Span,
@@ -36,7 +38,37 @@ from prunelab.common.tokens.signals import View
 TOWER = frozenset({"cls_row", "received"})
 
 
-class VisionSide(SequenceAdapter):
+@dataclass
+class Prefill(Pass):
+    """One prompt on its way to and through the decoder; for tokens behind a cached prompt, what that left.
+
+    encoded, visual: what the encoder gave, and where it stands in the prompt, [B, N] bool, by modality. text: tokens of
+    the prompt that are not visual. Of the tokens at hand: prunable [B, N] bool, source [B, N] the index in the prompt,
+    positions [..., B, N] the position ids; shift [..., B] by how much later tokens are numbered lower than the model
+    would number them. cached: what the layers hold. later, now: while decoding, [B, M] which tokens behind the prompt
+    count, and the position ids of the newest.
+    """
+
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    visual: dict[str, Tensor] = field(default_factory=dict)
+    text: int = 0
+    prunable: Tensor = field(init=False)
+    source: Tensor = field(init=False)
+    positions: Tensor = field(init=False)
+    shift: Tensor = field(init=False)
+    cached: CachedPrompt = field(init=False)
+    attribution: Attribution = field(init=False)
+    decoding: bool = False
+    later: Tensor = field(init=False)
+    now: Tensor = field(init=False)
+
+    @property
+    def anywhere(self) -> Tensor:
+        """[B, N] bool: the visual tokens of any modality."""
+        return functools.reduce(torch.logical_or, self.visual.values())
+
+
+class VisionSide(SequenceAdapter[Prefill]):
     """A model of transformers whose `model.get_image_features` (and `get_video_features`) feed a decoder."""
 
     tokens: ClassVar[Mapping[str, str]] = {"image": "image_token_id"}  # placeholder of each modality, in the config
@@ -47,14 +79,24 @@ class VisionSide(SequenceAdapter):
         self.config: Any = owner.config
         self.body: Any = owner.model
         self.recorders: dict[int, Recorder] = {}  # by decoder layer; the tower's under -1
-        self.encoded: dict[str, Encoded] = {}
-        self.visual: dict[str, Tensor] = {}  # [B, N] bool by modality
-        self.features: Tensor | None = None  # [crops, patches, D] as they left the projector last
-        self.numbering = "original"  # the last projected plan's positions
-        self.full: Tensor  # [..., B, N] position ids of the tokens at hand
-        self.shift: Tensor  # [..., B] by how much later tokens are numbered lower than the model would number them
-        self.places: Tensor  # [B, N] place of each token in the prompt
-        self.prunable: Tensor  # [B, N] bool
+
+    def started(self) -> Prefill:
+        return Prefill()
+
+    @property
+    def encoded(self) -> dict[str, Encoded]:
+        """What the encoder gave last, by modality: `generate` runs it before the forward pass."""
+        found: dict[str, Encoded] = getattr(self._own, "encoded", {})
+        return found
+
+    @encoded.setter
+    def encoded(self, new: dict[str, Encoded]) -> None:
+        self._own.encoded = new
+
+    @property
+    def features(self) -> Tensor | None:
+        """[crops, patches, D] as they left the projector last."""
+        return getattr(self._own, "features", None)
 
     # -- what a class of models fills in -------------------------------------------------------------------------
 
@@ -116,23 +158,23 @@ class VisionSide(SequenceAdapter):
 
         @functools.wraps(original)
         def encode(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            given = arguments(self.body, name, args, kwargs)
             counts = self.counts(modality, given)
             if not counts or min(counts) < 1:
                 part = "video without a frame" if modality == "video" else "prompt's images without pixels"
                 raise PrunelabError(f"the model was given a {part}; give at least one")
-            self.features = None
+            self._own.features = None
             output = original(*args, **kwargs)
             pack = self.packing(modality, given)
             seen = copy.copy(self.recorders[-1]) if -1 in self.recorders else None
             features = self.crops(modality, given, output)
             lengths = [len(tokens) for tokens in output.pooler_output]
             grids, first = self.crop_grids(modality, given, features), output.pooler_output[0]
-            self.encoded[modality] = Encoded(lengths, features, pack, grids, seen, first)
+            made = Encoded(lengths, features, pack, grids, seen, first)
+            self.encoded = self.encoded | {modality: made}
             return output
 
-        setattr(self.body, name, encode)
-        return lambda: delattr(self.body, name)
+        return replaced(self.body, name, encode)
 
     def _watch_placeholders(self) -> Callable[[], Any]:
         """Says in one line how many placeholders a prompt lacks, where the model would raise an error of its own."""
@@ -141,7 +183,7 @@ class VisionSide(SequenceAdapter):
 
         @functools.wraps(original)
         def match(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            given = arguments(self.body, name, args, kwargs)
             ids = given.get("input_ids")
             for modality, token in self.tokens.items():
                 features = given.get(f"{modality}_features")
@@ -150,11 +192,10 @@ class VisionSide(SequenceAdapter):
                     raise disagreement(placeholders, len(features))
             return original(*args, **kwargs)
 
-        setattr(self.body, name, match)
-        return lambda: delattr(self.body, name)
+        return replaced(self.body, name, match)
 
     def _keep_features(self, module: Any, args: Any, output: Tensor) -> None:
-        self.features = output
+        self._own.features = output
 
     def _patch_attention(self, name: str, encoded: Encoded) -> Tensor:
         """[crops, patches, H] attention that the tower's class token, or all its tokens together, pay to each patch."""
@@ -169,11 +210,12 @@ class VisionSide(SequenceAdapter):
     def _from_tower(self, name: str, x: Tensor) -> Tensor:
         """The same [B, H, N] for what became each token of the sequence: it is packed as features are. Text and
         newlines get none."""
-        if not self.encoded:
+        running = self.running
+        if not running.encoded:
             raise PrunelabError(f"'{name}' is read off the image encoder; give the model pixels, not features")
         out: Tensor | None = None
-        for modality, encoded in self.encoded.items():
-            visual = self.visual[modality]
+        for modality, encoded in running.encoded.items():
+            visual = running.visual[modality]
             counts = [len(features) for features in encoded.features]
             images = encoded.pack(self._patch_attention(name, encoded).split(counts))
             owners = encoded.owners(visual.sum(1).tolist())
@@ -184,28 +226,29 @@ class VisionSide(SequenceAdapter):
                     spots = places.nonzero().squeeze(1).to(out.device)
                     out[row] = out[row].index_copy(0, spots, torch.cat([images[i] for i in own]).to(out))
         assert out is not None
-        return take(out, self.places).transpose(1, 2)
+        return take(out, running.source).transpose(1, 2)
 
     # -- plans before packing ------------------------------------------------------------------------------------
 
     def _project(self, application: Application, site: Site, x: Tensor) -> Tensor:
         """Carry out the method's plans on the features of every image or video, in place of its packed tokens in the
         sequence x [B, N, D]. Images of one size are decided on together, copies of a sample only once."""
-        if site.index == 0:
-            application.trace.origins.clear()
+        running = self.running
+        self.note(application, site, None)
         batch, total = x.shape[:2]
         pool, size = [x.flatten(0, 1)], batch * total  # what the new sequence is made of: the old one, then new tokens
         spans: list[list[Span]] = [[] for _ in range(batch)]
         backs: list[tuple[str, Callable[[Tensor], Tensor]]] = []
-        for modality, visual in self.visual.items():
+        for modality, visual in running.visual.items():
             counts = visual.sum(1).tolist()
             if not any(counts):
                 continue
-            encoded = self.encoded.get(modality)
+            encoded = running.encoded.get(modality)
             if encoded is None or not encoded.features:
                 raise PrunelabError("the model was given packed features; give it pixels to prune what is projected")
             fresh = []
-            for image in self._project_images(application, site, modality, encoded):
+            images, numbering = self._project_images(application, site, modality)
+            for image in images:
                 pool.append(image.tokens.to(x))
                 fresh.append((torch.arange(size, size + len(image.tokens), device=x.device), image.seats))
                 size += len(image.tokens)
@@ -213,14 +256,14 @@ class VisionSide(SequenceAdapter):
             for sample, own in enumerate(encoded.owners(counts)):
                 places = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
                 spans[sample] += [Span(place, *fresh[i]) for place, i in zip(places, own, strict=True)]
-        valid, visible = self.stream.valid, functools.reduce(torch.logical_or, self.visual.values())
+        valid, visible = running.tokens.valid, running.anywhere
         made = []
         for sample in range(batch):
             text = ~visible[sample] if valid is None else ~visible[sample] & valid[sample].to(visible.device)
             words = text.nonzero().squeeze(1)
             made.append(spliced(words, words.to(x.device) + sample * total, spans[sample], visible.device))
         longest = max(len(rows) for rows, _ in made)
-        rows, self.places = (
+        rows, running.source = (
             torch.stack([nn.functional.pad(part, (longest - len(part), 0)) for part in parts])
             for parts in zip(*made, strict=True)
         )
@@ -228,7 +271,7 @@ class VisionSide(SequenceAdapter):
         kept = (
             torch.arange(longest, device=x.device) >= start.unsqueeze(1) if len({len(r) for r, _ in made}) > 1 else None
         )
-        self.prunable = rows >= batch * total
+        running.prunable = rows >= batch * total
         lengths = [len(tokens) for tokens in pool]
 
         def root(mass: Tensor) -> Masses:
@@ -238,36 +281,33 @@ class VisionSide(SequenceAdapter):
                 found.setdefault(modality, []).append(back(part))
             return found
 
-        application.trace.ancestry.steps.append((site, self.prunable, lambda mass: mass))
-        application.trace.ancestry.root = root
-        positions = self.full.gather(-1, self.places.expand(*self.full.shape[:-1], -1))
-        if self.numbering == "renumber":
+        running.attribution.steps.append((site, running.prunable, lambda mass: mass))
+        running.attribution.root = root
+        positions = running.positions.gather(-1, running.source.expand(*running.positions.shape[:-1], -1))
+        if numbering == "renumber":
             positions = closed(positions, kept)
-            self.shift = self.shift + following(self.full, valid) - following(positions, kept)
-        self.full = positions
-        self.stream = Stream(valid=kept, origin=self.places, state=self.stream.state)
+            running.shift = running.shift + following(running.positions, valid) - following(positions, kept)
+        running.positions = positions
+        running.tokens = Tokens(valid=kept, origin=running.source)
         return torch.cat(pool).index_select(0, rows.flatten()).view(batch, longest, -1)
 
-    def _project_images(self, application: Application, site: Site, modality: str, encoded: Encoded) -> list[Fresh]:
-        """What the method's plans make of each image."""
+    def _project_images(self, application: Application, site: Site, modality: str) -> tuple[list[Fresh], Positions]:
+        """What the method's plans make of each image, and how they number it."""
+        encoded, numbering = self.running.encoded[modality], application.method.positions
         shapes = [features.shape for features in encoded.features]
-        bounds = torch.tensor([0, *(shape[0] for shape in shapes)]).cumsum(0).tolist()
         made: dict[int, Fresh] = {}
         orders, newlines = encoded.order(), encoded.newlines()
-        read = [length - breaks for length, breaks in zip(encoded.lengths, newlines, strict=True)]
-        keys = list(zip(shapes, encoded.grids, read, strict=True))
+        keys = list(zip(shapes, encoded.grids, encoded.read(), strict=True))
         for group in dict.fromkeys(keys):
             images = [i for i, key in enumerate(keys) if key == group]
-            x = torch.stack([encoded.features[i].flatten(0, 1) for i in images])  # [G, crops * patches, D]
-            crops = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in images])
-            self.group = (modality, encoded, crops, (group[1],) * group[0][0], group[2])
-            plan, signals = self.decide(application, site, x)
+            x, view = self.projected(modality, images)
+            plan, signals = self.decide(application, site, x, view)
             tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
             if isinstance(plan.reduce, Gather):
                 kept = plan.reduce.index
                 valid = plan.reduce.valid
-                application.trace.origins.append((site, kept if valid is None else kept.masked_fill(~valid, -1)))
-            self.numbering = plan.positions
+                self.running.kept.append((site, kept if valid is None else kept.masked_fill(~valid, -1)))
+            numbering = plan.positions
             for g, image in enumerate(images):
                 real = slice(None) if plan.reduce.valid is None else plan.reduce.valid[g]
                 own, order = tokens[g][real], orders[image]
@@ -294,16 +334,21 @@ class VisionSide(SequenceAdapter):
                     own = torch.cat([own, newline[0].to(own).unsqueeze(0)])  # where `turn` is -1
                 back = functools.partial(handed_back, turn=turn, reduce=plan.reduce, row=g, shape=shapes[image][:2])
                 made[image] = Fresh(own[turn], seats, back)
-        return [made[image] for image in range(len(shapes))]
+        return [made[image] for image in range(len(shapes))], numbering
 
-    def _projected_view(self, x: Tensor) -> View:
-        modality, encoded, crops, grids, packed = self.group
+    def projected(self, modality: str, images: Sequence[int]) -> tuple[Tensor, View]:
+        """Features [G, crops * patches, D] of images of one shape, as a `projected` site sees them."""
+        encoded = self.running.encoded[modality]
+        shapes = [features.shape for features in encoded.features]
+        bounds = torch.tensor([0, *(shape[0] for shape in shapes)]).cumsum(0).tolist()
+        x = torch.stack([encoded.features[i].flatten(0, 1) for i in images])
+        crops = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in images])
 
         def tower(name: str) -> Tensor:
             patches = self._patch_attention(name, encoded)[crops]  # [G * crops, patches, H]
             return patches.reshape(len(x), x.shape[1], -1).transpose(1, 2)
 
-        return View(
+        view = View(
             {
                 "hidden": lambda: x,
                 "sizes": lambda: x.new_ones(x.shape[:2], dtype=torch.float32),
@@ -312,7 +357,8 @@ class VisionSide(SequenceAdapter):
             prunable=torch.ones(x.shape[:2], dtype=torch.bool, device=x.device),
             units=x.shape[1],
             indices=torch.arange(x.shape[1], device=x.device).expand(len(x), -1),
-            grids=grids,
+            grids=(encoded.grids[images[0]],) * shapes[images[0]][0],
             modality=modality,
-            packed=packed,
+            packed=encoded.read()[images[0]],
         )
+        return x, view

@@ -91,7 +91,7 @@ def whole(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         output = model.model(**prompt)
         row = handle.adapter.recorders[layer - 1].weights(torch.tensor([[total - 1]]))[0, :, 0].mean(0)  # type: ignore[attr-defined]
         kept = handle.kept()[0][1]
-        positions = handle.adapter.full  # type: ignore[attr-defined]
+        positions = handle.adapter.running.positions  # type: ignore[attr-defined]
     if not int(inputs["in_inplace"]):  # the released variant that only masks, on the dense model, with our selection
         visible = torch.ones(total, total, dtype=torch.bool).tril()
         visible &= torch.zeros(total, dtype=torch.bool).scatter(0, kept[0], True)

@@ -165,7 +165,7 @@ def test_images_keep_their_own_counts(build):
     model, mask = build(), padding(2, 64, 96)
     with apply(FocusDETR(cascade=ALL), model, 0.5, parts=parts_for(model)) as handle:
         output(model, X, mask)
-        valid = handle.adapter.stream.valid.sum(1).tolist()
+        valid = handle.adapter.running.tokens.valid.sum(1).tolist()
         for _, kept in handle.kept():
             assert (kept >= 0).sum(1).tolist() == [n // 2 + 1 for n in valid]
     assert valid[0] > valid[1]

@@ -253,7 +253,7 @@ def test_tokens_merged_inside_the_decoder_keep_their_positions():
     model, asked = vlm("llava_onevision"), video(4, batch=1)
     with torch.no_grad(), apply(HoliTom(layer=1), model, Budget((1.0, 0.5))) as handle:
         model(**asked)
-        positions = handle.adapter.full[0]  # type: ignore[attr-defined]
+        positions = handle.adapter.running.positions[0]  # type: ignore[attr-defined]
         before = handle.application.trace.attention[0]
     assert len(positions) < before == positions[-1] + 1, "gaps, but the last token is where it was"
     assert bool((positions.diff() > 0).all())

@@ -32,7 +32,7 @@ def test_every_layer_updates_the_same_tokens():
         model(X, mask)
         (_, first), (_, second) = handle.kept()
         assert torch.equal(first, second)
-        valid = handle.adapter.stream.valid.sum(1).tolist()
+        valid = handle.adapter.running.tokens.valid.sum(1).tolist()
         assert (first >= 0).sum(1).tolist() == kept_counts(Budget(0.3), valid) == [int(0.3 * n) + 1 for n in valid]
         assert handle.report().macs < handle.report().dense_macs
 

@@ -296,7 +296,7 @@ def computed(model: Any, tokens: Tensor, mask: Tensor | None, words: int, method
     ]
     with apply(method, model, budget) as handle:
         model.generate(tokens, attention_mask=mask, max_new_tokens=words, do_sample=False)
-        books = handle.adapter.book
+        books = handle.adapter.running.cache
     for hook in hooks:
         hook.remove()
     return handle, rows, books
@@ -379,7 +379,7 @@ def test_keys_come_from_the_cache_in_the_order_of_the_tokens():
         cache = DynamicCache(config=model.config)
         model(tokens, past_key_values=cache)
         model(longer[:, -1:], past_key_values=cache)
-        assert bool((handle.adapter.book.held[1].columns.diff() < 0).any()), "computed in another order"
+        assert bool((handle.adapter.running.cache.held[1].columns.diff() < 0).any()), "computed in another order"
     assert torch.allclose(method.keys[2], whole.keys[0], atol=1e-5)
     assert torch.allclose(method.keys[3], whole.keys[1], atol=1e-5)
 

@@ -256,9 +256,7 @@ def test_newlines_of_pruned_videos(size):
     with torch.no_grad(), apply(method, model, 0.5) as handle:
         tokens = model(**given).logits.shape[1]
         adapter = handle.adapter
-        plan, _ = adapter.decide(
-            handle.application, handle.application.sites[0], adapter.encoded["video"].features[0].flatten(0, 1)[None]
-        )
+        plan, _ = adapter.decide(handle.application, handle.application.sites[0], *adapter.projected("video", [0]))
     assert plan.layout is not None
     rows = plan.layout[0, :, :2].unique(dim=0)
     assert tokens == 7 + plan.reduce.outputs + len(rows)

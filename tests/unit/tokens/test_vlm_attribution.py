@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunelab.common.apply import apply
 from prunelab.common.core.budget import Budget
-from prunelab.common.tokens.adapters.vlm_attribution import Ancestry
+from prunelab.common.tokens.adapters.vlm_attribution import Attribution
 from prunelab.methods.divprune.method import DivPrune
 from prunelab.methods.fastv.method import FastV
 from prunelab.methods.holitom.method import HoliTom
@@ -23,10 +23,10 @@ every = pytest.mark.parametrize("family", VLMS)
 
 
 @torch.inference_mode()
-def followed(method: Any, model: Any, given: dict[str, Tensor], budget: Any = 0.5) -> tuple[Ancestry, Any]:
+def followed(method: Any, model: Any, given: dict[str, Tensor], budget: Any = 0.5) -> tuple[Attribution, Any]:
     with apply(method, model, budget) as handle:
         model.generate(**given, max_new_tokens=2, min_new_tokens=2)
-        return handle.application.trace.ancestry, handle.kept()
+        return handle.application.trace.attribution, handle.kept()
 
 
 @every
@@ -92,9 +92,9 @@ def test_merged_tokens_hand_their_mass_to_all_they_are_made_of():
     model, given = vlm("llava_onevision"), film("llava_onevision", words=(4,))
     with torch.no_grad(), apply(HoliTom(similarity=-1.0), model, 0.5) as handle:  # all frames are alike: one segment
         model(**given)
-        found = handle.application.trace.ancestry
-        features = handle.adapter.encoded["video"].features[0].flatten(0, 1).unsqueeze(0)
-        plan, _ = handle.adapter.decide(handle.application, handle.application.sites[0], features)
+        found = handle.application.trace.attribution
+        seen = handle.adapter.projected("video", [0])
+        plan, _ = handle.adapter.decide(handle.application, handle.application.sites[0], *seen)
     ((_, masses),) = found.behind(0)
     assert torch.allclose(masses["video"][0].flatten(), plan.reduce.matrix(36)[0].sum(0), atol=1e-6)
     assert float(masses["video"][0].sum()) == pytest.approx(plan.reduce.outputs)
