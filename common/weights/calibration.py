@@ -6,8 +6,10 @@ weights, one state a token of the calibration set, and the activations of one bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -68,7 +70,9 @@ class Stream:
                         " check the weights, or use a wider dtype"
                     )
                 if visit is not None:
-                    visit(_observer(self.adapter, seen, before, after, sample))
+                    given = dict(seen)
+                    attend = cache(partial(self.adapter.received, block, partial(module, before, *args, **kwargs)))
+                    visit(lambda t: replace(self.adapter.observe(t, given, before, after, sample), attend=attend))  # noqa: B023
                 seen.clear()
                 if keep:
                     self.hidden[i] = after
@@ -101,12 +105,6 @@ def finite(values: Tensor) -> bool:
     if values.numel() == 0 or not values.is_floating_point():
         return True
     return all(bool(torch.isfinite(extreme)) for extreme in values.aminmax())  # extremes carry NaN
-
-
-def _observer(
-    adapter: WeightAdapter, seen: Mapping[str, Tap], before: Tensor, after: Tensor, sample: Tensor
-) -> Callable[[Target], Observation]:
-    return lambda target: adapter.observe(target, seen, before, after, sample)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from rich.progress import track
@@ -17,8 +17,9 @@ from prunelab.common.weights.accumulators import Accumulators
 from prunelab.common.weights.adapters.base import WeightAdapter
 from prunelab.common.weights.calibration import Stream
 from prunelab.common.weights.checkpoints import Work
-from prunelab.common.weights.plan import WeightPlan, packed
+from prunelab.common.weights.plan import Tally, WeightPlan, packed
 from prunelab.common.weights.probe import ModelProbe
+from prunelab.common.weights.quantisation import MOST
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Decision, Statistics, Target, WeightSignals
 
@@ -38,6 +39,7 @@ class Engine:
     seed: int
     work: Work
     progress: bool
+    tally: Tally = field(default_factory=Tally)
 
     def go(self) -> None:
         """Prune the model."""
@@ -55,7 +57,7 @@ class Engine:
         while done < depth and self.work.was_decided(done):
             for targets in self.rounds(done):
                 for target, decision in WeightPlan({}, targets, self.work.plan).decisions():
-                    self.adapter.write(target, decision)
+                    self.write(target, decision)
             done += 1
         stream = self.stream(done, replay=True)
         for block in self.track([*range(done, depth), -1]):
@@ -206,14 +208,23 @@ class Engine:
         """Prune the target, and return the decision as it is kept."""
         self.check(target, decision)
         kept = packed(decision)
-        self.adapter.write(target, decision)
+        self.write(target, decision)
         return _flat({target.name: kept})
+
+    def write(self, target: Target, decision: Decision) -> None:
+        """Prune the target."""
+        self.adapter.write(target, decision)
+        self.tally.add(target, decision, self.adapter.weights(target)["weight"] if target.loose else None)
 
 
 def check_budgets(targets: Sequence[Target], budgets: Sequence[Budget]) -> None:
     """Refuse budgets that leave nothing, or patterns that do not divide a row."""
     for target, budget in zip(targets, budgets, strict=True):
         if target.whole or target.unit == "tensor":
+            continue
+        if budget.unit == "bits":
+            if target.unit != "linear" or budget.amounts[0] not in range(1, MOST + 1):
+                raise PrunelabError(f"{target.name}: linears become codes of 1 to {MOST} whole bits, not {budget}")
             continue
         if budget.unit == "pattern" and target.unit != "linear":
             raise PrunelabError(f"the pattern {budget} is for single weights, and {target.name} has {target.unit}")

@@ -34,8 +34,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 class Columns(Protocol):
     """What becomes of the columns of a weight, asked for from left to right."""
 
-    def enter(self, columns: slice, block: Tensor, diagonal: Tensor) -> None:
-        """A block [R, width] of columns is reached; diagonal [width] is the inverse factor's."""
+    def enter(self, columns: slice, weight: Tensor, diagonal: Tensor) -> None:
+        """A block of columns is reached. weight [R, C] is as earlier blocks have left it; diagonal [width] is the
+        inverse factor's at these columns."""
 
     def settle(self, column: int, block: Tensor, diagonal: Tensor, at: int) -> Tensor:
         """The final values [R] of a column, which stands at `at` of the block; what is right of it in the block is as
@@ -54,7 +55,7 @@ def sweep(weight: Tensor, factor: Tensor, width: int, columns: Columns) -> Tenso
         stop = min(start + width, total)
         block, local = weight[:, start:stop].clone(), factor[start:stop, start:stop]
         diagonal, errors = local.diagonal(), torch.zeros_like(block)
-        columns.enter(slice(start, stop), block, diagonal)
+        columns.enter(slice(start, stop), weight, diagonal)
         for i in range(stop - start):
             settled = columns.settle(start + i, block, diagonal, i)
             errors[:, i] = (block[:, i] - settled) / diagonal[i]

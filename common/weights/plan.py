@@ -7,10 +7,12 @@ and the new values. The work folder of an interrupted run holds the same files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,16 +23,26 @@ from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.adapters import weight_adapter
-from prunelab.common.weights.targets import Decision, Target
+from prunelab.common.weights.targets import Decision, Quantised, Target
 
-PLAN = "plan.json"
+PLAN, ROTATIONS = "plan.json", "rotations.safetensors"
 
 
 @dataclass(frozen=True)
 class WeightReport:
+<<<<<<< HEAD
     """Sizes before and after. Zeros are counted apart: they take as much room and time as any other number unless a
     sparse kernel uses them. `reset` parameters hold what they held before fine-tuning. average_parameters: those not at
     zero, the mean over the steps of a training that pruned."""
+=======
+    """Sizes before and after.
+
+    Zeros are counted apart, as they stand in the weights: they take as much room and time as any other number unless a
+    sparse kernel uses them. `reset` parameters hold what they held before fine-tuning. `bytes` takes quantised weights
+    as packed, and `bits` is what a prunable parameter that is left takes on average, scales and zeros included; 0 where
+    nothing was quantised.
+    """
+>>>>>>> 811479b (Weights as codes: budgets in bits, GPTQ on the common solver, rotations, tokens weighed by attention)
 
     dense_parameters: int
     parameters: int
@@ -40,7 +52,11 @@ class WeightReport:
     removed: int
     zeroed: int
     reset: int = 0
+<<<<<<< HEAD
     average_parameters: float | None = None
+=======
+    bits: float = 0.0
+>>>>>>> 811479b (Weights as codes: budgets in bits, GPTQ on the common solver, rotations, tokens weighed by attention)
 
     @property
     def sparsity(self) -> float:
@@ -53,6 +69,8 @@ class WeightReport:
             f"bytes      {self.bytes:,} of {self.dense_bytes:,}",
             f"sparsity   {100 * self.sparsity:.2f} % of the {self.prunable:,} prunable parameters",
         ]
+        if self.bits:
+            lines.append(f"bits       {self.bits:.2f} a prunable parameter, packed with its scales and zeros")
         if self.zeroed:
             lines.append(f"zeros      {self.zeroed:,} stored as zeros, which alone make a model no smaller or faster")
         if self.reset:
@@ -62,36 +80,96 @@ class WeightReport:
         return "\n".join(lines)
 
 
+@dataclass
+class Tally:
+    """What decisions did, target by target, counted in the weights as they were left."""
+
+    removed: int = 0
+    zeroed: int = 0
+    reset: int = 0
+    quantised: int = 0  # parameters that became codes, and the bytes of these
+    code_bytes: int = 0
+
+    def add(self, target: Target, decision: Decision, weight: Tensor | None) -> None:
+        """Count one decision; weight is that of a linear or tensor as it is now."""
+        gone = target.units - decision.kept
+        if not target.loose:
+            self.removed += gone * target.size if decision.remove else 0
+            self.zeroed += 0 if decision.remove else gone * target.read
+        elif decision.whole:
+            self.reset += gone
+        else:  # codes may stand for zero by chance
+            plain = weight is not None and decision.code is None and weight.device.type != "meta"
+            self.zeroed += int((weight == 0).sum()) if plain and weight is not None else gone
+        if decision.code is not None:
+            self.quantised += target.units
+            self.code_bytes += decision.code.bytes
+
+
+CODE = ("codes", "scale", "zero", "form")  # a quantised weight's tensors
+SILENT = "silent"  # marks structures that stay, with zeros where they are read
+
+
 def packed(decision: Decision) -> dict[str, Tensor]:
-    """A decision as small tensors: packed mask bits, and of a masked weight (unless whole) the values that stay."""
+    """A decision as small tensors: packed mask bits, of a masked weight (unless whole) the values that stay, and packed
+    codes."""
     mask = decision.mask.cpu()
     found = {"mask": torch.from_numpy(np.packbits(mask.numpy()))}
     for role, value in decision.values.items():
         value = value.detach().cpu()
         found[role] = value[mask] if role == "weight" and not decision.whole else value.contiguous()
-    return found
+    if (code := decision.code) is not None:
+        form = torch.tensor([code.bits, code.group, int(code.symmetric)])
+        codes = packed_codes(code.codes.cpu(), code.bits)
+        found |= dict(zip(CODE, (codes, code.scale.cpu(), code.zero.cpu(), form), strict=True))
+    return found if decision.remove else {**found, SILENT: torch.ones(1, dtype=torch.bool)}
 
 
 def unpacked(target: Target, tensors: Mapping[str, Tensor]) -> Decision:
     """The decision that `packed` stored."""
     bits = np.unpackbits(tensors["mask"].numpy(), count=target.units)
     mask = torch.from_numpy(bits).bool().view(target.shape)
-    values = {role: value for role, value in tensors.items() if role != "mask"}
+    values = {role: value for role, value in tensors.items() if role not in ("mask", SILENT, *CODE)}
     whole = "weight" in values and values["weight"].numel() == target.units > int(mask.sum())
     if "weight" in values and not whole:
         values["weight"] = values["weight"].new_zeros(target.shape).masked_scatter_(mask, values["weight"])
-    return Decision(mask, values, whole)
+    code = None
+    if "codes" in tensors:
+        width, group, symmetric = tensors["form"].tolist()
+        codes = unpacked_codes(tensors["codes"], width, target.shape)
+        code = Quantised(codes, tensors["scale"], tensors["zero"], width, group, bool(symmetric))
+    return Decision(mask, values, whole, SILENT not in tensors, code)
+
+
+def packed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes of any shape as a string of bits, most significant first."""
+    expanded = np.unpackbits(codes.numpy().reshape(-1, 1), axis=1)[:, 8 - bits :]
+    return torch.from_numpy(np.packbits(expanded))
+
+
+def unpacked_codes(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
+    """The codes that `packed_codes` stored, in this shape."""
+    count = math.prod(shape)
+    each = np.unpackbits(packed.numpy(), count=count * bits).reshape(count, bits)
+    return torch.from_numpy(np.packbits(np.pad(each, ((0, 0), (8 - bits, 0))), axis=1)).view(*shape)
 
 
 class WeightPlan:
     """The decisions of one run by target, and what was run.
 
     header: method, budget, seed, model class and report; `tensors` of a block are read where they lie, in memory or in
-    a folder, when they are asked for.
+    a folder, when they are asked for. rotations: of the model's spaces, before anything was decided.
     """
 
-    def __init__(self, header: Mapping[str, Any], targets: list[Target], blocks: Mapping[int, Any]) -> None:
+    def __init__(
+        self,
+        header: Mapping[str, Any],
+        targets: list[Target],
+        blocks: Mapping[int, Any],
+        rotations: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         self.header = dict(header)
+        self.rotations = dict(rotations)
         self.targets = targets
         self._blocks = blocks  # block -> {name|role: tensor}, or the path of a file that holds it
 
@@ -123,7 +201,7 @@ class WeightPlan:
     @property
     def removes(self) -> bool:
         """Whether units leave the model, rather than being set to zero."""
-        return any(not target.loose for target in self.targets)
+        return any(not target.loose and decision.remove for target, decision in self.decisions())
 
     def apply(self, model: nn.Module) -> bool:
         """Carry the plan out on a dense model of the same architecture, in place. False where the pruned model's
@@ -135,6 +213,8 @@ class WeightPlan:
             raise PrunelabError(
                 f"the plan does not fit this model: {', '.join(wrong[:4])} differ; give the dense model"
             )
+        if self.rotations:
+            adapter.rotate(self.rotations)
         for target, decision in self.decisions():
             adapter.write(target, decision)
         return adapter.finish()
@@ -149,6 +229,8 @@ class WeightPlan:
 
     def save_header(self, folder: Path) -> None:
         """Write what was run and on what, which makes a folder of decisions a plan."""
+        if self.rotations:
+            write_tensors(folder / ROTATIONS, self.rotations)
         write_json(folder / PLAN, {**self.header, "targets": [asdict(target) for target in self.targets]})
 
     @classmethod
@@ -162,7 +244,10 @@ class WeightPlan:
             raise PrunelabError(f"{folder} holds no finished plan; run the pruning to its end first") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise PrunelabError(f"{folder / PLAN} is not a plan: {error}") from None
-        return cls(header, targets, {block: block_file(folder, block) for block in {t.block for t in targets}})
+        rotations = _read(folder / ROTATIONS) if (folder / ROTATIONS).exists() else {}
+        return cls(
+            header, targets, {block: block_file(folder, block) for block in {t.block for t in targets}}, rotations
+        )
 
     def __str__(self) -> str:
         header = self.header
@@ -191,6 +276,9 @@ class WeightPlan:
             values = a.values.keys() != b.values.keys() or any(
                 not torch.equal(v, b.values[role]) for role, v in a.values.items()
             )
+            values |= (a.code is None) != (b.code is None)
+            if a.code is not None and b.code is not None:
+                values |= a.code.bits != b.code.bits or not torch.equal(a.code.dense(), b.code.dense())
             if first or second or values:
                 lines.append(
                     f"{target.name}: {first} units only in the first, {second} only in the second"

@@ -17,7 +17,7 @@ from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.adapters.base import WeightAdapter
 from prunelab.common.weights.checkpoints import Work, fingerprint
 from prunelab.common.weights.engine import Engine, check_budgets
-from prunelab.common.weights.plan import WeightPlan, WeightReport
+from prunelab.common.weights.plan import Tally, WeightPlan, WeightReport
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Target
 
@@ -62,19 +62,22 @@ def prune(
     }
     work = Work(None) if folder is None else Work(folder, {**header, **_identity(model, samples, base)})
     base_adapter = None if base is None else weight_adapter(base)
-    run = Engine(method, adapter, targets, budget, samples, base_adapter, seed, work, progress)
+    engine = Engine(method, adapter, targets, budget, samples, base_adapter, seed, work, progress)
 
+    rotations = method.rotations(adapter.widths(), torch.Generator().manual_seed(seed))
     header["config"] = adapter.config()
     before, prunable, training = _size(model), _prunable(adapter, targets), model.training
     model.eval()
     try:
-        run.go()
+        if rotations:
+            adapter.rotate(rotations)
+        engine.go()
         with torch.no_grad():
             header["stock"] = adapter.finish()
     finally:
         model.train(training)
-    plan = WeightPlan(header, run.targets, work.plan)
-    plan.header["report"] = asdict(_report(plan, before, _size(model), prunable))
+    plan = WeightPlan(header, engine.targets, work.plan, rotations)
+    plan.header["report"] = asdict(_report(engine.tally, before, _size(model), prunable))
     if work.folder is not None:
         plan.save_header(work.folder)
         work.close()
@@ -101,6 +104,9 @@ def _targets(method: WeightPruner, adapter: WeightAdapter, budget: Budget) -> li
         raise PrunelabError(f"{method.name} covers none of this model's targets; change its options")
     if len(budget.amounts) not in (1, len(adapter.blocks)):
         raise PrunelabError(f"the budget names {len(budget.amounts)} amounts for {len(adapter.blocks)} blocks")
+    if method.quantises != (budget.unit == "bits"):
+        wanted = "bits a weight, such as 3bits" if method.quantises else "what stays, not bits"
+        raise PrunelabError(f"{method.name} takes a budget in {wanted}; it got {budget}")
     if min(budget.amounts) == 0 and budget.unit != "removed":
         raise PrunelabError(f"{method.name} would remove everything under {budget}; keep more")
     adapter.refuse_tied(found)
@@ -155,14 +161,11 @@ def _prunable(adapter: WeightAdapter, targets: Sequence[Target]) -> int:
     return sum(target.parameters for target in (*structures, *loose))
 
 
-def _report(plan: WeightPlan, before: tuple[int, int], after: tuple[int, int], prunable: int) -> WeightReport:
-    removed = zeroed = reset = 0
-    for target, decision in plan.decisions():
-        gone = target.units - decision.kept
-        if not target.loose:
-            removed += gone * target.size
-        elif decision.whole:
-            reset += gone
-        else:
-            zeroed += gone
-    return WeightReport(before[0], after[0], before[1], after[1], prunable, removed, zeroed, reset)
+def _report(tally: Tally, before: tuple[int, int], after: tuple[int, int], prunable: int) -> WeightReport:
+    each = before[1] / before[0]  # bytes
+    left = prunable - tally.removed
+    dense = each * (left - tally.quantised)
+    bits = 8 * (dense + tally.code_bytes) / left if tally.quantised else 0.0
+    packed = round(after[1] - each * tally.quantised) + tally.code_bytes
+    counts = (prunable, tally.removed, tally.zeroed, tally.reset)
+    return WeightReport(before[0], after[0], before[1], packed, *counts, bits=round(bits, 6))

@@ -24,6 +24,7 @@ class WeightPruner(Method):
 
     role: ClassVar[str] = "weight_pruner"
     needs_base: ClassVar[bool] = False  # prunes what fine-tuning changed, and reads the model before it
+    quantises: ClassVar[bool] = False  # takes budgets in bits, and no others
 
     @property
     def sequential(self) -> bool:
@@ -41,6 +42,11 @@ class WeightPruner(Method):
 
     def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
         """What is accumulated over the calibration set at each target of a unit, by name."""
+        return {}
+
+    def rotations(self, widths: Mapping[str, int], rng: torch.Generator) -> Mapping[str, Tensor]:
+        """Orthogonal matrices by which spaces of the model are rotated before anything is measured, by name; `widths`
+        are those that the model allows. What the model computes stays the same."""
         return {}
 
     def precompute(self, probe: Probe) -> Mapping[str, Statistics]:

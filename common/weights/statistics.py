@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -54,7 +55,18 @@ class InputMean(InputAccumulator):
 
 
 class SecondMoment(InputAccumulator):
-    """The layer's Hessian [C, C] of half the squared error: 2 x x^T summed over tokens, averaged over sequences."""
+    """The layer's Hessian [C, C] of half the squared error: 2 x x^T summed over tokens, averaged over sequences.
+    Subclasses may `weigh` the tokens."""
+
+    def weigh(self, observed: Observation) -> Tensor | None:
+        """Weights [T] of the tokens; None counts all alike."""
+        return None
+
+    def update(self, observed: Observation) -> None:
+        weights = self.weigh(observed)
+        if weights is not None:
+            observed = replace(observed, inputs=observed.inputs.float() * weights.float().sqrt().unsqueeze(-1))
+        super().update(observed)
 
     def take(self, x: Tensor) -> None:
         if self.seen == 1:

@@ -41,7 +41,8 @@ class Target:
     span:   consecutive input channels one unit covers (head size times query heads of a group; 1 for channels);
     source: targets of equal source read the same input;
     expert: index of the expert a `linear` target belongs to, -1 for none;
-    least:  units the model cannot do without (of experts, as many as a token is sent to).
+    least:  units the model cannot do without (of experts, as many as a token is sent to);
+    read:   parameters that read one unit, which become zero where it is silenced rather than removed.
     """
 
     unit: Unit
@@ -54,6 +55,7 @@ class Target:
     source: str = ""
     expert: int = -1
     least: int = 1
+    read: int = 0
 
     @property
     def units(self) -> int:
@@ -104,8 +106,9 @@ class Observation:
 
     inputs [T, C]: what the target reads: the linear's input; for heads the output projection's, for channels the down
     projection's, for experts the mixture's normed input, for layers the block's. Linears of an expert read only the
-    tokens sent to it, so that T may be 0. before and after [T, D]: the block's hidden states. tokens: the sequence
-    itself, as it was given. weights as in `WeightSignals`.
+    tokens sent to it, so that T may be 0; `rows` are then their places in the sequence. before and after [T, D]: the
+    block's hidden states. tokens: the sequence itself, as it was given. weights as in `WeightSignals`. attend: see
+    `received`.
     """
 
     inputs: Tensor
@@ -114,6 +117,17 @@ class Observation:
     after: Tensor
     tokens: Tensor
     routing: Routing | None = None
+    rows: Tensor | None = None
+    attend: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @cached_property
+    def received(self) -> Tensor:
+        """Attention [T] that each of the inputs' tokens receives in this block, summed over queries and heads. It is
+        computed when it is first read, once a sequence for all targets of the block."""
+        if self.attend is None:
+            raise PrunelabError("these blocks show no attention; use a method that weighs no tokens by it")
+        received = self.attend()
+        return received if self.rows is None else received[self.rows]
 
 
 class Accumulator(ABC):
@@ -164,6 +178,34 @@ class WeightSignals:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """A weight [R, C] as whole numbers: `scale * (codes - zero)`, with a scale and a zero for every `group` columns of
+    a row.
+
+    codes: [R, C] uint8, below 2^bits; scale, zero: [R, G] float32, G groups of columns the last maybe shorter.
+    symmetric: zero follows from bits and is not stored.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    group: int
+    symmetric: bool = False
+
+    def dense(self) -> Tensor:
+        """The weight [R, C] that the codes stand for, in float32."""
+        of_column = torch.arange(self.codes.shape[1], device=self.codes.device) // self.group
+        return self.scale[:, of_column] * (self.codes.float() - self.zero[:, of_column])
+
+    @property
+    def bytes(self) -> int:
+        """What it takes: packed codes, a half-precision scale a group, and a zero as wide as a code."""
+        stored = self.bits * self.codes.numel() + 16 * self.scale.numel()
+        return math.ceil((stored + (0 if self.symmetric else self.bits * self.zero.numel())) / 8)
+
+
+@dataclass(frozen=True)
 class Decision:
     """What becomes of a target: mask, True where a unit stays, and new values by the roles of `WeightSignals.weights`.
 
@@ -171,12 +213,14 @@ class Decision:
     whole: the mask tells which changes of fine-tuning stay, and the values stand for all entries as they are.
     remove: units of a structure leave the model; otherwise what reads them is set to zero, which computes the same and
         leaves every shape as it is.
+    code: the new weight of a linear as whole numbers, in place of a value.
     """
 
     mask: Tensor
     values: Mapping[str, Tensor] = field(default_factory=dict)
     whole: bool = False
     remove: bool = True
+    code: Quantised | None = None
 
     @cached_property
     def kept(self) -> int:

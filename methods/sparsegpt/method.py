@@ -31,9 +31,9 @@ class Pruned:
     budget: Budget
     kept: Tensor
 
-    def enter(self, columns: slice, block: Tensor, diagonal: Tensor) -> None:
+    def enter(self, columns: slice, weight: Tensor, diagonal: Tensor) -> None:
         if self.budget.unit == "ratio":
-            self.kept[:, columns] = masks.per_matrix(block.square() / diagonal.square(), self.budget)
+            self.kept[:, columns] = masks.per_matrix(weight[:, columns].square() / diagonal.square(), self.budget)
 
     def settle(self, column: int, block: Tensor, diagonal: Tensor, at: int) -> Tensor:
         if self.budget.unit == "pattern" and at % self.budget.every == 0:

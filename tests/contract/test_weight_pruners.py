@@ -11,13 +11,24 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import WeightPlan, prune
 from prunelab.common.weights.role import WeightPruner
 from tests.contract.references import MagnitudeWeights, NormChannels, invariant, language_model, token_ids
+from tests.contract.weights_references import REFERENCES
 
-METHODS = [c() for c in registry.load().values() if issubclass(c, WeightPruner)] + [MagnitudeWeights(), NormChannels()]
+METHODS = [c() for c in registry.load().values() if issubclass(c, WeightPruner)]
+METHODS += [MagnitudeWeights(), NormChannels(), *REFERENCES]
 every = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 
 
 def families(method: WeightPruner) -> list[str]:
     return ["mixtral", "olmoe"] if "experts" in method.units else ["llama", "llama_mha", "qwen3"]
+
+
+def half(method: WeightPruner) -> Budget:
+    """A budget that takes about half of what there is."""
+    return Budget(4, "bits") if method.quantises else Budget(0.5)
+
+
+def most(method: WeightPruner) -> Budget:
+    return Budget(8, "bits") if method.quantises else Budget(1.0)
 
 
 def run(method: WeightPruner, budget: Budget, family: str = "", dtype: torch.dtype = torch.float32, **options):
@@ -40,7 +51,7 @@ def same(a, b) -> bool:
 def test_keep_all_is_the_identity(method):
     with invariant("keep_all", method):
         for family in families(method):
-            model, plan = run(method, Budget(1.0), family)
+            model, plan = run(method, most(method), family)
             assert all(bool(decision.mask.all()) for _, decision in plan.decisions())
             assert torch.allclose(logits(model), logits(language_model(family)), atol=1e-6)
 
@@ -50,7 +61,8 @@ def test_keep_all_is_the_identity(method):
 def test_budget_is_met_exactly(method, ratio):
     with invariant("budget", method):
         for family in families(method):
-            plan = run(method, Budget(ratio), family)[1]
+            budget = Budget(8 * ratio, "bits") if method.quantises else Budget(ratio)
+            plan = run(method, budget, family)[1]
             whole = [decision.kept for target, decision in plan.decisions() if target.whole]
             assert sum(whole) == len(whole) - Budget(ratio).pruned(len(whole)), "layers are counted together"
             for target, decision in plan.decisions():
@@ -65,8 +77,9 @@ def test_budget_is_met_exactly(method, ratio):
 def test_pruned_model_runs_generates_and_stays_finite(method):
     for family in families(method):
         for dtype in (torch.float32, torch.bfloat16):
-            model, plan = run(method, Budget(0.5), family, dtype)
-            assert 0 < plan.report.sparsity < 1
+            model, plan = run(method, half(method), family, dtype)
+            report = plan.report
+            assert 0 < report.bits < 8 and report.bytes < report.dense_bytes if report.bits else 0 < report.sparsity < 1
             assert bool(torch.isfinite(logits(model)).all())
             assert model.dtype == dtype
         grown = model.generate(token_ids(1), max_new_tokens=3, do_sample=False, pad_token_id=0)
@@ -75,8 +88,8 @@ def test_pruned_model_runs_generates_and_stays_finite(method):
 
 @every
 def test_same_seed_same_plan_and_the_plan_repeats_it(method, tmp_path):
-    model, plan = run(method, Budget(0.5), seed=1)
-    again, _ = run(method, Budget(0.5), seed=1)
+    model, plan = run(method, half(method), seed=1)
+    again, _ = run(method, half(method), seed=1)
     assert same(model, again)
     plan.save(tmp_path)
     dense = language_model(families(method)[0])
@@ -87,7 +100,7 @@ def test_same_seed_same_plan_and_the_plan_repeats_it(method, tmp_path):
 
 @every
 def test_an_interrupted_run_resumes_to_the_same_weights(method, tmp_path, monkeypatch):
-    whole, _ = run(method, Budget(0.5))
+    whole, _ = run(method, half(method))
     step = "solve" if method.sequential else "score"
     original, seen = getattr(type(method), step), []
 
@@ -99,9 +112,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(method, tmp_path, monkey
 
     monkeypatch.setattr(type(method), step, crashing)
     with pytest.raises(KeyboardInterrupt):
-        run(method, Budget(0.5), folder=tmp_path)
+        run(method, half(method), folder=tmp_path)
     seen.clear()
-    resumed, plan = run(method, Budget(0.5), folder=tmp_path)
+    resumed, plan = run(method, half(method), folder=tmp_path)
     assert same(whole, resumed)
     assert set(seen) == {1, 2}, "block 0 was done before the crash"
     assert {target.block for target in plan.targets} == {0, 1, 2}
@@ -114,11 +127,11 @@ def test_nan_weights_and_a_missing_calibration_set_are_named(method):
     base = language_model(families(method)[0], seed=5) if method.needs_base else None
     if needs:
         with pytest.raises(PrunelabError, match="calibration set"):
-            prune(method, model, 0.5, base=base, progress=False)
+            prune(method, model, half(method), base=base, progress=False)
         with torch.no_grad():
             model.model.layers[1].self_attn.v_proj.weight[0] = float("nan")
         with pytest.raises(PrunelabError, match="NaN"):
-            prune(method, model, 0.5, token_ids(), base=base, progress=False)
+            prune(method, model, half(method), token_ids(), base=base, progress=False)
 
 
 @every
@@ -128,5 +141,5 @@ def test_a_budget_that_leaves_nothing_is_refused_before_any_work(method):
         before = {name: p.clone() for name, p in model.named_parameters()}
         base = language_model(families(method)[0], seed=5) if method.needs_base else None
         with pytest.raises(PrunelabError, match="keep more"):
-            prune(method, model, 0.0, token_ids(), base=base, progress=False)
+            prune(method, model, Budget(0, half(method).unit), token_ids(), base=base, progress=False)
         assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

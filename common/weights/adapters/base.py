@@ -86,6 +86,10 @@ class WeightAdapter(ABC):
     def taps(self, target: Target) -> tuple[str, ...]:
         """Modules of the target's block whose inputs and outputs are needed to observe it."""
 
+    def received(self, block: int, run: Callable[[], Any]) -> Tensor:
+        """Attention [T] that the tokens of one sequence receive in a block, which `run` sends it through once more."""
+        raise PrunelabError(f"{self.family}: these blocks show no attention; use a method that weighs no tokens by it")
+
     @abstractmethod
     def observe(
         self, target: Target, seen: Mapping[str, Tap], before: Tensor, after: Tensor, tokens: Tensor
@@ -117,6 +121,16 @@ class WeightAdapter(ABC):
             return {"weight": self.view(target, self.parameter(target).detach())}
         return {role: tensor.detach() for role, tensor in self.structure(target).items()}
 
+    # -- what is done before any target is measured ------------------------------------------------------------------
+
+    def widths(self) -> dict[str, int]:
+        """Sizes of the spaces that can be rotated without changing what the model computes, by name."""
+        return {}
+
+    def rotate(self, rotations: Mapping[str, Tensor]) -> None:
+        """Rotate these spaces by orthogonal matrices, each as wide as its space."""
+        raise PrunelabError(f"{self.family}: no rotation leaves what the model computes as it is")
+
     # -- decisions ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -130,6 +144,8 @@ class WeightAdapter(ABC):
 
     def check(self, target: Target, decision: Decision) -> None:
         """Refuse a decision the model cannot carry."""
+        if decision.code is not None and target.unit != "linear":
+            raise PrunelabError(f"{target.name} holds {target.unit}; only linears become codes")
         if not decision.remove and not target.loose and not self.readers(target):
             raise PrunelabError(f"{target.unit} are removed or kept; {target.name} cannot be set to zero instead")
 
@@ -137,6 +153,8 @@ class WeightAdapter(ABC):
         """Carry a decision out on the model."""
         with torch.no_grad():
             known = self.weights(target)
+            if decision.code is not None:
+                self.assign(target, "weight", decision.code.dense())
             for role, value in decision.values.items():
                 if role in known:
                     self.assign(target, role, value)

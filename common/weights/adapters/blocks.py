@@ -75,7 +75,8 @@ class Blocks(WeightAdapter):
             return []
         units, span = projections[READS[unit]].entries.shape
         size = sum(part.size for part in projections.values()) // units
-        return [Target(unit, name, block, unit, (units,), size, span)]  # type: ignore[arg-type]
+        read = projections[READS[unit]].size // units
+        return [Target(unit, name, block, unit, (units,), size, span, read=read)]  # type: ignore[arg-type]
 
     def _layers(self, block: int) -> list[Target]:
         size = sum(parameter.numel() for parameter in self.body(block).parameters())

@@ -69,7 +69,8 @@ class ConvNet(WeightAdapter):
         found = []
         for name, space in self.spaces.items():
             size = sum(use.part().size for use in space.made) // space.size
-            found.append(Target("channels", name, block, "channels", (space.size,), size))
+            read = sum(use.part().size for use in space.read) // space.size
+            found.append(Target("channels", name, block, "channels", (space.size,), size, read=read))
         return found
 
     def structure(self, target: Target) -> dict[str, Tensor]:

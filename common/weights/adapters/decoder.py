@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.adapters.mixture import Mixtures
 from prunelab.common.weights.adapters.projections import IN, OUT, length
+from prunelab.common.weights.adapters.rotation import check_rotation, commutes, rotate_stream
 from prunelab.common.weights.targets import Target
 
 
@@ -49,6 +51,47 @@ class Decoder(Mixtures):
         ids = sample.unsqueeze(0)
         loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         return loss
+
+    def widths(self) -> dict[str, int]:
+        """The residual stream, and the `values` of a head between its value and output projections."""
+        final = self.model.base_model.norm if hasattr(self.model.base_model, "norm") else None
+        if final is None or not commutes(list(self.blocks), final):
+            return {}
+        heads = self.targets("heads")
+        sizes = {"residual": int(self.model.get_input_embeddings().weight.shape[1])}
+        return {**sizes, "values": self._value_size(heads[0])} if heads else sizes
+
+    def _value_size(self, target: Target) -> int:
+        return self.projections(target)["v"].entries.shape[1]
+
+    def rotate(self, rotations: Mapping[str, Tensor]) -> None:
+        widths = self.widths()
+        if unknown := rotations.keys() - widths.keys():
+            raise PrunelabError(
+                f"{self.family}: no rotation of {', '.join(sorted(unknown))} leaves what the model computes as it is"
+            )
+        for name, rotation in rotations.items():
+            check_rotation(rotation, widths[name], name)
+        if "residual" in rotations:
+            self._own_config()
+            rotate_stream(self.model, list(self.blocks), self.model.base_model.norm, rotations["residual"])
+        if "values" in rotations:
+            for target in self.targets("heads"):
+                self._rotate_values(target, rotations["values"].double())
+
+    def _rotate_values(self, target: Target, rotation: Tensor) -> None:
+        """v R of every head, and R back in front of the output projection."""
+        own = self.weights(target)
+        if own["v"].device.type == "meta":
+            return
+        size = len(rotation)
+        for role in ("v", "v.bias"):
+            if role in own:
+                by_head = own[role].double().unflatten(0, (-1, size))
+                turned = torch.einsum("hd...,de->he...", by_head, rotation.to(by_head.device))
+                self.assign(target, role, turned.flatten(0, 1))
+        by_head = own["o"].double().unflatten(1, (-1, size))
+        self.assign(target, "o", (by_head @ rotation.to(by_head.device)).flatten(1))
 
     def head_entries(self, block: int, modules: Mapping[str, Any]) -> dict[str, Tensor]:
         norm = self._part(block, f"{self.attention}.q_norm")

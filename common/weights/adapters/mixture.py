@@ -63,8 +63,12 @@ class Mixtures(Pretrained):
             return super().observe(target, seen, before, after, tokens)
         before, after = before.flatten(0, -2), after.flatten(0, -2)
         if target.expert >= 0:
-            inputs = self._expert_inputs(target, seen[self.experts][0])
-            return Observation(inputs, self.weights(target), before, after, tokens)
+            hidden, chosen, _ = seen[self.experts][0]
+            rows = (chosen == target.expert).any(-1)  # the tokens sent to it
+            inputs = hidden.flatten(0, -2)[rows]
+            if target.role.endswith(".down"):
+                inputs = _inner(self._part(target.block, self.experts), target.expert, inputs)
+            return Observation(inputs, self.weights(target), before, after, tokens, rows=rows)
         inputs = seen[self.experts][0][0].flatten(0, -2)
         logits, gates, chosen = seen[self.router][1]
         residual = seen[self.experts_norm][0][0].flatten(0, -2)
@@ -72,14 +76,6 @@ class Mixtures(Pretrained):
         expert = self._part(target.block, self.experts)
         routing = Routing(residual, logits, chosen, gates, routed, lambda e, x: _expert(expert, e, x))
         return Observation(inputs, self.weights(target), before, after, tokens, routing)
-
-    def _expert_inputs(self, target: Target, given: tuple[Any, ...]) -> Tensor:
-        """The tokens sent to an expert, or for its down projection what lies between."""
-        hidden, chosen, _ = given
-        x = hidden.flatten(0, -2)[(chosen == target.expert).any(-1)]
-        if target.role.endswith(".down"):
-            x = _inner(self._part(target.block, self.experts), target.expert, x)
-        return x
 
     def parameter(self, target: Target) -> nn.Parameter:
         if target.expert < 0:

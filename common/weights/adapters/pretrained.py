@@ -10,10 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from prunelab.common.core.attention_interface import record
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.adapters.blocks import READS, Blocks
 from prunelab.common.weights.adapters.projections import IN, length
 from prunelab.common.weights.targets import Decision, Target
+
+QUERIES = 256  # whose attention is at hand together
 
 
 class Pretrained(Blocks):
@@ -41,6 +44,20 @@ class Pretrained(Blocks):
     def config(self) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(self.model.config.to_json_string(use_diff=False))
         return values
+
+    def received(self, block: int, run: Callable[[], Any]) -> Tensor:
+        if not hasattr(self, "attention"):
+            return super().received(block, run)
+        recorder, stop = record(self._part(block, self.attention))
+        try:
+            run()
+        finally:
+            stop()
+        length = recorder.shown().shape[2]
+        received = torch.zeros(length, device=recorder.shown().device)
+        for rows in torch.arange(length, device=received.device).split(QUERIES):
+            received += recorder.weights(rows.unsqueeze(0))[0].float().sum((0, 1))
+        return received
 
     def remove(self, target: Target, kept: Tensor) -> None:
         super().remove(target, kept)
