@@ -21,8 +21,8 @@ from prunelab.common.training.recipe import Recipe, plain
 from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.adapters.base import WeightAdapter
 from prunelab.common.weights.checkpoints import fingerprint
-from prunelab.common.weights.plan import PLAN, WeightPlan, packed
-from prunelab.common.weights.pruning import SAMPLED, _prunable, _report, _size
+from prunelab.common.weights.plan import PLAN, Tally, WeightPlan, packed
+from prunelab.common.weights.pruning import SAMPLED, prunable_of, report, size_of
 from prunelab.common.weights.targets import Decision, Target
 
 
@@ -89,7 +89,7 @@ def train(
     if folder is not None and (folder / PLAN).exists():
         return _repeated(folder, identity, model)
 
-    before, prunable = _size(model), _prunable(adapter, training.targets)
+    before, prunable = size_of(model), prunable_of(adapter, training.targets)
     header |= identity | {"config": adapter.config()}
     names, learns = dict(model.named_parameters()), {n: p.requires_grad for n, p in model.named_parameters()}
     job = _Job(method, training, recipe, batches, evaluate, before[0], accelerator)
@@ -106,9 +106,10 @@ def train(
             parameter.requires_grad_(learns[name])
         model.train(was_training)
     kept = _with_values(decisions, training, job.touched)
-    plan = _carried_out(method, adapter, kept, header)
+    tally = Tally()
+    plan = _carried_out(method, adapter, kept, header, tally)
     plan.header["report"] = asdict(
-        replace(_report(plan, before, _size(model), prunable), average_parameters=job.average)
+        replace(report(tally, before, size_of(model), prunable), average_parameters=job.average)
     )
     if folder is not None and (accelerator is None or accelerator.is_main_process):
         plan.save(folder)
@@ -270,7 +271,11 @@ def _with_values(
 
 
 def _carried_out(
-    method: TrainingMethod, adapter: WeightAdapter, decisions: Sequence[tuple[Target, Decision]], header: dict[str, Any]
+    method: TrainingMethod,
+    adapter: WeightAdapter,
+    decisions: Sequence[tuple[Target, Decision]],
+    header: dict[str, Any],
+    tally: Tally,
 ) -> WeightPlan:
     """Prune the trained model, and return the plan that says how."""
     blocks: dict[int, dict[str, Tensor]] = {}
@@ -284,7 +289,7 @@ def _carried_out(
         tensors = {f"{target.name}|{role}": tensor for role, tensor in packed(decision).items()}
         blocks.setdefault(target.block, {}).update(tensors)
     for target, decision in decisions:
-        adapter.write(target, decision)
+        tally.write(adapter, target, decision)
     return WeightPlan({**header, "stock": adapter.finish()}, [target for target, _ in decisions], blocks)
 
 

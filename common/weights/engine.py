@@ -213,8 +213,7 @@ class Engine:
 
     def write(self, target: Target, decision: Decision) -> None:
         """Prune the target."""
-        self.adapter.write(target, decision)
-        self.tally.add(target, decision, self.adapter.weights(target)["weight"] if target.loose else None)
+        self.tally.write(self.adapter, target, decision)
 
 
 def check_budgets(targets: Sequence[Target], budgets: Sequence[Budget]) -> None:

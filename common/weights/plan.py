@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.adapters import weight_adapter
+from prunelab.common.weights.adapters.base import WeightAdapter
 from prunelab.common.weights.targets import Decision, Quantised, Target
 
 PLAN, ROTATIONS = "plan.json", "rotations.safetensors"
@@ -30,19 +31,13 @@ PLAN, ROTATIONS = "plan.json", "rotations.safetensors"
 
 @dataclass(frozen=True)
 class WeightReport:
-<<<<<<< HEAD
-    """Sizes before and after. Zeros are counted apart: they take as much room and time as any other number unless a
-    sparse kernel uses them. `reset` parameters hold what they held before fine-tuning. average_parameters: those not at
-    zero, the mean over the steps of a training that pruned."""
-=======
     """Sizes before and after.
 
     Zeros are counted apart, as they stand in the weights: they take as much room and time as any other number unless a
     sparse kernel uses them. `reset` parameters hold what they held before fine-tuning. `bytes` takes quantised weights
     as packed, and `bits` is what a prunable parameter that is left takes on average, scales and zeros included; 0 where
-    nothing was quantised.
+    nothing was quantised. average_parameters: those not at zero, the mean over the steps of a training that pruned.
     """
->>>>>>> 811479b (Weights as codes: budgets in bits, GPTQ on the common solver, rotations, tokens weighed by attention)
 
     dense_parameters: int
     parameters: int
@@ -52,11 +47,8 @@ class WeightReport:
     removed: int
     zeroed: int
     reset: int = 0
-<<<<<<< HEAD
     average_parameters: float | None = None
-=======
     bits: float = 0.0
->>>>>>> 811479b (Weights as codes: budgets in bits, GPTQ on the common solver, rotations, tokens weighed by attention)
 
     @property
     def sparsity(self) -> float:
@@ -90,8 +82,10 @@ class Tally:
     quantised: int = 0  # parameters that became codes, and the bytes of these
     code_bytes: int = 0
 
-    def add(self, target: Target, decision: Decision, weight: Tensor | None) -> None:
-        """Count one decision; weight is that of a linear or tensor as it is now."""
+    def write(self, adapter: WeightAdapter, target: Target, decision: Decision) -> None:
+        """Carry a decision out, and count it."""
+        adapter.write(target, decision)
+        weight = adapter.weights(target)["weight"] if target.loose else None
         gone = target.units - decision.kept
         if not target.loose:
             self.removed += gone * target.size if decision.remove else 0

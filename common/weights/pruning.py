@@ -66,7 +66,7 @@ def prune(
 
     rotations = method.rotations(adapter.widths(), torch.Generator().manual_seed(seed))
     header["config"] = adapter.config()
-    before, prunable, training = _size(model), _prunable(adapter, targets), model.training
+    before, prunable, training = size_of(model), prunable_of(adapter, targets), model.training
     model.eval()
     try:
         if rotations:
@@ -77,7 +77,7 @@ def prune(
     finally:
         model.train(training)
     plan = WeightPlan(header, engine.targets, work.plan, rotations)
-    plan.header["report"] = asdict(_report(engine.tally, before, _size(model), prunable))
+    plan.header["report"] = asdict(report(engine.tally, before, size_of(model), prunable))
     if work.folder is not None:
         plan.save_header(work.folder)
         work.close()
@@ -147,13 +147,13 @@ def _identity(model: nn.Module, samples: Sequence[Tensor], base: nn.Module | Non
 # -- sizes -----------------------------------------------------------------------------------------------------------
 
 
-def _size(model: nn.Module) -> tuple[int, int]:
+def size_of(model: nn.Module) -> tuple[int, int]:
     """Parameters and their bytes."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.elementsize_of() for p in parameters)
 
 
-def _prunable(adapter: WeightAdapter, targets: Sequence[Target]) -> int:
+def prunable_of(adapter: WeightAdapter, targets: Sequence[Target]) -> int:
     """Parameters of all targets, each counted once where weights lie in structures that are targets as well."""
     structures = [target for target in targets if not target.loose]
     within = {id(parameter) for target in structures for parameter in adapter.structure(target).values()}
@@ -161,7 +161,7 @@ def _prunable(adapter: WeightAdapter, targets: Sequence[Target]) -> int:
     return sum(target.parameters for target in (*structures, *loose))
 
 
-def _report(tally: Tally, before: tuple[int, int], after: tuple[int, int], prunable: int) -> WeightReport:
+def report(tally: Tally, before: tuple[int, int], after: tuple[int, int], prunable: int) -> WeightReport:
     each = before[1] / before[0]  # bytes
     left = prunable - tally.removed
     dense = each * (left - tally.quantised)
