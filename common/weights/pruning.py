@@ -150,7 +150,7 @@ def _identity(model: nn.Module, samples: Sequence[Tensor], base: nn.Module | Non
 def size_of(model: nn.Module) -> tuple[int, int]:
     """Parameters and their bytes."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.elementsize_of() for p in parameters)
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 
 def prunable_of(adapter: WeightAdapter, targets: Sequence[Target]) -> int:
