@@ -270,6 +270,7 @@ def applied(
         if state is None:
             learned = fitting(method, info(model), parts, getattr(model, PARTS, None))
             given |= {} if learned is None else {"parts": learned}
+            given |= {"output": reader.model.get_output_embeddings()} if method.reads_hidden else {}
             with torch.inference_mode(False), torch.device(reader.model.device):  # a state may be gone on from anywhere
                 state = method.start(vocabulary, **given)
         budget = budget if isinstance(budget, Budget) else Budget(budget)

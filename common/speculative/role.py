@@ -49,8 +49,11 @@ class DraftDecoder(Method):
 
     @abstractmethod
     def start(self, vocabulary: int, **services: Any) -> Any:
-        """A fresh decoding state for a target of that many tokens, on the default device; `services` by name, and as
-        `parts` the learned parts of a method that has some."""
+        """A fresh decoding state for a target of that many tokens, on the default device.
+
+        services: by name, among them as `parts` the learned parts of a method that has some, and as `output` the
+        target's output layer for one that reads hidden states.
+        """
 
     def begin(self, state: Any, prompt: Tensor) -> None:
         """A new text begins with these tokens [N]."""

@@ -5,12 +5,16 @@ Shape letters: N tokens of the sequence, T nodes of the tree, L its depth, V voc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from prunelab.common.core.errors import PrunelabError
+
+Path = tuple[int, ...]
 EMPTY = -1  # in rows of tokens: nothing here
 
 
@@ -82,21 +86,26 @@ class Accepted:
     nodes: Tensor
 
 
+def longest(tree: DraftTree, agrees: Tensor, chosen: Tensor, preference: Tensor | None = None) -> Accepted:
+    """The longest path of which every node agrees [T] bool, and what the model chose behind its end.
+
+    chosen: [T + 1] the model's token behind the last accepted token (row 0) and behind every node. Among equally long
+    paths the one counts that ends in the node of largest `preference` [T], and of those the first in tree order.
+    """
+    confirmed = (agrees | ~tree.ancestors).all(1)  # with all nodes above
+    if not bool(confirmed.any()):
+        return Accepted(chosen[:1], torch.arange(0, device=chosen.device))
+    length = torch.where(confirmed, tree.depths, 0)
+    ends = (length == length.max()).nonzero().squeeze(1)
+    end = ends[0] if preference is None else ends[preference[ends].argmax()]
+    nodes = tree.ancestors[end].nonzero().squeeze(1)
+    return Accepted(torch.cat([tree.tokens[nodes], chosen[nodes[-1:] + 1]]), nodes)
+
+
 def follow(tree: DraftTree, chosen: Tensor) -> Accepted:
     """The longest path of which every token is the one that the model chose behind its parent, and the choice behind
-    its end. chosen: [T + 1] the model's token behind the last accepted token (row 0) and behind every node.
-
-    Among equally long paths the first in tree order counts.
-    """
-    count = len(tree.tokens)
-    agrees = tree.tokens == chosen[tree.parents + 1]
-    confirmed = (agrees | ~tree.ancestors).all(1)  # with all nodes above
-    order = torch.arange(count, device=chosen.device)
-    length = torch.where(confirmed, tree.depths * count - order, 0)
-    if not bool(confirmed.any()):
-        return Accepted(chosen[:1], order[:0])
-    nodes = tree.ancestors[length.argmax()].nonzero().squeeze(1)
-    return Accepted(torch.cat([tree.tokens[nodes], chosen[nodes[-1:] + 1]]), nodes)
+    its end; chosen as in `longest`."""
+    return longest(tree, tree.tokens == chosen[tree.parents + 1], chosen)
 
 
 def greedy(tree: DraftTree, logits: Tensor) -> Accepted:
@@ -143,3 +152,55 @@ def fuse(first: DraftTree, second: DraftTree) -> DraftTree:
     depth = max(p.shape[1] for p in paths)
     padded = [torch.nn.functional.pad(p, (0, depth - p.shape[1]), value=EMPTY) for p in paths]
     return trie(torch.cat(padded))[0]
+
+
+def paths_of(children: Sequence[Sequence[int]]) -> tuple[Path, ...]:
+    """Every node as the ranks on the way to it, from the numbers of children by level."""
+    levels: list[list[Path]] = [[()]]
+    for counts in children:
+        levels.append([(*p, rank) for p, n in zip(levels[-1], counts, strict=True) for rank in range(n)])
+    return tuple(path for level in levels[1:] for path in level)
+
+
+@dataclass(frozen=True)
+class Template:
+    """Shape of the trees: for each draft node its parent [T] (-1: the root), which of the parent's candidates it takes
+    [T], and the bounds of the levels, as node numbers from 0 to T."""
+
+    parents: Tensor
+    ranks: Tensor
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> Template:
+        """From paths of ranks in the order of the nodes, which goes by depth."""
+        place = {path: i for i, path in enumerate(paths)}
+        if () in place or len(place) < len(paths) or list(map(len, paths)) != sorted(map(len, paths)):
+            raise PrunelabError("a draft tree lists each path of ranks once, short ones first, and not the root")
+        orphans = [path for path in paths if len(path) > 1 and path[:-1] not in place]
+        if orphans:
+            raise PrunelabError(f"the draft tree has the node {orphans[0]} but not its parent; add {orphans[0][:-1]}")
+        parents = torch.tensor([place.get(path[:-1], -1) for path in paths], dtype=torch.long)
+        ends = [i for i in range(1, len(paths) + 1) if i == len(paths) or len(paths[i]) > len(paths[i - 1])]
+        return cls(parents, torch.tensor([path[-1] for path in paths], dtype=torch.long), (0, *ends))
+
+    def first(self, count: int) -> Template:
+        """The first nodes alone, in template order."""
+        if count not in self._cuts:
+            bounds = tuple(b for b in self.bounds if b < count)
+            cut = Template(self.parents[:count], self.ranks[:count], (*bounds, count) if count else (0,))
+            self._cuts[count] = cut
+        return self._cuts[count]
+
+    def to(self, device: torch.device) -> Template:
+        """The same shape on a device."""
+        return Template(self.parents.to(device), self.ranks.to(device), self.bounds)
+
+    @cached_property
+    def _cuts(self) -> dict[int, Template]:
+        return {}
+
+    @cached_property
+    def tree(self) -> DraftTree:
+        """The shape as a tree, whose tokens are the ranks."""
+        return DraftTree(self.ranks, self.parents)

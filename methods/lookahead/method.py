@@ -156,7 +156,8 @@ class Lookahead(DraftDecoder):
         return window(state.levels)
 
     def observe(self, state: Memory, step: Step) -> None:
-        assert step.aside is not None
+        if step.aside is None or not len(step.aside):  # a prompt that is pruned is read alone
+            return
         new = step.aside[-len(state.levels[-1]) :].argmax(-1)
         if len(state.levels) == self.level - 1:
             for key, *gram in diagonals(step.root, state.levels, new):

@@ -62,6 +62,8 @@ def session(method, budget, prompt):
     torch.manual_seed(0)
     parts = method.build(ModelInfo("table", depth=1, heads=1, width=11, tokens=99, vocabulary=11))
     asked = {name: SERVICES[name] for name in method.services} | ({"parts": parts} if parts is not None else {})
+    if method.reads_hidden:
+        asked["output"] = torch.nn.Identity()
     started = Session(method, budget, method.start(11, **asked))
     started.begin(prompt)
     return started
