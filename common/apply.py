@@ -84,6 +84,10 @@ def apply(
         from prunelab.common import experts
 
         return experts.applied(method, model, budget, services=services, seed=seed)  # type: ignore[arg-type]
+    if method.role == "data_selector":
+        from prunelab.common.data_selection import engine
+
+        return engine.applied(method, model, budget, services=services, seed=seed)
     raise _elsewhere(method)
 
 
@@ -92,7 +96,7 @@ ELSEWHERE = {
     "weight_pruner": "it changes a model for good, with prunelab.prune(method, model, budget, calibration)",
     "ranker": "it ranks sentences, with prunelab.summarise(method, text, budget)",
     "constrained_sampler": "it draws from a model's logits, with prunelab.common.constrained.smc.run",
-    "sample_selector": "it chooses training data, with method.plan(features, budget)",
+    "training_method": "it learns while a model trains, with prunelab.common.training.engine.train",
 }
 
 
@@ -142,5 +146,7 @@ def _check(method: Method, model: nn.Module) -> None:
         from prunelab.common.weights import pruning
 
         pruning.check(method, model)  # type: ignore[arg-type]
-    else:
+    elif method.role == "training_method":
+        method.check(model)  # type: ignore[attr-defined]
+    elif method.role != "data_selector":  # which signals a model can give is known when it is trained
         raise _elsewhere(method)

@@ -78,7 +78,7 @@ def train(
     batches = data if callable(data) else Batches(data, recipe.batch, seed)
     adapter = weight_adapter(model)
     training = Training(
-        adapter, _targets(method, adapter), budget, method.schedule(recipe.steps), recipe.steps,
+        adapter, method.targets(adapter), budget, method.schedule(recipe.steps), recipe.steps,
         objective or _forward, services, torch.Generator().manual_seed(seed),
     )  # fmt: skip
     training.schedule.fits(recipe.steps)
@@ -227,20 +227,6 @@ def _forward(model: nn.Module, batch: Batch) -> Any:
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _targets(method: TrainingMethod, adapter: WeightAdapter) -> list[Target]:
-    """What the method decides on in this model, in forward order."""
-    found = []
-    for unit in method.units:
-        of_unit = adapter.targets(unit)
-        if not of_unit:
-            raise PrunelabError(f"{method.name} prunes {unit}, and this {type(adapter.model).__name__} has none")
-        found += [target for target in of_unit if method.covers(target)]
-    if not found:
-        raise PrunelabError(f"{method.name} covers none of this model's targets; change its options")
-    adapter.refuse_tied(found)
-    return sorted(found, key=lambda target: target.block if target.block >= 0 else len(adapter.blocks))
 
 
 # -- decisions -------------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
 from prunelab.common.training.parametrizations import Attachment, LowRank, Mask
 from prunelab.common.training.schedule import Constant, Schedule
+from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.adapters.base import WeightAdapter
 from prunelab.common.weights.adapters.projections import oriented
 from prunelab.common.weights.targets import Decision, Target, Unit
@@ -128,6 +130,23 @@ class TrainingMethod(Method):
     def covers(self, target: Target) -> bool:
         """Whether the method touches a target of its units."""
         return True
+
+    def targets(self, adapter: WeightAdapter) -> list[Target]:
+        """What the method decides on in a model, in forward order."""
+        found = []
+        for unit in self.units:
+            of_unit = adapter.targets(unit)
+            if not of_unit:
+                raise PrunelabError(f"{self.name} prunes {unit}, and this {type(adapter.model).__name__} has none")
+            found += [target for target in of_unit if self.covers(target)]
+        if not found:
+            raise PrunelabError(f"{self.name} covers none of this model's targets; change its options")
+        adapter.refuse_tied(found)
+        return sorted(found, key=lambda target: target.block if target.block >= 0 else len(adapter.blocks))
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that the method cannot train."""
+        self.targets(weight_adapter(model))
 
     def schedule(self, steps: int) -> Schedule:
         """How the budget is approached over a training; by default it holds from the start."""

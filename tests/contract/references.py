@@ -15,7 +15,6 @@ from prunelab.common.constrained.role import ConstrainedSampler
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.method import Method
 from prunelab.common.core.plan import ModelInfo, Site
-from prunelab.common.data_selection.role import SampleSelector
 from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 from prunelab.common.ranking import sentences
 from prunelab.common.ranking.sentences import Passage, SentenceRanker
@@ -299,16 +298,6 @@ class Rejection(ConstrainedSampler):
                 return token, float(p.sum().log())
             p[token] = 0
         raise ValueError("the constraint accepts no token within the budget")
-
-
-@dataclass(frozen=True)
-class NormSamples(SampleSelector):
-    """Keeps the samples of largest feature norm."""
-
-    name: ClassVar[str] = "reference_samples"
-
-    def score(self, features: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        return features.norm(dim=-1)
 
 
 @dataclass(frozen=True)

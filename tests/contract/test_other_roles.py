@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
 from prunelab.common.constrained.role import ConstrainedSampler
@@ -15,14 +13,11 @@ from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import ModelInfo
-from prunelab.common.data_selection.role import SampleSelector
 from prunelab.common.ranking.sentences import Passage, SentenceRanker
 from prunelab.common.speculative import Session
 from prunelab.common.speculative.role import DraftDecoder
 from tests.contract import references
 from tests.contract.references import invariant
-
-fast = settings(max_examples=15, deadline=None)
 
 
 def every(role: type, reference: type):
@@ -171,17 +166,6 @@ def test_sampler_ends_where_nothing_is_allowed(method):
             method.sample(torch.zeros(9), lambda t: False, Budget(9, "count"))
     else:
         assert method.sample(torch.zeros(9), lambda t: False, Budget(9, "count")) == (-1, -math.inf)
-
-
-@every(SampleSelector, references.NormSamples)
-@fast
-@given(count=st.integers(1, 30), ratio=st.floats(0, 1))
-def test_selector_budget_order_and_seed(method, count, ratio):
-    features = torch.randn(count, 5, generator=torch.Generator().manual_seed(count))
-    plans = [method.plan(features, Budget(ratio), torch.Generator().manual_seed(0)).reduce.index for _ in range(2)]
-    assert plans[0].shape == (1, Budget(ratio).count(count))
-    assert bool((plans[0].diff() > 0).all())
-    assert torch.equal(*plans)
 
 
 @every(SentenceRanker, references.LengthRanker)

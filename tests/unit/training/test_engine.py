@@ -11,8 +11,9 @@ from accelerate.state import AcceleratorState
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data_selection.examples import collate
 from prunelab.common.training import engine
-from prunelab.common.training.batches import Batches, collate
+from prunelab.common.training.batches import Batches
 from prunelab.common.training.distillation import distillation, flops
 from prunelab.common.training.recipe import Recipe
 from tests.contract.references import MagnitudeWeights, language_model, token_ids

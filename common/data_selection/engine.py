@@ -1,0 +1,386 @@
+"""One engine for every data selector: before training on a corpus, or inside the training on each batch."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.files import unwritable
+from prunelab.common.core.hooks import claimed, run_all
+from prunelab.common.core.method import Method
+from prunelab.common.data_selection import signals
+from prunelab.common.data_selection.examples import Examples, JsonLines, checked_texts, collate
+from prunelab.common.data_selection.losses import IGNORED, counted, weighted_loss
+from prunelab.common.data_selection.role import DataPlan, DataSelector
+from prunelab.common.data_selection.signals import WEIGHT, Batch, Forward
+
+# -- before training -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What a method chose of a corpus: an iterable of the samples that stay, in their order.
+
+    Texts and lines of a file come as they are; tokenised samples as mappings whose `labels` leave out the tokens that
+    go, with their `loss_weight` where the method weighs.
+    """
+
+    source: Iterable[Any]
+    plan: DataPlan
+    size: int
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Any]:
+        kept = set(self.indices)
+        rows = self.source.rows() if isinstance(self.source, JsonLines) else self.source
+        return (self._sample(place, row) for place, row in enumerate(rows) if place in kept)
+
+    def __getitem__(self, index: int) -> Any:
+        if not isinstance(self.source, Sequence | Tensor):
+            raise PrunelabError("samples of a file are read one after the other; make a list of them first")
+        place = self.indices[index]
+        return self._sample(place, self.source[place])
+
+    def _sample(self, place: int, row: Any) -> Any:
+        if self.plan.tokens is None and self.plan.weight is None:
+            return row
+        sample = {name: value[0] for name, value in collate([row]).items()}
+        if self.plan.tokens is not None:
+            mask = self.plan.tokens[place, : len(sample["labels"])].cpu()
+            sample["labels"] = sample["labels"].masked_fill(~mask, IGNORED)
+        if self.plan.weight is not None:
+            weight = self.plan.weight[place].cpu()
+            sample[WEIGHT] = weight if weight.dim() == 0 else weight[: len(sample["labels"])]
+        return sample
+
+    def write(self, path: Path | str) -> None:
+        """Write the texts that stay to a JSON-lines file."""
+        path = Path(path)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                for row in self:
+                    row = row if isinstance(row, dict) else {"text": row}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            part.replace(path)
+        except TypeError:
+            raise PrunelabError(
+                f"{path} would hold tensors; only texts are written, train on the rest at once"
+            ) from None
+        except OSError as error:
+            raise unwritable(path, error) from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def __str__(self) -> str:
+        lines = [f"samples    {len(self.indices):,} of {self.size:,}"]
+        if self.plan.tokens is not None:
+            lines.append(f"tokens     {int(self.plan.tokens[self.indices].sum()):,} enter the loss")
+        return "\n".join(lines)
+
+
+def select(
+    method: Method,
+    data: Iterable[Any],
+    budget: Budget | float | str | Sequence[float],
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    target: Iterable[str] | None = None,
+    services: Mapping[str, Any] | None = None,
+    forward: Forward = signals.logits_of,
+    seed: int = 0,
+    batch: int = 16,
+) -> Selected:
+    """What `method` keeps of a corpus before training.
+
+    Parameters
+    ----------
+    data
+        Texts, `JsonLines`, or tokenised samples (token ids, or mappings as the model takes them).
+    budget
+        One amount, or two, for samples and for tokens.
+    model, tokenizer
+        The model whose signals the method reads, and what turns texts into its tokens.
+    target
+        Texts that the data should come to resemble.
+    services
+        Second models: `reference`, `history`.
+    forward
+        The logits of a model and a batch, where the model is none of transformers.
+
+    Raises
+    ------
+    PrunelabError
+        At empty or broken documents, a signal that cannot be had or holds NaN, and where nothing would be kept.
+    """
+    selector, budget = _checked(method, budget, "before")
+    required = selector.requires()
+    services = dict(services or {})
+    for name in selector.services:
+        if name not in services:
+            raise PrunelabError(f"{selector.name} needs the service '{name}'; give services={{'{name}': ...}}")
+    texts, samples = _texts(data)
+    read: dict[str, Any] = {"text": lambda: texts} if texts is not None else {}
+    columns: dict[str, Tensor] = {}
+    if texts is None or required - {"text"}:
+        samples = _tokenised(texts, tokenizer, required) if samples is None else samples
+        columns = _measured(selector, samples, model, services, forward, batch)
+        read |= {name: lambda value=columns[name]: value for name in required & columns.keys()}
+    size = len(columns["labels" if "labels" in columns else next(iter(columns))]) if columns else _count(texts)
+    if not size:
+        raise PrunelabError("there is no document to choose from; give at least one")
+    wanted = None
+    if target is not None:
+        aims = checked_texts(target)
+        wanted = Examples(_count(aims), {"text": lambda: aims}, frozenset(("text",)))
+    examples = Examples(
+        size, read, required, tokens=columns.get("input_ids"), labels=columns.get("labels"),
+        valid=columns.get("attention_mask"), target=wanted, services=services,
+        rng=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    plan = selector.plan(examples, budget)
+    examples.refuse_broken()
+    indices = list(range(size)) if plan.samples is None else plan.samples.index[0].tolist()
+    nothing = not indices or (plan.tokens is not None and not bool(plan.tokens[indices].any()))
+    if nothing:
+        raise PrunelabError(f"{selector.name} would keep nothing of {size} samples under {budget}; keep more")
+    source = data if texts is None or isinstance(data, JsonLines) else texts
+    if texts is not None and (plan.tokens is not None or plan.weight is not None):
+        pairs = zip(columns["input_ids"], columns["attention_mask"])
+        source = [ids[mask.bool()] for ids, mask in pairs]  # what was decided on tokens holds for these tokens
+    return Selected(source, plan, size, indices)
+
+
+def _checked(method: Method, budget: Budget | float | str | Sequence[float], when: str) -> tuple[DataSelector, Budget]:
+    if not isinstance(method, DataSelector):
+        raise PrunelabError(f"{method.name} is a {method.role}, which chooses no training data")
+    if method.when != when:
+        elsewhere = {
+            "before": "before training, with prunelab.common.data_selection.engine.select",
+            "each_batch": "in each batch of a training, inside of `with prunelab.apply(method, model, budget)`",
+        }
+        raise PrunelabError(f"{method.name} chooses {elsewhere[method.when]}")
+    budget = Budget.of(budget)
+    method.budgets(budget)
+    return method, budget
+
+
+def _texts(data: Iterable[Any]) -> tuple[Iterable[str] | None, Iterable[Any] | None]:
+    """The data as texts, or as tokenised samples."""
+    if isinstance(data, JsonLines | str) or (isinstance(data, Sequence) and data and isinstance(data[0], str)):
+        return checked_texts(data), None
+    if not isinstance(data, Sequence | Tensor) or not len(data):
+        raise PrunelabError("training data are a list of texts or samples that is not empty, or a JsonLines file")
+    return None, data
+
+
+def _count(texts: Iterable[str] | None) -> int:
+    assert texts is not None
+    return sum(1 for _ in texts)
+
+
+def _tokenised(texts: Iterable[str] | None, tokenizer: Any, required: frozenset[str]) -> Iterator[Tensor]:
+    if tokenizer is None:
+        raise PrunelabError(f"the signals {', '.join(sorted(required - {'text'}))} are of tokens; give tokenizer=")
+    assert texts is not None
+    return (torch.as_tensor(tokenizer(text)["input_ids"]) for text in texts)
+
+
+def _measured(
+    selector: DataSelector,
+    samples: Iterable[Any],
+    model: nn.Module | None,
+    services: Mapping[str, Any],
+    forward: Forward,
+    size: int,
+) -> dict[str, Tensor]:
+    """Tokens, labels and signals of all samples, [n, ...], a batch at a time; what is kept lies on the CPU."""
+    device = None if model is None else next(model.parameters()).device
+    parts: dict[str, list[Tensor]] = {}
+    stream = iter(samples)
+    while chunk := list(islice(stream, size)):
+        batch = {name: value.to(device) for name, value in collate(chunk).items()}
+        made = signals.sources(selector.requires(), batch, model, services, selector.attention_layer, forward)
+        found = {name: made[name]() for name in selector.requires() & made.keys()}
+        for name, value in (found | {n: batch[n] for n in _KEPT if n in batch}).items():
+            parts.setdefault(name, []).append(value.cpu())
+    return {name: _joined(tensors, _KEPT.get(name, 0)) for name, tensors in parts.items()}
+
+
+_KEPT = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}  # with what fills them up
+
+
+def _joined(parts: Sequence[Tensor], fill: int) -> Tensor:
+    """[n, N, ...] of parts with fewer tokens."""
+    if parts[0].dim() == 1:
+        return torch.cat(list(parts))
+    width = max(part.shape[1] for part in parts)
+    whole = parts[0].new_full((sum(len(part) for part in parts), width, *parts[0].shape[2:]), fill)
+    start = 0
+    for part in parts:
+        whole[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return whole
+
+
+# -- inside the training ---------------------------------------------------------------------------------------------
+
+
+def narrowed(batch: Batch, plan: DataPlan) -> dict[str, Any]:
+    """The batch as the plan leaves it: samples that stay, labels of tokens that stay, and `loss_weight`."""
+    left = dict(batch)
+    labels: Tensor = batch["labels"]
+    size = len(labels)
+    if plan.tokens is not None:
+        left["labels"] = labels.masked_fill(~plan.tokens, IGNORED)
+    if plan.weight is not None:
+        left[WEIGHT] = plan.weight
+    if plan.samples is not None:
+        index = plan.samples.index[0].to(labels.device)
+        for name, value in left.items():
+            if isinstance(value, Tensor) and value.dim() and len(value) == size:
+                left[name] = value.index_select(0, index)
+    return left
+
+
+@dataclass
+class Handle:
+    """What is chosen while a model trains: counts over the batches so far."""
+
+    method: DataSelector
+    budget: Budget
+    batches: int = 0
+    samples: int = 0
+    kept_samples: int = 0
+    unseen: int = 0  # training passes that showed no labels
+    tokens: Tensor | int = 0
+    kept_tokens: Tensor | int = 0
+    broken: list[Tensor] = field(default_factory=list)
+
+    def report(self) -> str:
+        """Shares of samples and tokens that entered the loss."""
+        if not self.batches:
+            raise PrunelabError(
+                f"{self.method.name} has seen no batch; train the model with `labels` among its inputs inside the block"
+            )
+        self.refuse_broken()
+        return "\n".join((
+            f"batches    {self.batches:,}",
+            f"samples    {self.kept_samples:,} of {self.samples:,}",
+            f"tokens     {int(self.kept_tokens):,} of {int(self.tokens):,} entered the loss",
+        ))  # fmt: skip
+
+    def refuse_broken(self) -> None:
+        """Stop where a signal held NaN, or a batch was left without a token."""
+        if self.broken and bool(torch.stack(self.broken).any()):
+            raise PrunelabError(
+                f"{self.method.name} met signals that are NaN or infinite, or left a batch without any token; check the"
+                " data, or keep more"
+            )
+
+
+@contextmanager
+def applied(
+    method: Method,
+    model: nn.Module,
+    budget: Budget | float | str | Sequence[float],
+    *,
+    services: Mapping[str, Any] | None = None,
+    forward: Forward = signals.logits_of,
+    seed: int = 0,
+) -> Iterator[Handle]:
+    """Let a method choose from each batch that the model is trained on inside a `with` block.
+
+    Whatever trains the model, each of its passes in training mode with `labels` first goes through the model without
+    gradients for the signals, if the method reads any of the model's own; then samples and labels that the method drops
+    are left out of the pass. Methods that weigh data need `logits` among the model's outputs. Draws start from torch's
+    global generator, so that a training that puts it back where it stood goes on with the same choices.
+    """
+    selector, budget = _checked(method, budget, "each_batch")
+    given = dict(services or {})
+    handle = Handle(selector, budget)
+    names = list(inspect.signature(model.forward).parameters)
+    removers: list[Any] = []
+    state: dict[str, Any] = {"busy": False, "weight": None}
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if state["busy"] or not (model.training and torch.is_grad_enabled()):
+            return None
+        batch = dict(zip(names, args)) | kwargs
+        if batch.get("labels") is None:
+            handle.unseen += 1
+            return None
+        state["busy"] = True
+        try:
+            rng = torch.Generator().manual_seed(seed + int(torch.randint(2**31, ())))
+            left = _chosen(handle, batch, model, given, forward, rng)
+        finally:
+            state["busy"] = False
+        state["weight"] = (left.pop(WEIGHT), left["labels"]) if WEIGHT in left else None
+        return (), left
+
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if state["weight"] is not None and not state["busy"]:
+            weight, labels = state["weight"]
+            output.loss = weighted_loss(output.logits, labels, weight)
+            state["weight"] = None
+
+    with claimed(selector, model, given):
+        removers.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        removers.append(model.register_forward_hook(after, with_kwargs=True).remove)
+        try:
+            yield handle
+        finally:
+            run_all(removers)
+    if handle.unseen and not handle.batches:
+        raise PrunelabError(
+            f"{selector.name} saw no labels in {handle.unseen} training passes and chose nothing; give the model its"
+            " `labels`, and no loss function of the trainer's own"
+        )
+    handle.refuse_broken()
+
+
+def _chosen(
+    handle: Handle, batch: Batch, model: nn.Module, services: Mapping[str, Any], forward: Forward, rng: torch.Generator
+) -> dict[str, Any]:
+    """The batch as the method leaves it; counts are taken on the device."""
+    selector, labels = handle.method, batch["labels"]
+    required = selector.requires()
+    made = signals.sources(required, batch, model, services, selector.attention_layer, forward)
+    examples = Examples(
+        len(labels), made, required, tokens=batch.get("input_ids"), labels=labels,
+        valid=batch.get("attention_mask"), services=services, rng=rng,
+    )  # fmt: skip
+    with torch.no_grad():
+        plan = selector.plan(examples, handle.budget)
+        left = {name: value for name, value in narrowed(batch, plan).items() if name not in signals.SERVICES}
+        before, after = counted(labels).sum(), counted(left["labels"]).sum()
+    if not len(left["labels"]):
+        raise PrunelabError(
+            f"{selector.name} keeps none of {len(labels)} samples under {handle.budget}; keep more, or take larger"
+            " batches"
+        )
+    if left.get("num_items_in_batch") is not None:  # what the trainer divides by
+        left["num_items_in_batch"] = left["num_items_in_batch"] * after / before.clamp_min(1)
+    handle.batches += 1
+    handle.samples += len(labels)
+    handle.kept_samples += len(left["labels"])
+    handle.tokens, handle.kept_tokens = handle.tokens + before, handle.kept_tokens + after
+    bad = after == 0 if examples.broken is None else examples.broken | (after == 0)
+    handle.broken = [bad if not handle.broken else handle.broken[0] | bad]
+    return left

@@ -1,0 +1,200 @@
+"""Training data as methods see it: a corpus that may be larger than memory, or one batch, with signals that are
+computed when they are first read.
+
+Shape letters: n samples, N tokens of the longest, V words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data_selection.losses import IGNORED, counted
+
+SIGNALS = (
+    "text", "loss", "entropy", "logits", "reference_loss", "history_loss", "prompt_attention",
+)  # fmt: skip
+
+
+class Examples:
+    """Training data: its size, its tokens and labels, and the signals that a method named in `requires`.
+
+    Always at hand: `ids` of the n samples, `rng` for methods that draw, `services`, and `target`, the corpus that the
+    data should come to resemble, where one was given. Of tokenised data also `tokens` and `labels` [n, N] (labels [n]
+    of a classification), `counted` [n, N], the tokens that enter the loss, and `prompt` [n, N], those that do not,
+    padding apart.
+
+    Signals by name, aligned with the tokens, 0 where a token enters no loss: `loss` and `entropy` [n, N] under the
+    model that is trained and its `logits` [n, N, V] (or [n, V]); `reference_loss` and `history_loss` [n, N] under the
+    services `reference` and `history`; `prompt_attention` [n, N], what each token pays to the prompt in one layer, the
+    mean over heads. `text`: the texts, an iterable that can be read again and holds one of them at a time.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        sources: Mapping[str, Callable[[], Any]],
+        required: frozenset[str],
+        *,
+        ids: Sequence[Any] | None = None,
+        tokens: Tensor | None = None,
+        labels: Tensor | None = None,
+        valid: Tensor | None = None,
+        target: Examples | None = None,
+        services: Mapping[str, Any] | None = None,
+        rng: torch.Generator | None = None,
+    ) -> None:
+        missing = required - sources.keys()
+        if missing:
+            name = min(missing)
+            raise PrunelabError(f"the signal '{name}' {_REMEDY.get(name, f'is unknown; there are {SIGNALS}')}")
+        self._sources, self._required = sources, required
+        self.size = size
+        self.ids = range(size) if ids is None else ids
+        self.tokens, self.labels, self.valid = tokens, labels, valid
+        self.target = target
+        self.services = services or {}
+        self.rng = rng or torch.Generator().manual_seed(0)
+        self.broken: Tensor | None = None  # whether a signal held NaN, on the device
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def counted(self) -> Tensor:
+        """Tokens that enter the loss."""
+        assert self.labels is not None and self.labels.dim() == 2, "these data have no tokens"
+        return counted(self.labels)
+
+    @property
+    def prompt(self) -> Tensor:
+        """Tokens that are read and enter no loss."""
+        assert self.labels is not None and self.tokens is not None
+        valid = torch.ones_like(self.tokens, dtype=torch.bool) if self.valid is None else self.valid.bool()
+        return (self.labels == IGNORED) & valid
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens [n] of each sample that enter the loss."""
+        return self.counted.sum(1)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._required:
+            raise AttributeError(f"the signal '{name}' was not required; name it in requires()")
+        value = self._sources[name]()
+        if isinstance(value, Tensor):
+            bad = ~torch.isfinite(value).all()
+            self.broken = bad if self.broken is None else self.broken | bad
+        setattr(self, name, value)
+        return value
+
+    def refuse_broken(self) -> None:
+        """Stop where a signal held NaN or infinite values."""
+        if self.broken is not None and bool(self.broken):
+            raise PrunelabError(
+                "a signal of the training data holds NaN or infinite values; check the samples and the model's dtype"
+            )
+
+
+_REMEDY = {
+    "text": "needs texts; give texts or a JSON-lines file",
+    "reference_loss": "needs a reference model; give services={'reference': ...}",
+    "history_loss": "needs the model of an earlier time; give services={'history': ...}",
+    **dict.fromkeys(("loss", "entropy", "logits", "prompt_attention"), "needs a model; give model="),
+}
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """Documents of a JSON-lines file (or one that is gzipped), read anew each time and one at a time.
+
+    Parameters
+    ----------
+    path
+        The file.
+    field
+        The field of a line that holds the text.
+    """
+
+    path: Path | str
+    field: str = "text"
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The lines, each checked: valid UTF-8 and JSON, with a text that is not empty."""
+        path = Path(self.path)
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    yield self._row(line, f"{path}, line {number}")
+        except (OSError, EOFError) as error:
+            raise PrunelabError(f"cannot read {path} ({error}); check the path") from None
+
+    def _row(self, line: bytes, where: str) -> dict[str, Any]:
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise PrunelabError(f"{where} is not UTF-8; convert the file first") from None
+        except ValueError:
+            raise PrunelabError(f"{where} is not JSON; write one object a line") from None
+        if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
+            raise PrunelabError(f"{where} has no text in its field '{self.field}'; name the field that has")
+        if not row[self.field].strip():
+            raise PrunelabError(f"{where} holds an empty document; leave it out")
+        return row
+
+    def __iter__(self) -> Iterator[str]:
+        return (row[self.field] for row in self.rows())
+
+
+def checked_texts(texts: Iterable[str]) -> Iterable[str]:
+    """Texts at hand, none of them empty or of broken characters; files check their own."""
+    if isinstance(texts, JsonLines):
+        return texts
+    if isinstance(texts, str):
+        raise PrunelabError("training data are a list of texts, and this is one; put it into a list")
+    found = list(texts)
+    for place, text in enumerate(found):
+        if not isinstance(text, str) or not text.strip():
+            raise PrunelabError(f"document {place} is empty or no text; leave it out")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise PrunelabError(f"document {place} holds characters that are no valid UTF-8; repair it") from None
+    return found
+
+
+def collate(samples: Sequence[Any]) -> dict[str, Tensor]:
+    """One batch of samples: token ids, or mappings of tensors (`input_ids`, `labels`, `pixel_values` ...).
+
+    Token ids are padded on the right, and padding enters no loss; where samples bring no labels, a language model's are
+    their tokens.
+    """
+    rows = [dict(sample) if isinstance(sample, Mapping) else {"input_ids": sample} for sample in samples]
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise PrunelabError("samples of one batch have different fields; give every sample the same")
+    if "input_ids" not in rows[0]:
+        return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
+    for row in rows:
+        ids = row["input_ids"] = torch.as_tensor(row["input_ids"]).long()
+        if not ids.numel():
+            raise PrunelabError("a sample holds no token; leave it out")
+        row.setdefault("attention_mask", torch.ones_like(ids))
+        row.setdefault("labels", ids)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED, "reference_loss": 0, "history_loss": 0}
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def joined(key: str) -> Tensor:
+        tensors = [torch.as_tensor(row[key]) for row in rows]
+        if key not in fill:
+            return torch.stack(tensors)
+        return torch.stack([torch.nn.functional.pad(t, (0, length - len(t)), value=fill[key]) for t in tensors])
+
+    return {key: joined(key) for key in rows[0]}

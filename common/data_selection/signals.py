@@ -1,0 +1,137 @@
+"""The signals of training data, computed with the models that they speak of: one forward pass a model and batch, and
+nothing that no method asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.common.core import attention_interface
+from prunelab.common.core.attention import BLOCK
+from prunelab.common.core.attention_interface import Recorder
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data_selection.losses import counted, token_entropy, token_loss
+
+Batch = Mapping[str, Any]
+Forward = Callable[[nn.Module, Batch], Tensor]
+
+OWN = frozenset(("loss", "entropy", "logits", "prompt_attention"))  # what the model that is trained says
+SERVICES = {"reference_loss": "reference", "history_loss": "history"}
+WEIGHT = "loss_weight"  # field of a batch: what each sample or token counts
+_NO_INPUT = ("labels", "num_items_in_batch", WEIGHT, *SERVICES)
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits of a model of transformers for a batch; its labels are not shown to it."""
+    inputs = {name: value for name, value in batch.items() if name not in _NO_INPUT}
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        inputs["use_cache"] = False
+    output = model(**inputs)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients; its own mode comes back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def sources(
+    required: frozenset[str],
+    batch: Batch,
+    model: nn.Module | None,
+    services: Mapping[str, Any],
+    layer: int = -1,
+    forward: Forward = logits_of,
+) -> dict[str, Callable[[], Tensor]]:
+    """By name, what computes the signals that can be had of a batch. Losses that a batch brings as a column, measured
+    earlier, are taken from there."""
+    labels: Tensor | None = batch.get("labels")
+    found: dict[str, Callable[[], Tensor]] = {}
+    if model is not None:
+        own = _Own(required, batch, model, layer, forward)
+        found |= {"logits": lambda: own.logits, "prompt_attention": lambda: own.prompt_attention}
+        if labels is not None:
+            found |= {
+                "loss": lambda: token_loss(own.logits, labels),
+                "entropy": lambda: token_entropy(own.logits) * counted(labels),
+            }
+    for name, service in SERVICES.items():
+        if name in batch:
+            found[name] = lambda name=name: batch[name]  # type: ignore[misc]
+        elif service in services and labels is not None:
+            found[name] = lambda other=services[service]: _loss(other, batch, labels, forward)  # type: ignore[misc]
+    return found
+
+
+def _loss(model: nn.Module, batch: Batch, labels: Tensor, forward: Forward) -> Tensor:
+    with evaluating(model):
+        return token_loss(forward(model, batch), labels)
+
+
+class _Own:
+    """One forward pass of the model that is trained, run when its first signal is read."""
+
+    def __init__(self, required: frozenset[str], batch: Batch, model: nn.Module, layer: int, forward: Forward) -> None:
+        self.batch, self.model, self.layer, self.forward = batch, model, layer, forward
+        self.attends = "prompt_attention" in required
+        self.attention: Tensor | None = None
+        self._logits: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, N, V], or [B, V] of a classifier."""
+        if self._logits is None:
+            with evaluating(self.model):
+                self._logits = self._recorded() if self.attends else self.forward(self.model, self.batch)
+        return self._logits
+
+    @property
+    def prompt_attention(self) -> Tensor:
+        """[B, N]."""
+        assert self.attends
+        _ = self.logits
+        assert self.attention is not None
+        return self.attention
+
+    def _recorded(self) -> Tensor:
+        recorder, stop = attention_interface.record(attention_layer(self.model, self.layer))
+        try:
+            logits = self.forward(self.model, self.batch)
+            labels, tokens = self.batch["labels"], self.batch["input_ids"]
+            valid = self.batch.get("attention_mask", torch.ones_like(tokens)).bool()
+            self.attention = prompt_attention(recorder, (labels == -100) & valid) * counted(labels)
+        finally:
+            stop()
+        return logits
+
+
+def attention_layer(model: nn.Module, layer: int) -> Any:
+    """An attention layer of a decoder, counted from the end where negative."""
+    layers = attention_interface.attention_layers(attention_interface.decoder_of(model))
+    if not -len(layers) <= layer < len(layers):
+        raise PrunelabError(f"the model has {len(layers)} layers, and the method reads the attention of layer {layer}")
+    return layers[layer]
+
+
+def prompt_attention(recorder: Recorder, prompt: Tensor) -> Tensor:
+    """What every token pays to the prompt [B, N], the mean over heads, a block of rows at a time."""
+    batch, heads, total, _ = recorder.shown().shape
+    paid, step = [], max(1, BLOCK // (batch * heads * total))
+    for start in range(0, total, step):
+        rows = torch.arange(start, min(start + step, total), device=prompt.device).expand(batch, -1)
+        weights = recorder.weights(rows).float().mean(1)  # [B, R, N]
+        paid.append((weights @ prompt.float().unsqueeze(-1)).squeeze(-1))
+    return torch.cat(paid, 1)
