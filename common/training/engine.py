@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
-from prunelab.common.training import trainer
+from prunelab.common.training import peft, trainer
 from prunelab.common.training.batches import Batches
 from prunelab.common.training.method import Batch, Training, TrainingMethod
 from prunelab.common.training.parametrizations import put_on
@@ -47,6 +47,9 @@ def train(
 
     Parameters
     ----------
+    model
+        Of transformers, timm or torch; of `peft`, whose factors are then those that train. They are merged in the end,
+        so that the model underneath holds the result.
     data
         Samples to draw batches from (see `Batches`), or a function that gives the batch of a number.
     objective
@@ -76,23 +79,26 @@ def train(
     if missing:
         raise PrunelabError(f"{method.name} needs the service '{missing[0]}'; give services={{'{missing[0]}': ...}}")
     batches = data if callable(data) else Batches(data, recipe.batch, seed)
-    adapter = weight_adapter(model)
+    own = peft.base(model)
+    with peft.without_factors(own):
+        adapter = weight_adapter(own)
+        targets, linears = method.targets(adapter), adapter.targets("linear")
+        before, prunable, config = size_of(own), prunable_of(adapter, targets), adapter.config()
     training = Training(
-        adapter, method.targets(adapter), budget, method.schedule(recipe.steps), recipe.steps,
+        adapter, targets, linears, budget, method.schedule(recipe.steps), recipe.steps,
         objective or _forward, services, torch.Generator().manual_seed(seed),
     )  # fmt: skip
     training.schedule.fits(recipe.steps)
     training.schedule.budget(0, budget)  # refuses what it cannot approach
-    header = {"method": repr(method), "budget": str(budget), "seed": seed, "model": type(model).__qualname__}
+    header = {"method": repr(method), "budget": str(budget), "seed": seed, "model": type(own).__qualname__}
     identity = {**header, "recipe": plain(asdict(recipe)), "weights": fingerprint(model, SAMPLED)}
     folder = None if folder is None else Path(folder)
     if folder is not None and (folder / PLAN).exists():
         return _repeated(folder, identity, model)
 
-    before, prunable = size_of(model), prunable_of(adapter, training.targets)
-    header |= identity | {"config": adapter.config()}
+    header |= identity | {"config": config}
     names, learns = dict(model.named_parameters()), {n: p.requires_grad for n, p in model.named_parameters()}
-    job = _Job(method, training, recipe, batches, evaluate, before[0], accelerator)
+    job = _Job(method, training, model, recipe, batches, evaluate, before[0], accelerator)
     was_training = model.training
     try:
         trainer.run(job, recipe, folder, identity, threads, job, accelerator, progress)
@@ -105,11 +111,14 @@ def train(
         for name, parameter in names.items():
             parameter.requires_grad_(learns[name])
         model.train(was_training)
+    if own is not model:
+        job.touched |= {id(m.base_layer.weight) for m in own.modules() if peft.has_factors(m)}
+        model.merge_and_unload()  # type: ignore[operator]
     kept = _with_values(decisions, training, job.touched)
     tally = Tally()
     plan = _carried_out(method, adapter, kept, header, tally)
     plan.header["report"] = asdict(
-        replace(report(tally, before, size_of(model), prunable), average_parameters=job.average)
+        replace(report(tally, before, size_of(own), prunable), average_parameters=job.average)
     )
     if folder is not None and (accelerator is None or accelerator.is_main_process):
         plan.save(folder)
@@ -123,6 +132,7 @@ class _Job(trainer.Observer):
 
     method: TrainingMethod
     training: Training
+    model: nn.Module
     recipe: Recipe
     batches: Callable[[int], Batch]
     held_out: Callable[[nn.Module], dict[str, float]] | None
@@ -145,7 +155,7 @@ class _Job(trainer.Observer):
         self.touched = {id(p) for name, p in self.training.model.named_parameters() if name.endswith(".original")}
         self.touched &= under
         self.method.start(self.training)
-        return self.training.model
+        return self.model
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return self.recipe.optimizer(model, self.method.options)
@@ -246,10 +256,11 @@ def _with_values(
     for target in (*adapter.targets("linear"), *adapter.targets("tensor")):
         decision = decisions.get(target.name) if known.get(target.name) == target else None
         if id(adapter.parameter(target)) in touched:
-            weight = adapter.weights(target)["weight"].clone()
-            mask = torch.ones(target.shape, dtype=torch.bool) if decision is None else decision.mask
-            values = {"weight": weight} | ({} if decision is None else dict(decision.values))
-            decision = Decision(mask, values)
+            values = {"weight": adapter.weights(target)["weight"].clone()}
+            if decision is None:
+                decision = Decision(torch.ones(target.shape, dtype=torch.bool), values)
+            elif decision.code is None:
+                decision = replace(decision, values=values | dict(decision.values))
         if decision is not None:
             found[target.name] = (target, decision)
     structures = [(t, decisions[t.name]) for t in training.targets if not t.loose and t.name in decisions]
@@ -284,5 +295,8 @@ def _repeated(folder: Path, identity: Mapping[str, Any], model: nn.Module) -> We
     plan = WeightPlan.load(folder)
     if {key: plan.header.get(key) for key in identity} != dict(identity):
         raise PrunelabError(f"{folder} holds another finished training; choose an empty folder")
-    plan.apply(model)
+    own = peft.base(model)
+    if own is not model:
+        model.unload()  # type: ignore[operator]  # the plan holds what its factors became
+    plan.apply(own)
     return plan

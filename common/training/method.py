@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
+from prunelab.common.training import peft
 from prunelab.common.training.parametrizations import Attachment, LowRank, Mask
 from prunelab.common.training.schedule import Constant, Schedule
 from prunelab.common.weights.adapters import weight_adapter
@@ -26,13 +27,14 @@ Batch = Mapping[str, Any]
 class Training:
     """A training as its method sees it.
 
-    targets: what the method covers, in forward order. step counts from 0, of `steps`; behind the last one it equals
-    `steps`. memory: tensors of the method's own by name, which checkpoints keep. rng: draws that go on where they
-    stood. services: second models by name.
+    targets: what the method covers, in forward order; linears: all linears of the model. step counts from 0, of
+    `steps`; behind the last one it equals `steps`. memory: tensors of the method's own by name, which checkpoints keep.
+    rng: draws that go on where they stood. services: second models by name.
     """
 
     adapter: WeightAdapter
     targets: Sequence[Target]
+    linears: Sequence[Target]
     target_budget: Budget
     schedule: Schedule
     steps: int
@@ -57,27 +59,38 @@ class Training:
         """What the method put on a target."""
         return [a.module for a in self.attachments if a.target.name == target.name and a.target.unit == target.unit]
 
-    def low_rank(self, target: Target) -> LowRank:
-        """The low-rank factors on the weight of a linear."""
-        return next(module for module in self.modules(target) if isinstance(module, LowRank))
+    def low_rank(self, target: Target) -> LowRank | peft.Factors:
+        """The low-rank factors on the weight of a linear: the method's, or those that peft gave it."""
+        return next(module for module in self.modules(target) if isinstance(module, LowRank | peft.Factors))
 
     def weight(self, target: Target) -> Tensor:
         """The weight of a linear [out, in] or another tensor, as the forward pass uses it."""
-        if target.unit == "tensor":
-            path, _, name = target.name.rpartition(".")
-            tensor: Tensor = getattr(self.model.get_submodule(path), name)
-            return tensor.detach()
-        owner: Any = self.model.get_submodule(target.name)
-        return oriented(owner, owner.weight.detach())
+        owner, name = self._owner(target)
+        weight = self._seen(target, getattr(owner, name).detach())
+        return weight + peft.Factors(owner).delta().detach() if peft.has_factors(owner) else weight
+
+    def parameter(self, target: Target) -> Tensor:
+        """The parameter underneath `weight`, on which the method put something or not."""
+        return self._seen(target, self._parameter(target).detach())
 
     def gradient(self, target: Target) -> Tensor:
-        """The gradient of the parameter underneath `weight`."""
+        """The gradient of that parameter."""
+        gradient = self._parameter(target).grad
+        assert gradient is not None, f"{target.name} does not learn"
+        return self._seen(target, gradient)
+
+    def _owner(self, target: Target) -> tuple[Any, str]:
         path, _, name = (target.name if target.unit == "tensor" else f"{target.name}.weight").rpartition(".")
-        owner: Any = self.model.get_submodule(path)
-        held = getattr(owner, "parametrizations", {})
-        parameter = held[name].original if name in held else getattr(owner, name)
-        assert parameter.grad is not None, f"{target.name} does not learn"
-        return oriented(owner, parameter.grad) if target.unit == "linear" else parameter.grad
+        return self.model.get_submodule(path), name
+
+    def _parameter(self, target: Target) -> nn.Parameter:
+        owner, name = self._owner(target)
+        mapped = getattr(owner, "parametrizations", {})
+        parameter: nn.Parameter = mapped[name].original if name in mapped else getattr(owner, name)
+        return parameter
+
+    def _seen(self, target: Target, tensor: Tensor) -> Tensor:
+        return oriented(self._owner(target)[0], tensor) if target.unit == "linear" else tensor
 
     def mask(self, target: Target) -> Tensor:
         """The mask on a target, True where a unit stays."""
@@ -146,7 +159,9 @@ class TrainingMethod(Method):
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that the method cannot train."""
-        self.targets(weight_adapter(model))
+        model = peft.base(model)
+        with peft.without_factors(model):
+            self.targets(weight_adapter(model))
 
     def schedule(self, steps: int) -> Schedule:
         """How the budget is approached over a training; by default it holds from the start."""
@@ -194,6 +209,7 @@ def masked(target: Target) -> Attachment:
     return Attachment(target, Mask(target.shape), "weight" if target.loose else "units")
 
 
-def low_rank(target: Target, rank: int, scale: float = 1.0) -> Attachment:
-    """Low-rank factors on the weight of a linear."""
-    return Attachment(target, LowRank(target.shape, rank, scale))
+def low_rank(training: Training, target: Target, rank: int, scale: float = 1.0) -> Attachment:
+    """Low-rank factors on the weight of a linear; where peft gave it some, these, whatever their rank."""
+    layer = training.model.get_submodule(target.name)
+    return Attachment(target, peft.Factors(layer) if peft.has_factors(layer) else LowRank(target.shape, rank, scale))

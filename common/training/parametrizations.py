@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.training import peft
 from prunelab.common.weights.adapters.base import WeightAdapter
-from prunelab.common.weights.adapters.projections import is_linear
-from prunelab.common.weights.targets import Target
+from prunelab.common.weights.targets import Quantised, Target
 
 # -- what can be put on ----------------------------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ from prunelab.common.weights.targets import Target
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hard: Tensor, soft: Tensor) -> Tensor:
-        return hard.to(soft.dtype)
+        return hard.to(soft.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
@@ -132,10 +132,16 @@ class FakeQuantised(nn.Module):
         start = 2 * x.detach().abs().mean() / math.sqrt(self.high)
         with torch.no_grad():
             self.step.copy_(torch.where(self.step == 0, start, self.step))
-        share = 1 / math.sqrt(x.numel() * self.high)
-        step = self.step * share + (self.step * (1 - share)).detach()  # the value, with a share of the gradient
+        step = straight_through(self.step, self.step / math.sqrt(x.numel() * self.high))  # a share of the gradient
         scaled = (x / step).clamp(self.low, self.high)
         return straight_through(scaled.round(), scaled) * step
+
+    def code(self, weight: Tensor) -> Quantised:
+        """The weight [out, in] as the whole numbers that it was used as."""
+        numbers = (weight / self.step).clamp(self.low, self.high).round() - self.low
+        scale = self.step.detach().float().expand(len(weight), 1)
+        zero = torch.full_like(scale, -self.low)
+        return Quantised(numbers.to(torch.uint8), scale, zero, self.high.bit_length() + 1, weight.shape[1])
 
 
 # -- putting on and taking off ---------------------------------------------------------------------------------------
@@ -148,7 +154,7 @@ class Attachment:
     """A module at a target.
 
     at: `weight` of a linear or tensor target, whose parameter it maps; `units` of a structure, whose factors it gives;
-    `input` or `output` of a linear, whose activations it maps.
+    `input` or `output` of a layer with a weight, whose activations it maps.
     """
 
     target: Target
@@ -182,6 +188,10 @@ class _Readers(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         factors = self.gate.factors()[self.unit].to(weight.dtype)
         return weight * factors.view(-1, *[1] * (weight.dim() - 1 - self.axis))
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the parameter is multiplied with [..., C], which comes to the same."""
+        return x * self.gate.factors()[self.unit].to(x.dtype)
 
 
 class _Bypass(nn.Module):
@@ -241,10 +251,12 @@ def parametrized(adapter: WeightAdapter, attachment: Attachment) -> list[tuple[n
 
 def _put_on(adapter: WeightAdapter, attachment: Attachment, removers: list[Callable[[bool], None]]) -> None:
     target, module = attachment.target, attachment.module
+    if isinstance(module, peft.Factors):
+        return  # they are there already
     if attachment.at in ("input", "output"):
-        owner = adapter.model.get_submodule(target.name)
-        if not is_linear(owner):
-            raise PrunelabError(f"activations are mapped at linears, and {target.name} is none")
+        owner = adapter.model.get_submodule(target.name.removesuffix(".weight"))
+        if not target.loose or not hasattr(owner, "weight"):
+            raise PrunelabError(f"activations are mapped at layers with a weight, and {target.name} is none")
         hook: Any
         if attachment.at == "input":
             hook = owner.register_forward_pre_hook(lambda _, args: (module(args[0]), *args[1:]))
@@ -260,8 +272,14 @@ def _put_on(adapter: WeightAdapter, attachment: Attachment, removers: list[Calla
         removers.append(_beside(owner, bypass, hook))
     else:
         for owner, name, mapping in parametrized(adapter, attachment):
+            mapping = mapping.to(getattr(owner, name).device)
+            if peft.has_factors(owner):
+                if attachment.at == "weight":
+                    raise PrunelabError(f"{target.name} has factors of peft; merge them first, or leave the layer out")
+                removers.append(_at_inputs(owner, mapping))  # type: ignore[arg-type]
+                continue
             removers.append(_off(owner, name))
-            parametrize.register_parametrization(owner, name, mapping.to(getattr(owner, name).device))
+            parametrize.register_parametrization(owner, name, mapping)
 
 
 def _beside(owner: nn.Module, module: nn.Module, hook: Any) -> Callable[[bool], None]:
@@ -272,6 +290,22 @@ def _beside(owner: nn.Module, module: nn.Module, hook: Any) -> Callable[[bool], 
     def remove(keep: bool) -> None:
         hook.remove()
         del owner._modules[name]
+
+    return remove
+
+
+def _at_inputs(owner: Any, gate: _Readers) -> Callable[[bool], None]:
+    """A gate at a layer that `peft` gave factors, which read the units as well: at what it reads, and in the end on
+    all that reads it."""
+    hook = owner.register_forward_pre_hook(lambda _, args: (gate.inputs(args[0]), *args[1:]))
+    beside = _beside(owner, gate, hook)
+
+    def remove(keep: bool) -> None:
+        beside(keep)
+        if keep:
+            with torch.no_grad():
+                for layer in (owner.base_layer, owner.lora_A[peft.adapter(owner)]):
+                    layer.weight.copy_(gate(layer.weight))
 
     return remove
 

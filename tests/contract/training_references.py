@@ -62,10 +62,10 @@ class LowRankChannels(TrainingMethod):
         return Exponential.of(steps, cooldown=0.2, every=2)
 
     def readers(self, training: Training) -> list[Target]:
-        return [t for t in training.adapter.targets("linear") if t.role.endswith("down_proj")]
+        return [t for t in training.linears if t.role.endswith("down_proj")]
 
     def attach(self, training: Training) -> Sequence[Attachment]:
-        factors = [low_rank(target, self.rank) for target in self.readers(training)]
+        factors = [low_rank(training, target, self.rank) for target in self.readers(training)]
         return [*factors, *(masked(target) for target in training.targets)]
 
     def trainable(self, names: Sequence[str], training: Training) -> list[str]:
@@ -165,7 +165,11 @@ class DistilledQuantiser(TrainingMethod):
         return 0.5 * outputs.loss + 0.5 * distillation(outputs.logits, teacher.logits, 2.0)
 
     def finish(self, training: Training) -> Mapping[str, Decision]:
-        return {target.name: Decision(torch.ones(target.shape, dtype=torch.bool)) for target in training.targets}
+        found = {}
+        for target in training.targets:
+            code = training.modules(target)[0].code(training.parameter(target))
+            found[target.name] = Decision(torch.ones(target.shape, dtype=torch.bool), code=code)
+        return found
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ class SampledLayers(TrainingMethod):
         return target.role.endswith(("q_proj", "v_proj"))
 
     def attach(self, training: Training) -> Sequence[Attachment]:
-        return [low_rank(target, self.rank) for target in training.targets]
+        return [low_rank(training, target, self.rank) for target in training.targets]
 
     def start(self, training: Training) -> None:
         training.memory["cost"] = torch.zeros(len(training.adapter.blocks))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.training.method import low_rank, masked
+from prunelab.common.training.method import masked
 from prunelab.common.training.parametrizations import (
     Attachment,
     FakeQuantised,
@@ -77,7 +77,7 @@ def test_low_rank_factors_start_at_nothing_and_stay_when_kept(family):
     adapter = weight_adapter(model)
     target = next(t for t in adapter.targets("linear") if t.expert < 0)
     dense, weight = logits(model), adapter.weights(target)["weight"].clone()
-    attachment = low_rank(target, 2, 3.0)
+    attachment = Attachment(target, LowRank(target.shape, 2, 3.0))
     take_off = put_on(adapter, [attachment])
     assert torch.equal(logits(model), dense), "up is zero"
     module: LowRank = attachment.module
@@ -144,10 +144,10 @@ def test_what_cannot_carry_something_says_so():
         put_on(adapter, [masked(adapter.targets("heads")[0]), masked(expert)])
     assert not any(parametrize.is_parametrized(module) for module in model.modules()), "nothing is left half done"
     with pytest.raises(PrunelabError, match="lower the rank"):
-        low_rank(adapter.targets("linear")[0], 99)
+        LowRank(adapter.targets("linear")[0].shape, 99)
     with pytest.raises(PrunelabError, match="2 to 16"):
         FakeQuantised(1)
-    with pytest.raises(PrunelabError, match="at linears"):
+    with pytest.raises(PrunelabError, match="with a weight"):
         put_on(adapter, [Attachment(adapter.targets("heads")[0], FakeQuantised(4), "input")])
 
 
