@@ -123,8 +123,8 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises PrunelabError where the disk is full or read-only."""
+def write_text(path: Path, text: str, remedy: str = "make room there, or give --config results=DIR") -> None:
+    """Write a text file whole or not at all. Raises PrunelabError, with a remedy, where that cannot be."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,9 +134,11 @@ def write_text(path: Path, text: str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise unwritable(path, error) from None
+        raise unwritable(path, error, remedy) from None
 
 
-def unwritable(path: Path, error: OSError) -> PrunelabError:
+def unwritable(
+    path: Path, error: OSError, remedy: str = "make room there, or give --config results=DIR"
+) -> PrunelabError:
     """What to do about a file or folder that cannot be written, in one line."""
-    return PrunelabError(f"cannot write {path} ({error.strerror}); make room there, or give --config results=DIR")
+    return PrunelabError(f"cannot write {path} ({error.strerror}); {remedy}")

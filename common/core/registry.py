@@ -10,7 +10,6 @@ import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache
 from types import ModuleType
@@ -83,19 +82,24 @@ def load() -> dict[str, type[Method]]:
 def create(name: str, **values: Any) -> Method:
     """A method with the given hyper-parameters, read by the types of its fields: lists become tuples, and a single
     value of a tuple field a tuple of one, so that values from YAML and the command line can be passed as they are."""
+    check_options(entry(name), values)
     cls = get(name)
-    allowed = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in allowed:
-            near = get_close_matches(key, allowed, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(allowed) or 'none'}"
-            raise PrunelabError(f"{name} has no option '{key}'; {hint}")
     hints = get_type_hints(cls)
     fitted = {key: _fitted(f"{name}: {key}", value, hints[key]) for key, value in values.items()}
     for option in entry(name).options:
         if option.default is None and option.name not in values:
             raise PrunelabError(f"{name} needs a value for its option '{option.name}'")
     return cls(**fitted)
+
+
+def check_options(entry: index.Entry, names: Iterable[str]) -> None:
+    """Refuse options that a method does not have; imports nothing of it."""
+    allowed = [option.name for option in entry.options]
+    for name in names:
+        if name not in allowed:
+            near = get_close_matches(name, allowed, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(allowed) or 'none'}"
+            raise PrunelabError(f"{entry.name} has no option '{name}'; {hint}")
 
 
 def _fitted(what: str, value: Any, hint: Any) -> Any:

@@ -22,11 +22,20 @@ Transform = Callable[[Image.Image], Tensor]
 SEED = 1000  # of the testbed's evaluation scenes
 
 
+def rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB of 8 bits a channel; greys of 16 or 32 bits are scaled, where Pillow alone would cut them off."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, dtype=np.float64)
+        whole = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0 if values.max() > 1 else 1.0
+        image = Image.fromarray((values.clip(0, whole) * (255 / whole)).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
 def read(path: Path, transform: Transform) -> Tensor:
     """One image file, decoded and transformed to [C, H, W]."""
     try:
         with Image.open(path) as image:
-            return transform(image.convert("RGB"))
+            return transform(rgb(image))
     except FileNotFoundError:
         raise PrunelabError(f"the image {path} does not exist") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError):

@@ -1,13 +1,11 @@
-"""Inline SVG: charts and patch grids as text. Colours and fonts are the page's, through CSS classes.
+"""Inline SVG: elements and charts as text. Colours and fonts are the page's, through CSS classes.
 
 Whatever comes from data is escaped here. Numbers are rounded, so that the same data give the same bytes.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,46 +172,3 @@ def chart(
         out += [marker(x + 6, y, look[name]), text(x + 18, y + 4, name, class_="key")]
     rows = -(-len(names) // LEGEND_COLUMNS)
     return document(WIDTH, HEIGHT + rows * LEGEND_ROW, title, "".join(out), "chart")
-
-
-# -- images and patches ----------------------------------------------------------------------------------------------
-
-
-def png(rows: Sequence[str]) -> str:
-    """A greyscale image, one row of hexadecimal bytes a line, as a data URI."""
-    from PIL import Image
-
-    lines = [bytes.fromhex(row) for row in rows]
-    buffer = io.BytesIO()
-    Image.frombytes("L", (len(lines[0]), len(lines)), b"".join(lines)).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-PANEL, GAP, CAPTION = 100.0, 10.0, 18.0
-
-
-def stages(
-    rows: Sequence[str], grid: tuple[int, int], kept: Sequence[tuple[str, Collection[int]]], *, title: str
-) -> str:
-    """An image, then one panel a stage: patches it removed are hatched, those removed before are blank.
-
-    `kept` names each stage and the places of the patches that went on from it, counted row by row in the grid.
-    """
-    high, wide = PANEL / grid[0], PANEL / grid[1]
-    image, before, out = png(rows), set(range(grid[0] * grid[1])), []
-    for i, (name, places) in enumerate([("input", before), *kept]):
-        left = i * (PANEL + GAP)
-        out.append(element("image", class_="ink", href=image, x=left, y=CAPTION, width=PANEL, height=PANEL))
-        for place in range(grid[0] * grid[1]):
-            if place in places:
-                continue
-            x, y = left + place % grid[1] * wide, CAPTION + place // grid[1] * high
-            fresh = place in before
-            out.append(element("rect", class_="fresh" if fresh else "gone", x=x, y=y, width=wide, height=high))
-            if fresh:
-                out.append(element("line", class_="hatch", x1=x, y1=y + high, x2=x + wide, y2=y))
-        out.append(element("rect", class_="frame", x=left, y=CAPTION, width=PANEL, height=PANEL))
-        out.append(text(left + PANEL / 2, 11, name, class_="tick", text_anchor="middle"))
-        before = before & set(places)
-    width = (len(kept) + 1) * (PANEL + GAP) - GAP
-    return document(width, CAPTION + PANEL + 1, title, "".join(out), "stages")

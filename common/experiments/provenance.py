@@ -180,7 +180,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         intact = False
     if not intact:
-        raise PrunelabError(f"the run record {path} is damaged; delete it, and the next run makes it anew")
+        raise PrunelabError(f"the run record {path} is damaged; run its table again, which makes it anew")
     return record
 
 

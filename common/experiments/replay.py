@@ -52,6 +52,8 @@ def read(path: Path) -> dict[str, Any]:
     """A record, verified: its checksum, its name, and that its run is the one its identity names."""
     if not path.is_file():
         raise PrunelabError(f"there is no record {path}; give a JSON file of results/records")
+    if not re.fullmatch(r"[0-9a-f]{20}-[0-9a-f]{12}\.json", path.name):
+        raise PrunelabError(f"{path} is no run record; give a JSON file of results/records")
     record = provenance.read(path)
     try:
         run = run_of(record)

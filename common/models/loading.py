@@ -82,26 +82,33 @@ def _testbeds() -> Any:
 
 
 def named(name: str, weights: Path | None, config: Mapping[str, Any]) -> tuple[nn.Module, Transform]:
-    """A model for a user's own image: a testbed, a checkpoint of the assets folder, or a timm architecture with the
-    user's safetensors weights."""
+    """A model for a user's own image: a testbed, a checkpoint of the assets folder, one of timm that lies in the hub's
+    cache (`timm/<name>`) or a folder in that layout, or a timm architecture with the user's safetensors weights."""
     import safetensors.torch
     import timm
     from torchvision import transforms
 
-    testbeds = _testbeds()
+    from prunelab.common import testbeds
+
     if name in testbeds.testbeds():
         model = testbeds.load(name)[0]
-        side = model.patch_embed.img_size[0]
+        embedding = getattr(model, "patch_embed", None)
+        if embedding is None:
+            raise PrunelabError(f"the testbed {name} reads no images of yours; use digits_vit or digits_qa")
+        side = embedding.img_size[0]
         steps = [transforms.Grayscale(), transforms.Resize((side, side)), transforms.ToTensor()]
         return model, transforms.Compose(steps)
     if config["assets"] and (Path(config["assets"]) / name / "model.safetensors").exists():
         model, transform = load({"assets": name}, config)
         assert transform is not None
         return model, transform
+    at_hand = cached(config)
+    if name in at_hand or (Path(name) / "config.json").is_file():
+        return _timm(at_hand.get(name, Path(name)))
     if weights is None:
         raise PrunelabError(
-            f"there are no weights for '{name}'; give --weights FILE.safetensors, or use the testbed digits_vit, or"
-            " vit_tiny_in1k with --config assets=DIR"
+            f"there are no weights for '{name}' here; give --weights FILE.safetensors, or use"
+            f" {', '.join(['the testbed digits_vit', 'vit_tiny_in1k with --config assets=DIR', *at_hand])}"
         )
     if not weights.exists():
         raise PrunelabError(f"the weights file {weights} does not exist")
@@ -111,6 +118,15 @@ def named(name: str, weights: Path | None, config: Mapping[str, Any]) -> tuple[n
     except Exception as error:  # a damaged file or another architecture; both end here
         raise PrunelabError(f"{weights} does not hold the weights of {name}: {str(error).splitlines()[0]}") from None
     return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+
+def cached(config: Mapping[str, Any]) -> dict[str, Path]:
+    """Checkpoints of timm, as `timm/<name>`, that lie whole in the hub's cache on this machine."""
+    found: dict[str, Path] = {}
+    for weights in sorted(hub.cache_folder(config).glob("models--timm--*/snapshots/*/model.safetensors")):
+        if (weights.parent / "config.json").is_file():
+            found["timm/" + weights.parents[2].name.removeprefix("models--timm--")] = weights.parent
+    return found
 
 
 def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Module, Transform | None]:
@@ -227,6 +243,8 @@ def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Pr
         folder = inside(Path(config["assets"]), identity["assets"])
         if not (folder / "config.json").exists():
             raise PrunelabError(f"{folder} is missing; give --config assets=DIR a folder that holds {folder.name}")
+    elif "folder" in identity:
+        folder = Path(identity["folder"])
     elif "hub" in identity:
         folder = hub.folder(identity, "model", config)
     else:

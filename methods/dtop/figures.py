@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prunelab.common.drawing import svg
+from prunelab.common.drawing import sheets, svg
 from prunelab.common.drawing.figures import Context, Figure
 
 
@@ -22,6 +22,6 @@ def exits(scenes: Mapping[str, Any]) -> str:
         kept = [(f"block {site['layer']}: {len(site['kept'])} of {tokens}", site["kept"]) for site in item["sites"]]
         shown = ", ".join(map(str, item["classes"])) or "no digit"
         said = f"{shown}: {item['right']:g} % of pixels right"
-        picture = svg.stages(item["image"], grid, kept, title=f"Scene of {said}")
+        picture = sheets.stages(item["image"], grid, kept, title=f"Scene of {said}")
         out.append(f'<div class="scene">{picture}<p>{svg.escape(said)}</p></div>')
     return f'<div class="scenes">{"".join(out)}</div>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunelab.common.drawing import svg
+from prunelab.common.drawing import sheets, svg
 from prunelab.common.drawing.figures import Context, Figure
 
 
@@ -28,7 +28,7 @@ def cascades(scenes: Mapping[str, Any]) -> str:
         wrong = sum(not any(agree(box, other) for box in item["annotated"]) for other in item["found"])
         digits = ", ".join(str(box[0]) for box in item["annotated"]) or "no digit"
         said = f"{digits}: {right} of {len(item['annotated'])} found, {wrong} boxes too many"
-        picture = svg.stages(item["image"], grid, kept, title=f"Scene with {said}")
+        picture = sheets.stages(item["image"], grid, kept, title=f"Scene with {said}")
         out.append(f'<div class="scene">{picture}<p>{svg.escape(said)}</p></div>')
     return f'<div class="scenes">{"".join(out)}</div>'
 

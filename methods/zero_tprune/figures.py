@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prunelab.common.drawing import svg
+from prunelab.common.drawing import sheets, svg
 from prunelab.common.drawing.figures import Context, Curves, Figure
 
 BOARD = "trade-off"
@@ -46,6 +46,6 @@ def gallery(scenes: Mapping[str, Any]) -> str:
         kept = [(f"block {site['layer']}: {len(site['kept'])} of {patches}", site["kept"]) for site in item["sites"]]
         said = f"a {item['label']}, called {item['dense']} unpruned and {item['pruned']} pruned"
         verdict = "right" if item["pruned"] == item["label"] else "wrong"
-        picture = svg.stages(item["image"], grid, kept, title=f"Scene with {said}")
+        picture = sheets.stages(item["image"], grid, kept, title=f"Scene with {said}")
         out.append(f'<div class="scene">{picture}<p>{svg.escape(said)} ({verdict})</p></div>')
     return f'<div class="scenes">{"".join(out)}</div>'

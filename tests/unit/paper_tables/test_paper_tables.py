@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from prunelab.common.catalogue import lookup
 from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.drawing import svg
+from prunelab.common.drawing import sheets, svg
 from prunelab.common.experiments import papers, planning, provenance
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
@@ -635,7 +635,7 @@ def test_patterns_are_points_and_shares_a_curve() -> None:
 
 
 def test_stages_show_what_is_removed_when() -> None:
-    drawn = svg.stages(["00ff", "ff00"], (2, 2), [("first", {0, 1, 3}), ("second", {3})], title="t")
+    drawn = sheets.stages(["00ff", "ff00"], (2, 2), [("first", {0, 1, 3}), ("second", {3})], title="t")
     assert drawn.count("<image") == 3
     assert drawn.count('class="fresh"') == 1 + 2 and drawn.count('class="gone"') == 1
 

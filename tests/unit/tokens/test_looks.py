@@ -14,7 +14,6 @@ from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import questions
 from prunelab.common.drawing import sheets
-from prunelab.common.drawing.contact_sheet import amount
 from prunelab.common.experiments import papers
 from prunelab.common.experiments.run import Run
 from prunelab.common.models import loading
@@ -87,10 +86,10 @@ def test_shares_as_bytes_and_covers():
     stage = Stage("here", [1.0], [torch.tensor([[1.0, 1.0, 0.5], [0.0, 3.0, 0.0]])])
     (row,) = looks.shares(stage)
     assert list(bytes.fromhex(row)) == [100, 100, 50, 0, 255, 0]
-    drawn = sheets.veil(bytes.fromhex(row), (2, 3), 0.0, 0.0, 30.0)
+    drawn = sheets.cover(sheets.Panel("", "", (2, 3), bytes.fromhex(row)), 0.0, 0.0, 30.0, 20.0)
     assert drawn.count("<rect") == 4, "whole cells stay clear"
     assert re.findall(r'opacity="([\d.]+)"', drawn) == ["0.45", "0.9", "0.46", "0.9"]
-    assert amount(2.25) == "2.2"
+    assert sheets.amount(2.25) == "2.2"
 
 
 def test_words_are_escaped():

@@ -1,7 +1,8 @@
-"""Ask an image or video language model about one's own image or video, and see what pruning leaves of it."""
+"""A token pruner on an image or a video that a language model is asked about."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,26 +10,41 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from rich.console import Console
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from prunelab.common import testbeds
+from prunelab.common.cli.app import console
+from prunelab.common.cli.apply import deliver
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import digits, questions, videos
+from prunelab.common.core.method import Method
+from prunelab.common.data import digits, images, questions, videos
 from prunelab.common.data.pictures import CELL, FRAME, FRAMES, PICTURE
-from prunelab.common.drawing import contact_sheet
+from prunelab.common.drawing import sheets
+from prunelab.common.drawing.sheets import WHOLE, Panel
 from prunelab.common.models import loading
-from prunelab.common.tokens.inspection import Asked, look
+from prunelab.common.tokens.inspection import Asked, Look, look
 from prunelab.common.tokens.role import TokenPruner
 
 WORDS = 64  # of an answer, at most
+LARGE, SMALL, COLUMNS = 190.0, 90.0, 8  # sides of a panel where there are few or many, panels a row
+TESTBEDS = ("digits_qa", "digits_video_qa")  # for an image, for a video
+EXAMPLES: Mapping[questions.Kind, str] = {
+    "picture": "how many digits are there ?",
+    "video": "which digit is seen first ?",
+}
+GENERAL = "What is shown?"
 
 
 def answers(name: str) -> bool:
-    """Whether a model's name is that of a testbed that answers questions, or a folder in the hub's layout."""
-    return kind_of(name) is not None or (Path(name) / "config.json").is_file()
+    """Whether a model's name is that of a testbed that answers questions, or a folder of a language model."""
+    if kind_of(name) is not None:
+        return True
+    try:
+        return "model_type" in json.loads((Path(name) / "config.json").read_text(encoding="utf-8")) if name else False
+    except (OSError, ValueError):
+        return False
 
 
 def kind_of(name: str) -> questions.Kind | None:
@@ -38,7 +54,7 @@ def kind_of(name: str) -> questions.Kind | None:
 
 
 def run(
-    method: TokenPruner,
+    method: Method,
     file: Path,
     budget: Budget,
     out: Path,
@@ -46,33 +62,40 @@ def run(
     question: str,
     frames: int,
     config: Mapping[str, Any],
-    console: Console,
 ) -> None:
-    """Print both answers and every frame's tokens, and draw a contact sheet at `out`. `frames` are taken of a video."""
-    if not question.strip():
-        raise PrunelabError(f"{name} answers questions; add --question '...'")
+    """Print both answers and every frame's tokens, and draw them at `out`. `frames` are taken of a video."""
+    assert isinstance(method, TokenPruner)
+    shown = read(file, frames)
+    name = name or TESTBEDS[len(shown) > 1]
     kind = kind_of(name)
-    shown = read(file, FRAMES if kind else frames)
+    if kind is None and not answers(name):
+        what = "no questions" if question else "no questions about videos" if len(shown) > 1 else "no questions"
+        raise PrunelabError(
+            f"{name} answers {what}; use --model {TESTBEDS[len(shown) > 1]} or a folder of an image or video language"
+            " model, or leave --question out"
+        )
+    if kind == "video":
+        shown = read(file, FRAMES)
+    question = question.strip() or (EXAMPLES[kind] if kind else GENERAL)
     if kind:
         testbed_question(kind, shown, question)  # its mistakes are told before weights are read
     model, processor = loading.vision_language({"testbed": name} if kind else {"folder": name}, config)
     asked = testbed_question(kind, shown, question) if kind else processed(processor, model, shown, question)
     found = look(model, asked, method, budget, counted=True)
-    lines = [
-        question,
-        f"unpruned: {found.dense}",
-        f"{method.name} at {budget}: {found.pruned}",
-    ]
+    lines = [question, f"unpruned: {found.dense}", f"{method.name} at {budget}: {found.pruned}"]
+    if kind:
+        lines.append(f"{name} is a toy of ours that knows drawn digits alone: of anything else it says nothing.")
     for line in lines:
-        console.print(line, markup=False, highlight=False)
-    console.print(str(found.report), highlight=False)
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(str(found.report))
     if len(found.tokens) > 1:
         for stage in found.stages:
-            each = " ".join(contact_sheet.amount(n) for n in stage.tokens)
-            console.print(f"tokens of each frame or crop {stage.name}: {each}", highlight=False)
+            each = " ".join(sheets.amount(n) for n in stage.tokens)
+            console.print(f"tokens of each frame or crop {stage.name}: {each}", soft_wrap=True)
     pictures = panels(asked, processor, shown, len(found.tokens))
-    contact_sheet.draw(pictures, found.tokens, found.stages, lines).save(out)
-    console.print(f"picture: {out} (paler patches have less left, blue ones more than they had)", highlight=False)
+    drawn = sheets.standalone(drawing(pictures, found, lines, f"What {method.name} leaves of {file.name}"))
+    console.print(deliver(out, drawn, "picture"), soft_wrap=True)
+    console.print("paler patches have less left, blue ones more than they had")
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -83,7 +106,7 @@ def read(file: Path, count: int) -> NDArray[np.uint8]:
     try:
         with Image.open(file) as image:
             if getattr(image, "n_frames", 1) == 1:
-                return np.asarray(image.convert("RGB"))[None]
+                return np.asarray(images.rgb(ImageOps.exif_transpose(image)))[None]
     except UnidentifiedImageError:
         pass  # no image: a video, or neither
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -132,6 +155,28 @@ def processed(processor: Any, model: Any, shown: NDArray[np.uint8], question: st
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
+
+
+def drawing(pictures: Sequence[Image.Image], found: Look, lines: Sequence[str], title: str) -> str:
+    """The frames with their tokens, and what is left of each behind every site."""
+    photos, many = [sheets.photo(picture) for picture in pictures], len(pictures) > 1
+    bands = [
+        (
+            f"unpruned: {sheets.amount(sum(found.tokens))} tokens",
+            [Panel(image, sheets.amount(n) if many else "") for image, n in zip(photos, found.tokens, strict=True)],
+        )
+    ]
+    for stage in found.stages:
+        panels = []
+        for image, share, left, full in zip(photos, stage.shares, stage.tokens, found.tokens, strict=True):
+            shares = bytes((WHOLE * share).round().clamp(0, 255).to(torch.uint8).flatten().tolist())
+            grid = (int(share.shape[0]), int(share.shape[1]))
+            caption = f"{sheets.amount(left)} of {sheets.amount(full)}" if many else ""
+            panels.append(Panel(image, caption, grid, shares))
+        bands.append((f"{stage.name}: {sheets.amount(sum(stage.tokens))} tokens", panels))
+    width, height = pictures[0].size
+    side = SMALL if len(pictures) > 2 else LARGE
+    return sheets.sheet(bands, title, side=side, ratio=width / height, columns=COLUMNS, lines=lines, least=2 * LARGE)
 
 
 def panels(asked: Asked, processor: Any, shown: NDArray[np.uint8], count: int) -> Sequence[Image.Image]:
