@@ -160,7 +160,7 @@ def apply(
     *,
     services: Mapping[str, Any] | None = None,
     parts: nn.Module | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     **options: Any,
 ) -> AbstractContextManager[Any]:
     """Let a method work on a model inside a `with` block, whose handle tells what it cost: `handle.report()`.
@@ -172,13 +172,14 @@ def apply(
     budget : what may stay, as a share (`0.1`), one amount a site (`(0.9, 0.8, 0.7)`), or as text (`"64count"`).
     services : second models, by the names that the method gives them.
     parts : the method's learned parts, where it has some.
-    seed : of methods that draw.
+    seed : of whatever is drawn, 0 where none is given; a method whose options have one of that name gets it, too.
 
     Raises PrunelabError, before any work, where method, model and budget do not go together.
     """
     from prunelab.common.apply import apply
 
-    return apply(_method(method, options), model, budget, services=services, parts=parts, seed=seed)
+    chosen = _method(method, options if seed is None else _seeded(method, options, seed))
+    return apply(chosen, model, budget, services=services, parts=parts, seed=seed or 0)
 
 
 def prune(
@@ -232,6 +233,12 @@ def summarise(
     if not isinstance(chosen, SentenceRanker):
         raise PrunelabError(f"{chosen.name} is a {chosen.role} and ranks no sentences; use lexrank or another ranker")
     return chosen.summarise(texts.sentences(text) if isinstance(text, str) else text, Budget.of(budget))
+
+
+def _seeded(method: str | Method, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The options with the seed among them, where the method has one."""
+    named = isinstance(method, str) and any(option.name == "seed" for option in describe(method).options)
+    return {**options, "seed": seed} if named else dict(options)
 
 
 def _method(method: str | Method, options: Mapping[str, Any]) -> Method:

@@ -16,6 +16,7 @@ from prunelab.common.core.errors import PrunelabError
 
 Kind = Literal["picture", "video", "text"]
 
+OF_TEXTS = ("ranker", "cache_pruner", "draft_decoder", "expert_pruner")  # roles; token pruners work on all three
 PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")  # first bytes; others name a brand further on
 VIDEOS = (b"\x1aE\xdf\xa3", b"\0\0\1\xba", b"FLV")
 
@@ -100,13 +101,13 @@ def kind_of(file: Path) -> Kind:
 
 def _refuse(entry: index.Entry, kind: Kind, file: Path) -> None:
     """Say what a role works on, where it is not what the file holds."""
-    if entry.role in ("ranker", "cache_pruner", "draft_decoder") and kind != "text":
+    if entry.role in OF_TEXTS and kind != "text":
         what = "ranks sentences" if entry.role == "ranker" else "works while a language model writes"
         raise PrunelabError(
             f"{entry.name} {what}: give a text file, not the {kind} {file}, or a method for pictures and videos"
             " (python -m prunelab list --role token_pruner)"
         )
-    if entry.role not in ("ranker", "cache_pruner", "draft_decoder", "token_pruner"):
+    if entry.role not in (*OF_TEXTS, "token_pruner"):
         call = f'prunelab.prune("{entry.name}", model, budget, token_ids)' if entry.role == "weight_pruner" else "code"
         raise PrunelabError(
             f"{entry.name} is a {entry.role}, which no file shows; use {call}, see methods/{entry.slug}/README.md"

@@ -37,17 +37,18 @@ def candidates(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def reader(method: Method, kinds: Sequence[str]) -> str:
-    """The testbed among `kinds` that the method can prune; they stand for their kind of model. Raises PrunelabError with
-    every reason where none can be."""
-    reasons = []
+    """The first testbed among `kinds` that the method can prune: it stands for its kind of model. Raises PrunelabError
+    with every reason where none can be."""
+    reasons: dict[str, list[str]] = {}
     for name in kinds:
         why = supports(method, testbeds.get(name)().build())  # type: ignore[call-arg]
         if why:
             return name
-        reasons.append(f"{name}: {why}")
+        reasons.setdefault(str(why), []).append(name)
+    told = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
     raise PrunelabError(
-        f"no model at hand can be pruned by {method.name} ({'; '.join(reasons)}); name another with --model, or use the"
-        f" method in code, see methods/{registry.slug(method)}/README.md"
+        f"no model at hand can be pruned by {method.name} ({told}); name another with --model, or use the method in"
+        f" code, see methods/{registry.slug(method)}/README.md"
     )
 
 
@@ -90,13 +91,12 @@ def run(
         f"{name}: {_label(model, before)} ({100 * float(dense.max()):.1f} %) without pruning",
         f"{method.name} at {budget}: {_label(model, after)} ({100 * float(pruned[0, after]):.1f} %)",
     ]
-    if name in testbeds.testbeds():
-        lines.append(
-            f"{name} is a toy of ours that knows drawn digits alone: what it says of a photo means nothing. A timm"
-            " checkpoint in the hub's cache, or one named by --model, knows photos."
-        )
+    if toy := name in testbeds.testbeds():
+        lines.append(f"{name} is a toy of ours: of photos it knows nothing")
     for line in lines:
         console.print(line, markup=False)
+    if toy:
+        console.print("a timm checkpoint in the hub's cache, or one named by --model, knows photos")
     console.print(str(report))
     if not kept or info.grid is None:
         console.print("tokens were merged, so there is no picture of tokens kept")

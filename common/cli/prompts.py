@@ -10,6 +10,7 @@ import torch
 
 from prunelab.common import testbeds
 from prunelab.common.apply import apply, supports
+from prunelab.common.cli import images
 from prunelab.common.cli.app import console
 from prunelab.common.cli.apply import deliver
 from prunelab.common.cli.texts import read
@@ -18,26 +19,25 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
 from prunelab.common.models import loading
 
-MODEL, DRAFT = "code_lm", "code_draft"  # testbeds: a language model, and a smaller one with its tokens
+MODELS = ("code_lm", "code_moe")  # testbeds
 NEW = 48  # tokens that are written
-SERVICES: Mapping[str, str] = {"draft": DRAFT}
+SERVICES: Mapping[str, str] = {"draft": "code_draft"}  # second models with the tokens of the first testbed
 
 
 def run(method: Method, file: Path, budget: Budget, out: Path | None, name: str, config: Mapping[str, Any]) -> None:
     """Print both continuations and what pruning saved; the pruned one goes to `out`."""
-    text, name = read(file), name or MODEL
+    text = read(file)
     if not text.strip():
         raise PrunelabError(f"{file} holds no text; give one that a language model can go on from")
     services = {}
     for service in method.services:
-        if name != MODEL or service not in SERVICES:
+        if name or service not in SERVICES:
             raise PrunelabError(f"{method.name} needs a second model, its {service}; use it in code, see its README")
         services[service] = testbeds.load(SERVICES[service])[0]
+    name = name or images.reader(method, MODELS)
     model, tokenizer = loading.language(_identity(name, config), config)
-    why = supports(method, model)
-    if not why:
-        hint = "" if name != MODEL else "; give --model a folder of another language model, or a picture or video"
-        raise PrunelabError(f"{why}{hint}")
+    if not (why := supports(method, model)):
+        raise PrunelabError(f"{why}; give --model a folder of another language model, or leave it out")
     ids = tokenizer(text, return_tensors="pt").input_ids
     room = int(getattr(model.config, "max_position_embeddings", 1 << 20)) - NEW
     if ids.shape[1] > room:

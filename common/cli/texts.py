@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
 from prunelab.common.cli import apply
 from prunelab.common.cli.app import console
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
 from prunelab.common.ranking import text
-from prunelab.common.ranking.sentences import Passage, Ranker
+from prunelab.common.ranking.sentences import Passage, SentenceRanker
 
 
 def read(file: Path) -> str:
@@ -28,32 +26,23 @@ def read(file: Path) -> str:
 
 def run(method: Method, file: Path, budget: Budget, out: Path | None) -> None:
     """Print every sentence with its score, marked where it stays; the summary goes to `out`."""
-    assert isinstance(method, Ranker)
+    assert isinstance(method, SentenceRanker)
     sentences = text.sentences(read(file))
     if not sentences:
         raise PrunelabError(f"{file} holds no sentence; give a text with at least one")
     passage = Passage(tuple(sentences))
-    kept = set(method.plan(passage, budget).reduce.index[0].tolist())  # type: ignore[union-attr]
-    scores = method.rank(passage)
+    ranking = method.ranking(passage)
+    kept, scores = method.take(passage, ranking, budget), ranking.scores
     for i, sentence in enumerate(sentences):
         mark, style = (">", "bold") if i in kept else (" ", "dim")
         console.print(f"{mark} {float(scores[i]):8.4f}  {sentence}", style=style, markup=False, soft_wrap=True)
     console.print(f"{len(kept)} of {len(sentences)} sentences kept under a budget of {budget}")
-    if tied := ties(scores, kept):
-        numbers = ", ".join(str(i + 1) for i in tied)
+    if ranking.tied(kept):
         console.print(
-            f"note: sentences {numbers} score the same, so that their order in the text decided; other options may tell"
-            f" them apart (python -m prunelab show {method.name})"
+            "note: sentences that stay score the same as others that do not, so that their order in the text decided;"
+            f" other options may tell them apart (python -m prunelab show {method.name})"
         )
     if out is not None:
         out = out / f"{file.stem}.{method.name}.txt" if out.is_dir() else out
-        summary = "\n".join(sentences[i] for i in sorted(kept)) + "\n"
+        summary = "\n".join(sentences[i] for i in kept) + "\n"
         console.print(apply.deliver(out, summary, "summary"), soft_wrap=True)
-
-
-def ties(scores: Tensor, kept: set[int]) -> list[int]:
-    """Sentences on both sides of the cut that score the same, to nine digits of the largest score."""
-    rounded = (scores / scores.abs().max().clamp_min(1e-300)).round(decimals=9).tolist()
-    gone = {rounded[i] for i in range(len(rounded)) if i not in kept}
-    shared = {rounded[i] for i in kept} & gone
-    return [i for i, score in enumerate(rounded) if score in shared]

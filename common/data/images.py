@@ -23,7 +23,7 @@ SEED = 1000  # of the testbed's evaluation scenes
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB of 8 bits a channel; greys of 16 or 32 bits are scaled, where Pillow alone would cut them off."""
+    """The image in RGB of 8 bits a channel; greys of 16 or 32 bits are scaled, which Pillow would cut off."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
         whole = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0 if values.max() > 1 else 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -112,6 +113,10 @@ def check(method: TokenPruner, model: nn.Module) -> tuple[Adapter, list[Site]]:
     """The model's adapter and the method's sites there. Raises PrunelabError where the method cannot run on it."""
     adapter = adapter_for(model)
     sites = [replace(site, index=i) for i, site in enumerate(method.sites(adapter.info))]
+    for before, site in pairwise(sites):
+        if before.layer > site.layer or (before.layer, before.where) == (site.layer, site.where):
+            order = f"layer {site.layer} behind layer {before.layer}"
+            raise PrunelabError(f"{method.name} names {order}; name each once, in ascending order")
     adapter.check(method, sites)
     return adapter, sites
 

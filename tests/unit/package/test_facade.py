@@ -57,7 +57,7 @@ def test_every_name_is_there_and_for_type_checkers_too():
 
 def test_no_option_has_the_name_of_an_argument():
     """Else it could not be given as a keyword."""
-    taken = {"method", "model", "budget", "services", "parts", "seed", "calibration", "base", "folder", "progress"}
+    taken = {"method", "model", "budget", "services", "parts", "calibration", "base", "folder", "progress"}
     for cls in registry.load().values():
         names = {f.name for f in fields(cls)}
         assert not names & (taken if cls.role != "ranker" else {"method", "text", "budget"}), cls
