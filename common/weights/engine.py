@@ -219,14 +219,14 @@ class Engine:
 def check_budgets(targets: Sequence[Target], budgets: Sequence[Budget]) -> None:
     """Refuse budgets that leave nothing, or patterns that do not divide a row."""
     for target, budget in zip(targets, budgets, strict=True):
+        if budget.unit == "pattern" and target.unit != "linear":
+            raise PrunelabError(f"the pattern {budget} is for single weights, and {target.name} has {target.unit}")
         if target.whole or target.unit == "tensor":
             continue
         if budget.unit == "bits":
             if target.unit != "linear" or budget.amounts[0] not in range(1, MOST + 1):
                 raise PrunelabError(f"{target.name}: linears become codes of 1 to {MOST} whole bits, not {budget}")
             continue
-        if budget.unit == "pattern" and target.unit != "linear":
-            raise PrunelabError(f"the pattern {budget} is for single weights, and {target.name} has {target.unit}")
         try:
             gone = budget.pruned(target.shape[-1])
         except PrunelabError as error:

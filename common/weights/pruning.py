@@ -111,8 +111,7 @@ def _targets(method: WeightPruner, adapter: WeightAdapter, budget: Budget) -> li
         raise PrunelabError(f"{method.name} would remove everything under {budget}; keep more")
     adapter.refuse_tied(found)
     if budget.unit == "pattern":  # no allocation makes a row divisible, so that this is known now
-        rows = [target for target in found if target.unit == "linear"]
-        check_budgets(rows, [budget.at(target.block) for target in rows])
+        check_budgets(found, [budget.at(target.block) for target in found])
     found.sort(key=lambda target: target.block if target.block >= 0 else len(adapter.blocks))
     return found
 
