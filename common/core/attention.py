@@ -64,6 +64,10 @@ def causal_rows(
     """
     rows, total = queries.shape[2], keys.shape[2]
     offset = total - rows if offset is None else offset
+    if rows == 1 and valid is None and offset + 1 == total:  # a decoding step: nothing to hide
+        heads = (*keys.shape[:2], queries.shape[1] // keys.shape[1])
+        scores = torch.bmm(queries.reshape(heads[0] * heads[1], heads[2], -1) * scale, keys.flatten(0, 1).mT).float()
+        return torch.softmax(scores, -1, out=scores).view(*heads, 1, total)
     group = grouped(queries, keys.shape[1])  # [B, KV, G, M, d]
     scores = (group.flatten(2, 3) * scale) @ keys.transpose(2, 3)
     scores = scores.unflatten(2, group.shape[2:4]).float()
@@ -94,12 +98,14 @@ def accumulated(
     The rows are computed a block of queries at a time and never stand in memory together.
     """
     (batch, heads, rows, _), total = queries.shape, keys.shape[2]
+    if rows == 1 and weights is None and asking is None:
+        return causal_rows(queries, keys, scale, valid).sum((2, 3))
     out = torch.zeros(*keys.shape[:3], device=keys.device)
     share = torch.ones(rows, device=keys.device) if weights is None else weights.float()
     size = max(1, min(rows, BLOCK // max(1, batch * heads * total)))
     for start in range(0, rows, size):
         part = share[start : start + size]
-        if not bool(part.any()):
+        if size < rows and not bool(part.any()):  # blocks alone are worth a look
             continue
         offset = total - rows + start
         seen = offset + len(part)  # keys behind the block are invisible to it

@@ -27,7 +27,7 @@ FAMILIES = (  # decoders, by model type
     "qwen2_5_vl_text",
 )  # fmt: skip
 
-Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], Tensor | None]
 _RECORDERS: WeakKeyDictionary[nn.Module, tuple[Recorder, ...]] = WeakKeyDictionary()
 _ATTEND: WeakKeyDictionary[nn.Module, Attend] = WeakKeyDictionary()
 _SWITCHED: dict[int, tuple[Any, str, int]] = {}  # by id: a configuration, its own implementation, and its users
@@ -121,7 +121,9 @@ def _register() -> None:
             recorder.see(query, key, attention_mask, options.get("scaling"))
         attend = _ATTEND.get(module)
         if attend is not None and query.device.type != "meta":  # costs are counted on the model's own attention
-            return attend(module, query, key, value, attention_mask, options["scaling"]), None
+            output = attend(module, query, key, value, attention_mask, options["scaling"])
+            if output is not None:
+                return output, None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
     AttentionInterface.register(NAME, seam)
@@ -168,7 +170,8 @@ def record(layer: Any) -> tuple[Recorder, Callable[[], Any]]:
 @contextmanager
 def replaced(layers: Iterable[Any], attend: Attend) -> Iterator[None]:
     """Let `attend` answer for attention layers inside the block: from a layer, queries [B, H, M, d], keys and values
-    [B, KV, N, d], the mask that the layer was given and the scale to the heads' outputs [B, M, H, d]."""
+    [B, KV, N, d], the mask that the layer was given and the scale to the heads' outputs [B, M, H, d], or None where
+    the library shall go on as if nobody had been asked."""
     layers = list(layers)
     if any(layer in _ATTEND for layer in layers):
         raise PrunelabError("another method already computes this model's attention; leave that `with` block first")

@@ -23,7 +23,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import claimed, overridden, run_all, runs
 from prunelab.common.core.plan import Gather, ModelInfo, Site
 from prunelab.common.kv_cache.draft import Draft
-from prunelab.common.kv_cache.layer import CacheState, PrunedLayer
+from prunelab.common.kv_cache.layer import CacheState, PrunedLayer, Stack
 from prunelab.common.kv_cache.role import (
     CachePruner,
     CacheSignals,
@@ -74,6 +74,18 @@ class CacheHandle:
         self.context: int = config.max_position_embeddings
         self.info = ModelInfo("decoder", self.depth, config.num_attention_heads, config.hidden_size, self.context)
         self.layers: list[PrunedLayer] = []  # of the cache that was used last
+        if budget.unit not in ("ratio", "count", "removed"):
+            raise PrunelabError(f"a cache is pruned to a ratio, a count or by a number removed, not to {budget}")
+        if len(budget.amounts) not in (1, self.depth):
+            raise PrunelabError(f"the budget names {len(budget.amounts)} amounts but the model has {self.depth} layers")
+        self._budgets = [budget.at(layer) for layer in range(self.depth)]
+        self._sites = [Site(layer, "block_output", layer) for layer in range(self.depth)]
+        read = [method.requires(site) for site in self._sites]
+        self._read = read[0]
+        self._alike = (
+            method.alike and len(budget.amounts) == 1 and self._read <= {"queries", "keys", "values", "received"}
+        )
+        self._sound: Tensor | float = 0.0  # NaN or infinite once a pass came out so
         self._generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
         self._thread = threading.local()
         self._seed = seed
@@ -83,6 +95,7 @@ class CacheHandle:
         """See `CacheReport`. Needs a forward pass."""
         if not self.layers or not self.layers[0].is_initialized:
             raise PrunelabError("nothing ran yet; generate, or run the model with a cache, inside the `with` block")
+        self._look()
         stored = [layer.nbytes() for layer in self.layers]
         return CacheReport(
             tuple(layer.entries() for layer in self.layers),
@@ -143,8 +156,12 @@ class CacheHandle:
                 f"{seen + new - state.ahead} tokens are more than the model's context of {self.context}; shorten the"
                 " text"
             )
+        if state.stack is not None and not self._stays(state, new, valid is None and not drafted):
+            state.unstack()
         state.fresh, state.running = valid, True
         self.layers = self._thread.layers = past.layers
+        if state.stack is not None:
+            state.stack.begin()
         self._thread.hidden = {}
         return (), seam.with_cache(given, past) | {"use_cache": True, "attention_mask": None}  # the cache decides
 
@@ -196,6 +213,13 @@ class CacheHandle:
         if layers is None:
             return output
         state = layers[0].state
+        if state.stack is not None:
+            self._step(state)
+        elif self._alike and self._level(layers):
+            state.stack = Stack(layers, self._ends(layers))
+        self._sound = self._sound + output.last_hidden_state[:, -1].sum(dtype=torch.float32).detach()
+        if output.last_hidden_state.shape[1] > 1:
+            self._look()
         state.running, state.fresh, state.tree = False, None, None
         self._thread.layers, self._thread.hidden = None, {}
         if state.ahead:
@@ -208,6 +232,77 @@ class CacheHandle:
         """At the end of the block, also where an exception left a pass half done."""
         if self.layers:
             self.layers[0].state.running = False
+            self.layers[0].state.unstack()
+
+    def _look(self) -> None:
+        """Read what was noted on the device: once a prompt, a report and a block, never for a token."""
+        sound, self._sound = self._sound, 0.0
+        if isinstance(sound, Tensor) and not bool(sound.isfinite()):
+            raise PrunelabError(
+                "the model's hidden states hold NaN or infinite values; check the input and the weights"
+            )
+
+    # -- all layers at once ----------------------------------------------------------------------------------------
+
+    def _level(self, layers: list[PrunedLayer]) -> bool:
+        """Whether all layers hold what they may, equally much of equally many tokens, on one device."""
+        first = layers[0]
+        if self.method.when == "prefill" or torch.is_grad_enabled() or len(set(first.prompt)) != 1:
+            return False
+        if any(layer.valid is not None or layer.pads is not None or layer.seen != first.seen for layer in layers):
+            return False
+        alike = {(layer.keys.shape, layer.values.shape, layer.keys.device, *layer.marks) for layer in layers}
+        whole = self.method.capacity(self._budgets[0], first.prompt)[0]
+        return len(alike) == 1 and first.keys.shape[2] == whole > 0 and not runs(self.model, "token_pruner")
+
+    def _stays(self, state: CacheState, new: int, plain: bool) -> bool:
+        """Whether the pass at hand is a step that the stack knows: one token each, without padding."""
+        assert state.stack is not None
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return plain and new == 1 and self._alike and modes == (False, state.stack.places.is_inference())
+
+    def _ends(self, layers: list[PrunedLayer]) -> tuple[int, int]:
+        """The first and last tokens that the method protects, where every head holds them all; else none."""
+        held, seen = layers[0].keys.shape[2], layers[0].seen
+        sink, window = self.method.protected(held)
+        places = torch.stack([layer.places for layer in layers])
+        order = torch.arange(held, device=places.device)
+        wanted = torch.where(order < sink, order, torch.where(order >= held - window, order + seen - held, places))
+        return (sink, window) if bool((places == wanted).all()) else (0, 0)
+
+    def _step(self, state: CacheState) -> None:
+        """Decide for all layers of a decoding step at once, as if they were samples of a batch."""
+        stack = state.stack
+        assert stack is not None
+        layers = stack.layers
+        sources: dict[str, Callable[[], Tensor]] = {
+            "queries": lambda: torch.cat(stack.queries),
+            "keys": lambda: stack.keys,
+            "values": lambda: stack.values,
+            "received": lambda: signals.accumulated(),
+        }
+        with torch.no_grad():
+            signals = CacheSignals(
+                sources,
+                scale=stack.scale,
+                places=stack.places.flatten(0, 1),
+                prompt=layers[0].prompt * len(layers),
+                seen=layers[0].seen,
+                marks={name: mark.flatten(0, 1) for name, mark in stack.marks.items()},
+                prefill=False,
+                ends=stack.ends,
+                info=self.info,
+                rng=self._rng(stack.pairs.device),
+                required=self._read,
+                services=self.services,
+                memory=state.memory,
+            )
+            kept = self.method.plan(self._sites[0], signals, self._budgets[0]).reduce
+            assert isinstance(kept, Gather)
+            if not stack.keep(kept, signals.marks):
+                state.unstack()
+                for layer, index in zip(layers, kept.index.unflatten(0, (len(layers), -1))):
+                    layer.keep(Gather(index))
 
     def take_over(self, past: Cache | None, mask: Tensor | None) -> Cache:
         """The cache with layers that can be pruned, or an error that names what cannot. What a cache already holds is
@@ -246,13 +341,17 @@ class CacheHandle:
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Attention [B, M, H, d] of a layer whose cache was just updated, and its pruning."""
         layers, method = getattr(self._thread, "layers", None), self.method
         if layers is None:  # the layer was called by itself
-            return seam.sdpa(module, query, key, value, mask, scale)
+            return None
         layer: PrunedLayer = layers[module.layer_idx]
-        state, site = layer.state, Site(layer.index, "block_output", layer.index)
+        state, site = layer.state, self._sites[layer.index]
+        if state.stack is not None:
+            state.stack.queries.append(query)
+            state.stack.scale = scale
+            return None
         fresh = state.fresh
         if mask is not None and runs(self.model, "token_pruner"):  # which left this layer other tokens than the first
             fresh = mask[:, 0, -1, -query.shape[2] :].expand(len(query), -1)
@@ -260,7 +359,7 @@ class CacheHandle:
         layer.admit(fresh)
         hidden = self._thread.hidden
         sources = {"queries": lambda: query, "hidden": lambda: hidden[module]}
-        budget = self.budget.at(layer.index)
+        budget = self._budgets[layer.index]
         output = None
         if isinstance(method, OwnAttention):
             with torch.no_grad():
@@ -371,7 +470,6 @@ def applied(
     with claimed(method, model, services), ExitStack() as stack:
         check(method, model)
         handle = CacheHandle(method, model, budget, _served(model, services or {}), seed)
-        _fits(handle)
         layers = seam.attention_layers(handle.decoder)
         removers: list[Callable[[], Any]] = []
         stack.callback(run_all, removers)
@@ -383,6 +481,7 @@ def applied(
         if any("hidden" in method.requires(Site(i, index=i)) for i in range(handle.depth)):
             removers += [m.register_forward_pre_hook(handle.note, with_kwargs=True).remove for m in layers]
         yield handle
+        handle._look()
 
 
 def _served(model: nn.Module, services: Mapping[str, Any]) -> dict[str, Any]:
@@ -398,12 +497,3 @@ def _served(model: nn.Module, services: Mapping[str, Any]) -> dict[str, Any]:
                 " both must read the same tokens"
             )
     return served
-
-
-def _fits(handle: CacheHandle) -> None:
-    """Refuse budgets that do not fit."""
-    budget = handle.budget
-    if budget.unit not in ("ratio", "count", "removed"):
-        raise PrunelabError(f"a cache is pruned to a ratio, a count or by a number removed, not to {budget}")
-    if len(budget.amounts) not in (1, handle.depth):
-        raise PrunelabError(f"the budget names {len(budget.amounts)} amounts but the model has {handle.depth} layers")

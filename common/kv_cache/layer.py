@@ -1,8 +1,8 @@
-"""One layer of a pruned cache: its entries, whose they are, and where they stood."""
+"""The layers of a pruned cache: their entries, whose they are, and where they stood."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,8 @@ class CacheState:
     memory: what the method leaves for all layers. closed_up: columns of the prompt that the method left out. Of the
     pass at hand: running, whether a method decides about it; fresh [B, M] bool, which of its tokens are no padding,
     None where all are; tree [1, 1, M, T] bool, which of all T tokens so far each of its tokens sees, None where that is
-    causal order; ahead, how many tokens at its end a draft wrote, which never stay.
+    causal order; ahead, how many tokens at its end a draft wrote, which never stay. stack: all layers' entries in one,
+    where they are kept so; each layer's own stand empty then.
     """
 
     memory: dict[str, Any] = field(default_factory=dict)
@@ -39,6 +40,125 @@ class CacheState:
     fresh: Tensor | None = None
     tree: Tensor | None = None
     ahead: int = 0
+    stack: Stack | None = None
+
+    def unstack(self) -> None:
+        """Give every layer its own entries back."""
+        stack, self.stack = self.stack, None
+        if stack is not None:
+            stack.dissolve()
+
+
+class AllButOne(Gather):
+    """Of `entries` of each head all but the `worst` [B, KV, 1] stay. The index [B, KV, K] is made when it is read."""
+
+    worst: Tensor
+    entries: int
+
+    def __init__(self, worst: Tensor, entries: int) -> None:
+        self.__dict__.update(worst=worst, entries=entries, valid=None)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name != "index":
+            raise AttributeError(name)
+        order = torch.arange(self.entries - 1, device=self.worst.device)
+        self.__dict__["index"] = order + (order >= self.worst)
+        return self.index
+
+    @property
+    def outputs(self) -> int:
+        return self.entries - 1
+
+
+class Stack:
+    """The entries of all layers side by side, so that what a step decides is carried out at once.
+
+    pairs: [L, B, KV, K + 1, 2 d], each entry's key and value one behind the other, the last place free for the next
+    token; there are two of it, as a step copies what stays from the one to the other. places and marks:
+    [L, B, KV, K + 1], as if the next token had come. ends: how many of the first and of the last tokens are known to be
+    the first and last entries of every head.
+    """
+
+    def __init__(self, layers: Sequence[PrunedLayer], ends: tuple[int, int]) -> None:
+        self.layers, self.ends = layers, ends
+        first = layers[0]
+        self.entries, self.width = first.keys.shape[2:]
+        self.pairs = self._stacked([torch.cat([layer.keys, layer.values], -1) for layer in layers])
+        self.places = self._stacked([layer.places for layer in layers])
+        self.places[..., -1] = first.seen
+        self.marks = {name: self._stacked([layer.marks[name] for layer in layers]) for name in first.marks}
+        self._spare = torch.empty_like(self.pairs)
+        self._views, self._others = self._by_layer(self.pairs), self._by_layer(self._spare)
+        device, shape = self.pairs.device, self.places.shape
+        self._order = torch.arange(shape[3], device=device)
+        self._order[-1] = -1  # the free place is behind what leaves
+        self._rows = torch.arange(self.places.numel(), device=device).view(-1, *shape[2:])
+        self.queries: list[Tensor] = []  # of the step at hand, a layer each
+        self.scale = 1.0
+        for layer in layers:
+            layer.empty()
+
+    @staticmethod
+    def _stacked(parts: list[Tensor]) -> Tensor:
+        """[L, B, KV, K + 1, ...] of [B, KV, K, ...] each."""
+        held = torch.stack(parts)
+        return torch.cat([held, torch.zeros_like(held[:, :, :, :1])], 3)
+
+    def _by_layer(self, pairs: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Keys and values of each layer, and the free place for both."""
+        return [(own[..., : self.width], own[..., self.width :], own[:, :, -1:]) for own in pairs]
+
+    @property
+    def keys(self) -> Tensor:
+        """[L B, KV, K + 1, d]."""
+        return self.pairs[..., : self.width].flatten(0, 1)
+
+    @property
+    def values(self) -> Tensor:
+        """[L B, KV, K + 1, d]."""
+        return self.pairs[..., self.width :].flatten(0, 1)
+
+    def begin(self) -> None:
+        """A step begins, in which no layer has written yet."""
+        self.queries = []
+        for layer in self.layers:
+            layer.added = 0
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put one token's keys and values [B, KV, 1, d] into the free place; all entries of the layer."""
+        all_keys, all_values, free = self._views[layer]
+        torch.cat([keys, values], -1, out=free)
+        return all_keys, all_values
+
+    def keep(self, kept: Gather, marks: dict[str, Tensor]) -> bool:
+        """Let go what a step does not keep, of entries [L B, KV, K + 1] with the marks that the method left. False, and
+        nothing done, where other than K entries of each head stay."""
+        if kept.valid is not None or kept.outputs != self.entries:
+            return False
+        if isinstance(kept, AllButOne):
+            rows = (self._rows + (self._order >= kept.worst)).flatten()
+        else:
+            rows = (self._rows[..., :1] + torch.nn.functional.pad(kept.index, (0, 1))).flatten()
+        flat, shape = (len(rows), self.pairs.shape[-1]), self.places.shape
+        torch.index_select(self.pairs.view(flat), 0, rows, out=self._spare.view(flat))
+        self.pairs, self._spare = self._spare, self.pairs
+        self._views, self._others = self._others, self._views
+        self.places = self.places.flatten().index_select(0, rows).view(shape)
+        self.places[..., -1] = self.layers[0].seen
+        self.marks = {name: mark.flatten().index_select(0, rows).view(shape) for name, mark in marks.items()}
+        for mark in self.marks.values():
+            mark[..., -1] = 0
+        return True
+
+    def dissolve(self) -> None:
+        """Give the layers back what they hold: K entries, and one more where the step at hand has written it."""
+        for i, layer in enumerate(self.layers):
+            held = self.entries + (layer.added if layer.state.running else 0)
+            keys, values, _ = self._views[i]
+            layer.fill(
+                [part[:, :, :held].clone() for part in (keys, values, self.places[i])],
+                {name: mark[i, :, :, :held].clone() for name, mark in self.marks.items()},
+            )
 
 
 class PrunedLayer(DynamicLayer):
@@ -47,7 +167,7 @@ class PrunedLayer(DynamicLayer):
     It tells its users the tokens seen as its length, so that positions and `generate` go on as if nothing had left.
     valid: [B, KV, N] entries that count, None while all do. pads: [B] tokens of each sample so far that were padding,
     None while none was. prompt: tokens that each sample began with. tail: entries added since the last pruning.
-    shared: whether all heads still hold the same entries. marks: what the method leaves of each entry, [B, KV, N].
+    shared: whether all heads still hold the same entries.
     """
 
     def __init__(self, state: CacheState, index: int) -> None:
@@ -60,18 +180,62 @@ class PrunedLayer(DynamicLayer):
         self.valid: Tensor | None = None
         self.pads: Tensor | None = None
         self.prompt: tuple[int, ...] = ()
-        self.marks: dict[str, Tensor] = {}
+        self._marks: dict[str, Tensor] = {}
         self._places: Tensor  # of the entries but for the newest ones, whose tokens are the last `_loose` seen
         self._loose = 0
+
+    # -- the entries, which a stack may hold for the layer ---------------------------------------------------------
+
+    @property
+    def keys(self) -> Any:
+        """[B, KV, N, d]."""
+        self.state.unstack()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Tensor) -> None:
+        self._keys = keys
+
+    @property
+    def values(self) -> Any:
+        """[B, KV, N, d]."""
+        self.state.unstack()
+        return self._values
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self._values = values
+
+    @property
+    def marks(self) -> dict[str, Tensor]:
+        """What the method left of each entry, [B, KV, N] by name."""
+        self.state.unstack()
+        return self._marks
+
+    @marks.setter
+    def marks(self, marks: dict[str, Tensor]) -> None:
+        self._marks = marks
 
     @property
     def places(self) -> Tensor:
         """Number [B, KV, N] of each entry's token among those of its sample."""
+        self.state.unstack()
         if self._loose:
             newest = torch.arange(self.seen - self._loose, self.seen, device=self.device)
             self._places = torch.cat([self._places, newest.expand(*self._places.shape[:2], -1)], -1)
             self._loose = 0
         return self._places
+
+    def empty(self) -> None:
+        """Hand the entries over to a stack."""
+        self._keys, self._values, self._places, self._marks = (
+            *(t[:, :, :0] for t in (self.keys, self.values, self.places)),
+            {},
+        )
+
+    def fill(self, entries: Iterable[Tensor], marks: dict[str, Tensor]) -> None:
+        """Take keys, values and places back from a stack."""
+        (self._keys, self._values, self._places), self._marks = entries, marks
 
     @property
     def counts(self) -> Tensor | int:
@@ -90,6 +254,9 @@ class PrunedLayer(DynamicLayer):
         return self.seen
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.state.stack is not None and self.state.running:
+            self.seen, self.tail, self.added = self.seen + 1, 1, 1
+            return self.state.stack.write(self.index, key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if len(key_states) != len(self.keys):
@@ -115,7 +282,11 @@ class PrunedLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Without a method at work the entries left are the last columns of the model's mask."""
-        entries = self.keys.shape[2] + sum(keys.shape[2] for keys, _ in self.packed) if self.is_initialized else 0
+        entries = 0
+        if self.state.stack is not None:
+            entries = self.state.stack.entries
+        elif self.is_initialized:
+            entries = self._keys.shape[2] + sum(keys.shape[2] for keys, _ in self.packed)
         return entries + query_length, self.seen - entries
 
     def admit(self, fresh: Tensor | None) -> None:
@@ -167,6 +338,7 @@ class PrunedLayer(DynamicLayer):
         self._cut(start + len(nodes))
 
     def reset(self) -> None:
+        self.state.stack = None
         self.__init__(self.state, self.index)  # type: ignore[misc]
         self.state.memory.clear()
 

@@ -15,6 +15,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
 from prunelab.common.core.plan import Gather, Plan, Site
 from prunelab.common.core.signals import Signals
+from prunelab.common.kv_cache.layer import AllButOne
 
 
 class CacheSignals(Signals):
@@ -30,7 +31,8 @@ class CacheSignals(Signals):
     marks: tensors [B, KV, N] by name that the method leaves at a layer; they follow the entries from step to step, new
     entries bring zeros. memory: what the method leaves for all layers while the cache lives. prefill: whether the cache
     was empty before this pass. ahead: entries at the end that a draft wrote, which never stay. asking [B, M]: queries
-    that are no padding, None where all count.
+    that are no padding, None where all count. ends: how many of the first and of the last tokens are known to be the
+    first and last entries of every head.
     """
 
     def __init__(
@@ -46,17 +48,28 @@ class CacheSignals(Signals):
         ahead: int = 0,
         asking: Tensor | None = None,
         valid: Tensor | None = None,
+        ends: tuple[int, int] = (0, 0),
         required: frozenset[str] | None = None,
         **rest: Any,
     ) -> None:
-        prunable = torch.ones_like(places, dtype=torch.bool) if valid is None else valid
         if required and "received" in required:
             required |= {"queries", "keys"}
-        rest |= {"required": required}
-        super().__init__(sources, prunable=prunable, units=places.shape[-1], valid=valid, **rest)
+        super().__init__(sources, prunable=places, units=places.shape[-1], valid=valid, required=required, **rest)
+        del self.prunable  # made when it is read
         self.places, self.scale, self.prompt, self.seen = places, scale, prompt, seen
         self.marks, self.prefill, self.ahead = marks, prefill, ahead
-        self.asking = asking
+        self.asking, self.ends = asking, ends
+
+    def __getattr__(self, name: str) -> Tensor:
+        # Not looked at: what is not finite here is not finite behind the model, where the handle sees it once a pass.
+        if name == "prunable":
+            value = torch.ones_like(self.places, dtype=torch.bool) if self.valid is None else self.valid
+        elif name.startswith("_") or name not in self._sources or name not in self._required:
+            raise AttributeError(f"signal '{name}' was not required at this site; name it in requires()")
+        else:
+            value = self._sources[name]()
+        setattr(self, name, value)
+        return value
 
     def rows(self, last: int) -> Tensor:
         """Causal attention [B, KV, G, W, N] of the last `last` queries, by key-value head and group."""
@@ -83,11 +96,14 @@ class CachePruner(Method):
     """Prunes entries of a key-value cache, per layer and key-value head. Fill in `score`, or override what does not
     fit. The budget counts entries of one head; ratios count from the prompt. What few methods do is said by a mixin.
 
-    when: after the pass that fills the empty cache (`prefill`), after each later one (`decode`), or `both`.
+    when: after the pass that fills the empty cache (`prefill`), after each later one (`decode`), or `both`. alike:
+    every layer decides by itself and by one rule, read off queries, keys, values and marks, so that the layers of a
+    decoding step may be handed over as samples of one batch.
     """
 
     role: ClassVar[str] = "cache_pruner"
     when: ClassVar[Literal["prefill", "decode", "both"]] = "prefill"
+    alike: ClassVar[bool] = False
 
     @abstractmethod
     def requires(self, site: Site) -> frozenset[str]:
@@ -105,19 +121,21 @@ class CachePruner(Method):
         """Entries that stay, [B, KV, K] in original order."""
         return Plan(self.select(self.score(site, signals), signals, budget))
 
-    def capacity(self, signals: CacheSignals, budget: Budget) -> list[int]:
-        """Entries a head of each sample may keep; the whole of the prompt stands for no limit."""
+    def capacity(self, budget: Budget, prompt: tuple[int, ...]) -> list[int]:
+        """Entries a head of each sample may keep, by the tokens it began with; the whole of the prompt stands for no
+        limit."""
         whole = budget.amounts == ((0,) if budget.unit == "removed" else (1,)) and budget.unit != "count"
         if whole or budget.unit == "count":
-            return [1 << 30 if whole else int(budget.amounts[0])] * len(signals.prompt)
-        return [budget.count(n) for n in signals.prompt]
+            return [1 << 30 if whole else int(budget.amounts[0])] * len(prompt)
+        return [budget.count(n) for n in prompt]
 
     def select(self, scores: Tensor, signals: CacheSignals, budget: Budget) -> Gather:
         """The protected and the best-scored entries of each head under the budget, in original order."""
-        counts = self.capacity(signals, budget)
+        if signals.valid is None and len(set(signals.prompt)) == 1:
+            (count,) = self.capacity(budget, signals.prompt[:1])
+            return self._evenly(scores, signals, count, *self.protected(count))
+        counts = self.capacity(budget, signals.prompt)
         ends = [self.protected(n) for n in counts]
-        if signals.valid is None and len(set(counts)) == 1:
-            return self._alike(scores, signals, counts[0], *ends[0])
         assert signals.places is not None
         limits = torch.tensor(counts, device=scores.device).unsqueeze(1)
         available = signals.prunable.sum(-1)  # [B, KV]
@@ -132,7 +150,7 @@ class CachePruner(Method):
         shape = (*scores.shape[:2], -1)
         return Gather(best.index.view(shape), None if best.valid is None else best.valid.view(shape))
 
-    def _alike(self, scores: Tensor, signals: CacheSignals, count: int, sink: int, window: int) -> Gather:
+    def _evenly(self, scores: Tensor, signals: CacheSignals, count: int, sink: int, window: int) -> Gather:
         """The same where all entries of all samples count and equally many stay: nothing depends on a value, so that
         none is looked at."""
         entries = scores.shape[-1]
@@ -141,10 +159,14 @@ class CachePruner(Method):
         if count < sink + window:
             raise self._too_small(count, sink + window)
         ranked = scores.float()
-        if sink or window:
-            assert signals.places is not None
+        if entries - count == 1 and signals.ends == (sink, window):
+            ranked = ranked[..., sink : entries - window]
+        elif sink or window:
             ends = (signals.places < sink) | (signals.places >= signals.seen - window)
             ranked = ranked.masked_fill(ends, float("inf"))
+        if entries - count == 1:  # the last of the worst of each head leaves, for which nothing needs sorting
+            last = ranked.shape[-1] - 1 + (sink if ranked.shape[-1] < entries else 0)
+            return AllButOne(last - ranked.flip(-1).argmin(-1, keepdim=True), entries)
         return Gather(selection.descending(ranked)[..., :count].sort(-1).values)
 
     def _too_small(self, count: int, least: int) -> PrunelabError:

@@ -86,6 +86,7 @@ class A2SF(OwnAttention):
 
     name: ClassVar[str] = "a2sf"
     when = "both"
+    alike = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.forgetting <= 1:
@@ -101,7 +102,7 @@ class A2SF(OwnAttention):
         if not signals.prefill:
             return None
         queries, keys, values = signals.queries, signals.keys, signals.values
-        capacity = torch.tensor(self.capacity(signals, budget), device=keys.device).view(-1, 1, 1)
+        capacity = torch.tensor(self.capacity(budget, signals.prompt), device=keys.device).view(-1, 1, 1)
         if bool((capacity < self.sink + self.recent).any()):
             return None  # `select` says what is wrong
         assert signals.places is not None

@@ -25,6 +25,7 @@ class H2O(CachePruner):
 
     name: ClassVar[str] = "h2o"
     when = "both"
+    alike = True
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})

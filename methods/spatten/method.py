@@ -88,7 +88,7 @@ class SpAtten(OwnAttention):
         queries, new = signals.queries, signals.queries.shape[2]
         places, carry = signals.places, signals.memory
         batch, heads = queries.shape[:2]
-        tokens = int(places.max()) + 1
+        tokens = signals.seen
         if site.layer == 0:  # a new pass: the cascade starts again, importance goes on
             there = torch.zeros(batch, tokens, dtype=torch.long, device=places.device)
             carry["tokens"] = there.scatter_add(1, places[:, 0], signals.prunable[:, 0].long()).bool()
@@ -179,6 +179,7 @@ class SpAttenChat(CachePruner):
 
     name: ClassVar[str] = "spatten_chat"
     when = "both"
+    alike = True
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})

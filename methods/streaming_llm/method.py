@@ -30,6 +30,7 @@ class StreamingLLM(CachePruner):
 
     name: ClassVar[str] = "streaming_llm"
     when = "both"
+    alike = True
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset()
@@ -47,6 +48,7 @@ class Window(CachePruner):
 
     name: ClassVar[str] = "window"
     when = "both"
+    alike = True
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset()

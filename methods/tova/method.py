@@ -18,6 +18,7 @@ class TOVA(CachePruner):
 
     name: ClassVar[str] = "tova"
     when = "both"
+    alike = True
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})

@@ -20,6 +20,7 @@ class NewestCache(CachePruner):
 
     name: ClassVar[str] = "reference_newest_cache"
     when = "both"
+    alike = True
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset()
