@@ -69,10 +69,17 @@ def test_layers_that_decide_at_once_decide_as_each_alone(method, family):
 @torch.no_grad()
 def test_a_number_that_is_not_finite_is_named_once_a_prompt_and_once_a_block():
     model, tokens = decoder(), prompt(1, 20)
+    block = applied(H2O(), model, 0.5)
+    block.__enter__()
+    cache = model(tokens, use_cache=True)[1]
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    weight[0, 0] = float("nan")
+    model(tokens[:, :1], **with_cache({}, cache))
+    with pytest.raises(PrunelabError, match="NaN or infinite"):
+        block.__exit__(None, None, None)
     with pytest.raises(PrunelabError, match="NaN or infinite"), applied(H2O(), model, 0.5):
-        cache = model(tokens, use_cache=True)[1]
-        model.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
-        model(tokens[:, :1], **with_cache({}, cache))
+        model(tokens)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @torch.no_grad()
