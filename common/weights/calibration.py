@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.weights.adapters.base import Tap, WeightAdapter
+from prunelab.common.weights.adapters.base import Chain, Tap, WeightAdapter
 from prunelab.common.weights.targets import Observation, Target
 
 Visit = Callable[[Callable[[Target], Observation]], None]
@@ -39,17 +39,25 @@ def windows(tokens: Tensor, length: int, samples: int, seed: int = 0) -> Tensor:
 class Stream:
     """Hidden states of every calibration sequence in front of the next block."""
 
-    def __init__(self, adapter: WeightAdapter, samples: Sequence[Tensor], hidden: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        adapter: WeightAdapter,
+        samples: Sequence[Any],
+        hidden: Sequence[Tensor] = (),
+        chain: Chain | None = None,
+    ) -> None:
         self.adapter = adapter
+        self.chain = adapter.chains[0] if chain is None else chain
         self.samples = samples
-        self.calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # by length: what each block is given
+        self.calls: dict[Any, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # by length: what each block is given
         self.hidden = list(hidden)
+        own = self.chain.adapter
         for sample in samples:
-            if len(sample) not in self.calls:
-                states, calls = _record(adapter, sample, len(adapter.blocks))
-                self.calls[len(sample)] = calls
+            if own.call(sample) not in self.calls:
+                states, calls = _record(own, sample, len(own.blocks))
+                self.calls[own.call(sample)] = calls
             elif len(self.hidden) < len(samples):
-                states, _ = _record(adapter, sample, 1)
+                states, _ = _record(own, sample, 1)
             else:
                 continue
             if len(self.hidden) < len(samples):
@@ -58,13 +66,13 @@ class Stream:
     def through(self, block: int, taps: Sequence[str] = (), visit: Visit | None = None, keep: bool = True) -> None:
         """Send every sequence through a block. `visit` is called a sequence, with a function that observes targets;
         with `keep` the hidden states move on to the next block."""
-        module = self.adapter.blocks[block]
+        module, place = self.adapter.blocks[block], block - self.chain.start
         with tapped(module, taps) as seen:
             for i, sample in enumerate(self.samples):
                 before = self.hidden[i]
-                args, kwargs = self.calls[len(sample)][block]
+                args, kwargs = self.calls[self.chain.adapter.call(sample)][place]
                 after = module(before, *args, **kwargs)
-                if not finite(after):
+                if not all(finite(leaf) for leaf in tree_leaves(after) if isinstance(leaf, Tensor)):
                     raise PrunelabError(
                         f"{self._culprit(block, i)} gives NaN or infinite activations on calibration sequence {i};"
                         " check the weights, or use a wider dtype"
@@ -92,7 +100,8 @@ class Stream:
 
         handles = [part.register_forward_hook(note(path)) for path, part in module.named_modules()]
         try:
-            args, kwargs = self.calls[len(self.samples[sequence])][block]
+            call = self.chain.adapter.call(self.samples[sequence])
+            args, kwargs = self.calls[call][block - self.chain.start]
             module(self.hidden[sequence], *args, **kwargs)
         finally:
             for handle in handles:
@@ -144,6 +153,7 @@ def _record(adapter: WeightAdapter, sample: Tensor, blocks: int) -> tuple[Tensor
         return hidden
 
     replaced = adapter.blocks[:blocks]
+    own = [vars(block).get("forward") for block in replaced]  # what wraps them: accelerate's hooks, say
     for block in replaced:
         block.forward = forward
     try:
@@ -151,6 +161,8 @@ def _record(adapter: WeightAdapter, sample: Tensor, blocks: int) -> tuple[Tensor
     except _Recorded:
         return states[0], calls
     finally:
-        for block in replaced:
+        for block, before in zip(replaced, own, strict=True):
             vars(block).pop("forward", None)
+            if before is not None:
+                block.forward = before
     raise PrunelabError("the model's forward did not reach its blocks; this adapter does not fit the model")

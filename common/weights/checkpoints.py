@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.plan import block_file, write_json, write_tensors
 
-RUN = "run.json"
+RUN, DONE, TUNED = "run.json", "done.json", "tuned.safetensors"
 
 
 class Work:
@@ -26,6 +28,7 @@ class Work:
     def __init__(self, folder: Path | str | None, run: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.folder = None if folder is None else Path(folder)
         self.plan: dict[int, Any] = {}
+        self.run = dict(run)
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,16 +59,29 @@ class Work:
         self.plan[block] = block_file(self.folder, block)
         return True
 
-    def measured(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keep what was measured at a block or in a precompute."""
-        if self.folder is not None:
-            own = {name: tensor.clone() for name, tensor in tensors.items()}  # targets may share one, files may not
-            write_tensors(self.folder / f"evidence_{name}.safetensors", own)
+    def measured(
+        self, name: str, found: Mapping[str, Mapping[str, Tensor]], device: torch.device
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        """Keep what was measured at a block or beforehand, by target and name, and return it: in a folder it is read
+        when it is asked for."""
+        if self.folder is None:
+            return found
+        # Targets may share a tensor, files may not.
+        own = {f"{target}|{key}": t.clone() for target, tensors in found.items() for key, t in tensors.items()}
+        write_tensors(self.folder / f"evidence_{name}.safetensors", own)
+        return self.recalled(name, device) or {}
 
-    def was_measured(self, name: str) -> dict[str, Tensor] | None:
-        """What an earlier run measured under that name."""
+    def recalled(self, name: str, device: torch.device) -> dict[str, Mapping[str, Tensor]] | None:
+        """What an earlier run measured under that name, by target and name."""
         path = None if self.folder is None else self.folder / f"evidence_{name}.safetensors"
-        return _tensors(path) if path is not None and path.exists() else None
+        if path is None or not path.exists():
+            return None
+        keys: dict[str, list[str]] = {}
+        with _opened(path) as file:
+            for key in file.keys():  # noqa: SIM118
+                target, _, rest = key.rpartition("|")
+                keys.setdefault(target, []).append(rest)
+        return {target: _Lazy(path, f"{target}|", found, device) for target, found in keys.items()}
 
     def moved(self, block: int, hidden: Sequence[Tensor]) -> None:
         """Keep the hidden states in front of a block, in place of those of the block before."""
@@ -83,16 +99,107 @@ class Work:
             return []
         return [state.to(device) for _, state in sorted(_tensors(self._hidden(block)).items())]
 
+    def round(self, number: int) -> Work:
+        """The work of a round before the last, which has decisions of its own."""
+        return Work(None) if self.folder is None else Work(self.folder / f"round_{number:02d}", self.run)
+
+    def finished(self, state: Mapping[str, Tensor] | None = None) -> None:
+        """Note that a round is over; `state` is the model's, where it was tuned."""
+        if self.folder is not None:
+            if state is not None:
+                write_tensors(self.folder / TUNED, {name: tensor.clone() for name, tensor in state.items()})
+            self.close()
+            write_json(self.folder / DONE, True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier run finished this round."""
+        return self.folder is not None and (self.folder / DONE).exists()
+
+    def tuned(self) -> dict[str, Tensor] | None:
+        """The state of the model behind a finished round, where it was tuned."""
+        path = None if self.folder is None else self.folder / TUNED
+        return _tensors(path) if path is not None and path.exists() else None
+
+    def shelf(self, name: str) -> Shelf:
+        """Tensors by key, in memory or in a subfolder that leaves with the run."""
+        return Shelf(None if self.folder is None else self.folder / f"shelf_{name}")
+
     def close(self) -> None:
         """Clear away what only an interrupted run needs."""
         if self.folder is not None:
             for pattern in ("hidden_*.safetensors", "evidence_*.safetensors", "*.part"):
                 for path in self.folder.glob(pattern):
                     path.unlink()
+            for pattern in ("round_*", "shelf_*"):
+                for path in self.folder.glob(pattern):
+                    shutil.rmtree(path)
 
     def _hidden(self, block: int) -> Path:
         assert self.folder is not None
         return self.folder / f"hidden_{block:04d}.safetensors"
+
+
+class Shelf:
+    """Small groups of tensors under keys, each in a file of its own or, without a folder, in memory."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.held: dict[str, dict[str, Tensor]] = {}
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.held if self.folder is None else self._path(key).exists()
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep copies of tensors."""
+        own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        if self.folder is None:
+            self.held[key] = own
+        else:
+            write_tensors(self._path(key), {name: tensor.cpu() for name, tensor in own.items()})
+
+    def get(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a key."""
+        return self.held[key] if self.folder is None else _tensors(self._path(key))
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """Tensors of a file, each read when it is asked for."""
+
+    def __init__(self, path: Path, prefix: str, names: list[str], device: torch.device) -> None:
+        self.path, self.prefix, self.names, self.device = path, prefix, names, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with _opened(self.path) as file:
+            found: Tensor = file.get_tensor(self.prefix + name).to(self.device)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> PrunelabError:
+    return PrunelabError(f"{path} cannot be read ({error}); delete it, and the run makes it anew")
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -109,7 +216,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise PrunelabError(f"{path} cannot be read ({error}); delete it, and the run makes it anew") from None
+        raise _damaged(path, error) from None
 
 
 def fingerprint(tensors: Mapping[str, Tensor] | nn.Module, every: int = 1) -> str:

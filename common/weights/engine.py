@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import masks
 from prunelab.common.weights.accumulators import Accumulators
-from prunelab.common.weights.adapters.base import WeightAdapter
+from prunelab.common.weights.adapters.base import Chain, WeightAdapter
 from prunelab.common.weights.calibration import Stream
 from prunelab.common.weights.checkpoints import Work
+from prunelab.common.weights.corpora import Corpus
 from prunelab.common.weights.plan import Tally, WeightPlan, packed
 from prunelab.common.weights.probe import ModelProbe
 from prunelab.common.weights.quantisation import MOST
@@ -28,23 +30,33 @@ SCORES = ""  # name of a target's scores among its statistics, one that no stati
 
 @dataclass(frozen=True)
 class Engine:
-    """What is pruned by what, from what. Targets that leave with a structure around them leave the list as well."""
+    """What is pruned by what, from what. Targets that leave with a structure around them leave the list as well.
+
+    samples: of each chain of blocks by its component. alive: masks of what earlier rounds left, by target. final: in
+    rounds before the last what goes is silenced, and stays where it is. learned: see `Probe`.
+    """
 
     method: WeightPruner
     adapter: WeightAdapter
     targets: list[Target]
     budget: Budget
-    samples: list[Tensor]
+    samples: Mapping[str, list[Any]]
+    corpora: Mapping[str, Corpus]
+    objective: Callable[[Sequence[Any]], Tensor]
     base: WeightAdapter | None
     seed: int
     work: Work
     progress: bool
+    learned: nn.Module | None = None
+    trained: bool = False
+    alive: Mapping[str, Tensor] = field(default_factory=dict)
+    final: bool = True
     tally: Tally = field(default_factory=Tally)
 
     def go(self) -> None:
         """Prune the model."""
+        precomputed = self.precompute()
         with torch.no_grad():
-            precomputed = self.precompute()
             if self.method.sequential:
                 self.block_by_block(precomputed)
             else:
@@ -55,20 +67,19 @@ class Engine:
         budgets = self.budgets(precomputed)
         depth, done = len(self.adapter.blocks), 0
         while done < depth and self.work.was_decided(done):
-            for targets in self.rounds(done):
+            for targets in self.steps(done):
                 for target, decision in WeightPlan({}, targets, self.work.plan).decisions():
                     self.write(target, decision)
             done += 1
-        stream = self.stream(done, replay=True)
-        for block in self.track([*range(done, depth), -1]):
+        for chain, block, stream in self.walk(done):
             tensors: dict[str, Tensor] = {}
-            for targets in self.rounds(block):
+            for targets in self.steps(block):
                 accumulators = self.measure(stream, block, targets, keep=False)
                 for target in targets:
                     signals = self.signals(target, {**precomputed.get(target.name, {}), **accumulators.values(target)})
                     tensors |= self.carry_out(target, self.method.solve(target, signals, budgets[target.name]))
             self.work.decided(block, tensors)
-            if stream is not None and 0 <= block < depth - 1:
+            if chain is not None and stream is not None and block < chain.stop - 1:
                 stream.through(block)
                 self.work.moved(block + 1, stream.hidden)
 
@@ -86,9 +97,9 @@ class Engine:
 
     # -- steps of a run that decides block by block ------------------------------------------------------------------
 
-    def rounds(self, block: int) -> Iterator[list[Target]]:
+    def steps(self, block: int) -> Iterator[list[Target]]:
         """The targets of a block in the order they are decided: its structures, and when these are gone (by the time
-        the next round is asked for) the weights that were left, which are then measured without them."""
+        the next step is asked for) the weights that were left, which are then measured without them."""
         weights = [target for target in self.at(block) if target.loose]
         structures = [target for target in self.at(block) if not target.loose]
         if structures:
@@ -110,24 +121,24 @@ class Engine:
 
     # -- steps of a run that decides at the end ----------------------------------------------------------------------
 
-    def evidence(self, precomputed: Mapping[str, Statistics]) -> dict[str, dict[str, Tensor]]:
+    def evidence(self, precomputed: Mapping[str, Statistics]) -> dict[str, Mapping[str, Tensor]]:
         """By target its statistics, and its scores under SCORES."""
-        evidence: dict[str, dict[str, Tensor]] = {}
+        evidence: dict[str, Mapping[str, Tensor]] = {}
         depth, done = len(self.adapter.blocks), 0
-        while done < depth and (found := self.work.was_measured(f"{done:04d}")) is not None:
-            for name, kept in _nested(found).items():
-                evidence[name] = {key: tensor.to(self.device) for key, tensor in kept.items()}
+        while done < depth and (found := self.work.recalled(f"{done:04d}", self.device)) is not None:
+            evidence |= found
             done += 1
-        stream = self.stream(done, replay=False)
-        for block in self.track([*range(done, depth), -1]):
+        for chain, block, stream in self.walk(done):
             accumulators = self.measure(stream, block, self.at(block), keep=True)
+            measured: dict[str, Mapping[str, Tensor]] = {}
             for target in self.at(block):
                 seen = {**precomputed.get(target.name, {}), **accumulators.values(target)}
-                scores = self.method.score(target, self.signals(target, seen))
+                signals = self.signals(target, seen)
+                scores = self.method.score(target, signals)
                 masks.refuse_nan(scores, target.name)
-                evidence[target.name] = {**seen, SCORES: scores}
-            self.work.measured(f"{block:04d}", _flat({t.name: evidence[t.name] for t in self.at(block)}))
-            if stream is not None and 0 <= block < depth - 1:
+                measured[target.name] = {**seen, SCORES: signals.without_gone(scores)}
+            evidence |= self.work.measured(f"{block:04d}", measured, self.device)
+            if chain is not None and stream is not None and block < chain.stop - 1:
                 self.work.moved(block + 1, stream.hidden)
         return evidence
 
@@ -147,13 +158,19 @@ class Engine:
 
     def precompute(self) -> Mapping[str, Statistics]:
         """What the method measures on the whole dense model."""
-        if (found := self.work.was_measured("precompute")) is not None:
-            return _nested({name: tensor.to(self.device) for name, tensor in found.items()})
-        probe = ModelProbe(self.adapter, self.targets, self.samples, self.budget, lambda t: self.signals(t, {}))
-        precomputed = self.method.precompute(probe)
-        if precomputed:
-            self.work.measured("precompute", _flat(precomputed))
-        return precomputed
+        if (found := self.work.recalled("precompute", self.device)) is not None:
+            if self.learned is not None and not self.trained:
+                self.learned.load_state_dict(self.work.shelf("learned").get("state"))
+            return found
+        probe = ModelProbe(
+            self.adapter, self.targets, self.samples, self.budget, lambda t: self.signals(t, {}),
+            corpora=self.corpora, objective=self.objective, work=self.work, learned=self.learned, trained=self.trained,
+        )  # fmt: skip
+        with torch.enable_grad():
+            precomputed = self.method.precompute(probe)
+        if self.learned is not None and not self.trained:
+            self.work.shelf("learned").put("state", self.learned.state_dict())
+        return self.work.measured("precompute", precomputed, self.device) if precomputed else {}
 
     @property
     def device(self) -> torch.device:
@@ -163,25 +180,34 @@ class Engine:
         """The targets of a block, or those outside of all blocks (-1)."""
         return [target for target in self.targets if target.block == block]
 
-    def track(self, blocks: list[int]) -> Iterable[int]:
-        return track(blocks, self.method.name, disable=not self.progress)
+    def walk(self, done: int) -> Iterator[tuple[Chain | None, int, Stream | None]]:
+        """The blocks from `done` on, chain by chain, with the stream in front of each, and at last what lies outside of
+        all blocks (-1)."""
+        steps: list[tuple[Chain | None, int]] = [
+            (chain, block) for chain in self.adapter.chains for block in range(max(done, chain.start), chain.stop)
+        ]
+        current, stream = None, None
+        for chain, block in track([*steps, (None, -1)], self.method.name, disable=not self.progress):
+            if chain is not current:
+                current, stream = chain, None if chain is None else self.stream(chain, block)
+            yield chain, block, stream
 
     def signals(self, target: Target, statistics: Statistics) -> WeightSignals:
         """What the method may see of a target. Its draws depend on the seed and its name alone."""
         draws = hashlib.sha256(f"{self.seed}|{target.name}".encode()).digest()
         rng = torch.Generator().manual_seed(int.from_bytes(draws[:7], "big"))
         base = None if self.base is None else self.base.weights(target)
-        return WeightSignals(self.adapter.weights(target), statistics, base, rng)
+        return WeightSignals(self.adapter.weights(target), statistics, base, rng, self.alive.get(target.name))
 
-    def stream(self, block: int, replay: bool) -> Stream | None:
+    def stream(self, chain: Chain, block: int) -> Stream | None:
         """The calibration set in front of a block, or None where nothing is measured on it. States kept by an earlier
-        run are taken up; with `replay` the blocks behind the last of them are already pruned and run again."""
+        run are taken up; the blocks behind the last of them are run again, pruned where they already are."""
         if not any(self.method.statistics(unit) for unit in self.method.units):
             return None
         start = block
-        while start > 0 and not self.work.has_hidden(start):
+        while start > chain.start and not self.work.has_hidden(start):
             start -= 1
-        stream = Stream(self.adapter, self.samples, self.work.hidden(start, self.device))
+        stream = Stream(self.adapter, self.samples[chain.component], self.work.hidden(start, self.device), chain)
         for passed in range(start, block):
             stream.through(passed)
         return stream
@@ -206,13 +232,14 @@ class Engine:
 
     def carry_out(self, target: Target, decision: Decision) -> dict[str, Tensor]:
         """Prune the target, and return the decision as it is kept."""
+        decision = decision if self.final else replace(decision, remove=False)
         self.check(target, decision)
         kept = packed(decision)
         self.write(target, decision)
         return _flat({target.name: kept})
 
     def write(self, target: Target, decision: Decision) -> None:
-        """Prune the target."""
+        """Prune the target, and count what that did."""
         self.tally.write(self.adapter, target, decision)
 
 
@@ -238,11 +265,3 @@ def check_budgets(targets: Sequence[Target], budgets: Sequence[Budget]) -> None:
 def _flat(nested: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors by `target|name`, as files hold them."""
     return {f"{target}|{name}": tensor for target, tensors in nested.items() for name, tensor in tensors.items()}
-
-
-def _nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in flat.items():
-        target, _, name = key.rpartition("|")
-        found.setdefault(target, {})[name] = tensor
-    return found

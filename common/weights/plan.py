@@ -26,7 +26,7 @@ from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.adapters.base import WeightAdapter
 from prunelab.common.weights.targets import Decision, Quantised, Target
 
-PLAN, ROTATIONS = "plan.json", "rotations.safetensors"
+PLAN, ROTATIONS, LEARNED = "plan.json", "rotations.safetensors", "learned.safetensors"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ class WeightPlan:
     """The decisions of one run by target, and what was run.
 
     header: method, budget, seed, model class and report; `tensors` of a block are read where they lie, in memory or in
-    a folder, when they are asked for. rotations: of the model's spaces, before anything was decided.
+    a folder, when they are asked for. rotations: of the model's spaces, before anything was decided. learned:
+    what the method learned, for `prune(..., learned=...)` on another model.
     """
 
     def __init__(
@@ -161,9 +162,11 @@ class WeightPlan:
         targets: list[Target],
         blocks: Mapping[int, Any],
         rotations: Mapping[str, Tensor] = MappingProxyType({}),
+        learned: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.header = dict(header)
         self.rotations = dict(rotations)
+        self.learned = dict(learned)
         self.targets = targets
         self._blocks = blocks  # block -> {name|role: tensor}, or the path of a file that holds it
 
@@ -223,8 +226,9 @@ class WeightPlan:
 
     def save_header(self, folder: Path) -> None:
         """Write what was run and on what, which makes a folder of decisions a plan."""
-        if self.rotations:
-            write_tensors(folder / ROTATIONS, self.rotations)
+        for name, tensors in ((ROTATIONS, self.rotations), (LEARNED, self.learned)):
+            if tensors:
+                write_tensors(folder / name, tensors)
         write_json(folder / PLAN, {**self.header, "targets": [asdict(target) for target in self.targets]})
 
     @classmethod
@@ -238,10 +242,9 @@ class WeightPlan:
             raise PrunelabError(f"{folder} holds no finished plan; run the pruning to its end first") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise PrunelabError(f"{folder / PLAN} is not a plan: {error}") from None
-        rotations = _read(folder / ROTATIONS) if (folder / ROTATIONS).exists() else {}
-        return cls(
-            header, targets, {block: block_file(folder, block) for block in {t.block for t in targets}}, rotations
-        )
+        rotations, learned = (_read(folder / n) if (folder / n).exists() else {} for n in (ROTATIONS, LEARNED))
+        blocks = {block: block_file(folder, block) for block in {t.block for t in targets}}
+        return cls(header, targets, blocks, rotations, learned)
 
     def __str__(self) -> str:
         header = self.header

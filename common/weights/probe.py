@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.accumulators import Accumulators, Factories, Wanted
 from prunelab.common.weights.adapters.base import View, WeightAdapter
 from prunelab.common.weights.calibration import Stream, finite, tapped
+from prunelab.common.weights.checkpoints import Shelf, Work
+from prunelab.common.weights.corpora import Corpus, loss_of
+from prunelab.common.weights.plan import packed, unpacked
 from prunelab.common.weights.targets import Accumulator, Decision, Target, Unit, WeightSignals
 
 
@@ -25,15 +30,27 @@ class ModelProbe:
         self,
         adapter: WeightAdapter,
         targets: Sequence[Target],
-        samples: Sequence[Tensor],
+        samples: Sequence[Tensor] | Mapping[str, Sequence[Any]],
         budget: Budget = Budget(1.0),  # noqa: B008  frozen
         signals: Callable[[Target], WeightSignals] | None = None,
+        *,
+        corpora: Mapping[str, Corpus] | None = None,
+        objective: Callable[[Sequence[Any]], Tensor] | None = None,
+        work: Work | None = None,
+        learned: nn.Module | None = None,
+        trained: bool = False,
     ) -> None:
         self.adapter = adapter
         self.targets = targets
-        self.samples = samples
+        self.streams = samples if isinstance(samples, Mapping) else {"": samples}
+        self.samples: list[Any] = [sample for part in self.streams.values() for sample in part]
+        self.corpora = {"": Corpus(tuple(self.samples))} if corpora is None else corpora
         self.budget = budget
+        self.learned, self.trained = learned, trained
         self._signals = signals
+        self._loss = loss_of(adapter, None, adapter.model) if objective is None else objective
+        self._work = Work(None) if work is None else work
+        self._tried = False
 
     def signals(self, target: Target) -> WeightSignals:
         return WeightSignals(self.weights(target)) if self._signals is None else self._signals(target)
@@ -43,32 +60,75 @@ class ModelProbe:
 
     @contextmanager
     def trial(self, decisions: Iterable[tuple[Target, Decision]]) -> Iterator[None]:
+        if self._tried:
+            raise PrunelabError("one trial at a time: leave that `with` block first")
         undo: list[Callable[[], None]] = []
+        dense = None if self._work.folder is None else self._work.shelf("dense")
+        self._tried = True
         try:
             for target, decision in decisions:
-                undo.append(self.adapter.attempt(target, decision))
+                undo.append(self.adapter.attempt(target, decision, dense))
             yield
         finally:
             for back in reversed(undo):
                 back()
+            self._tried = False
 
-    def loss(self, sample: Tensor) -> Tensor:
-        return self.adapter.loss(sample)
+    @torch.no_grad()
+    def candidates(
+        self,
+        budgets: Mapping[str, Sequence[Budget]],
+        solve: Callable[[Target, WeightSignals, Budget], Decision],
+        statistics: Mapping[Unit, Factories],
+        onward: Mapping[str, int] | None = None,
+        name: str = "candidates",
+    ) -> StoredCandidates:
+        found = StoredCandidates(self._work.shelf(name), {t.name: t for t in self.targets})
+        for chain in self.adapter.chains:
+            stream = Stream(self.adapter, self.streams[chain.component], chain=chain)
+            for block in range(chain.start, chain.stop):
+                targets = [t for t in self.targets if t.block == block and t.name in budgets]
+                accumulators = Accumulators(Wanted(statistics), targets)
+                stream.through(block, accumulators.taps(self.adapter), accumulators.visit, keep=onward is None)
+                for target in targets:
+                    known = self.signals(target)
+                    known = replace(known, statistics={**known.statistics, **accumulators.values(target)})
+                    found.add(target, budgets[target.name], partial(solve, target, known))
+                if onward is not None:
+                    chosen = [(t, found.decision(t.name, onward[t.name])) for t in targets if t.name in onward]
+                    with self.trial(chosen):
+                        stream.through(block)
+        return found
 
+    @torch.no_grad()
+    def loss(self, sample: Any) -> Tensor:
+        return self._loss([sample])
+
+    @torch.no_grad()
     def logits(self, sample: Tensor) -> Tensor:
         logits: Tensor = self.adapter.run(sample).logits
         return logits.flatten(0, -2)
 
-    def statistics(self, wanted: Mapping[Unit, Factories]) -> dict[str, dict[str, Tensor]]:
+    @torch.no_grad()
+    def statistics(self, wanted: Mapping[Unit, Factories], corpus: str | None = None) -> dict[str, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
-        stream = Stream(self.adapter, self.samples)
-        for block in range(len(self.adapter.blocks)):
-            targets = [target for target in self.targets if target.block == block]
-            accumulators = Accumulators(Wanted(wanted), targets)
-            stream.through(block, accumulators.taps(self.adapter), accumulators.visit)
-            found |= {target.name: accumulators.values(target) for target in targets}
+        for chain in self.adapter.chains:
+            samples = self.streams[chain.component] if corpus is None else self._corpus(corpus).sequences
+            stream = Stream(self.adapter, samples, chain=chain)
+            for block in range(chain.start, chain.stop):
+                targets = [target for target in self.targets if target.block == block]
+                accumulators = Accumulators(Wanted(wanted), targets)
+                stream.through(block, accumulators.taps(self.adapter), accumulators.visit)
+                found |= {target.name: accumulators.values(target) for target in targets}
         return found
 
+    def _corpus(self, name: str) -> Corpus:
+        if name not in self.corpora:
+            given = ", ".join(repr(known) for known in self.corpora) or "none"
+            raise PrunelabError(f"the calibration set has no corpus '{name}'; it has {given}")
+        return self.corpora[name]
+
+    @torch.no_grad()
     def hidden_states(self, sample: Tensor, normed: bool = True) -> list[Tensor]:
         blocks = [self.adapter.prefix(block) for block in range(len(self.adapter.blocks))]
         last = self.adapter.norm if normed and self.adapter.norm else blocks[-1]
@@ -77,8 +137,17 @@ class ModelProbe:
         states = [*(seen[block][0][0] for block in blocks), seen[last][1]]
         return [state.flatten(0, -2) for state in states]
 
+    def _items(self, corpus: str | None) -> Sequence[Any]:
+        if corpus is not None:
+            return self._corpus(corpus).items
+        return [item for part in self.corpora.values() for item in part.items]
+
     def gradients(
-        self, factories: Mapping[str, Callable[[Target], Accumulator]], together: bool = False
+        self,
+        factories: Mapping[str, Callable[[Target], Accumulator]],
+        together: bool = False,
+        corpus: str | None = None,
+        batch: int = 1,
     ) -> dict[str, dict[str, Tensor]]:
         """Each gradient is dropped as soon as it was read, so that one parameter's is held at a time."""
         made: dict[str, dict[str, Accumulator]] = defaultdict(dict)
@@ -103,14 +172,38 @@ class ModelProbe:
         with _only_these_learn(self.adapter.model, set(by_parameter)), torch.enable_grad():
             handles = [parameter.register_post_accumulate_grad_hook(read) for parameter in by_parameter]
             try:
-                if together:
-                    torch.stack([self.loss(sample) for sample in self.samples]).mean().backward()
-                for sample in () if together else self.samples:
-                    self.loss(sample).backward()
+                items = self._items(corpus)
+                size = len(items) if together else batch
+                for start in range(0, len(items), max(size, 1)):
+                    self._loss(items[start : start + size]).backward()
             finally:
                 for handle in handles:
                     handle.remove()
         return {name: {key: a.value() for key, a in accumulators.items()} for name, accumulators in made.items()}
+
+
+class StoredCandidates:
+    """See `prunelab.common.weights.targets.Candidates`. Each decision is packed and, with a folder, on disk."""
+
+    def __init__(self, shelf: Shelf, targets: Mapping[str, Target]) -> None:
+        self.shelf, self.targets = shelf, targets
+        self.levels: dict[str, Sequence[Budget]] = {}
+
+    def add(self, target: Target, budgets: Sequence[Budget], solve: Callable[[Budget], Decision]) -> None:
+        """Decide at every budget, where an earlier run has not."""
+        self.levels[target.name] = budgets
+        for index, budget in enumerate(budgets):
+            key = f"{target.name}|{index}|{budget}"
+            if key not in self.shelf:
+                self.shelf.put(key, packed(solve(budget)))
+
+    def decision(self, target: str, index: int) -> Decision:
+        key = f"{target}|{index}|{self.levels[target][index]}"
+        return unpacked(self.targets[target], self.shelf.get(key))
+
+    def decisions(self, chosen: Mapping[str, int]) -> Iterator[tuple[Target, Decision]]:
+        for name, index in chosen.items():
+            yield self.targets[name], self.decision(name, index)
 
 
 @contextmanager

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
-from prunelab.common.weights.adapters import weight_adapter
+from prunelab.common.weights.adapters import Model, weight_adapter
 from prunelab.common.weights.adapters.base import WeightAdapter
+from prunelab.common.weights.adapters.components import Linears
 from prunelab.common.weights.checkpoints import Work, fingerprint
+from prunelab.common.weights.corpora import Corpus, Objective, calls, corpus, loss_of, named
 from prunelab.common.weights.engine import Engine, check_budgets
 from prunelab.common.weights.plan import Tally, WeightPlan, WeightReport
 from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.rounds import Rounds, Tune, tuned
 from prunelab.common.weights.targets import Target
 
 SAMPLED = 997  # every so many-th weight enters a model's fingerprint
@@ -26,62 +30,132 @@ SAMPLED = 997  # every so many-th weight enters a model's fingerprint
 
 def prune(
     method: Method,
-    model: nn.Module,
+    model: Model,
     budget: Budget | float | str,
-    calibration: Tensor | Sequence[Tensor] | None = None,
+    calibration: Any = None,
     *,
     base: nn.Module | None = None,
+    objective: Objective = None,
+    rounds: Rounds | int | None = None,
+    tune: Tune | None = None,
+    learned: nn.Module | Mapping[str, Tensor] | None = None,
     seed: int = 0,
     folder: Path | str | None = None,
     progress: bool = True,
 ) -> WeightPlan:
     """Prune a model's weights in place by `method` under `budget`, and return the plan, which repeats it elsewhere.
 
-    calibration: token ids [samples, length], or a list of vectors of any lengths (see `windows`). base: the model
-    before fine-tuning, for methods that prune what fine-tuning changed. seed starts the draws of random methods.
-    folder keeps the plan out of memory, and what a run needs to go on after a crash: call again with the unpruned
-    model and the same arguments. Raises PrunelabError, before any work, where the model has no adapter or lacks the
-    targets, or where calibration set and budget do not fit them; and later at activations or Hessians that cannot be
-    used, when a sequential method has already pruned the blocks before.
+    Parameters
+    ----------
+    method
+        A `WeightPruner`.
+    model
+        A module, several by name, or whatever has such as its `components` (a pipeline).
+    budget
+        What stays, or bits a weight; for components `Budget.by({"text_encoder": 0.525, "unet": 0.65})`.
+    calibration
+        Token ids or images in any of the shapes that `prunelab.common.weights.corpora.corpus` knows; several such by
+        name, for methods that read named corpora, or for the components of a model.
+    base
+        The model before fine-tuning, for methods that prune what fine-tuning changed.
+    objective
+        What losses and gradients are of: `lm` (the model's own, the default), `labels`, `contrastive`, or a function of
+        the model and a batch of items.
+    rounds
+        How many rounds lead to the budget, in place of the method's own number.
+    tune
+        Called with the model and the round's number after every round, to train it; what is pruned stays at zero.
+        The plan then holds what was cut, and only a saved model the weights.
+    learned
+        What the method learned on another model with targets of the same shapes (`WeightPlan.learned`).
+    seed
+        Starts the draws of random methods.
+    folder
+        Keeps the plan out of memory, and what a run needs to go on after a crash: call again with the unpruned model
+        and the same arguments.
+
+    Raises
+    ------
+    PrunelabError
+        Before any work, where the model has no adapter or lacks the targets, or where calibration set and budget do not
+        fit them; and later at activations or Hessians that cannot be used, when a sequential method has already pruned
+        the blocks before.
     """
     if not isinstance(method, WeightPruner):
         raise PrunelabError(f"{method.name} is a {method.role}, which prunes no weights")
     if method.needs_base != (base is not None):
         says = "needs base=, the model before fine-tuning" if method.needs_base else "reads no base model; leave it out"
         raise PrunelabError(f"{method.name} {says}")
-    budget = Budget.parse(budget) if isinstance(budget, str) else budget
-    budget = budget if isinstance(budget, Budget) else Budget(budget)
-    adapter = weight_adapter(model)
+    budget = Budget.of(budget)
+    adapter = weight_adapter(model, budget.names)
     targets = _targets(method, adapter, budget)
-    samples = _samples(method, adapter, targets, calibration)
+    way = method.rounds if rounds is None else Rounds(rounds) if isinstance(rounds, int) else rounds
+    amounts = _amounts(way, budget, targets)
+    streams, corpora = _calibration(method, adapter, calibration)
+    part = _learner(method, targets, learned, seed)
     header: dict[str, Any] = {
         "method": repr(method),
         "budget": str(budget),
         "seed": seed,
         "model": type(model).__qualname__,
     }
-    work = Work(None) if folder is None else Work(folder, {**header, **_identity(model, samples, base)})
+    if len(amounts) > 1 or tune is not None:
+        header |= {"rounds": repr(way), "tuned": tune is not None}
+    identity = _identity(adapter.model, [s for samples in streams.values() for s in samples], base)
+    work = Work(None) if folder is None else Work(folder, {**header, **identity})
     base_adapter = None if base is None else weight_adapter(base)
-    engine = Engine(method, adapter, targets, budget, samples, base_adapter, seed, work, progress)
-
     rotations = method.rotations(adapter.widths(), torch.Generator().manual_seed(seed))
     header["config"] = adapter.config()
-    before, prunable, training = size_of(model), prunable_of(adapter, targets), model.training
-    model.eval()
+    whole = adapter.model
+    before, prunable, training = size_of(whole), prunable_of(adapter, targets), whole.training
+    loss = loss_of(adapter, objective, model)
+    engine = Engine(
+        method, adapter, targets, budget, streams, corpora, loss, base_adapter, seed, work, progress, part,
+        learned is not None,
+    )  # fmt: skip
+    whole.eval()
     try:
         if rotations:
             adapter.rotate(rotations)
+        for number, amount in enumerate(amounts[:-1]):
+            engine = _round(engine, number, amount, tune)
+        engine = replace(engine, budget=budget, work=work, final=True)
         engine.go()
+        if tune is not None:
+            tuned(adapter, [pair for pair in _masks(engine) if pair[0].loose], tune, len(amounts) - 1)
         with torch.no_grad():
             header["stock"] = adapter.finish()
     finally:
-        model.train(training)
-    plan = WeightPlan(header, engine.targets, work.plan, rotations)
-    plan.header["report"] = asdict(report(engine.tally, before, size_of(model), prunable))
+        whole.train(training)
+    plan = WeightPlan(header, engine.targets, work.plan, rotations, {} if part is None else part.state_dict())
+    plan.header["report"] = asdict(report(engine.tally, before, size_of(adapter.model), prunable))
     if work.folder is not None:
         plan.save_header(work.folder)
         work.close()
     return plan
+
+
+def _round(engine: Engine, number: int, amount: Budget, tune: Tune | None) -> Engine:
+    """Take a round before the last, and return the engine of what comes next."""
+    work, adapter = engine.work.round(number), engine.adapter
+    engine = replace(engine, budget=amount, work=work, final=False)
+    if work.is_finished:
+        for block in [*range(len(adapter.blocks)), -1]:
+            work.was_decided(block)
+        for target, decision in WeightPlan({}, engine.targets, work.plan).decisions():
+            adapter.write(target, decision)
+        if (state := work.tuned()) is not None:
+            adapter.model.load_state_dict(state)
+    else:
+        engine.go()
+        if tune is not None:
+            tuned(adapter, _masks(engine), tune, number)
+        work.finished(None if tune is None else adapter.model.state_dict())
+    return replace(engine, alive={target.name: mask for target, mask in _masks(engine)}, learned=engine.learned)
+
+
+def _masks(engine: Engine) -> list[tuple[Target, Tensor]]:
+    return [(target, d.mask) for target, d in WeightPlan({}, engine.targets, engine.work.plan).decisions()]
 
 
 # -- before any work -------------------------------------------------------------------------------------------------
@@ -102,7 +176,7 @@ def _targets(method: WeightPruner, adapter: WeightAdapter, budget: Budget) -> li
         found += [target for target in of_unit if method.covers(target)]
     if not found:
         raise PrunelabError(f"{method.name} covers none of this model's targets; change its options")
-    if len(budget.amounts) not in (1, len(adapter.blocks)):
+    if not budget.names and len(budget.amounts) not in (1, len(adapter.blocks)):
         raise PrunelabError(f"the budget names {len(budget.amounts)} amounts for {len(adapter.blocks)} blocks")
     if method.quantises != (budget.unit == "bits"):
         wanted = "bits a weight, such as 3bits" if method.quantises else "what stays, not bits"
@@ -111,36 +185,90 @@ def _targets(method: WeightPruner, adapter: WeightAdapter, budget: Budget) -> li
         raise PrunelabError(f"{method.name} would remove everything under {budget}; keep more")
     adapter.refuse_tied(found)
     if budget.unit == "pattern":  # no allocation makes a row divisible, so that this is known now
-        check_budgets(found, [budget.at(target.block) for target in found])
+        check_budgets(found, [budget.at(t.component if budget.names else t.block) for t in found])
     found.sort(key=lambda target: target.block if target.block >= 0 else len(adapter.blocks))
     return found
 
 
-def _samples(
-    method: WeightPruner,
-    adapter: WeightAdapter,
-    targets: Sequence[Target],
-    calibration: Tensor | Sequence[Tensor] | None,
-) -> list[Tensor]:
+def _amounts(way: Rounds, budget: Budget, targets: Sequence[Target]) -> list[Budget]:
+    """The budgets of all rounds."""
+    amounts = way.budgets(budget)
+    stays = {target.unit for target in targets if target.whole or target.unit == "experts"}
+    if len(amounts) > 1 and stays:
+        raise PrunelabError(f"{' and '.join(sorted(stays))} leave at once; rounds are for weights, heads and channels")
+    return amounts
+
+
+def _learner(
+    method: WeightPruner, targets: Sequence[Target], learned: nn.Module | Mapping[str, Tensor] | None, seed: int
+) -> nn.Module | None:
+    """The method's learned part: new, drawn by the seed, or with what it learned before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        part = method.build(targets)
+    if learned is None:
+        return part
+    if part is None:
+        raise PrunelabError(f"{method.name} learns nothing; leave `learned` out")
+    state = learned.state_dict() if isinstance(learned, nn.Module) else learned
+    own = {name: tuple(tensor.shape) for name, tensor in part.state_dict().items()}
+    if own != {name: tuple(tensor.shape) for name, tensor in state.items()}:
+        raise PrunelabError(f"what {method.name} learned is for targets of other shapes; train it on this model")
+    part.load_state_dict(state)
+    return part
+
+
+def _calibration(
+    method: WeightPruner, adapter: WeightAdapter, calibration: Any
+) -> tuple[dict[str, list[Any]], dict[str, Corpus]]:
+    """What streams through each chain of blocks, by its component, and the corpora by name; nothing where the method
+    reads none."""
     precomputes = type(method).precompute is not WeightPruner.precompute
     if not precomputes and not any(method.statistics(unit) for unit in method.units):
-        return []
-    samples = [] if calibration is None else list(calibration)
-    if not samples:
-        raise PrunelabError(
-            f"{method.name} needs a calibration set; give token ids, see prunelab.common.weights.windows"
-        )
+        return {chain.component: [] for chain in adapter.chains}, {}
+    chains = {chain.component: chain.adapter for chain in adapter.chains}
     device = next(adapter.model.parameters()).device
-    for sample in samples:
-        adapter.check_sample(sample)
-    return [sample.to(device) for sample in samples]
+    parts = named(calibration)
+    several = "" not in chains
+    if several and (strange := parts.keys() - chains.keys()):
+        raise PrunelabError(
+            f"'{min(strange)}' is no component to prune; give calibration sets for {', '.join(chains)} by name"
+        )
+    found = {
+        name: (calls if isinstance(chains.get(name), Linears) else corpus)(part).to(device)
+        for name, part in parts.items()
+    }
+    asked = any(method.statistics(unit) for unit in method.units)
+    for name in chains if several and asked else [""]:
+        if not any(found[key].items for key in ([name] if several and asked else found) if key in found):
+            of = f" for {name}" if name else ""
+            raise PrunelabError(
+                f"{method.name} needs a calibration set{of}; give token ids, see prunelab.common.weights.windows"
+            )
+    streams = {name: found[name].sequences if name in found else [] for name in chains}
+    if not several:
+        streams = {"": [sequence for part in found.values() for sequence in part.sequences]}
+    for name, samples in streams.items():
+        for sample in samples:
+            chains[name].check_sample(sample)
+    return streams, found
 
 
-def _identity(model: nn.Module, samples: Sequence[Tensor], base: nn.Module | None) -> dict[str, str]:
+def _identity(model: nn.Module, samples: Sequence[Any], base: nn.Module | None) -> dict[str, str]:
     """Hashes by which an interrupted run knows its own."""
-    calibration = fingerprint({str(i): sample for i, sample in enumerate(samples)})
+    calibration = fingerprint(_leaves(samples))
     found = {"weights": fingerprint(model, SAMPLED), "calibration": calibration}
     return found if base is None else {**found, "base": fingerprint(base, SAMPLED)}
+
+
+def _leaves(samples: Sequence[Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for i, sample in enumerate(samples):
+        if isinstance(sample, Tensor):
+            found[str(i)] = sample
+        else:
+            found |= {f"{i}|{j}": leaf for j, leaf in enumerate(tree_leaves(sample)) if isinstance(leaf, Tensor)}
+    return found
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------

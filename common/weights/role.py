@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.method import Method
 from prunelab.common.weights import masks
+from prunelab.common.weights.rounds import Rounds
 from prunelab.common.weights.targets import Accumulator, Decision, Probe, Statistics, Target, Unit, WeightSignals
 
 
@@ -35,6 +36,16 @@ class WeightPruner(Method):
     def units(self) -> Sequence[Unit]:
         """What the method prunes."""
         return ("linear",)
+
+    @property
+    def rounds(self) -> Rounds:
+        """In how many rounds the budget is reached; `prune(..., rounds=...)` says otherwise."""
+        return Rounds()
+
+    def build(self, info: Any) -> nn.Module | None:
+        """The method's learned part for these targets (`info`), untrained, or None: what `precompute` trains and finds
+        in `Probe.learned`. It is stored with the plan, and serves other models with targets of the same shapes."""
+        return None
 
     def covers(self, target: Target) -> bool:
         """Whether the method touches a target of its units."""
@@ -60,7 +71,7 @@ class WeightPruner(Method):
     def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
         """The budget of every target; by default the same for all, or one amount a block. The signals of a sequential
         method hold what `precompute` found, the others' everything."""
-        return [budget.at(target.block) for target in targets]
+        return [budget.at(target.component if budget.names else target.block) for target in targets]
 
     def mask(self, target: Target, scores: Tensor, budget: Budget) -> Tensor:
         """Mask of what stays, of the target's shape: by default the best of each row, or the best structures."""
@@ -72,7 +83,7 @@ class WeightPruner(Method):
 
     def solve(self, target: Target, signals: WeightSignals, budget: Budget) -> Decision:
         """A sequential method's decision on one target. Methods that choose and update at once override this."""
-        scores = self.score(target, signals)
+        scores = signals.without_gone(self.score(target, signals))
         masks.refuse_nan(scores, target.name)
         mask = self.mask(target, scores, budget)
         return Decision(mask, self.update(target, signals, mask))

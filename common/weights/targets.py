@@ -42,7 +42,8 @@ class Target:
     source: targets of equal source read the same input;
     expert: index of the expert a `linear` target belongs to, -1 for none;
     least:  units the model cannot do without (of experts, as many as a token is sent to);
-    read:   parameters that read one unit, which become zero where it is silenced rather than removed.
+    read:   parameters that read one unit, which become zero where it is silenced rather than removed;
+    component: of a model of several components, the one it lies in.
     """
 
     unit: Unit
@@ -56,6 +57,7 @@ class Target:
     expert: int = -1
     least: int = 1
     read: int = 0
+    component: str = ""
 
     @property
     def units(self) -> int:
@@ -157,18 +159,24 @@ class WeightSignals:
         of layers and sublayers every parameter under its path, as it is stored;
     statistics: by the names under which the method asked for them;
     base: the same tensors in the model before fine-tuning, where `prune` was given one;
-    rng: draws that depend on the seed and the target alone.
+    rng: draws that depend on the seed and the target alone;
+    alive: mask of the units that earlier rounds have left, None in the first round.
     """
 
     weights: Mapping[str, Tensor]
     statistics: Statistics = field(default_factory=dict)
     base: Mapping[str, Tensor] | None = None
     rng: torch.Generator | None = None
+    alive: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
         """The weight of a linear or tensor target."""
         return self.weights["weight"]
+
+    def without_gone(self, scores: Tensor) -> Tensor:
+        """Scores of which those of units that earlier rounds took are the lowest there are, so that they go first."""
+        return scores if self.alive is None else scores.masked_fill(~self.alive.to(scores.device), -torch.inf)
 
     def __getitem__(self, name: str) -> Tensor:
         """A statistic."""
@@ -228,35 +236,66 @@ class Decision:
         return int(self.mask.sum())
 
 
+class Candidates(Protocol):
+    """Decisions on targets at several budgets, to be tried in any combination."""
+
+    def decision(self, target: str, index: int) -> Decision:
+        """The candidate of a target, by name, at its index-th budget."""
+
+    def decisions(self, chosen: Mapping[str, int]) -> Iterable[tuple[Target, Decision]]:
+        """One candidate of each target, for `Probe.trial`, read one by one."""
+
+
 class Probe(Protocol):
     """The whole unpruned model, for methods that measure it before the calibration set streams through its blocks."""
 
     targets: Sequence[Target]
-    samples: Sequence[Tensor]
+    samples: list[Any]
+    corpora: Mapping[str, Any]  # by name, of items and sequences; see `prunelab.common.weights.corpora.Corpus`
     budget: Budget
+    learned: Any  # the module of `WeightPruner.build`, and whether it was trained before
+    trained: bool
 
     def signals(self, target: Target) -> WeightSignals:
         """What the method may see of a target before anything is measured, with the draws it will see later."""
 
     def statistics(
-        self, wanted: Mapping[Unit, Mapping[str, Callable[[Target], Accumulator]]]
+        self, wanted: Mapping[Unit, Mapping[str, Callable[[Target], Accumulator]]], corpus: str | None = None
     ) -> dict[str, dict[str, Tensor]]:
-        """Statistics by target and name of the dense model's stream, asked for by unit and name."""
+        """Statistics by target and name of the dense model's stream, asked for by unit and name; over all sequences or
+        those of one corpus."""
 
     def gradients(
-        self, factories: Mapping[str, Callable[[Target], Accumulator]], together: bool = False
+        self,
+        factories: Mapping[str, Callable[[Target], Accumulator]],
+        together: bool = False,
+        corpus: str | None = None,
+        batch: int = 1,
     ) -> dict[str, dict[str, Tensor]]:
-        """Statistics by target and name of the loss gradients of each linear's weight, one backward pass a sequence;
-        `together` one for the mean of their losses, which gives each gradient once and whole. Of heads and channels
-        each projection has statistics of its own, `name.q` and so on: the factory gets the target with that role."""
+        """Statistics by target and name of the loss gradients of each linear's weight, one backward pass for `batch`
+        items of the calibration set, or of one corpus of it; `together` one for the mean of all their losses, which
+        gives each gradient once and whole. Of heads and channels each projection has statistics of its own, `name.q`
+        and so on: the factory gets the target with that role."""
 
     def trial(self, decisions: Iterable[tuple[Target, Decision]]) -> AbstractContextManager[None]:
         """The model under these decisions for the length of a `with` block; then it is again what it was, to the bit.
         Decisions are taken from the iterator one by one; structures are silenced rather than removed, and experts
-        cannot be tried."""
+        cannot be tried. With a work folder what they change is kept on disk, and memory does not grow with depth."""
 
-    def loss(self, sample: Tensor) -> Tensor:
-        """The model's own loss on one sequence."""
+    def candidates(
+        self,
+        budgets: Mapping[str, Sequence[Budget]],
+        solve: Callable[[Target, WeightSignals, Budget], Decision],
+        statistics: Mapping[Unit, Mapping[str, Callable[[Target], Accumulator]]],
+        onward: Mapping[str, int] | None = None,
+        name: str = "candidates",
+    ) -> Candidates:
+        """What `solve` decides on every target at each of its budgets, block by block, from these statistics. The
+        stream is the dense model's, or goes on through each target's `onward`-th candidate. Kept on disk where the run
+        has a folder, under a name; a run that goes on takes up what is there."""
+
+    def loss(self, sample: Any) -> Tensor:
+        """The objective on one item of the calibration set, by default the model's own loss on one sequence."""
 
     def logits(self, sample: Tensor) -> Tensor:
         """The model's logits [T, V] on one sequence."""

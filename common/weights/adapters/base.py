@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,17 @@ from prunelab.common.weights.targets import Decision, Observation, Target, Unit
 
 Tap = tuple[tuple[Any, ...], Any]  # what a module got and what it gave
 View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Blocks `start` to `stop` of a model, through which one calibration set passes: that of a `component`, whose
+    `adapter` runs it."""
+
+    component: str
+    start: int
+    stop: int
+    adapter: WeightAdapter
 
 
 class WeightAdapter(ABC):
@@ -45,12 +56,25 @@ class WeightAdapter(ABC):
     def prefix(self, block: int) -> str:
         """Name of a block in the model; empty where the block is the model."""
 
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """The chains of blocks that calibration sets pass through: one, but in models of several components."""
+        return (Chain("", 0, len(self.blocks), self),)
+
     @abstractmethod
-    def run(self, sample: Tensor) -> Any:
+    def run(self, sample: Any) -> Any:
         """The model's forward on one sample, as calibration needs it."""
 
-    def loss(self, sample: Tensor) -> Tensor:
-        """The loss the model was trained with, on one sample."""
+    def call(self, sample: Any) -> Any:
+        """What tells the calls of the blocks on one sample from those on others: their length."""
+        return len(sample)
+
+    def embed(self, sample: Tensor) -> Tensor:
+        """The model's embedding [D] of one sequence."""
+        raise PrunelabError(f"a {type(self.model).__name__} gives no embeddings; use a text encoder or decoder")
+
+    def loss(self, sample: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The loss the model was trained with, on one sample. labels: by default the sample itself."""
         raise PrunelabError(
             f"the loss of a {type(self.model).__name__} needs labels, which a calibration set does not hold;"
             " use a method that needs no losses or gradients"
@@ -170,22 +194,41 @@ class WeightAdapter(ABC):
                     for reader in self.readers(target):
                         reader.silence(~decision.mask)
 
-    def attempt(self, target: Target, decision: Decision) -> Callable[[], None]:
+    def staying(self, pruned: Sequence[tuple[Target, Tensor]]) -> dict[int, tuple[nn.Parameter, Tensor]]:
+        """By identity the parameters that hold pruned weights, or that read pruned units which are still there, and of
+        each, as a mask, what stays; `pruned` are targets with their masks."""
+        found: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+        def of(parameter: nn.Parameter) -> Tensor:
+            stays = torch.ones_like(parameter, dtype=torch.bool)
+            return found.setdefault(id(parameter), (parameter, stays))[1]
+
+        for target, mask in pruned:
+            if target.loose:
+                parameter, view = self.holders(target)["weight"]
+                view(of(parameter)).masked_fill_(~mask.to(parameter.device), False)
+            for reader in () if target.loose else self.readers(target):
+                reader.blank(of(reader.module.weight), ~mask)
+        return found
+
+    def attempt(self, target: Target, decision: Decision, dense: Shelf | None = None) -> Callable[[], None]:
         """Carry a decision out in a way that the returned function takes back to the bit: structures are silenced
-        rather than removed."""
+        rather than removed. What was there is kept in memory, or on a shelf of the dense model's tensors."""
         decision = replace(decision, remove=False)
         self.check(target, decision)
         own, touched = self.weights(target), {*decision.values, *(["weight"] if target.loose else [])}
-        before = {role: own[role].clone() for role in touched & own.keys()}
-        readers = [(r.module.weight, r.module.weight.detach().clone()) for r in self.readers(target)]
+        readers = {f"reader {i}": r.module.weight.detach() for i, r in enumerate(self.readers(target))}
+        touching = {**{role: own[role] for role in touched & own.keys()}, **readers}
+        kept = _kept(dense, target.name, touching)
         self.write(target, decision)
 
         def undo() -> None:
             with torch.no_grad():
-                for role, value in before.items():
-                    self.assign(target, role, value)
-                for weight, value in readers:
-                    weight.copy_(value)
+                for role, value in kept().items():
+                    if role in readers:
+                        readers[role].copy_(value)
+                    else:
+                        self.assign(target, role, value)
             for role in decision.values.keys() - own.keys():
                 self.drop_bias(target, role)
 
@@ -252,3 +295,22 @@ class WeightAdapter(ABC):
                     raise PrunelabError(
                         f"{' and '.join(shared)} are one tied parameter; untie them or leave {target.name} out"
                     )
+
+
+class Shelf(Protocol):
+    """A place for groups of tensors by key; see `prunelab.common.weights.checkpoints.Shelf`."""
+
+    def __contains__(self, key: str) -> bool: ...
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None: ...
+    def get(self, key: str) -> dict[str, Tensor]: ...
+
+
+def _kept(shelf: Shelf | None, name: str, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """Copies of tensors, of a shelf made once."""
+    if shelf is None:
+        copies = {role: tensor.clone() for role, tensor in tensors.items()}
+        return lambda: copies
+    key = f"{name}|{','.join(sorted(tensors))}"
+    if key not in shelf:
+        shelf.put(key, tensors)
+    return lambda: shelf.get(key)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.weights.adapters.base import Tap, View, WeightAdapter
+from prunelab.common.weights.adapters.base import Shelf, Tap, View, WeightAdapter
 from prunelab.common.weights.adapters.projections import IN, OUT, Projection, length, remove
 from prunelab.common.weights.targets import Decision, Observation, Target
 
@@ -198,9 +198,9 @@ class Blocks(WeightAdapter):
         projections = self.projections(target)
         return [projections[READS[target.unit]]] if projections else []
 
-    def attempt(self, target: Target, decision: Decision) -> Callable[[], None]:
+    def attempt(self, target: Target, decision: Decision, dense: Shelf | None = None) -> Callable[[], None]:
         if not target.whole:
-            return super().attempt(target, decision)
+            return super().attempt(target, decision, dense)
         own = self.weights(target)
         before = {role: own[role].clone() for role in decision.values}
         for role, value in decision.values.items():

@@ -47,9 +47,10 @@ class Decoder(Mixtures):
     def run(self, sample: Tensor) -> Any:
         return self.model(input_ids=sample.unsqueeze(0), use_cache=False)
 
-    def loss(self, sample: Tensor) -> Tensor:
+    def loss(self, sample: Tensor, labels: Tensor | None = None) -> Tensor:
         ids = sample.unsqueeze(0)
-        loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        labels = ids if labels is None else labels.unsqueeze(0)
+        loss: Tensor = self.model(input_ids=ids, labels=labels, use_cache=False).loss
         return loss
 
     def widths(self) -> dict[str, int]:

@@ -107,7 +107,11 @@ class T5(Pretrained):
             out = out * self.model.model_dim**-0.5
         return SimpleNamespace(logits=self.model.lm_head(out))
 
-    def loss(self, sample: Tensor) -> Tensor:
+    def loss(self, sample: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is not None:
+            raise PrunelabError(
+                "T5 calibrates on plain sequences, of which it predicts the second half; leave labels out"
+            )
         source, target = self._pair(sample)
         loss: Tensor = self.model(input_ids=source, labels=target).loss
         return loss

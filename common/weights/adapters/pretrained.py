@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunelab.common.core.attention_interface import record
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.adapters.base import Shelf
 from prunelab.common.weights.adapters.blocks import READS, Blocks
 from prunelab.common.weights.adapters.projections import IN, length
 from prunelab.common.weights.targets import Decision, Target
@@ -41,6 +42,12 @@ class Pretrained(Blocks):
         if int(sample.min()) < 0 or int(sample.max()) >= config.vocab_size:
             raise PrunelabError(f"calibration tokens lie outside the vocabulary of {config.vocab_size}")
 
+    def embed(self, sample: Tensor) -> Tensor:
+        """The last token's state behind the last norm, as decoders are made to embed."""
+        body = self.model.base_model
+        state: Tensor = body(input_ids=sample.unsqueeze(0)).last_hidden_state[0, -1]
+        return state
+
     def config(self) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(self.model.config.to_json_string(use_diff=False))
         return values
@@ -68,8 +75,8 @@ class Pretrained(Blocks):
         self.reshaped = True
         self.options.add(self.biases[target.unit])
 
-    def attempt(self, target: Target, decision: Decision) -> Callable[[], None]:
-        flags, back = (self.reshaped, set(self.options)), super().attempt(target, decision)
+    def attempt(self, target: Target, decision: Decision, dense: Shelf | None = None) -> Callable[[], None]:
+        flags, back = (self.reshaped, set(self.options)), super().attempt(target, decision, dense)
 
         def undo() -> None:
             back()

@@ -86,10 +86,13 @@ class Projection:
 
     def silence(self, gone: Tensor) -> None:
         """Set what the outputs or inputs of these units [units] hold to zero."""
-        weight = self.module.weight.detach()
-        if weight.device.type != "meta":
-            dim = self.axis ^ (weight.dim() == 2 and hasattr(self.module, "nf"))
-            weight.index_fill_(dim, self.entries[gone.cpu()].flatten().to(weight.device), 0)
+        self.blank(self.module.weight.detach(), gone)
+
+    def blank(self, tensor: Tensor, gone: Tensor) -> None:
+        """Set the entries of these units [units] to zero in a tensor shaped like the module's weight."""
+        if tensor.device.type != "meta":
+            dim = self.axis ^ (tensor.dim() == 2 and hasattr(self.module, "nf"))
+            tensor.index_fill_(dim, self.entries[gone.cpu()].flatten().to(tensor.device), 0)
 
     def _taken(self, tensor: Tensor, dim: int) -> Tensor:
         places = self.entries.flatten()
