@@ -7,6 +7,8 @@ bias [B, N] over keys (-inf masks padding).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,11 +43,26 @@ def row(queries: Tensor, keys: Tensor, scale: float, index: int, bias: Tensor | 
     return weights(queries[:, :, index, None], keys, scale, bias).squeeze(2)
 
 
-def received(attention: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Attention [B, H, N] each token receives: the column sums of attention [B, H, N, N] over valid rows."""
-    if valid is not None:
-        attention = attention * valid[:, None, :, None]
-    return attention.sum(-2)
+BLOCK = 1 << 21  # attention weights held at once while rows are summed
+
+
+def received(rows: Callable[[int, int], Tensor], shape: tuple[int, int, int], valid: Tensor | None = None) -> Tensor:
+    """Attention [B, H, N] each token receives: the column sums over the valid rows, [B, N] bool.
+
+    rows(start, stop) gives attention [B, H, stop - start, N] of some query rows, out of N for the shape (B, H, N). They
+    are asked for a block at a time, so that a long sequence's never stand in memory together.
+    """
+    batch, heads, total = shape
+    size = max(1, min(total, BLOCK // max(1, batch * heads * total)))
+    out: Tensor | None = None
+    for start in range(0, total, size):
+        part = rows(start, min(start + size, total))
+        if valid is not None:
+            part = part * valid[:, None, start : start + size, None]
+        summed = part.sum(-2)
+        out = summed if out is None else out + summed
+    assert out is not None
+    return out
 
 
 def grouped(heads: Tensor, key_heads: int) -> Tensor:
@@ -78,9 +95,6 @@ def causal_rows(
         own = own == torch.arange(total, device=keys.device)  # [M, N]
         scores = scores.masked_fill(~(valid[:, :, None, None] | own), float("-inf"))
     return torch.softmax(scores, -1, out=scores)
-
-
-BLOCK = 1 << 21  # attention weights held at once while rows are summed
 
 
 def accumulated(

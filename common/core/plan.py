@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Where = Literal["input", "after_attention", "block_output", "projected", "packed"]
+Where = Literal["input", "after_attention", "block_output", "tower", "projected", "packed"]
 
 
 Rest = Literal["drop", "bypass", "halt", "defer"]
@@ -22,8 +22,9 @@ class Site:
     """A place in a network where a plan acts. `index` counts the method's own sites in order.
 
     where: `input` sees what enters the layer, `after_attention` the residual stream between attention and MLP,
-    `block_output` the finished block with that block's attention at hand, `projected` visual tokens before
-    pooling and packing, `packed` the sequence a language model is about to read.
+    `block_output` the finished block with that block's attention at hand, `tower` what enters a layer of the image
+    encoder before a language model, `projected` visual tokens before pooling and packing, `packed` the sequence a
+    language model is about to read.
     """
 
     layer: int
@@ -37,7 +38,8 @@ class ModelInfo:
 
     `tokens` includes the `special` tokens, which come first; only a class token may sit elsewhere, at `class_place`
     (vision Mamba puts it in the middle). `levels` counts the feature maps of a pyramid, `vocabulary` the tokens that a
-    language model gives logits for.
+    language model gives logits for. `tower` are the sizes of the image encoder before a language model, as deep as its
+    features come from, with the tokens of one crop.
     """
 
     family: str
@@ -50,6 +52,7 @@ class ModelInfo:
     class_place: int = 0
     grid: tuple[int, ...] | None = None
     levels: int = 1
+    tower: ModelInfo | None = None
     vocabulary: int = 0
 
     def patches(self, places: Tensor) -> Tensor:

@@ -3,13 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import ModelInfo
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A signal of another layer than the site's own: named among what a method requires, read by `signals.at`.
+
+    Parameters
+    ----------
+    name : str
+        The signal as it is right behind that layer: `hidden`, `queries`, `keys`, `values`, `cls_row`, `last_row`,
+        `received`, or `attention` of some `rows`.
+    layer : int
+        Counted from 0. In the image encoder negative numbers count backwards from the layer that gives the features,
+        which is -1.
+    where : str
+        `layer` of the model (or decoder) itself, before the site, or of the image encoder's `tower`.
+    rows : str, optional
+        Whose attention `attention` is: that of the `text` tokens behind the visual ones, [B, H, R, N]; samples with
+        fewer have rows of zeros in front.
+    """
+
+    name: str
+    layer: int
+    where: Literal["layer", "tower"] = "layer"
+    rows: Literal["text"] | None = None
+
+    def __str__(self) -> str:
+        rows = f" of the {self.rows}" if self.rows else ""
+        return f"{self.name}{rows} of {'the tower, ' if self.where == 'tower' else ''}layer {self.layer}"
+
+
+Signal = str | Reading
 
 
 class Signals:
@@ -23,14 +56,14 @@ class Signals:
 
     def __init__(
         self,
-        sources: Mapping[str, Callable[[], Tensor]],
+        sources: Mapping[Any, Callable[[], Tensor]],
         *,
         prunable: Tensor,
         units: int,
         info: ModelInfo,
         valid: Tensor | None = None,
         rng: torch.Generator | None = None,
-        required: frozenset[str] | None = None,
+        required: frozenset[Any] | None = None,
         services: Mapping[str, Any] | None = None,
         memory: dict[str, Any] | None = None,
     ) -> None:
@@ -45,19 +78,25 @@ class Signals:
         self.memory: dict[str, Any] = {} if memory is None else memory
         missing = self._required - set(self._sources)
         if missing:
-            raise PrunelabError(f"this site cannot give the signals {', '.join(sorted(missing))} that the method reads")
+            raise PrunelabError(
+                f"this site cannot give the signals {', '.join(sorted(map(str, missing)))} that the method reads"
+            )
 
     def __getattr__(self, name: str) -> Tensor:
         if name.startswith("_") or name not in self._sources or name not in self._required:
             raise AttributeError(f"signal '{name}' was not required at this site; name it in requires()")
-        value = self._sources[name]()
-        if value.device.type != "meta" and not _bounded(value, name):
-            raise PrunelabError(f"the signal '{name}' holds NaN or infinite values; check the input and the weights")
+        value = self._read(name)
         setattr(self, name, value)
         return value
 
+    def _read(self, name: str | Reading) -> Tensor:
+        value = self._sources[name]()
+        if value.device.type != "meta" and not _bounded(value, name):
+            raise PrunelabError(f"the signal '{name}' holds NaN or infinite values; check the input and the weights")
+        return value
 
-def _bounded(value: Tensor, name: str) -> bool:
+
+def _bounded(value: Tensor, name: str | Reading) -> bool:
     """No NaN and no infinity, in one pass (extremes carry NaN); logits may be -inf where a column is masked."""
     if value.numel() == 0:
         return True

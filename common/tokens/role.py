@@ -11,6 +11,7 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.method import Method
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Positions, Reduction, Rest, Site
+from prunelab.common.core.signals import Signal
 from prunelab.common.tokens.signals import TokenSignals
 
 
@@ -32,8 +33,9 @@ class TokenPruner(Method):
         """Where the method acts in a model of this size, in forward order."""
 
     @abstractmethod
-    def requires(self, site: Site) -> frozenset[str]:
-        """Names of the signals read at a site. The adapter computes these and no others."""
+    def requires(self, site: Site) -> frozenset[Signal]:
+        """Names of the signals read at a site, and the `Reading`s of other layers. The adapter computes these and no
+        others."""
 
     def beside(self, other: Method) -> str | None:
         if other.role == "cache_pruner" and self.rest == "defer":

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.plan import Gather
-from prunelab.common.core.signals import Signals
+from prunelab.common.core.plan import Gather, ModelInfo
+from prunelab.common.core.signals import Reading, Signals
 
 
 @dataclass(frozen=True)
 class View:
     """The tokens of one site as the adapter sees them; see `TokenSignals` for the fields."""
 
-    sources: Mapping[str, Callable[[], Tensor]]  # how each signal is computed, by name
+    sources: Mapping[Any, Callable[[], Tensor]]  # how each signal is computed, by name
     prunable: Tensor
     units: int
     valid: Tensor | None = None
@@ -28,6 +28,8 @@ class View:
     grids: Sequence[tuple[int, int]] = ()
     modality: str | None = None
     packed: int | None = None
+    info: ModelInfo | None = None  # None: the model's
+    other: Callable[[Reading], Tensor] | None = None  # computes readings, where the adapter's `read` does not
 
 
 class TokenSignals(Signals):
@@ -51,7 +53,7 @@ class TokenSignals(Signals):
 
     def __init__(
         self,
-        sources: Mapping[str, Callable[[], Tensor]],
+        sources: Mapping[Any, Callable[[], Tensor]],
         *,
         indices: Tensor | None = None,
         grids: Sequence[tuple[int, int]] = (),
@@ -62,12 +64,21 @@ class TokenSignals(Signals):
         **common: Any,
     ) -> None:
         super().__init__(sources, **common)
+        self._readings: dict[Reading, Tensor] = {}
         self.indices = indices
         self.grids = tuple(grids)
         self.modality = modality
         self.packed = self.units if packed is None else packed
         self.parts: Any = parts
         self.state: dict[str, Any] = {} if state is None else state
+
+    def at(self, reading: Reading) -> Tensor:
+        """A required signal of another layer, of the tokens at hand: in the shape that it has at a site."""
+        if reading not in self._required:
+            raise AttributeError(f"'{reading}' was not required at this site; name it in requires()")
+        if reading not in self._readings:
+            self._readings[reading] = self._read(reading)
+        return self._readings[reading]
 
     def one_length(self, method: str) -> None:
         """Refuse padded samples, for methods that are defined on one length only."""

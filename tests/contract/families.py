@@ -138,14 +138,18 @@ def _adapter(family: str) -> Any:
     return adapter_for(FAMILIES[family]())
 
 
-def usable(method: TokenPruner, family: str) -> bool:
-    """Whether the family has the method's sites, their signals and the fates it asks for."""
+def reason(method: TokenPruner, family: str) -> str | None:
+    """Why a family cannot give the method's sites, their signals and its `rest`; None where it can."""
     try:
-        sites = method.sites(info(family))
-        _adapter(family).check(method, sites)
-    except PrunelabError:
-        return False
-    return True
+        _adapter(family).check(method, method.sites(info(family)))
+    except PrunelabError as error:
+        return str(error)
+    return None
+
+
+def usable(method: TokenPruner, family: str) -> bool:
+    """Whether the family gives all that the method asks for."""
+    return reason(method, family) is None
 
 
 def applied(method: TokenPruner, model: nn.Module, budget: Budget | float, **options: Any) -> Any:
@@ -276,5 +280,6 @@ __all__ = [
     "images",
     "info",
     "output",
+    "reason",
     "usable",
 ]

@@ -15,6 +15,7 @@ from prunelab.common.constrained.role import ConstrainedSampler
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.method import Method
 from prunelab.common.core.plan import ModelInfo, Site
+from prunelab.common.core.signals import Reading
 from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 from prunelab.common.ranking import sentences
 from prunelab.common.ranking.sentences import Passage, SentenceRanker
@@ -80,6 +81,15 @@ def signals(
     return build(q, k, v, hidden, valid, special), {"q": q, "k": k, "v": v, "hidden": hidden}
 
 
+class Synthetic(TokenSignals):
+    """Every layer says the same."""
+
+    def at(self, reading: Reading) -> Tensor:
+        value: Tensor = getattr(self, reading.name)
+        end = value.shape[-1] if self.valid is None else int(self.valid[0].sum())
+        return value[:, :, end - 3 : end] if reading.rows else value
+
+
 def build(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, valid: Tensor | None, special: int, seed: int = 0
 ) -> TokenSignals:
@@ -93,6 +103,7 @@ def build(
     units = total - special
     if valid is not None:
         prunable &= valid
+    rows = 1 if valid is None else valid[:, None, :, None]
     sources: dict[str, Callable[[], Tensor]] = {
         "hidden": lambda: hidden,
         "queries": lambda: q,
@@ -102,7 +113,7 @@ def build(
         "attention": lambda: logits.softmax(-1),
         "cls_row": lambda: logits.softmax(-1)[:, :, 0],
         "last_row": lambda: logits.softmax(-1)[:, :, total - 1 if valid is None else int(valid[0].sum()) - 1],
-        "received": lambda: logits.softmax(-1).sum(-2),
+        "received": lambda: (logits.softmax(-1) * rows).sum(-2),
         "sizes": lambda: torch.ones(batch, total),
         "scans": lambda: torch.stack([hidden, hidden.flip(-1) - 1], 1),
         "class_confidence": lambda: (4 * hidden[..., :4]).sigmoid() + 0 * hidden[..., :4],  # bad values stay bad
@@ -117,7 +128,7 @@ def build(
     info = ModelInfo("reference", 12, heads, heads * width, real + special, special, special > 0)
     rng = torch.Generator().manual_seed(seed)
     places = torch.arange(total).expand(batch, -1)
-    return TokenSignals(
+    return Synthetic(
         sources, prunable=prunable, units=units, info=info, valid=valid, rng=rng, indices=places, grids=((1, total),)
     )
 

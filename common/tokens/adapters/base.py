@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -16,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import refuse_checkpointing
-from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
+from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site, take
+from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals, View
 
@@ -102,6 +104,15 @@ class Application:
     services: Mapping[str, Any]
     parts: nn.Module | None = None
 
+    def readings(self, where: str) -> dict[int, set[str]]:
+        """What is read of other layers there: names by layer."""
+        found: dict[int, set[str]] = {}
+        for site in self.sites:
+            for reading in self.method.requires(site):
+                if isinstance(reading, Reading) and reading.where == where:
+                    found.setdefault(reading.layer, set()).add(reading.name)
+        return found
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -159,13 +170,47 @@ class Tokens:
 
 
 @dataclass
+class Seen:
+    """What is kept of a layer for `Reading`s at later sites: its tokens as they were, tensors by name, and which of
+    them the tokens at hand are (None: all, in order)."""
+
+    tokens: Tokens
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    index: Tensor | None = None  # [B, N now]
+    mixed: bool = False
+
+    def follow(self, reduce: Gather | Mix) -> None:
+        """The tokens at hand are reduced."""
+        if isinstance(reduce, Mix):
+            self.mixed = True
+        else:
+            self.index = reduce.index if self.index is None else self.index.gather(1, reduce.index)
+
+    def now(self, value: Tensor, name: str) -> Tensor:
+        """The layer's signal `name`, of the tokens at hand alone."""
+        if self.mixed:
+            raise PrunelabError(f"'{name}' of an earlier layer cannot be read once tokens were merged")
+        index = self.index
+        if index is None:
+            return value
+        if name == "hidden":
+            return take(value, index)
+        if value.dim() == 4 and name != "attention":
+            return take(value, index.unsqueeze(1).expand(-1, value.shape[1], -1))
+        for _ in range(value.dim() - 2):
+            index = index.unsqueeze(1)
+        return value.gather(-1, index.expand(*value.shape[:-1], -1))
+
+
+@dataclass
 class Pass:
     """One forward pass: all that its hooks leave for each other. Every thread has its own, copies of a model have none.
 
-    state: what the method leaves for its later sites. kept: see `Handle.kept`.
+    state: what the method leaves for its later sites. kept: see `Handle.kept`. seen: layers that later sites read.
     """
 
     tokens: Tokens = field(default_factory=Tokens)
+    seen: dict[int, Seen] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     kept: list[tuple[Site, Tensor]] = field(default_factory=list)
 
@@ -219,25 +264,54 @@ class Adapter(ABC, Generic[P]):
     def view(self, site: Site, x: Tensor) -> View:
         """The tokens x [B, N, D] at a site, and how each of its signals is computed."""
 
-    def signals_of(self, application: Application, site: Site, x: Tensor, view: View | None = None) -> TokenSignals:
+    def read(self, site: Site, x: Tensor, reading: Reading) -> Tensor:
+        """A reading that `readable` finds no fault with, of the tokens x [B, N, D] at hand at a site."""
+        raise NotImplementedError
+
+    def readable(self, site: Site, reading: Reading) -> str | None:
+        """Why a reading cannot be had at a site of this very model; None where it can."""
+        return f"{self.family} gives signals of the site's own layer alone"
+
+    def signals_of(
+        self,
+        application: Application,
+        site: Site,
+        x: Tensor,
+        view: View | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> TokenSignals:
         """What the method may see of the tokens x [B, N, D] at a site."""
+        view, required = self.view(site, x) if view is None else view, application.method.requires(site)
+        read = partial(self.read, site, x) if view.other is None else view.other
         return TokenSignals(
-            **vars(self.view(site, x) if view is None else view),
-            info=self.info,
+            {**{r: partial(read, r) for r in required if isinstance(r, Reading)}, **view.sources},
+            prunable=view.prunable,
+            units=view.units,
+            valid=view.valid,
+            indices=view.indices,
+            grids=view.grids,
+            modality=view.modality,
+            packed=view.packed,
+            info=self.info if view.info is None else view.info,
             rng=application.rng(x.device),
-            required=application.method.requires(site),
+            required=required,
             services=application.services,
             parts=application.parts,
-            state=self.running.state,
+            state=self.running.state if state is None else state,
         )
 
     def decide(
-        self, application: Application, site: Site, x: Tensor, view: View | None = None
+        self,
+        application: Application,
+        site: Site,
+        x: Tensor,
+        view: View | None = None,
+        state: dict[str, Any] | None = None,
     ) -> tuple[Plan, TokenSignals]:
         """The method's plan for the tokens x [B, N, D] at a site, and the signals it was made from."""
         trace, method = application.trace, application.method
         with trace.scoring(), torch.no_grad():
-            signals = self.signals_of(application, site, x, view)
+            signals = self.signals_of(application, site, x, view, state)
             plan = method.plan(site, signals, application.budget.at(site.index))
             self.check_plan(plan)
         if trace.measured is not None:
@@ -262,7 +336,11 @@ class Adapter(ABC, Generic[P]):
                     f"{method.name} prunes at layer {site.layer}, but this model has layers 0 to {info.depth - 1};"
                     " set the method's layers"
                 )
-            missing = method.requires(site) - self.gives(site)
+            required = method.requires(site)
+            for reading in sorted((r for r in required if isinstance(r, Reading)), key=str):
+                if reason := self.readable(site, reading):
+                    raise PrunelabError(f"{method.name} reads {reading} at {site.where}, not to be had: {reason}")
+            missing = {name for name in required if isinstance(name, str)} - self.gives(site)
             if missing:
                 why = "; this model has no class token" if "cls_row" in missing and not info.class_token else ""
                 raise PrunelabError(
@@ -299,6 +377,17 @@ class SequenceAdapter(Adapter[P]):
     def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
         """How each signal of a site is computed, by name; see `TokenSignals`."""
 
+    def earlier(self, site: Site, reading: Reading, names: frozenset[str]) -> str | None:
+        """Why a reading of an earlier layer of the model itself cannot be had, where it gives those names."""
+        if reading.name not in names:
+            return f"{self.family} gives {', '.join(sorted(names))} of other layers"
+        last = site.layer - (site.where == "input")
+        if reading.name == "hidden" and site.where == "after_attention":
+            last -= 1
+        if not 0 <= reading.layer <= last:
+            return f"layers 0 to {last} have run there" if last >= 0 else "no layer has run there"
+        return None
+
     def begin(self, module: nn.Module, args: Any) -> None:
         """Hook before the first block: a new forward pass starts."""
         refuse_checkpointing(self.model)
@@ -323,6 +412,8 @@ class SequenceAdapter(Adapter[P]):
     def follow(self, application: Application, site: Site, plan: Plan, x: Tensor) -> None:
         """Bring what is known of the tokens up to date with a plan for x [B, N, D], and note what was kept."""
         self.running.tokens = self.running.tokens.reduce(plan, x)
+        for seen in self.running.seen.values():
+            seen.follow(plan.reduce)
         self.note(application, site, self.running.tokens.kept())
 
     def note(self, application: Application, site: Site, kept: Tensor | None) -> None:

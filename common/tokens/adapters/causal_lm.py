@@ -27,13 +27,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from prunelab.common.core import attention, selection
+from prunelab.common.core import selection
 from prunelab.common.core.attention_interface import NAME, Recorder, cache_in, implementation, record
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before, padded_first, refuse_checkpointing, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
-from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter, Tokens
+from prunelab.common.core.signals import Reading
+from prunelab.common.tokens.adapters.base import Application, Pass, Seen, SequenceAdapter, Tokens
 from prunelab.common.tokens.adapters.causal_lm_cache import Entries, PromptCache, in_order, visible
+from prunelab.common.tokens.adapters.recorded import ALONE, keeper, received, sources
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import View
 
@@ -76,6 +78,7 @@ class CausalLM(SequenceAdapter[PromptPass]):
         self.config: Any = model.config
         self.caches: WeakKeyDictionary[Any, PromptCache] = WeakKeyDictionary()  # by the model's own
         self.recorders: dict[int, Recorder] = {}  # by layer
+        self.read_layers: frozenset[int] = frozenset()  # that later sites read
 
     def started(self) -> PromptPass:
         return PromptPass()
@@ -119,8 +122,8 @@ class CausalLM(SequenceAdapter[PromptPass]):
         for site in sites if method.rest == "defer" else ():
             if missing := method.requires(site) - _LASTING:
                 raise PrunelabError(
-                    f"{method.name} reads {', '.join(sorted(missing))}, which a model no longer has of tokens in its"
-                    " cache when others come back; use rest='drop'"
+                    f"{method.name} reads {', '.join(sorted(map(str, missing)))}, which a model no longer has of"
+                    " tokens in its cache when others come back; use rest='drop'"
                 )
 
     def check_plan(self, plan: Plan) -> None:
@@ -135,13 +138,21 @@ class CausalLM(SequenceAdapter[PromptPass]):
     def install(self, application: Application) -> Callable[[], None]:
         removers: list[Callable[[], Any]] = []
         self.recorders = {}
+        wanted = application.readings("layer")
+        self.read_layers = frozenset(wanted)
         sites = {site.layer: site for site in application.sites}
         starts = sorted({0, *sites})
         try:
             for layer, site in sites.items():
                 if application.method.requires(site) & _ATTENTION:
-                    self.recorders[layer - 1], stop = record(self.blocks[layer - 1].self_attn)
-                    removers.append(stop)
+                    wanted.setdefault(layer - 1, set())
+            for layer, names in wanted.items():
+                attention = self.blocks[layer].self_attn
+                self.recorders[layer], stop = record(attention)
+                removers.append(stop)
+                for name, module in (("hidden", self.blocks[layer]), ("values", attention.v_proj)):
+                    if name in names:
+                        removers.append(after(module, keeper(functools.partial(self._seen, layer), name)))
             # before what prunes the cache of the tokens that are left
             removers.append(before(self.decoder, self._begin(application), kwargs=True, first=True))
             removers.append(after(self.decoder, self._end))
@@ -153,6 +164,9 @@ class CausalLM(SequenceAdapter[PromptPass]):
             run_all(removers)
             raise
         return lambda: run_all(removers)
+
+    def _seen(self, layer: int) -> Seen:
+        return self.running.seen.get(layer) or Seen(Tokens())  # while decoding nothing is kept
 
     def _begin(self, application: Application) -> Callable[..., Any]:
         """Before the decoder: which columns are new, and whose they are. The mask is made anew for every segment."""
@@ -234,6 +248,8 @@ class CausalLM(SequenceAdapter[PromptPass]):
                     running.cache.follow(cache)
             if segment is not None:
                 x = self._open(application, segment, site, x)
+            if layer in self.read_layers and not running.decoding:
+                running.seen[layer] = Seen(running.tokens)
             for part in ("attention", "mlp"):
                 application.trace.add(part, layer, running.counted)
             return (x, *args[1:]), given | running.aids
@@ -322,6 +338,16 @@ class CausalLM(SequenceAdapter[PromptPass]):
         units = x.shape[1] - always if view.valid is None else int(prunable.sum(1).max())
         return replace(view, prunable=prunable, units=units)
 
+    def readable(self, site: Site, reading: Reading) -> str | None:
+        if reading.where == "tower":
+            return "this model has no image encoder"
+        return self.earlier(site, reading, ALONE - {"cls_row"})
+
+    def read(self, site: Site, x: Tensor, reading: Reading) -> Tensor:
+        seen, layer = self.running.seen[reading.layer], self.blocks[reading.layer]
+        known = sources(seen, self.recorders[reading.layer], layer.self_attn.head_dim)
+        return seen.now(known[reading.name](), reading.name)
+
     def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
         seen = self.recorders.get(site.layer - 1)
         if seen is None:
@@ -337,7 +363,7 @@ class CausalLM(SequenceAdapter[PromptPass]):
                 "attention_logits": seen.logits,
                 "attention": seen.weights,
                 "last_row": lambda: row().squeeze(2),
-                "received": lambda: attention.received(seen.weights(), valid),
+                "received": lambda: received(seen, valid),
             }
         held, columns = running.cache.held[running.segment - 1], running.tokens.origin
         assert columns is not None

@@ -100,7 +100,7 @@ class DeformableEncoder(SequenceAdapter[EncoderPass]):
             missing = method.requires(site) & _FIRST_STAGE
             if missing and not self.two_stage:
                 raise PrunelabError(
-                    f"{method.name} reads {', '.join(sorted(missing))}, which only a two-stage detector has"
+                    f"{method.name} reads {', '.join(sorted(map(str, missing)))}, which only a two-stage detector has"
                 )
         if len({site.layer for site in sites}) < len(sites):
             raise PrunelabError(f"{method.name} prunes twice at one layer; a deformable encoder has one site a layer")

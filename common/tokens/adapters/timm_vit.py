@@ -17,13 +17,15 @@ from prunelab.common.core import attention
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before, replaced, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
-from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter
+from prunelab.common.core.signals import Reading
+from prunelab.common.tokens.adapters.base import Application, Pass, Seen, SequenceAdapter, Tokens
 from prunelab.common.tokens.signals import TokenSignals, View
 
 _ATTENTION = frozenset(
     {"queries", "keys", "values", "attention", "attention_logits", "cls_row", "last_row", "received"}
 )
 _ALWAYS = frozenset({"hidden", "sizes"})
+_ALONE = frozenset({"hidden", "queries", "keys", "values", "cls_row", "last_row", "received"})  # of other layers
 
 
 @dataclass
@@ -73,6 +75,10 @@ class TimmViT(SequenceAdapter[Any]):
         method, sites = application.method, application.sites
         try:
             removers.append(before(self.blocks[0], self.begin, first=True))
+            for layer, names in application.readings("layer").items():
+                removers.append(after(self._qkv_of(layer), self._see("qkv", layer)))
+                if "hidden" in names:
+                    removers.append(after(self.blocks[layer], self._see("hidden", layer)))
             first = min((site.layer for site in sites), default=len(self.blocks))
             for layer, block in enumerate(self.blocks):
                 removers.append(before(block.attn, self.count(application, layer, "attention")))
@@ -81,10 +87,7 @@ class TimmViT(SequenceAdapter[Any]):
                     removers.append(before(block.attn, self._bias_attention, kwargs=True))
             for site in sites:
                 if method.requires(site) & _ATTENTION:
-                    attn = self.blocks[site.layer].attn
-                    if not hasattr(attn, "qkv"):
-                        raise PrunelabError(f"block {site.layer} has no fused qkv to read attention signals from")
-                    removers.append(after(attn.qkv, self._keep_qkv(site.layer)))
+                    removers.append(after(self._qkv_of(site.layer), self._keep_qkv(site.layer)))
                 removers.append(self._install_site(application, site))
             if getattr(self.model, "global_pool", "token") != "token" or getattr(self.model, "attn_pool", None):
                 norm: Any = self.model.norm
@@ -93,6 +96,24 @@ class TimmViT(SequenceAdapter[Any]):
             run_all(removers)
             raise
         return lambda: run_all(removers)
+
+    def _qkv_of(self, layer: int) -> nn.Module:
+        qkv: nn.Module | None = getattr(self.blocks[layer].attn, "qkv", None)
+        if qkv is None:
+            raise PrunelabError(f"block {layer} has no fused qkv to read attention signals from")
+        return qkv
+
+    def _see(self, what: str, layer: int) -> Callable[..., None]:
+        """Keeps a layer's output for later sites."""
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen = self.running.seen
+            if what == "qkv":
+                seen[layer] = Seen(self.running.tokens, {what: output})
+            else:  # a plan in the middle of the block has acted since
+                seen[-1 - layer] = Seen(self.running.tokens, {what: output})
+
+        return hook
 
     def _install_site(self, application: Application, site: Site) -> Callable[[], Any]:
         block = self.blocks[site.layer]
@@ -147,17 +168,22 @@ class TimmViT(SequenceAdapter[Any]):
     # -- one site ------------------------------------------------------------------------------------------------
 
     def decide(
-        self, application: Application, site: Site, x: Tensor, view: View | None = None
+        self,
+        application: Application,
+        site: Site,
+        x: Tensor,
+        view: View | None = None,
+        state: dict[str, Any] | None = None,
     ) -> tuple[Plan, TokenSignals]:
-        decided = super().decide(application, site, x, view)
+        decided = super().decide(application, site, x, view, state)
         self.running.qkv.pop(site.layer, None)
         return decided
 
-    def _scratch(self, queries: Tensor) -> Tensor | None:
-        """Memory for one attention matrix, shared by all sites since each is read before the next is made."""
+    def _scratch(self, queries: Tensor, rows: int) -> Tensor | None:
+        """Memory for so many rows of attention, shared by all sites since each is read before the next is made."""
         if queries.device.type != "cpu":  # other devices cache their memory
             return None
-        size = queries.shape[0] * queries.shape[1] * queries.shape[2] ** 2
+        size = queries.shape[0] * queries.shape[1] * rows * queries.shape[2]
         scratch: Tensor | None = getattr(self._own, "scratch", None)
         if scratch is None or scratch.numel() < size or scratch.dtype != queries.dtype:
             with torch.inference_mode(False):  # a normal tensor may be written in either mode
@@ -165,18 +191,45 @@ class TimmViT(SequenceAdapter[Any]):
         return scratch
 
     def sources(self, site: Site, x: Tensor) -> dict[str, Callable[[], Tensor]]:
-        running, layer = self.running, site.layer
-        tokens = running.tokens
+        running = self.running
+        return self._signals(site.layer, lambda: running.qkv[site.layer], running.tokens)
+
+    def readable(self, site: Site, reading: Reading) -> str | None:
+        if reading.where == "tower":
+            return "this model is no tower of another; name its own layers"
+        if reading.name == "cls_row" and not self.info.class_token:
+            return "this model has no class token"
+        return self.earlier(site, reading, _ALONE)
+
+    def read(self, site: Site, x: Tensor, reading: Reading) -> Tensor:
+        if reading.name == "hidden":
+            seen = self.running.seen[-1 - reading.layer]
+            return seen.now(seen.kept["hidden"], "hidden")
+        seen = self.running.seen[reading.layer]
+        signals = self._signals(reading.layer, lambda: seen.kept["qkv"], seen.tokens)
+        return seen.now(signals[reading.name](), reading.name)
+
+    def _signals(self, layer: int, qkv: Callable[[], Tensor], tokens: Tokens) -> dict[str, Callable[[], Tensor]]:
+        """Signals of a layer's attention, from what its projection gave of its tokens."""
         scale = self.blocks[layer].attn.scale
 
         def part(which: int) -> Tensor:
             attn = self.blocks[layer].attn
-            out = running.qkv[layer].unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)[which]
+            out = qkv().unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)[which]
             return attn.q_norm(out) if which == 0 else attn.k_norm(out) if which == 1 else out
 
         def weights() -> Tensor:
             q, k = part(0), part(1)
-            return attention.weights(q, k, scale, tokens.attention_bias(), self._scratch(q))
+            return attention.weights(q, k, scale, tokens.attention_bias(), self._scratch(q, len(q[0, 0])))
+
+        def received() -> Tensor:
+            q, k = part(0), part(1)
+            bias = tokens.attention_bias()
+
+            def rows(start: int, stop: int) -> Tensor:
+                return attention.weights(q[:, :, start:stop], k, scale, bias, self._scratch(q, stop - start))
+
+            return attention.received(rows, (q.shape[0], q.shape[1], q.shape[2]), tokens.valid)
 
         return {
             "queries": lambda: part(0),
@@ -186,5 +239,5 @@ class TimmViT(SequenceAdapter[Any]):
             "attention": weights,
             "cls_row": lambda: attention.row(part(0), part(1), scale, 0, tokens.attention_bias()),
             "last_row": lambda: attention.row(part(0), part(1), scale, -1, tokens.attention_bias()),
-            "received": lambda: attention.received(weights(), tokens.valid),
+            "received": received,
         }

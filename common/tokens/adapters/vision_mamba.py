@@ -137,9 +137,14 @@ class _VisionMamba(SequenceAdapter[MambaPass]):
         return {"scans": lambda: running.scanned[site.layer].transpose(-1, -2)} if site.where == "block_output" else {}
 
     def decide(
-        self, application: Application, site: Site, x: Tensor, view: View | None = None
+        self,
+        application: Application,
+        site: Site,
+        x: Tensor,
+        view: View | None = None,
+        state: dict[str, Any] | None = None,
     ) -> tuple[Plan, TokenSignals]:
-        decided = super().decide(application, site, x, view)
+        decided = super().decide(application, site, x, view, state)
         self.running.scanned.pop(site.layer, None)
         return decided
 

@@ -2,6 +2,7 @@
 
 A unit is a token of the decoder's sequence; only visual ones are prunable. Sites:
 
+- `tower`: what enters a layer of the image encoder (CLIP, SigLIP), crops as the batch; who leaves there is gone;
 - `projected`: the visual tokens of one image or video alone, as the projector gives them, before pooling and packing;
 - `packed`: the whole sequence the decoder is about to read;
 - `input` of a decoder layer: the sequence there, with the attention of the layer before it at hand.
@@ -30,12 +31,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from prunelab.common.core import attention
 from prunelab.common.core.attention_interface import cache_in, record
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before, padded_first, refuse_checkpointing, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
-from prunelab.common.tokens.adapters.base import Application, Tokens
+from prunelab.common.core.signals import Reading
+from prunelab.common.tokens.adapters.base import Application, Seen, Tokens
+from prunelab.common.tokens.adapters.recorded import ALONE, behind, last_index, received, row, sources
 from prunelab.common.tokens.adapters.vlm_attribution import Attribution, spread
 from prunelab.common.tokens.adapters.vlm_prompt import (
     SHOWN,
@@ -47,23 +49,31 @@ from prunelab.common.tokens.adapters.vlm_prompt import (
     following,
     heaviest,
 )
-from prunelab.common.tokens.adapters.vlm_vision import TOWER, VisionSide
+from prunelab.common.tokens.adapters.vlm_tower import FEATURES, READ
+from prunelab.common.tokens.adapters.vlm_vision import _INSIDE, VisionSide
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import View
 
 _ALWAYS = frozenset({"hidden", "sizes"})
 _DECODER = frozenset({"queries", "keys", "attention_logits", "attention", "last_row", "received"})
+_EARLIER = (ALONE - {"cls_row"}) | {"attention"}
 
 
 class VisionLanguage(VisionSide):
     """A model of transformers with `model.language_model`, a decoder that reads visual tokens among its text."""
 
     positions = frozenset({"original", "renumber"})
-    signals = {"projected": _ALWAYS | TOWER, "packed": _ALWAYS | TOWER, "input": _ALWAYS | _DECODER}
+    signals = {
+        "tower": _ALWAYS | _INSIDE,
+        "projected": _ALWAYS | FEATURES,
+        "packed": _ALWAYS | FEATURES,
+        "input": _ALWAYS | _DECODER,
+    }
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.decoder: Any = self.body.language_model
+        self.read_layers: frozenset[int] = frozenset()  # of the decoder, that later sites read
         self.prompts: WeakKeyDictionary[Any, CachedPrompt] = WeakKeyDictionary()  # by cache
 
     def axes(self, positions: Tensor) -> Tensor:
@@ -90,6 +100,7 @@ class VisionLanguage(VisionSide):
             width=config.hidden_size,
             tokens=prompt.text + self.visual_tokens(prompt),
             grid=self.grid(),
+            tower=self.tower_info,
         )
 
     def visual_tokens(self, prompt: Prompt) -> int:
@@ -135,12 +146,49 @@ class VisionLanguage(VisionSide):
         known = self.signals[site.where]
         if site.where == "input":
             return known if site.layer else known - _DECODER
-        if self.tower() is None:
-            known = known - TOWER
+        if site.where == "tower" and not site.layer:
+            known = known - _INSIDE
+        if not self.tower():
+            known = known - FEATURES
         return known if self.class_token else known - {"cls_row"}
+
+    def readable(self, site: Site, reading: Reading) -> str | None:
+        if (reading.name == "attention") != (reading.rows is not None):
+            return "of other layers, attention is read by `rows`"
+        if reading.where == "layer":
+            if site.where in ("tower", "projected", "packed"):
+                return "no layer of the decoder has run there"
+            return self.earlier(site, reading, _EARLIER)
+        depth = len(self.tower())
+        if not depth:
+            return "this model's encoder gives no signals"
+        if site.where == "tower" or reading.name not in READ:
+            return f"sites behind the encoder read {', '.join(sorted(READ))} of its layers"
+        if reading.name == "cls_row" and not self.class_token:
+            return "its encoder has no class token"
+        if not -depth <= reading.layer < depth:
+            return f"its features come from layer {depth - 1}, the last that can be read"
+        return None
+
+    def read(self, site: Site, x: Tensor, reading: Reading) -> Tensor:
+        if reading.where == "tower":
+            return self._from_tower(reading, x)
+        seen, layer = self.running.seen[reading.layer], self.blocks[reading.layer]
+        text = behind(self.running.anywhere) if reading.rows else 0
+        known = sources(seen, self.recorders[reading.layer], layer.self_attn.head_dim, text)
+        return seen.now(known[reading.name](), reading.name)
 
     def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
         super().check(method, sites)
+        places = {site.where for site in sites}
+        if "tower" in places:
+            depth = len(self.tower())
+            if any(site.where == "tower" and site.layer >= depth for site in sites):
+                raise PrunelabError(f"{method.name}: this model's encoder has {depth} layers before its features")
+            if "projected" in places:
+                raise PrunelabError(f"{method.name} prunes inside the encoder and right behind it; do one of them")
+            if method.rest != "drop":
+                raise PrunelabError(f"{method.name}: tokens that leave the encoder are gone; use rest='drop'")
         if any(kind != "full_attention" for kind in getattr(self.decoder.config, "layer_types", None) or ()):
             raise PrunelabError(f"{self.family} prunes decoders of full attention only, this one has other layers")
         layers = [site.layer for site in sites if site.where == "input"]
@@ -158,14 +206,17 @@ class VisionLanguage(VisionSide):
 
     def install(self, application: Application) -> Callable[[], None]:
         removers: list[Callable[[], Any]] = []
-        self.recorders, self.encoded = {}, {}
+        self.recorders, self.tower_recorders, self.encoded = {}, {}, {}
         try:
-            wanted = {s: application.method.requires(s) for s in application.sites}
-            if any(s.where != "input" and read & TOWER for s, read in wanted.items()):
-                self._record(-1, self.tower(), removers)
-            for site, read in wanted.items():
-                if site.where == "input" and read & _DECODER:
-                    self._record(site.layer - 1, self.blocks[site.layer - 1].self_attn, removers)
+            for stop in self._watch_tower(application):
+                removers.append(stop)
+            wanted = application.readings("layer")
+            self.read_layers = frozenset(wanted)
+            for site in application.sites:
+                if site.where == "input" and application.method.requires(site) & _DECODER:
+                    wanted.setdefault(site.layer - 1, set())
+            for layer, names in wanted.items():
+                self._record(layer, names, removers)
             projector = getattr(self.body, "multi_modal_projector", None)
             if projector is not None:
                 removers.append(after(projector, self._keep_features))
@@ -182,9 +233,20 @@ class VisionLanguage(VisionSide):
             raise
         return lambda: run_all(removers)
 
-    def _record(self, key: int, module: Any, removers: list[Callable[[], Any]]) -> None:
-        self.recorders[key], stop = record(module)
+    def _record(self, layer: int, names: set[str], removers: list[Callable[[], Any]]) -> None:
+        attention = self.blocks[layer].self_attn
+        self.recorders[layer], stop = record(attention)
         removers.append(stop)
+        for name, module in (("hidden", self.blocks[layer]), ("values", attention.v_proj)):
+            if name in names:
+                removers.append(after(module, self._keep(layer, name)))
+
+    def _keep(self, layer: int, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if not self.running.decoding:
+                self.running.seen[layer].kept[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
 
     def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A new pass: which tokens of the input are visual."""
@@ -240,8 +302,15 @@ class VisionLanguage(VisionSide):
         end = following(running.positions, valid)
         running.shift = torch.zeros_like(end)
         application.trace.attribution = running.attribution = Attribution(running.encoded, running.visual, [])
+        for encoded in running.encoded.values():
+            running.state.update(encoded.seen.state)
+            running.kept += encoded.seen.kept
+        if running.kept:
+            application.trace.kept = running.kept
+            x = self._without(application, x)
         for site in sites:
-            x = (self._project if site.where == "projected" else self._cut)(application, site, x)
+            if site.where != "tower":
+                x = (self._project if site.where == "projected" else self._cut)(application, site, x)
         running.cached = CachedPrompt([Held(0, running.source, running.tokens.valid, running.shift)], end)
         if not sites:
             return {}
@@ -291,6 +360,8 @@ class VisionLanguage(VisionSide):
                 x = self._cut(application, site, x)
                 held = Held(layer, running.source, running.tokens.valid, running.shift)
                 running.cached.held.append(held)
+            if layer in self.read_layers:
+                running.seen[layer] = Seen(running.tokens, {"visual": running.prunable})
             self._count_tokens(application, layer, x)
             if len(running.cached.held) > 1:
                 kwargs = kwargs | self._aids(x, kwargs)
@@ -382,22 +453,17 @@ class VisionLanguage(VisionSide):
 
     def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
         if site.where == "packed" or site.layer == 0:
-            return {name: functools.partial(self._from_tower, name, x) for name in TOWER}
+            return {name: functools.partial(self._from_tower, Reading(name, -1, "tower"), x) for name in FEATURES}
         recorder = self.recorders.get(site.layer - 1)
         if recorder is None:
             return {}
         seen, valid = recorder, self.running.tokens.valid
-
-        def last() -> Tensor:
-            if valid is None:
-                return torch.full((len(x), 1), x.shape[1] - 1, device=x.device)
-            return x.shape[1] - 1 - valid.flip(1).int().argmax(1, keepdim=True)
 
         return {
             "queries": seen.shown,
             "keys": lambda: seen.keys,
             "attention_logits": seen.logits,
             "attention": seen.weights,
-            "last_row": lambda: seen.weights(last()).squeeze(2),
-            "received": lambda: attention.received(seen.weights(), valid),
+            "last_row": lambda: row(seen, last_index(x, valid)),
+            "received": lambda: received(seen, valid),
         }

@@ -7,14 +7,15 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunelab.common.core.attention_interface import Recorder
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, Mix
+from prunelab.common.tokens.adapters.vlm_tower import TowerPass
 
 SHOWN: ContextVar[Tensor | None] = ContextVar("SHOWN", default=None)  # [B, N] bool: visual tokens of a meta prompt
 
@@ -80,19 +81,23 @@ class Encoded:
 
     lengths: packed tokens of each; features: [crops, patches, D] of each behind the projector, before they are packed;
     pack: the way from patches to tokens for anything known of patches, [crops, patches, C] of each -> [tokens, C] of
-    each, newlines at zero; seen: the tower's attention, one row of its batch a crop.
+    each, newlines at zero; seen: the run of the tower, one row of its batch a crop.
     """
 
     lengths: list[int]
     features: list[Tensor]
     pack: Callable[[Sequence[Tensor]], list[Tensor]]
     grids: list[tuple[int, int]]  # patches of each one's crops
-    seen: Recorder | None
+    seen: TowerPass
     first: Tensor  # packed tokens of the first one, to know it again
 
     def gave(self, output: Any) -> bool:
         """Whether an encoder's output, handed to the model as it is, is the one noted here."""
         return output is not None and torch.equal(output.pooler_output[0], self.first)
+
+    def bounds(self) -> list[int]:
+        """The number of each image's first crop."""
+        return list(accumulate((len(features) for features in self.features[:-1]), initial=0))
 
     def order(self) -> list[Tensor | None]:
         """The patch [tokens] behind each packed token of each image, -1 for newlines; None where tokens are mixtures

@@ -48,8 +48,8 @@ class Qwen25VL(VisionLanguage):
     def grid(self) -> tuple[int, int]:
         return 32, 32  # assumption: an image of 448 pixels, since there is no standard size
 
-    def tower(self) -> Any | None:
-        return None
+    def tower(self) -> Sequence[Any]:
+        return []
 
     @property
     def class_token(self) -> bool:

@@ -6,19 +6,21 @@ from __future__ import annotations
 import copy
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from prunelab.common.core import attention
-from prunelab.common.core.attention_interface import Recorder
+from prunelab.common.core.attention_interface import Recorder, record
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import arguments, replaced
-from prunelab.common.core.plan import Gather, Positions, Site, take
-from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter, Tokens
+from prunelab.common.core.hooks import after, arguments, before, replaced
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Positions, Site, take
+from prunelab.common.core.signals import Reading
+from prunelab.common.tokens.adapters.base import Application, Pass, Seen, SequenceAdapter, Tokens
+from prunelab.common.tokens.adapters.recorded import first_row, keeper, received
 from prunelab.common.tokens.adapters.vlm_attribution import Attribution, Masses, handed_back
 from prunelab.common.tokens.adapters.vlm_prompt import (
     CachedPrompt,
@@ -33,9 +35,10 @@ from prunelab.common.tokens.adapters.vlm_prompt import (
     newline_order,
     spliced,
 )
+from prunelab.common.tokens.adapters.vlm_tower import FEATURES, TowerPass, shaped, spread_out
 from prunelab.common.tokens.signals import View
 
-TOWER = frozenset({"cls_row", "received"})
+_INSIDE = frozenset({"queries", "keys", "attention_logits", "attention", "cls_row", "received"})
 
 
 @dataclass
@@ -45,7 +48,8 @@ class Prefill(Pass):
     encoded, visual: what the encoder gave, and where it stands in the prompt, [B, N] bool, by modality. text: tokens of
     the prompt that are not visual. Of the tokens at hand: prunable [B, N] bool, source [B, N] the index in the prompt,
     positions [..., B, N] the position ids; shift [..., B] by how much later tokens are numbered lower than the model
-    would number them. cached: what the layers hold. later, now: while decoding, [B, M] which tokens behind the prompt
+    would number them. cached: what the layers hold. seated: whether `source` is
+    where each token was packed. later, now: while decoding, [B, M] which tokens behind the prompt
     count, and the position ids of the newest.
     """
 
@@ -58,6 +62,7 @@ class Prefill(Pass):
     shift: Tensor = field(init=False)
     cached: CachedPrompt = field(init=False)
     attribution: Attribution = field(init=False)
+    seated: bool = True
     decoding: bool = False
     later: Tensor = field(init=False)
     now: Tensor = field(init=False)
@@ -78,7 +83,8 @@ class VisionSide(SequenceAdapter[Prefill]):
         owner: Any = model
         self.config: Any = owner.config
         self.body: Any = owner.model
-        self.recorders: dict[int, Recorder] = {}  # by decoder layer; the tower's under -1
+        self.recorders: dict[int, Recorder] = {}  # by decoder layer
+        self.tower_recorders: dict[int, Recorder] = {}  # by layer of the tower
 
     def started(self) -> Prefill:
         return Prefill()
@@ -135,13 +141,31 @@ class VisionSide(SequenceAdapter[Prefill]):
         """Height and width of each image's crops, in patches."""
         return [self.grid()] * len(features)
 
-    def tower(self) -> Any | None:
-        """The tower's attention module at the layer whose output becomes features; None where it cannot be read."""
-        layer = self.config.vision_feature_layer
-        layers = [m for m in self.body.vision_tower.modules() if hasattr(m, "is_causal") and hasattr(m, "q_proj")]
-        if not isinstance(layer, int) or not layers:
+    def tower(self) -> Sequence[Any]:
+        """The tower's layers up to the one whose output becomes features; none where they cannot be read."""
+        last = self.config.vision_feature_layer
+        if not isinstance(last, int):
+            return []
+        layers = [m for m in self.body.vision_tower.modules() if hasattr(getattr(m, "self_attn", None), "q_proj")]
+        return layers[: last if last >= 0 else len(layers) + 1 + last]
+
+    @cached_property
+    def tower_info(self) -> ModelInfo | None:
+        """Sizes of the tower, for one crop."""
+        layers, (height, width) = self.tower(), self.grid()
+        if not layers:
             return None
-        return layers[layer if layer < 0 else layer - 1]
+        attention, special = layers[0].self_attn, int(self.class_token)
+        return ModelInfo(
+            family=f"{self.family}_tower",
+            depth=len(layers),
+            heads=attention.num_heads,
+            width=attention.embed_dim,
+            tokens=height * width + special,
+            special=special,
+            class_token=self.class_token,
+            grid=(height, width),
+        )
 
     @property
     def class_token(self) -> bool:
@@ -163,10 +187,10 @@ class VisionSide(SequenceAdapter[Prefill]):
             if not counts or min(counts) < 1:
                 part = "video without a frame" if modality == "video" else "prompt's images without pixels"
                 raise PrunelabError(f"the model was given a {part}; give at least one")
-            self._own.features = None
+            self._own.features, self._own.encoding = None, TowerPass(modality=modality)
             output = original(*args, **kwargs)
-            pack = self.packing(modality, given)
-            seen = copy.copy(self.recorders[-1]) if -1 in self.recorders else None
+            pack, seen = self.packing(modality, given), self.encoding
+            seen.recorders = {layer: copy.copy(recorder) for layer, recorder in self.tower_recorders.items()}
             features = self.crops(modality, given, output)
             lengths = [len(tokens) for tokens in output.pooler_output]
             grids, first = self.crop_grids(modality, given, features), output.pooler_output[0]
@@ -194,30 +218,128 @@ class VisionSide(SequenceAdapter[Prefill]):
 
         return replaced(self.body, name, match)
 
-    def _keep_features(self, module: Any, args: Any, output: Tensor) -> None:
+    def _keep_features(self, module: Any, args: Any, output: Tensor) -> Tensor:
+        """Features of patches that left the tower are zero, so that the others are packed as ever."""
+        special = int(self.class_token)
+        output = spread_out(output, self.encoding.patches(special), self.encoding.total - special)
         self._own.features = output
+        return output
 
-    def _patch_attention(self, name: str, encoded: Encoded) -> Tensor:
-        """[crops, patches, H] attention that the tower's class token, or all its tokens together, pay to each patch."""
-        seen = encoded.seen
-        assert seen is not None  # recorded wherever such a signal is required
-        first = 1 if self.class_token else 0
-        if name == "received":
-            return attention.received(seen.weights())[..., first:].transpose(1, 2)
-        row = torch.zeros(len(seen.shown()), 1, dtype=torch.long, device=seen.shown().device)
-        return seen.weights(row).squeeze(2)[..., first:].transpose(1, 2)
+    @property
+    def encoding(self) -> TowerPass:
+        """The run of the encoder that is at work in this thread, or was last."""
+        found: TowerPass = self._own.encoding
+        return found
 
-    def _from_tower(self, name: str, x: Tensor) -> Tensor:
-        """The same [B, H, N] for what became each token of the sequence: it is packed as features are. Text and
-        newlines get none."""
+    # -- inside the encoder --------------------------------------------------------------------------------------
+
+    def _watch_tower(self, application: Application) -> Iterator[Callable[[], Any]]:
+        """Hooks on the layers of the tower that are read, and that tokens leave before."""
+        layers, wanted = self.tower(), application.readings("tower")
+        for site in application.sites:
+            required = application.method.requires(site)
+            if site.where == "tower":
+                if required & _INSIDE:
+                    wanted.setdefault(site.layer - 1, set())
+            elif required & FEATURES and (site.where != "input" or not site.layer):
+                wanted.setdefault(len(layers) - 1, set())
+        for number, names in wanted.items():
+            layer = number % len(layers)
+            attention = layers[layer].self_attn
+            self.tower_recorders[layer], stop = record(attention)
+            yield stop
+            yield before(layers[layer], self._see_tower(layer))
+            if "hidden" in names:
+                yield after(layers[layer], keeper(functools.partial(self._seen, layer), "hidden"))
+            if "values" in names:
+                yield after(attention.v_proj, keeper(functools.partial(self._seen, layer), "values"))
+        sites = [site for site in application.sites if site.where == "tower"]
+        if sites:
+            yield before(layers[0], self._begin_tower, first=True)
+        for site in sites:
+            yield before(layers[site.layer], self._cut_tower(application, site))
+
+    def _seen(self, layer: int) -> Seen:
+        return self.encoding.seen[layer]
+
+    def _see_tower(self, layer: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any) -> None:
+            self.encoding.seen[layer] = Seen(Tokens())
+            self.encoding.total = self.encoding.total or args[0].shape[1]
+
+        return hook
+
+    def _begin_tower(self, module: Any, args: Any) -> None:
+        self.encoding.total = args[0].shape[1]
+
+    def _cut_tower(self, application: Application, site: Site) -> Callable[..., Any]:
+        def hook(module: Any, args: tuple[Any, ...]) -> Any:
+            x, encoding = args[0], self.encoding
+            if site.index == 0:
+                encoding.kept = []
+            plan, signals = self.decide(application, site, x, self._inside(site, x), encoding.state)
+            if not isinstance(plan.reduce, Gather) or plan.reduce.valid is not None:
+                raise PrunelabError(
+                    f"{application.method.name}: inside an image encoder as many tokens of every crop go on, unmerged"
+                )
+            encoding.reduce(plan.reduce)
+            special = int(self.class_token)
+            if encoding.left is not None:
+                encoding.kept.append((site, encoding.left[:, special:] - special))
+            return application.method.refine(site, plan.reduce.apply(x), signals, plan), *args[1:]
+
+        return hook
+
+    def _inside(self, site: Site, x: Tensor) -> View:
+        """The tokens x [C, N, D] of crops that enter a layer of the tower."""
+        encoding, special = self.encoding, int(self.class_token)
+        prunable = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        prunable[:, :special] = False
+        found: dict[str, Callable[[], Tensor]] = {}
+        recorder = self.tower_recorders.get(site.layer - 1)
+        if recorder is not None:
+            found = {
+                "queries": recorder.shown,
+                "keys": lambda: recorder.keys,
+                "attention_logits": recorder.logits,
+                "attention": recorder.weights,
+                "cls_row": lambda: first_row(recorder),
+                "received": lambda: received(recorder),
+            }
+        indices = encoding.left
+        if indices is None:
+            indices = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        return View(
+            {"hidden": lambda: x, "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32), **found},
+            prunable,
+            units=x.shape[1] - special,
+            indices=indices,
+            grids=(self.grid(),),
+            modality=encoding.modality,
+            info=self.tower_info,
+        )
+
+    # -- what the encoder says, at later sites -------------------------------------------------------------------
+
+    def _of_patches(self, reading: Reading, encoded: Encoded) -> Tensor:
+        """[crops, patches, channels] a signal of a layer of the tower."""
+        layers = self.tower()
+        head, special = layers[0].self_attn.head_dim, int(self.class_token)
+        return encoded.seen.signal(reading.name, reading.layer % len(layers), head, special)
+
+    def _from_tower(self, reading: Reading, x: Tensor) -> Tensor:
+        """The same for what became each token of the sequence, in the shape of a site's signal: it is packed as
+        features are. Text and newlines get zeros."""
         running = self.running
         if not running.encoded:
-            raise PrunelabError(f"'{name}' is read off the image encoder; give the model pixels, not features")
+            raise PrunelabError(f"'{reading}' is read off the image encoder; give the model pixels, not features")
+        if not running.seated:
+            raise PrunelabError(f"'{reading}' is of patches, which tokens that are packed no more by rule cannot tell")
         out: Tensor | None = None
         for modality, encoded in running.encoded.items():
             visual = running.visual[modality]
             counts = [len(features) for features in encoded.features]
-            images = encoded.pack(self._patch_attention(name, encoded).split(counts))
+            images = encoded.pack(self._of_patches(reading, encoded).split(counts))
             owners = encoded.owners(visual.sum(1).tolist())
             if out is None:
                 out = x.new_zeros(*visual.shape, images[0].shape[-1])
@@ -226,15 +348,38 @@ class VisionSide(SequenceAdapter[Prefill]):
                     spots = places.nonzero().squeeze(1).to(out.device)
                     out[row] = out[row].index_copy(0, spots, torch.cat([images[i] for i in own]).to(out))
         assert out is not None
-        return take(out, running.source).transpose(1, 2)
+        return shaped(take(out, running.source), reading.name, self.tower()[0].self_attn.head_dim)
 
     # -- plans before packing ------------------------------------------------------------------------------------
 
-    def _project(self, application: Application, site: Site, x: Tensor) -> Tensor:
+    def _without(self, application: Application, x: Tensor) -> Tensor:
+        """The sequence x [B, N, D] without the tokens whose patches left the tower."""
+        positions = application.method.positions
+
+        def decided(modality: str, images: Sequence[int]) -> tuple[Tensor, Plan]:
+            encoded = self.running.encoded[modality]
+            patches, bounds = encoded.seen.patches(int(self.class_token)), encoded.bounds()
+            assert patches is not None
+            crops, size = encoded.features[images[0]].shape[:2]
+            first = size * torch.arange(crops, device=patches.device).unsqueeze(1)
+            index = torch.stack([(patches[bounds[i] : bounds[i] + crops] + first).flatten() for i in images])
+            tokens = torch.stack([encoded.features[i].flatten(0, 1) for i in images])
+            return tokens, Plan(Gather(index), positions=positions)
+
+        return self._project(application, application.sites[0], x, decided)
+
+    def _project(
+        self,
+        application: Application,
+        site: Site,
+        x: Tensor,
+        decided: Callable[[str, Sequence[int]], tuple[Tensor, Plan]] | None = None,
+    ) -> Tensor:
         """Carry out the method's plans on the features of every image or video, in place of its packed tokens in the
         sequence x [B, N, D]. Images of one size are decided on together, copies of a sample only once."""
         running = self.running
-        self.note(application, site, None)
+        if decided is None:
+            self.note(application, site, None)
         batch, total = x.shape[:2]
         pool, size = [x.flatten(0, 1)], batch * total  # what the new sequence is made of: the old one, then new tokens
         spans: list[list[Span]] = [[] for _ in range(batch)]
@@ -247,12 +392,13 @@ class VisionSide(SequenceAdapter[Prefill]):
             if encoded is None or not encoded.features:
                 raise PrunelabError("the model was given packed features; give it pixels to prune what is projected")
             fresh = []
-            images, numbering = self._project_images(application, site, modality)
+            images, numbering = self._project_images(application, site, modality, decided)
             for image in images:
                 pool.append(image.tokens.to(x))
                 fresh.append((torch.arange(size, size + len(image.tokens), device=x.device), image.seats))
                 size += len(image.tokens)
                 backs.append((modality, image.back))
+                running.seated = running.seated and image.seats is not None
             for sample, own in enumerate(encoded.owners(counts)):
                 places = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
                 spans[sample] += [Span(place, *fresh[i]) for place, i in zip(places, own, strict=True)]
@@ -291,7 +437,13 @@ class VisionSide(SequenceAdapter[Prefill]):
         running.tokens = Tokens(valid=kept, origin=running.source)
         return torch.cat(pool).index_select(0, rows.flatten()).view(batch, longest, -1)
 
-    def _project_images(self, application: Application, site: Site, modality: str) -> tuple[list[Fresh], Positions]:
+    def _project_images(
+        self,
+        application: Application,
+        site: Site,
+        modality: str,
+        decided: Callable[[str, Sequence[int]], tuple[Tensor, Plan]] | None,
+    ) -> tuple[list[Fresh], Positions]:
         """What the method's plans make of each image, and how they number it."""
         encoded, numbering = self.running.encoded[modality], application.method.positions
         shapes = [features.shape for features in encoded.features]
@@ -300,10 +452,14 @@ class VisionSide(SequenceAdapter[Prefill]):
         keys = list(zip(shapes, encoded.grids, encoded.read(), strict=True))
         for group in dict.fromkeys(keys):
             images = [i for i, key in enumerate(keys) if key == group]
-            x, view = self.projected(modality, images)
-            plan, signals = self.decide(application, site, x, view)
-            tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
-            if isinstance(plan.reduce, Gather):
+            if decided is None:
+                x, view = self.projected(modality, images)
+                plan, signals = self.decide(application, site, x, view)
+                tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
+            else:
+                x, plan = decided(modality, images)
+                tokens = plan.reduce.apply(x)
+            if isinstance(plan.reduce, Gather) and decided is None:
                 kept = plan.reduce.index
                 valid = plan.reduce.valid
                 self.running.kept.append((site, kept if valid is None else kept.masked_fill(~valid, -1)))
@@ -340,22 +496,23 @@ class VisionSide(SequenceAdapter[Prefill]):
         """Features [G, crops * patches, D] of images of one shape, as a `projected` site sees them."""
         encoded = self.running.encoded[modality]
         shapes = [features.shape for features in encoded.features]
-        bounds = torch.tensor([0, *(shape[0] for shape in shapes)]).cumsum(0).tolist()
+        bounds = encoded.bounds()
         x = torch.stack([encoded.features[i].flatten(0, 1) for i in images])
-        crops = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in images])
+        crops = torch.cat([torch.arange(bounds[i], bounds[i] + shapes[i][0]) for i in images])
 
-        def tower(name: str) -> Tensor:
-            patches = self._patch_attention(name, encoded)[crops]  # [G * crops, patches, H]
-            return patches.reshape(len(x), x.shape[1], -1).transpose(1, 2)
+        def tower(reading: Reading) -> Tensor:
+            patches = self._of_patches(reading, encoded)[crops]  # [G * crops, patches, channels]
+            return shaped(patches.reshape(len(x), x.shape[1], -1), reading.name, self.tower()[0].self_attn.head_dim)
 
         view = View(
             {
                 "hidden": lambda: x,
                 "sizes": lambda: x.new_ones(x.shape[:2], dtype=torch.float32),
-                **{name: functools.partial(tower, name) for name in TOWER},
+                **{name: functools.partial(tower, Reading(name, -1, "tower")) for name in FEATURES},
             },
             prunable=torch.ones(x.shape[:2], dtype=torch.bool, device=x.device),
             units=x.shape[1],
+            other=tower,
             indices=torch.arange(x.shape[1], device=x.device).expand(len(x), -1),
             grids=(encoded.grids[images[0]],) * shapes[images[0]][0],
             modality=modality,

@@ -1,0 +1,90 @@
+"""Signals of one attention layer of transformers, from what its recorder holds; each does only the work it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prunelab.common.core import attention
+from prunelab.common.core.attention_interface import Recorder
+from prunelab.common.tokens.adapters.base import Seen
+
+ALONE = frozenset({"hidden", "queries", "keys", "values", "cls_row", "last_row", "received"})
+
+
+def received(recorder: Recorder, valid: Tensor | None = None) -> Tensor:
+    """Attention [B, H, N] that each token receives from the valid ones."""
+    batch, heads, total = recorder.shown().shape[:3]
+
+    def rows(start: int, stop: int) -> Tensor:
+        if stop - start == total:
+            return recorder.weights()
+        return recorder.weights(torch.arange(start, stop, device=recorder.shown().device).expand(batch, -1))
+
+    return attention.received(rows, (batch, heads, total), valid)
+
+
+def last_index(x: Tensor, valid: Tensor | None) -> Tensor:
+    """[B, 1] the last of the tokens x [B, N, ...] that counts."""
+    if valid is None:
+        return torch.full((len(x), 1), x.shape[1] - 1, device=x.device)
+    return x.shape[1] - 1 - valid.flip(1).int().argmax(1, keepdim=True)
+
+
+def row(recorder: Recorder, index: Tensor) -> Tensor:
+    """Attention [B, H, N] of the tokens [B, 1]."""
+    return recorder.weights(index).squeeze(2)
+
+
+def first_row(recorder: Recorder) -> Tensor:
+    """Attention [B, H, N] of the first token."""
+    queries = recorder.shown()
+    return row(recorder, torch.zeros(len(queries), 1, dtype=torch.long, device=queries.device))
+
+
+def behind(visual: Tensor) -> int:
+    """How many tokens stand behind the last one of visual [B, N], at most."""
+    places = torch.arange(1, visual.shape[1] + 1, device=visual.device)
+    return visual.shape[1] - int((visual * places).amax(1).min())
+
+
+def text_rows(recorder: Recorder, visual: Tensor, valid: Tensor | None, count: int) -> Tensor:
+    """Attention [B, H, R, N] of the last `count` tokens, as far as they stand behind the last visual one [B, N]."""
+    places = torch.arange(1, visual.shape[1] + 1, device=visual.device)
+    first, last = (visual * places).amax(1, keepdim=True), last_index(visual, valid)
+    rows = last - torch.arange(count - 1, -1, -1, device=visual.device)
+    weights = recorder.weights(rows.clamp_min(0))
+    return weights.masked_fill((rows < first)[:, None, :, None], 0)
+
+
+def per_head(value: Tensor, head: int, heads: int) -> Tensor:
+    """What a value projection gave, [B, N, KV * d], as [B, H, N, d], one set a query head."""
+    split = value.unflatten(-1, (-1, head)).transpose(1, 2)
+    return split.repeat_interleave(heads // split.shape[1], 1)
+
+
+def sources(seen: Seen, recorder: Recorder, head: int, text: int = 0) -> dict[str, Callable[[], Tensor]]:
+    """How each signal of a layer is computed that can be read alone; `hidden` and `values` where they were kept.
+    text: how many rows `attention` has."""
+    tokens = seen.tokens
+    return {
+        "hidden": lambda: seen.kept["hidden"],
+        "values": lambda: per_head(seen.kept["values"], head, recorder.shown().shape[1]),
+        "queries": recorder.shown,
+        "keys": lambda: recorder.keys,
+        "cls_row": lambda: first_row(recorder),
+        "last_row": lambda: row(recorder, last_index(recorder.shown().transpose(1, 2), tokens.valid)),
+        "received": lambda: received(recorder, tokens.valid),
+        "attention": lambda: text_rows(recorder, seen.kept["visual"], tokens.valid, text),
+    }
+
+
+def keeper(kept: Callable[[], Seen], name: str) -> Callable[..., None]:
+    """A hook that keeps a module's output under a name."""
+
+    def hook(module: torch.nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        kept().kept[name] = output[0] if isinstance(output, tuple) else output
+
+    return hook
