@@ -156,7 +156,9 @@ class Plan:
                `renumber` (closed up, as if the others had never been), or for scans `hold` / `decay` (closed up, the
                state is kept or decays over the gap);
     key_bias:  [B, K] added to the logits of attention to each output from here on (ToMe's log size); None leaves
-               the bias the units already carry.
+               the bias the units already carry;
+    gate:      [B, N] from 0 to 1 for every unit, with gradients, in place of a hard choice while the model trains: all
+               units go on, and attention to each is weighed by its gate from here on. Otherwise it has no say.
     """
 
     reduce: Reduction
@@ -164,6 +166,7 @@ class Plan:
     rest: Rest = "drop"
     positions: Positions = "original"
     key_bias: Tensor | None = None
+    gate: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,15 @@ class Handle:
         if remove is not None:
             remove()
 
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What the method remembers from one forward pass to the next."""
+        return self.application.memory
+
+    def reset(self) -> None:
+        """Forget it, as before a new episode."""
+        self.application.memory.clear()
+
     def kept(self) -> list[tuple[Site, Tensor]]:
         """For the last batch: at each site the indices [B, K] in the full sequence of the tokens that went on
         (-1 marks padding). Sites behind a merge are left out, since their tokens have no single one."""
@@ -78,7 +87,7 @@ class Handle:
         meter = Trace(self.adapter.info.depth, measured=seen if self.application.method.adaptive else None)
 
         def count() -> float:
-            remove = self.adapter.install(replace(self.application, trace=meter))
+            remove = self.adapter.install(replace(self.application, trace=meter, memory={}))
             try:
                 return flops(lambda: on_meta(model, example), meter) / 2
             finally:

@@ -11,7 +11,7 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.method import Method
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Positions, Reduction, Rest, Site
-from prunelab.common.core.signals import Signal
+from prunelab.common.core.signals import Reading, Signal
 from prunelab.common.tokens.signals import TokenSignals
 
 
@@ -60,6 +60,15 @@ class TokenPruner(Method):
     def refine(self, site: Site, hidden: Tensor, signals: TokenSignals, plan: Plan) -> Tensor:
         """What goes on, [B, K, D], before the model works on it; methods with learned layers change it here."""
         return hidden
+
+    def observes(self) -> frozenset[Reading]:
+        """What the method reads of every step of decoding, of any layers; nothing by default."""
+        return frozenset()
+
+    def observe(self, signals: TokenSignals) -> None:
+        """Look at a step of decoding, and leave in `signals.memory` what the next passes shall know.
+
+        The units are all tokens [B, N] of the prompt, also those that left; of these, what is read is zero."""
 
     def family(self, level: float, sites: int, info: ModelInfo) -> Budget:
         """The method's budgets as one curve: level 1 keeps all, level 0 the least. Used to match costs."""

@@ -40,8 +40,9 @@ class TokenSignals(Signals):
     width of every feature map of the unpruned input, or of each crop or frame of an image or video), `modality` (what
     the prunable tokens of a language model show: `image`, `video`, or None where it is both or neither), `packed` (how
     many tokens a decoder would read of the units of a `projected` site, newlines apart; elsewhere `units`), `parts`
-    (the method's learned ones, handed to `apply`), and `state`, a dictionary that lives for one forward pass: what the
-    method leaves for its later sites.
+    (the method's learned ones, handed to `apply`), `training` (whether gradients are wanted: a plan is made without
+    unless the method enables them), and two dictionaries for what the method leaves: `state` lives for one forward
+    pass and is for its later sites, `memory` outlives it (it is the handle's, which resets it).
 
     Signals by name: `hidden` [B, N, D], `queries` / `keys` / `values` [B, H, N, d] (keys as attention uses them),
     `attention_logits` [B, H, N, N] (scaled, with biases; padding columns at -inf), `attention` (their softmax),
@@ -61,6 +62,7 @@ class TokenSignals(Signals):
         packed: int | None = None,
         parts: nn.Module | None = None,
         state: dict[str, Any] | None = None,
+        training: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(sources, **common)
@@ -70,6 +72,7 @@ class TokenSignals(Signals):
         self.modality = modality
         self.packed = self.units if packed is None else packed
         self.parts: Any = parts
+        self.training = training
         self.state: dict[str, Any] = {} if state is None else state
 
     def at(self, reading: Reading) -> Tensor:

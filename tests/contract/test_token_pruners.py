@@ -20,7 +20,7 @@ from prunelab.common.tokens.role import TokenPruner
 from prunelab.methods.random_drop.method import RandomDrop
 from tests.contract.families import FAMILIES, SERVICES, applied, images, info, output, reason, usable
 from tests.contract.references import NormTokens, build, invariant, signals, vit
-from tests.contract.tokens_references import READERS
+from tests.contract.tokens_references import REFERENCES
 
 EXTRA = (  # settings that bring a method to families its default does not reach
     NormTokens(),
@@ -29,7 +29,7 @@ EXTRA = (  # settings that bring a method to families its default does not reach
     RandomDrop((0,), "packed"),
     RandomDrop((0,), "projected", positions="renumber"),
 )
-PRUNERS = [c() for c in registry.load().values() if issubclass(c, TokenPruner)] + list(EXTRA) + list(READERS)
+PRUNERS = [c() for c in registry.load().values() if issubclass(c, TokenPruner)] + list(EXTRA) + list(REFERENCES)
 
 
 def named(value: object) -> str:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from prunelab.common.core.plan import ModelInfo, Positions, Site, Where
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, Where
 from prunelab.common.core.signals import Reading, Signal
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -110,3 +112,95 @@ READERS: tuple[TokenPruner, ...] = (
     EarlierLayers((1, 3), "block_output", ("hidden", "cls_row")),
     TextAttention(),
 )
+
+
+@dataclass(frozen=True)
+class Remembering(TokenPruner):
+    """Keeps what the words written for the prompt before looked at, and before any the longest."""
+
+    layer: int = 1
+
+    name: ClassVar[str] = "reference_remembering"
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        return [Site(self.layer, "input")]
+
+    def requires(self, site: Site) -> frozenset[Signal]:
+        return frozenset({"hidden"})
+
+    def observes(self) -> frozenset[Reading]:
+        return frozenset({Reading("last_row", self.layer)})
+
+    def observe(self, signals: TokenSignals) -> None:
+        seen = signals.at(Reading("last_row", self.layer)).float().mean(1)
+        before = signals.memory.get("seen")
+        signals.memory["seen"] = seen if before is None or before.shape != seen.shape else before + seen
+
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
+        norm, seen = signals.hidden.float().norm(dim=-1), signals.memory.get("seen")
+        return norm if seen is None or seen.shape != norm.shape else seen
+
+
+@dataclass(frozen=True)
+class SoftGate(TokenPruner):
+    """A learned scorer: while training its gates weigh attention to every token, afterwards the best stay."""
+
+    layer: int = 1
+
+    name: ClassVar[str] = "reference_soft_gate"
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        return [Site(self.layer, "input")]
+
+    def requires(self, site: Site) -> frozenset[Signal]:
+        return frozenset({"hidden"})
+
+    def build(self, info: ModelInfo) -> nn.Module:
+        return nn.Linear(info.width, 1)
+
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        with torch.set_grad_enabled(signals.training):
+            scores = signals.parts(signals.hidden).squeeze(-1)
+            gate = scores.float().sigmoid().masked_fill(~signals.prunable, 1)
+        return Plan(signals.keep(budget, scores=scores.detach()), gate=gate)
+
+
+@dataclass(frozen=True)
+class PassingBy(TokenPruner):
+    """Tokens of small norm pass by single layers and come back."""
+
+    layers: tuple[int, ...] = (1, 2)
+
+    name: ClassVar[str] = "reference_passing_by"
+    rest = "bypass"
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        return [Site(layer, "input") for layer in self.layers]
+
+    def requires(self, site: Site) -> frozenset[Signal]:
+        return frozenset({"hidden"})
+
+    def score(self, site: Site, signals: TokenSignals) -> Tensor:
+        return signals.hidden.float().norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class Leaving(TokenPruner):
+    """All visual tokens leave the decoder before a layer, whatever the budget."""
+
+    layer: int = 2
+
+    name: ClassVar[str] = "reference_leaving"
+    exempt = {"budget": "none is kept", "keep_all": "none is kept at any budget"}
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        return [Site(self.layer, "input")]
+
+    def requires(self, site: Site) -> frozenset[Signal]:
+        return frozenset()
+
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        return Plan(signals.keep(Budget(0, "count"), mask=signals.prunable))
+
+
+REFERENCES: tuple[TokenPruner, ...] = (*READERS, Remembering(), SoftGate(), PassingBy(), Leaving())

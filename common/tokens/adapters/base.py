@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import refuse_checkpointing
+from prunelab.common.core.hooks import padded_first, refuse_checkpointing
 from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site, take
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.role import TokenPruner
@@ -103,6 +103,7 @@ class Application:
     rng: Callable[[torch.device], torch.Generator | None]
     services: Mapping[str, Any]
     parts: nn.Module | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def readings(self, where: str) -> dict[int, set[str]]:
         """What is read of other layers there: names by layer."""
@@ -207,15 +208,39 @@ class Pass:
     """One forward pass: all that its hooks leave for each other. Every thread has its own, copies of a model have none.
 
     state: what the method leaves for its later sites. kept: see `Handle.kept`. seen: layers that later sites read.
+    aside: what waits behind a layer that it passes by.
     """
 
     tokens: Tokens = field(default_factory=Tokens)
     seen: dict[int, Seen] = field(default_factory=dict)
+    aside: Any = None
     state: dict[str, Any] = field(default_factory=dict)
     kept: list[tuple[Site, Tensor]] = field(default_factory=list)
 
 
 P = TypeVar("P", bound=Pass)
+
+
+def write_back(hidden: Tensor, updated: Tensor, index: Tensor, kept: Tensor | None) -> Tensor:
+    """hidden [B, N, D] with updated [B, K, D] at the places index [B, K], except where `kept` is False."""
+    if kept is None:
+        return hidden.scatter(1, index.unsqueeze(-1).expand_as(updated), updated)
+    spare = torch.cat([hidden, hidden[:, :1]], 1)  # entries that do not count are written beside the sequence
+    index = index.masked_fill(~kept, hidden.shape[1])
+    return spare.scatter(1, index.unsqueeze(-1).expand_as(updated), updated)[:, :-1]
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Tokens x [B, N, D] as they were before a layer that only some of them go through, and what was known of all."""
+
+    x: Tensor
+    reduce: Gather
+    known: dict[str, Any]
+
+    def joined(self, updated: Tensor) -> Tensor:
+        """With those that went through the layer, [B, K, D]."""
+        return write_back(self.x, updated, self.reduce.index, self.reduce.valid)
 
 
 class Adapter(ABC, Generic[P]):
@@ -226,6 +251,8 @@ class Adapter(ABC, Generic[P]):
     signals: ClassVar[Mapping[str, frozenset[str]]]  # what each kind of site can give
     rest: ClassVar[frozenset[str]] = frozenset({"drop"})
     positions: ClassVar[frozenset[str]] = frozenset({"original"})
+    decodes: ClassVar[bool] = False  # whether it generates text, of which methods can be shown the steps
+    gates: ClassVar[bool] = False  # whether attention can weigh tokens by a plan's gate
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -279,6 +306,7 @@ class Adapter(ABC, Generic[P]):
         x: Tensor,
         view: View | None = None,
         state: dict[str, Any] | None = None,
+        training: bool = False,
     ) -> TokenSignals:
         """What the method may see of the tokens x [B, N, D] at a site."""
         view, required = self.view(site, x) if view is None else view, application.method.requires(site)
@@ -298,6 +326,8 @@ class Adapter(ABC, Generic[P]):
             services=application.services,
             parts=application.parts,
             state=self.running.state if state is None else state,
+            memory=application.memory,
+            training=training,
         )
 
     def decide(
@@ -309,18 +339,36 @@ class Adapter(ABC, Generic[P]):
         state: dict[str, Any] | None = None,
     ) -> tuple[Plan, TokenSignals]:
         """The method's plan for the tokens x [B, N, D] at a site, and the signals it was made from."""
-        trace, method = application.trace, application.method
+        trace, method, training = application.trace, application.method, self.training(x)
         with trace.scoring(), torch.no_grad():
-            signals = self.signals_of(application, site, x, view, state)
+            signals = self.signals_of(application, site, x, view, state, training)
             plan = method.plan(site, signals, application.budget.at(site.index))
             self.check_plan(plan)
+        if plan.gate is not None:  # it keeps its gradients
+            plan = self.gated(plan, plan.gate) if training else replace(plan, gate=None)
         if trace.measured is not None:
             plan = replace(plan, reduce=plan.reduce.narrow(trace.measured.behind(site)), key_bias=None)
         return plan, signals
 
+    def training(self, x: Tensor) -> bool:
+        """Whether a pass on x learns: costs are counted as in use."""
+        return self.model.training and torch.is_grad_enabled() and x.device.type != "meta"
+
+    def gated(self, plan: Plan, gate: Tensor) -> Plan:
+        """The plan while training: all units go on, and attention to each is weighed."""
+        bias, carried = gate.float().clamp_min(torch.finfo(torch.float32).tiny).log(), self.running.tokens.bias
+        every = torch.arange(gate.shape[1], device=gate.device).expand(len(gate), -1)
+        return Plan(
+            Gather(every, self.running.tokens.valid),
+            rest=plan.rest,
+            key_bias=bias if carried is None else bias + carried,
+        )
+
     def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
         """Refuse, before any work, a method whose sites, signals or `rest` this family cannot give."""
         info = self.info
+        if method.observes():
+            self.check_observed(method)
         if method.rest not in self.rest:
             raise PrunelabError(
                 f"{method.name} needs a model whose tokens can {method.rest}, those of {self.family} can only"
@@ -347,6 +395,17 @@ class Adapter(ABC, Generic[P]):
                     f"{method.name} reads {', '.join(sorted(missing))}, not to be had at {site.where}{why}"
                 )
 
+    def check_observed(self, method: TokenPruner) -> None:
+        """Refuse a method that reads of decoding what this family cannot give."""
+        if not self.decodes:
+            raise PrunelabError(f"{method.name} observes decoding, and {self.family} generates nothing")
+        for reading in method.observes():
+            if reading.name != "last_row" or reading.where != "layer" or not 0 <= reading.layer < self.info.depth:
+                raise PrunelabError(
+                    f"{method.name} observes {reading}; of decoding, last_row of layers 0 to"
+                    f" {self.info.depth - 1} is shown"
+                )
+
     def gives(self, site: Site) -> frozenset[str]:
         """The signals of one site of this very model."""
         return self.signals[site.where] - (frozenset() if self.info.class_token else {"cls_row"})
@@ -357,12 +416,22 @@ class Adapter(ABC, Generic[P]):
 
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan this family cannot carry out."""
+        if plan.gate is not None and not self.gates:
+            raise PrunelabError(f"{self.family} has no attention that weighs tokens by a gate; give a hard plan alone")
         if plan.rest not in self.rest or plan.positions not in self.positions or plan.layout is not None:
             asked = f"rest={plan.rest}, positions={plan.positions}" + (", a layout" if plan.layout is not None else "")
             raise PrunelabError(
                 f"{self.family} cannot carry out a plan with {asked}; it knows rest={'/'.join(sorted(self.rest))},"
                 f" positions={'/'.join(sorted(self.positions))}"
             )
+
+
+def padding_in_front(plan: Plan) -> Plan:
+    """See `padded_first`; the outputs' bias goes with them."""
+    valid, bias = plan.reduce.valid, plan.key_bias
+    if valid is not None and bias is not None:
+        bias = bias.gather(1, valid.int().argsort(dim=1, stable=True))
+    return replace(plan, reduce=padded_first(plan.reduce), key_bias=bias)
 
 
 class SequenceAdapter(Adapter[P]):
@@ -415,6 +484,47 @@ class SequenceAdapter(Adapter[P]):
         for seen in self.running.seen.values():
             seen.follow(plan.reduce)
         self.note(application, site, self.running.tokens.kept())
+
+    def show(self, application: Application, prunable: Tensor, row: Callable[[int], Tensor]) -> None:
+        """Let the method observe a step of decoding behind a prompt whose tokens are prunable [B, N], for `row`: the
+        newest token's attention [B, H, N] in a layer."""
+        readings = application.method.observes()
+        if not readings:
+            return
+        with application.trace.scoring(), torch.no_grad():
+            signals = TokenSignals(
+                {reading: partial(row, reading.layer) for reading in readings},
+                prunable=prunable,
+                units=prunable.shape[1],
+                info=self.info,
+                required=readings,
+                services=application.services,
+                parts=application.parts,
+                memory=application.memory,
+            )
+            application.method.observe(signals)
+
+    def set_aside(self, application: Application, site: Site, plan: Plan, x: Tensor, *names: str) -> None:
+        """The rest of the tokens x [B, N, D] passes by the next layer; `names` are what the pass knows of all of them
+        and is known again by `together`."""
+        if not isinstance(plan.reduce, Gather) or plan.positions != "original":
+            raise PrunelabError(
+                f"{application.method.name}: tokens that pass by a layer come back as they were; keep"
+                " others as they are, with positions='original'"
+            )
+        running = self.running
+        running.aside = Aside(x, plan.reduce, {name: getattr(running, name) for name in ("tokens", *names)})
+        running.tokens = running.tokens.reduce(plan, x)
+        self.note(application, site, running.tokens.kept())
+
+    def together(self, x: Tensor) -> Tensor:
+        """Behind the layer: all tokens again, of which x [B, K, D] went through it."""
+        running, aside = self.running, self.running.aside
+        running.aside = None
+        for name, value in aside.known.items():
+            setattr(running, name, value)
+        joined: Tensor = aside.joined(x)
+        return joined
 
     def note(self, application: Application, site: Site, kept: Tensor | None) -> None:
         """Record the indices kept at a site, for `handle.kept()`; None where tokens have no single one."""

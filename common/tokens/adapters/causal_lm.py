@@ -6,6 +6,7 @@ goes through a segment as a whole or not at all. What leaves keeps its position 
 layers that it went through. By a plan's `rest`:
 
 - `drop`: it is gone. The method decides once, at the prompt.
+- `bypass`: it passes by the one layer and is back behind it.
 - `defer`: its hidden state waits before the segment, and the method decides anew for every token that is generated.
   What it then chooses is read from the cache where it is there; what waits is computed along with the newest token and
   never again. The units of a decision are the tokens that are active in the layer before, in the cache or computed now,
@@ -35,7 +36,7 @@ from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.adapters.base import Application, Pass, Seen, SequenceAdapter, Tokens
 from prunelab.common.tokens.adapters.causal_lm_cache import Entries, PromptCache, in_order, visible
-from prunelab.common.tokens.adapters.recorded import ALONE, keeper, received, sources
+from prunelab.common.tokens.adapters.recorded import ALONE, keeper, newest_row, received, sources
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import View
 
@@ -70,7 +71,8 @@ class CausalLM(SequenceAdapter[PromptPass]):
         for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "Phi")
     )
     signals = {"input": _ALWAYS | _ATTENTION}
-    rest = frozenset({"drop", "defer"})
+    rest = frozenset({"drop", "defer", "bypass"})
+    decodes = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -140,8 +142,11 @@ class CausalLM(SequenceAdapter[PromptPass]):
         self.recorders = {}
         wanted = application.readings("layer")
         self.read_layers = frozenset(wanted)
+        for reading in application.method.observes():
+            wanted.setdefault(reading.layer, set())
         sites = {site.layer: site for site in application.sites}
-        starts = sorted({0, *sites})
+        alone = set(sites) if application.method.rest == "bypass" else set()
+        starts = sorted({0, *sites, *(layer + 1 for layer in alone)} & set(range(len(self.blocks))))
         try:
             for layer, site in sites.items():
                 if application.method.requires(site) & _ATTENTION:
@@ -155,11 +160,13 @@ class CausalLM(SequenceAdapter[PromptPass]):
                         removers.append(after(module, keeper(functools.partial(self._seen, layer), name)))
             # before what prunes the cache of the tokens that are left
             removers.append(before(self.decoder, self._begin(application), kwargs=True, first=True))
-            removers.append(after(self.decoder, self._end))
+            removers.append(after(self.decoder, self._end(application, starts)))
             for layer, block in enumerate(self.blocks):
                 segment = starts.index(layer) if layer in starts else None
                 hook = self._layer(application, layer, segment, sites.get(layer))
                 removers.append(before(block, hook, kwargs=True))
+                if layer in alone:
+                    removers.append(after(block, self._come_back))
         except BaseException:
             run_all(removers)
             raise
@@ -227,14 +234,32 @@ class CausalLM(SequenceAdapter[PromptPass]):
             raise PrunelabError("samples must end with a token: pad on the left, and leave no sample empty")
         return None if bool(real.all()) else real
 
-    def _end(self, module: Any, args: Any, output: Any) -> Any:
-        """Behind the decoder: what came back is not what was asked for."""
-        for recorder in self.recorders.values():
-            recorder.clear()
-        new = self.running.new
-        if self.running.decoding and output.last_hidden_state.shape[1] > new:
-            output.last_hidden_state = output.last_hidden_state[:, -new:]
-        return output
+    def _end(self, application: Application, starts: Sequence[int]) -> Callable[..., Any]:
+        """Behind the decoder: the method may look, and what came back is not what was asked for."""
+
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            running = self.running
+            if running.decoding:
+                prompt = torch.arange(running.cache.prompt, device=output.last_hidden_state.device)
+                prunable = (prompt < running.cache.prompt - 1).expand(len(output.last_hidden_state), -1)
+                if running.cache.real is not None:
+                    prunable = prunable & running.cache.real[:, : running.cache.prompt]
+                self.show(application, prunable, functools.partial(self._newest_row, starts))
+            for recorder in self.recorders.values():
+                recorder.clear()
+            if running.decoding and output.last_hidden_state.shape[1] > running.new:
+                output.last_hidden_state = output.last_hidden_state[:, -running.new :]
+            return output
+
+        return hook
+
+    def _newest_row(self, starts: Sequence[int], layer: int) -> Tensor:
+        """[B, H, N] the attention of the newest token to the tokens of the prompt; the layer lost those at zero."""
+        cache = self.running.cache
+        held = cache.held[sum(start <= layer for start in starts) - 1]
+        seen = newest_row(self.recorders[layer])
+        out = seen.new_zeros(*seen.shape[:2], cache.total)
+        return out.scatter_add(2, held.columns.unsqueeze(1).expand_as(seen), seen)[..., : cache.prompt]
 
     def _layer(
         self, application: Application, layer: int, segment: int | None, site: Site | None
@@ -296,7 +321,10 @@ class CausalLM(SequenceAdapter[PromptPass]):
         plan = replace(plan, reduce=in_order(plan.reduce))
         if plan.rest == "defer":
             cache.defer(running.rows, x)
-        self.follow(application, site, plan, seen)
+        if plan.rest == "bypass":
+            self.set_aside(application, site, plan, x, "rows")
+        else:
+            self.follow(application, site, plan, seen)
         columns, valid = running.tokens.origin, running.tokens.valid
         assert columns is not None
         if x.device.type != "meta" and not bool((columns[:, -1] == cache.total - 1).all()):
@@ -311,6 +339,13 @@ class CausalLM(SequenceAdapter[PromptPass]):
         came = Entries(back.apply(columns), back.valid)
         running.rows = came.joined(Entries(columns[:, -1:], None))
         return torch.cat([take(cache.waiting, came.columns), x[:, -1:]], 1)
+
+    def _come_back(self, module: Any, args: Any, output: Any) -> Any:
+        """Behind a layer that only some tokens went through."""
+        if self.running.aside is None:
+            return None
+        x = self.together(output[0] if isinstance(output, tuple) else output)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
 
     def _mask(self, held: Entries, x: Tensor) -> Tensor | None:
         """Mask of the rows at hand in the form that the model's attention takes; None where causal order says it."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import before, replaced, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
-from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter, Tokens
+from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter, Tokens, write_back
 from prunelab.common.tokens.role import TokenPruner
 
 _CLASSES = frozenset({"class_logits", "class_weight", "class_bias"})
@@ -223,12 +223,3 @@ class DeformableEncoder(SequenceAdapter[EncoderPass]):
             "encoder_memory": learning(lambda: memory(x + positions)),
             "proposal_logits": learning(lambda: head(memory(x))),
         }
-
-
-def write_back(hidden: Tensor, updated: Tensor, index: Tensor, kept: Tensor | None) -> Tensor:
-    """hidden [B, N, D] with updated [B, K, D] at the places index [B, K], except where `kept` is False."""
-    if kept is None:
-        return hidden.scatter(1, index.unsqueeze(-1).expand_as(updated), updated)
-    spare = torch.cat([hidden, hidden[:, :1]], 1)  # entries that do not count are written beside the sequence
-    index = index.masked_fill(~kept, hidden.shape[1])
-    return spare.scatter(1, index.unsqueeze(-1).expand_as(updated), updated)[:, :-1]

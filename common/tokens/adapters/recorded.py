@@ -38,6 +38,13 @@ def row(recorder: Recorder, index: Tensor) -> Tensor:
     return recorder.weights(index).squeeze(2)
 
 
+def newest_row(recorder: Recorder) -> Tensor:
+    """Attention [B, H, N] of the newest token."""
+    queries = recorder.shown()
+    newest = torch.full((len(queries), 1), queries.shape[2] - 1, dtype=torch.long, device=queries.device)
+    return row(recorder, newest)
+
+
 def first_row(recorder: Recorder) -> Tensor:
     """Attention [B, H, N] of the first token."""
     queries = recorder.shown()

@@ -44,6 +44,7 @@ class SegmenterViT(TimmViT):
     model_classes = ("prunelab.common.backbones.segvit.Segmenter",)
     signals = {"block_output": TimmViT.signals["block_output"] | {"class_confidence"}}
     rest = frozenset({"halt"})
+    gates = False
 
     model: Segmenter
 

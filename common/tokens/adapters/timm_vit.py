@@ -6,7 +6,7 @@ Attention stays fused: signals are computed beside it from the block's own qkv. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from prunelab.common.core.hooks import after, before, replaced, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.adapters.base import Application, Pass, Seen, SequenceAdapter, Tokens
+from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals, View
 
 _ATTENTION = frozenset(
@@ -37,6 +38,8 @@ class ViTPass(Pass):
 
 class TimmViT(SequenceAdapter[Any]):
     family = "timm_vit"
+    rest = frozenset({"drop", "bypass"})
+    gates = True
     model_classes = ("timm.models.vision_transformer.VisionTransformer",)
     signals = {
         "input": _ALWAYS,
@@ -117,6 +120,9 @@ class TimmViT(SequenceAdapter[Any]):
 
     def _install_site(self, application: Application, site: Site) -> Callable[[], Any]:
         block = self.blocks[site.layer]
+        if site.where == "input" and application.method.rest == "bypass":
+            removers = [before(block, self._enter_alone(application, site)), after(block, self._come_back)]
+            return lambda: run_all(removers)
         if site.where == "input":
             return before(block, lambda _, args: (self.reduce(application, site, args[0]), *args[1:]))
         if site.where == "block_output":
@@ -134,6 +140,23 @@ class TimmViT(SequenceAdapter[Any]):
             return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
         return replaced(block, "forward", forward)
+
+    def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
+        super().check(method, sites)
+        if method.rest == "bypass" and any(site.where != "input" for site in sites):
+            raise PrunelabError(f"{method.name}: tokens can pass by a block at its `input` alone")
+
+    def _enter_alone(self, application: Application, site: Site) -> Callable[..., Any]:
+        def hook(module: Any, args: tuple[Any, ...]) -> Any:
+            x = args[0]
+            plan, signals = self.decide(application, site, x)
+            self.set_aside(application, site, plan, x)
+            return application.method.refine(site, plan.reduce.apply(x), signals, plan), *args[1:]
+
+        return hook
+
+    def _come_back(self, module: Any, args: Any, x: Tensor) -> Tensor:
+        return self.together(x)
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 

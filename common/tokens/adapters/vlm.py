@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 from prunelab.common.core.attention_interface import cache_in, record
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import after, before, padded_first, refuse_checkpointing, run_all
+from prunelab.common.core.hooks import after, before, refuse_checkpointing, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.core.signals import Reading
-from prunelab.common.tokens.adapters.base import Application, Seen, Tokens
-from prunelab.common.tokens.adapters.recorded import ALONE, behind, last_index, received, row, sources
+from prunelab.common.tokens.adapters.base import Application, Seen, Tokens, padding_in_front
+from prunelab.common.tokens.adapters.recorded import ALONE, behind, last_index, newest_row, received, row, sources
 from prunelab.common.tokens.adapters.vlm_attribution import Attribution, spread
 from prunelab.common.tokens.adapters.vlm_prompt import (
     SHOWN,
@@ -63,6 +63,9 @@ class VisionLanguage(VisionSide):
     """A model of transformers with `model.language_model`, a decoder that reads visual tokens among its text."""
 
     positions = frozenset({"original", "renumber"})
+    rest = frozenset({"drop", "bypass"})
+    gates = True
+    decodes = True
     signals = {
         "tower": _ALWAYS | _INSIDE,
         "projected": _ALWAYS | FEATURES,
@@ -187,8 +190,8 @@ class VisionLanguage(VisionSide):
                 raise PrunelabError(f"{method.name}: this model's encoder has {depth} layers before its features")
             if "projected" in places:
                 raise PrunelabError(f"{method.name} prunes inside the encoder and right behind it; do one of them")
-            if method.rest != "drop":
-                raise PrunelabError(f"{method.name}: tokens that leave the encoder are gone; use rest='drop'")
+        if method.rest == "bypass" and places - {"input"}:
+            raise PrunelabError(f"{method.name}: tokens can pass by a layer of the decoder at its `input` alone")
         if any(kind != "full_attention" for kind in getattr(self.decoder.config, "layer_types", None) or ()):
             raise PrunelabError(f"{self.family} prunes decoders of full attention only, this one has other layers")
         layers = [site.layer for site in sites if site.where == "input"]
@@ -197,8 +200,6 @@ class VisionLanguage(VisionSide):
 
     def check_plan(self, plan: Plan) -> None:
         super().check_plan(plan if plan.layout is None else replace(plan, layout=None))
-        if plan.key_bias is not None:
-            raise PrunelabError(f"{self.family} carries no attention bias of tokens; turn the method's bias off")
         if plan.reduce.outputs == 0:
             raise PrunelabError("the plan leaves no token of the prompt; give a larger budget")
 
@@ -212,6 +213,8 @@ class VisionLanguage(VisionSide):
                 removers.append(stop)
             wanted = application.readings("layer")
             self.read_layers = frozenset(wanted)
+            for reading in application.method.observes():
+                wanted.setdefault(reading.layer, set())
             for site in application.sites:
                 if site.where == "input" and application.method.requires(site) & _DECODER:
                     wanted.setdefault(site.layer - 1, set())
@@ -226,8 +229,11 @@ class VisionLanguage(VisionSide):
             removers.append(before(self.body, self._begin, kwargs=True))
             # before what prunes the cache of the tokens that are left
             removers.append(before(self.decoder, self._enter(application), kwargs=True, first=True))
+            removers.append(after(self.decoder, self._observe(application)))
             for layer, block in enumerate(self.blocks):
                 removers.append(before(block, self._layer(application, layer), kwargs=True))
+                if application.method.rest == "bypass" and any(site.layer == layer for site in application.sites):
+                    removers.append(after(block, self._come_back(layer)))
         except BaseException:
             run_all(removers)
             raise
@@ -267,7 +273,8 @@ class VisionLanguage(VisionSide):
                 running.visual[modality] = (embeddings == like).all(-1)
 
     def _enter(self, application: Application) -> Callable[..., Any]:
-        sites = [s for s in application.sites if s.where != "input" or s.layer == 0]
+        early = 0 if application.method.rest == "bypass" else 1  # who passes by a layer comes to it
+        sites = [s for s in application.sites if s.where != "input" or s.layer < early]
 
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
@@ -311,7 +318,7 @@ class VisionLanguage(VisionSide):
         for site in sites:
             if site.where != "tower":
                 x = (self._project if site.where == "projected" else self._cut)(application, site, x)
-        running.cached = CachedPrompt([Held(0, running.source, running.tokens.valid, running.shift)], end)
+        running.cached = CachedPrompt([self._held(0)], visual, end)
         if not sites:
             return {}
         seen = running.tokens.valid
@@ -323,11 +330,20 @@ class VisionLanguage(VisionSide):
             "attention_mask": None if seen is None else seen.long(),
         }
 
+    def _held(self, layer: int) -> Held:
+        """What the layers from this one on hold of the tokens at hand."""
+        running = self.running
+        tokens = running.tokens
+        return Held(layer, running.source, tokens.valid, running.shift, tokens.bias)
+
     def _cut(self, application: Application, site: Site, x: Tensor) -> Tensor:
         """Carry out the method's plan on the sequence x [B, N, D]; everything that goes along with it follows."""
         plan, signals = self.decide(application, site, x)
-        plan = replace(plan, reduce=padded_first(plan.reduce))
-        self.follow(application, site, plan, x)
+        plan = padding_in_front(plan)
+        if plan.rest == "bypass":
+            self.set_aside(application, site, plan, x, "prunable", "source", "positions")
+        else:
+            self.follow(application, site, plan, x)
         y = application.method.refine(site, plan.reduce.apply(x), signals, plan)
         running, source, units = self.running, heaviest(plan.reduce, x.shape[1]), x.shape[1]
         valid = running.tokens.valid
@@ -344,7 +360,8 @@ class VisionLanguage(VisionSide):
         return y
 
     def _layer(self, application: Application, layer: int) -> Callable[..., Any]:
-        sites = [s for s in application.sites if s.where == "input" and s.layer == layer and layer > 0]
+        early = 0 if application.method.rest == "bypass" else 1
+        sites = [s for s in application.sites if s.where == "input" and s.layer == layer and layer >= early]
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             cache, running = cache_in(kwargs), self.running
@@ -358,12 +375,11 @@ class VisionLanguage(VisionSide):
             x = args[0]
             for site in sites:
                 x = self._cut(application, site, x)
-                held = Held(layer, running.source, running.tokens.valid, running.shift)
-                running.cached.held.append(held)
+                running.cached.held.append(self._held(layer))
             if layer in self.read_layers:
                 running.seen[layer] = Seen(running.tokens, {"visual": running.prunable})
             self._count_tokens(application, layer, x)
-            if len(running.cached.held) > 1:
+            if len(running.cached.held) > 1 or running.tokens.bias is not None:
                 kwargs = kwargs | self._aids(x, kwargs)
             return (x, *args[1:]), kwargs
 
@@ -375,21 +391,38 @@ class VisionLanguage(VisionSide):
         return {
             "position_embeddings": self.decoder.rotary_emb(x, self.axes(positions)),
             "position_ids": None if ids is None else positions.view(-1, *positions.shape[-2:])[0],
-            "attention_mask": self._mask(self.running.tokens.valid, x, x.shape[1]),
+            "attention_mask": self._mask(self.running.tokens.valid, x, self.running.tokens.bias),
         }
 
-    def _mask(self, valid: Tensor | None, x: Tensor, rows: int) -> Tensor | None:
-        """Causal mask [B, 1, rows, K] in the form that the decoder's attention takes, for keys valid [B, K]."""
-        eager = self.decoder.config._attn_implementation == "eager"
-        if valid is None:
-            if not eager:
+    def _come_back(self, layer: int) -> Callable[..., Any]:
+        """Behind a layer that only some tokens went through."""
+
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            if self.running.aside is None:
                 return None
-            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            x = self.together(output[0] if isinstance(output, tuple) else output)
+            self.running.cached.held.append(self._held(layer + 1))
+            return (x, *output[1:]) if isinstance(output, tuple) else x
+
+        return hook
+
+    def _mask(self, valid: Tensor | None, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Causal mask [B, 1, N, K] in the form that the decoder's attention takes, for queries x [B, N, D], keys valid
+        [B, K], and their bias."""
+        eager = self.decoder.config._attn_implementation == "eager"
+        rows = x.shape[1]
+        if valid is None:
+            if not eager and bias is None:
+                return None
+            valid = torch.ones(x.shape[:2] if bias is None else bias.shape, dtype=torch.bool, device=x.device)
         keys = valid.shape[1]
         causal = torch.ones(rows, keys, dtype=torch.bool, device=x.device).tril(keys - rows)
         own = torch.zeros_like(causal).fill_diagonal_(True) if rows == keys else torch.zeros_like(causal)
         seen = (causal & valid[:, None, None, :]) | own  # padding sees itself, so that no row is empty
-        return torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min) if eager else seen
+        if not eager and bias is None:
+            return seen
+        mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+        return mask if bias is None else mask + bias[:, None, None, :].to(x.dtype)
 
     def _count_tokens(self, application: Application, layer: int, x: Tensor) -> None:
         if layer == 0:
@@ -408,7 +441,7 @@ class VisionLanguage(VisionSide):
         if given["inputs_embeds"].shape[1] > 1 and any(bool(visual.any()) for visual in running.visual.values()):
             raise PrunelabError("visual tokens come behind a cached prompt; give the whole prompt in one piece")
         running.cached = self.prompts[cache]
-        first, x = running.cached.held[0], given["inputs_embeds"]
+        first, x = running.cached.at(0), given["inputs_embeds"]
         later = cache.get_seq_length() - first.source.shape[1] + x.shape[1]  # tokens behind the prompt, these included
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         running.later = first.source.new_ones(len(x), later) if mask is None else mask[:, mask.shape[1] - later :]
@@ -421,13 +454,13 @@ class VisionLanguage(VisionSide):
 
     def _recall(self, layer: int, x: Tensor) -> dict[str, Any]:
         """What a later layer that holds less of the prompt needs in place of that."""
-        running, first = self.running, self.running.cached.held[0]
-        held = [entry for entry in running.cached.held if entry.layer <= layer][-1]
-        if held is first:
+        running, first, held = self.running, self.running.cached.at(0), self.running.cached.at(layer)
+        if held is first and held.bias is None:
             return {}
-        full = held.valid is None and x.shape[1] == 1 and bool(running.later.all())
+        full = held.valid is None and held.bias is None and x.shape[1] == 1 and bool(running.later.all())
         valid = None if full else torch.cat([self._real(held), running.later.bool()], 1)
-        aids: dict[str, Any] = {"attention_mask": self._mask(valid, x, x.shape[1])}
+        bias = None if held.bias is None else nn.functional.pad(held.bias, (0, running.later.shape[1]))
+        aids: dict[str, Any] = {"attention_mask": self._mask(valid, x, bias)}
         if held.shift is not first.shift:
             positions = running.now - held.shift.unsqueeze(-1)
             aids["position_embeddings"] = self.decoder.rotary_emb(x, self.axes(positions))
@@ -435,6 +468,25 @@ class VisionLanguage(VisionSide):
 
     def _real(self, held: Held) -> Tensor:
         return torch.ones_like(held.source, dtype=torch.bool) if held.valid is None else held.valid
+
+    # -- observation ---------------------------------------------------------------------------------------------
+
+    def _observe(self, application: Application) -> Callable[..., None]:
+        """Behind a step of decoding: what the method is shown of it."""
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if self.running.decoding:
+                self.show(application, self.running.cached.visual, self._newest_row)
+
+        return hook
+
+    def _newest_row(self, layer: int) -> Tensor:
+        """[B, H, N] the attention of the newest token to the tokens of the prompt; the layer lost those at zero."""
+        cached = self.running.cached
+        source = cached.at(layer).source
+        seen = newest_row(self.recorders[layer])[..., : source.shape[1]]
+        out = seen.new_zeros(*seen.shape[:2], cached.visual.shape[1])
+        return out.scatter_add(2, source.unsqueeze(1).expand_as(seen), seen)
 
     # -- signals -------------------------------------------------------------------------------------------------
 

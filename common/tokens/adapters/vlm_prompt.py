@@ -163,20 +163,28 @@ class Held:
     source: Tensor  # [B, K] index of each entry in the prompt
     valid: Tensor | None  # [B, K]
     shift: Tensor  # [..., B] by how much later tokens are numbered lower than the model would number them
+    bias: Tensor | None = None  # [B, K] added to the logits of attention to each entry
 
     def rows(self, index: Tensor) -> Held:
         """Of other samples."""
         index = index.to(self.source.device)
         valid = None if self.valid is None else self.valid[index]
-        return Held(self.layer, self.source[index], valid, self.shift[..., index])
+        bias = None if self.bias is None else self.bias[index]
+        return Held(self.layer, self.source[index], valid, self.shift[..., index], bias)
 
 
 @dataclass
 class CachedPrompt:
-    """What the layers hold of one prompt, and the number [..., B] that follows its last token's."""
+    """What the layers hold of one prompt, where that was visual, [B, N] bool, and the number [..., B] that follows its
+    last token's."""
 
     held: list[Held]
+    visual: Tensor
     end: Tensor
+
+    def at(self, layer: int) -> Held:
+        """What a layer holds."""
+        return [entry for entry in self.held if entry.layer <= layer][-1]
 
     def follow(self, cache: Any) -> None:
         """Be reordered along with the cache, as beam search does."""
@@ -187,6 +195,7 @@ class CachedPrompt:
             @functools.wraps(original)
             def reorder(index: Tensor, *args: Any, **kwargs: Any) -> Any:
                 self.held, self.end = [entry.rows(index) for entry in self.held], self.end[..., index]
+                self.visual = self.visual[index.to(self.visual.device)]
                 return original(cache, index, *args, **kwargs)
 
             setattr(cache, name, reorder)
