@@ -72,14 +72,21 @@ def retained(layer: int, first: int, last: int) -> float:
 
 @dataclass(frozen=True)
 class AIM(TokenPruner):
-    """Merges each frame's tokens down to the budget, then empties the decoder's layers of visual tokens on a schedule.
+    """AIM (arXiv 2412.03248): merges each frame's tokens down to the budget, then empties the decoder's layers of
+    visual tokens on a schedule.
 
     The budget is what merging leaves of a frame (or of an image's crop): the paper's 0.25, or a number of tokens.
-    layers: l1 and l2, counted from 0. Layer l1 is the last that sees all of what was merged, layer l2 the first that
-        sees none; the paper's for 28 layers. A schedule that ends behind the model's last layer is cut there.
-    pool: the stride by which the model pools frames before it packs them, which merging comes behind: 2 for videos of
+
+    Parameters
+    ----------
+    layers : (int, int)
+        l1 and l2, counted from 0. Layer l1 is the last that sees all of what was merged, layer l2 the first that sees
+        none; the paper's for 28 layers. A schedule that ends behind the model's last layer is cut there.
+    pool : int
+        The stride by which the model pools frames before it packs them, which merging comes behind: 2 for videos of
         LLaVA-OneVision, 1 where it does not pool.
-    temperature, iterations, damping: of the random walk.
+    temperature, iterations, damping : float, int, float
+        Of the random walk.
     """
 
     layers: tuple[int, int] = (14, 22)

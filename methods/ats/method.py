@@ -17,11 +17,16 @@ from prunelab.common.tokens.signals import TokenSignals
 
 @dataclass(frozen=True)
 class AdaptiveTokenSampling(TokenPruner):
-    """ATS off the shelf. The budget counts quantiles, as a share or number of the model's patches; the tokens they
-    fall on stay, so it is an upper bound. The released models use one quantile a patch, `Budget(1.0)`.
+    """ATS (arXiv 2111.15667) off the shelf.
 
-    layers: 0-based blocks that sample, None for block 3 on as released. Sampling happens inside attention: a sampled
-    token carries its own row of the attention output on.
+    The budget counts quantiles, as a share or number of the model's patches; the tokens they fall on stay, so it is an
+    upper bound. The released models use one quantile a patch, `Budget(1.0)`.
+
+    Parameters
+    ----------
+    layers : tuple of int, optional
+        0-based blocks that sample, None for block 3 on as released. Sampling happens inside attention: a sampled token
+        carries its own row of the attention output on.
     """
 
     layers: tuple[int, ...] | None = None

@@ -16,7 +16,13 @@ from prunelab.common.tokens.signals import TokenSignals
 
 @dataclass(frozen=True)
 class ClassAttention(TokenPruner):
-    """Scores a patch by the class token's attention to it, averaged over heads, behind the blocks in `layers`."""
+    """EViT's criterion (arXiv 2202.07800): scores a patch by the class token's attention to it, averaged over heads.
+
+    Parameters
+    ----------
+    layers : tuple of int
+        0-based blocks with a pruning step behind them.
+    """
 
     layers: tuple[int, ...] = (2, 5, 8)
 

@@ -28,10 +28,15 @@ def similarity(hidden: Tensor, place: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassSimilarity(TokenPruner):
-    """Keeps the patches whose hidden states are most like the class token's, behind the blocks in `layers`.
+    """A baseline after EViT (arXiv 2202.07800): keeps the patches whose hidden states are most like the class token's.
 
-    positions: how what is kept is numbered (see `Plan`); `renumber` makes it the naive pruning of a scanning model,
-    which closes the sequence up.
+    Parameters
+    ----------
+    layers : tuple of int
+        0-based blocks with a pruning step behind them.
+    positions : str
+        How what is kept is numbered (see `Plan`); `renumber` makes it the naive pruning of a scanning model, which
+        closes the sequence up.
     """
 
     layers: tuple[int, ...] = (2, 5, 8)

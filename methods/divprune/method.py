@@ -64,11 +64,17 @@ def max_min_order(distance: Tensor, count: int, real: Tensor | None = None) -> T
 
 @dataclass(frozen=True)
 class DivPrune(TokenPruner):
-    """Keeps a subset of the visual tokens that is as diverse as the greedy max-min rule makes it.
+    """DivPrune (arXiv 2503.02175): keeps a subset of the visual tokens that is as diverse as the greedy max-min rule
+    makes it.
 
-    where, layer: the sequence before the decoder, or what enters a decoder layer (the paper's ablation, `input`).
-    distance: between two tokens; `l1` and `l2` are the paper's other two.
-    positions: the kept tokens are numbered anew, as released, or keep their numbers.
+    Parameters
+    ----------
+    where, layer : str, int
+        The sequence before the decoder, or what enters a decoder layer (the paper's ablation, `input`).
+    distance : {"cosine", "l1", "l2"}
+        Between two tokens; `l1` and `l2` are the paper's other two.
+    positions : str
+        The kept tokens are numbered anew, as released, or keep their numbers.
     """
 
     where: Where = "packed"

@@ -69,12 +69,20 @@ def _first(scores: Tensor, among: Tensor, count: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DToP(TokenPruner):
-    """DToP. How many tokens leave follows from `threshold` and the image; the budget is an upper bound on what goes on
-    at a site, reached by letting the surest of the other tokens leave. `Budget(1.0)` is the paper's method.
+    """DToP (arXiv 2308.01045).
 
-    threshold: confidence p0 above which a token is done; 1 switches the method off. The released models use 0.9
-    (ViT-B) and 0.95 (ViT-L) with ATM heads; the paper finds 0.98 best with SETR's. keep: tokens of each class that
-    stay for context. layers: 0-based blocks with a head to leave by, None for those of the published ViT-B and ViT-L.
+    How many tokens leave follows from `threshold` and the image; the budget is an upper bound on what goes on at a
+    site, reached by letting the surest of the other tokens leave. `Budget(1.0)` is the paper's method.
+
+    Parameters
+    ----------
+    threshold : float
+        Confidence p0 above which a token is done; 1 switches the method off. The released models use 0.9 (ViT-B) and
+        0.95 (ViT-L) with ATM heads; the paper finds 0.98 best with SETR's.
+    keep : int
+        Tokens of each class that stay for context.
+    layers : tuple of int, optional
+        0-based blocks with a head to leave by, None for those of the published ViT-B and ViT-L.
     """
 
     threshold: float = 0.95

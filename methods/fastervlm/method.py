@@ -34,12 +34,18 @@ def top_per_crop(scores: Tensor, crops: int, keep: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FasterVLM(TokenPruner):
-    """Keeps the patches that the encoder's class token attends to most, in the layer whose output the model uses.
+    """FasterVLM (arXiv 2412.01818, version 1): keeps the patches that the encoder's class token attends to most, in the
+    layer whose output the model uses.
 
-    where: `projected` ranks every crop of an image by itself, as the paper does, and a number in the budget is a
-        crop's; `packed` ranks all tokens of a prompt together.
-    newlines: whether rows of a large image keep their newline tokens, as its model packs them; released without.
-    positions: the kept tokens are numbered anew, as released, or keep their numbers (one crop or `packed` only).
+    Parameters
+    ----------
+    where : str
+        `projected` ranks every crop of an image by itself, as the paper does, and a number in the budget is a crop's;
+        `packed` ranks all tokens of a prompt together.
+    newlines : bool
+        Whether rows of a large image keep their newline tokens, as its model packs them; released without.
+    positions : str
+        The kept tokens are numbered anew, as released, or keep their numbers (one crop or `packed` only).
     """
 
     where: Where = "projected"

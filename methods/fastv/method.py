@@ -24,10 +24,15 @@ def attention_score(last_row: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FastV(TokenPruner):
-    """Keeps the image tokens that the prompt's last token attends to most in the layer before `layer`.
+    """FastV (arXiv 2403.06764): keeps the image tokens that the prompt's last token attends to most in the layer before
+    `layer`.
 
-    layer: K, the first layer (from 0) that sees fewer tokens; the ranking is taken from layer K - 1.
-    positions: kept tokens keep their position numbers as in the paper, or are numbered anew.
+    Parameters
+    ----------
+    layer : int
+        K, the first layer (from 0) that sees fewer tokens; the ranking is taken from layer K - 1.
+    positions : str
+        Kept tokens keep their position numbers as in the paper, or are numbered anew.
     """
 
     layer: int = 2

@@ -69,13 +69,19 @@ def enhance(
 
 @dataclass(frozen=True)
 class FocusDETR(TokenPruner):
-    """Focus-DETR. Its natural budget is `Budget(0.5)`: half of an image's tokens may be updated at all.
+    """Focus-DETR (arXiv 2307.12612). Its natural budget is `Budget(0.5)`: half of an image's tokens may be updated at
+    all.
 
-    cascade: share of those that each encoder layer updates, one a layer.
-    criterion: `learned` scores tokens by the paper's scorer and needs its parts; two training-free stand-ins run on
-        any detector, without dual attention: `proposal` scores by the two-stage detector's own first stage, `class` by
-        the class head on the tokens as they are.
-    objects: tokens that take part in the dual attention of a layer; 0 leaves it out.
+    Parameters
+    ----------
+    cascade : tuple of float
+        Share of those that each encoder layer updates, one a layer.
+    criterion : {"learned", "proposal", "class"}
+        `learned` scores tokens by the paper's scorer and needs its parts; two training-free stand-ins run on any
+        detector, without dual attention: `proposal` scores by the two-stage detector's own first stage, `class` by the
+        class head on the tokens as they are.
+    objects : int
+        Tokens that take part in the dual attention of a layer; 0 leaves it out.
     """
 
     cascade: tuple[float, ...] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)

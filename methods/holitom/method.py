@@ -184,22 +184,35 @@ def absorbed(tokens: Tensor, kept: Gather, merged: Tensor, running: bool) -> Ten
 
 @dataclass(frozen=True)
 class HoliTom(TokenPruner):
-    """Merges the tokens of a video before the decoder and, where `layer` is given, once more inside it.
+    """HoliTom (arXiv 2505.21334): merges the tokens of a video before the decoder and, where `layer` is given, once
+    more inside it.
 
     With a layer a budget has two amounts: the share of all tokens that enters the decoder, and the share of visual
     tokens that goes on from the layer (the paper's 25 % is `0.25,0.5`).
 
-    layer: K, the first decoder layer (from 0) that sees tokens merged by the attention of layer K - 1; None leaves it.
-    similarity: tau, the cosine above which a token repeats; the paper takes 0.65 at a ratio of 0.1.
-    pooling: how the model pools its videos. An image is taken for a video of its crops that is not pooled; the released
-        code prunes videos alone.
-    order: outputs of a segment one after the other, repeated ones first (LLaVA-OneVision), or by `grid` place, for
-        models with newline tokens behind rows (LLaVA-Video).
-    centre_share: the centre's part in the token of a cluster; None takes the mean of all.
-    inner: how merged tokens add up inside the decoder, as released (`running`) or as the paper has it (`mean`).
-    neighbours: of DPC-KNN. noise: range of a uniform draw added to densities, 1e-6 as released; without it the earlier
-        of equal tokens comes first, and a video always gives the same tokens.
-    window: frames a segment may have.
+    Parameters
+    ----------
+    layer : int, optional
+        K, the first decoder layer (from 0) that sees tokens merged by the attention of layer K - 1; None leaves it.
+    similarity : float
+        tau, the cosine above which a token repeats; the paper takes 0.65 at a ratio of 0.1.
+    pooling : {"bilinear", "average", "none"}
+        How the model pools its videos. An image is taken for a video of its crops that is not pooled; the released code
+        prunes videos alone.
+    order : {"segment", "grid"}
+        Outputs of a segment one after the other, repeated ones first (LLaVA-OneVision), or by grid place, for models
+        with newline tokens behind rows (LLaVA-Video).
+    centre_share : float, optional
+        The centre's part in the token of a cluster; None takes the mean of all.
+    inner : {"running", "mean"}
+        How merged tokens add up inside the decoder, as released (`running`) or as the paper has it (`mean`).
+    neighbours : int
+        Of DPC-KNN.
+    noise : float
+        Range of a uniform draw added to densities, 1e-6 as released; without it the earlier of equal tokens comes
+        first, and a video always gives the same tokens.
+    window : int
+        Frames a segment may have.
     """
 
     layer: int | None = None

@@ -35,16 +35,21 @@ def boundaries(depth: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class LazyLLM(TokenPruner):
-    """Progressive pruning of the prompt, at its reading and at every word.
-
-    layers: the pruning layers, from 0, each the first that sees fewer tokens; None: behind `shares` of the depth.
-    shares: for 32 layers the groups 1-9, 10-19, 20-28 and 29-32 of figure 7, in other words the 30, 30, 30 and 10 %
-        of figure 4.
-    rest: `defer` lets tokens come back; with `drop` the reading of the prompt decides for good, which with one early
-        layer is the static pruning that the paper compares with.
+    """LazyLLM (arXiv 2407.14057): progressive pruning of the prompt, at its reading and at every word.
 
     The budget is the share of the active tokens that goes on at each pruning layer: one minus the paper's k-th
     percentile. The paper does not print its own; `schedule` is that of its sketch.
+
+    Parameters
+    ----------
+    layers : tuple of int, optional
+        The pruning layers, from 0, each the first that sees fewer tokens; None: behind `shares` of the depth.
+    shares : tuple of float
+        For 32 layers the groups 1-9, 10-19, 20-28 and 29-32 of figure 7, in other words the 30, 30, 30 and 10 % of
+        figure 4.
+    rest : {"defer", "drop"}
+        `defer` lets tokens come back; with `drop` the reading of the prompt decides for good, which with one early
+        layer is the static pruning that the paper compares with.
     """
 
     layers: tuple[int, ...] | None = None

@@ -72,7 +72,7 @@ def pooled(count: int, frames: int, grid: tuple[int, int]) -> tuple[Mix, Tensor]
 
 @dataclass(frozen=True)
 class PooledTokens(TokenPruner):
-    """Averages the map of every image, crop or frame over regions, to the budget.
+    """A baseline: averages the map of every image, crop or frame over regions, to the budget.
 
     A ratio counts from the tokens that the model would read, so that of a video that it pools itself 0.5 is half of
     what is left behind that. Frames that get no token are gone.

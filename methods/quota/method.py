@@ -173,14 +173,20 @@ def stacked(videos: Iterable[tuple[Mix, Tensor]]) -> tuple[Mix, Tensor]:
 
 @dataclass(frozen=True)
 class QuoTA(TokenPruner):
-    """Resizes every frame to its share of the budget, a number of tokens for the whole video: the paper's 12544.
+    """QuoTA (arXiv 2503.08689): resizes every frame to its share of the budget, a number of tokens for the whole video:
+    the paper's 12544.
 
-    weighting: `query` shares by the service `frame_scores`, for each video its frames' scores [T] (`scoring.py` makes
-        them), or a function of the numbers of videos and of frames that gives these; `even` gives all frames as much,
-        the paper's rows without weighting, and needs no service.
-    assigner: `bilinear` (the paper's), `average` pooling into bins, `linspace` picks, `merge` of alike tokens, or
-        `axes`: rows, then columns merged. All but the first cap a frame at the tokens it has.
-    exponent: how much the scores are sharpened.
+    Parameters
+    ----------
+    weighting : {"query", "even"}
+        `query` shares by the service `frame_scores`, for each video its frames' scores [T] (`scoring.py` makes them),
+        or a function of the numbers of videos and of frames that gives these; `even` gives all frames as much, the
+        paper's rows without weighting, and needs no service.
+    assigner : {"bilinear", "average", "linspace", "merge", "axes"}
+        The paper's interpolation, pooling into bins, picks, merging of alike tokens, or rows, then columns merged. All
+        but the first cap a frame at the tokens it has.
+    exponent : float
+        How much the scores are sharpened.
     """
 
     weighting: Literal["query", "even"] = "query"

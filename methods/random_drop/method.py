@@ -16,10 +16,15 @@ from prunelab.common.tokens.signals import TokenSignals
 
 @dataclass(frozen=True)
 class RandomDrop(TokenPruner):
-    """Keeps units by lot, drawn anew for every sample, at the 0-based `layers`.
+    """A baseline: keeps units by lot, drawn anew for every sample.
 
-    where, rest, positions: the kind of site and the fate of the others, so that every method has this control at its
-        own sites: `input` and `bypass` in a deformable encoder, `halt` in a segmenter, `decay` in a scan (see `Plan`).
+    Parameters
+    ----------
+    layers : tuple of int
+        0-based layers.
+    where, rest, positions : str
+        The kind of site and what becomes of the others, so that every method has this control at its own sites: `input`
+        and `bypass` in a deformable encoder, `halt` in a segmenter, `decay` in a scan (see `Plan`).
     """
 
     layers: tuple[int, ...] = (2, 5, 8)

@@ -76,11 +76,14 @@ def saliency_loss(parts: SparseParts, seen: Sequence[tuple[Tensor, Tensor]]) -> 
 
 @dataclass(frozen=True)
 class SparseDETR(TokenPruner):
-    """Sparse DETR. Its natural budget is `Budget(0.1)` to `Budget(0.5)`: the share of an image's tokens that every
-    encoder layer updates, the same ones in all of them.
+    """Sparse DETR (arXiv 2111.14330). Its natural budget is `Budget(0.1)` to `Budget(0.5)`: the share of an image's
+    tokens that every encoder layer updates, the same ones in all of them.
 
-    criterion: `learned` scores tokens by the paper's network and needs its parts; two training-free stand-ins run on
-        any detector: `proposal` scores by a two-stage detector's own first stage, `class` by its class head.
+    Parameters
+    ----------
+    criterion : {"learned", "proposal", "class"}
+        `learned` scores tokens by the paper's network and needs its parts; two training-free stand-ins run on any
+        detector: `proposal` scores by a two-stage detector's own first stage, `class` by its class head.
     """
 
     criterion: Literal["learned", "proposal", "class"] = "learned"

@@ -75,13 +75,23 @@ def expand(reduced: Tensor, matrix: Tensor, inverse: Literal["transpose", "pseud
 
 @dataclass(frozen=True)
 class TokenTransforming(TokenPruner):
-    """A reconstruction of Token Transforming: the most informative tokens are anchors, and every output is an
-    average of all patches around its anchor. Class and register tokens go on unchanged.
+    """A reconstruction of Token Transforming (arXiv 2506.05709): the most informative tokens are anchors, and every
+    output is an average of all patches around its anchor. Class and register tokens go on unchanged.
 
-    layers: 0-based blocks with a transform behind them. temperature, softmax: see `transforming_matrix`. informative:
-    anchors are the patches that the class token attends to most, or, for models without one, those that receive most
-    attention. feature: what is compared by cosine. proportional: outputs stand for as many tokens as their `mass`,
-    weigh that much in later transforms, and attract attention in proportion (log size on the logits, as in ToMe).
+    Parameters
+    ----------
+    layers : tuple of int
+        0-based blocks with a transform behind them.
+    temperature, softmax : float, {"tokens", "anchors"}
+        See `transforming_matrix`.
+    informative : {"class_attention", "received_attention"}
+        Anchors are the patches that the class token attends to most, or, for models without one, those that receive
+        most attention.
+    feature : {"keys", "hidden"}
+        What is compared by cosine.
+    proportional : bool
+        Outputs stand for as many tokens as their `mass`, weigh that much in later transforms, and attract attention in
+        proportion (log size on the logits, as in ToMe).
     """
 
     layers: tuple[int, ...] = (2, 5, 8)  # assumption: the usual places, shared with the methods it is compared with

@@ -29,11 +29,16 @@ def schedule(blocks: int, removed: int | Sequence[int], inflection: float = 0.0)
 
 @dataclass(frozen=True)
 class ToMe(TokenPruner):
-    """Token merging. Its natural budget is `Budget(13, "removed")`: r tokens fewer after every block
+    """Token merging (arXiv 2210.09461). Its natural budget is `Budget(13, "removed")`: r tokens fewer after every block
     (below 1, that share of the model's patches).
 
-    proportional: tokens attract attention in proportion to their size (section 3.2); the paper switches it off for
-    MAE models used off the shelf. inflection bends a single number over the depth.
+    Parameters
+    ----------
+    proportional : bool
+        Tokens attract attention in proportion to their size (section 3.2); the paper switches it off for MAE models
+        used off the shelf.
+    inflection : float
+        Bends a single number over the depth, see `schedule`.
     """
 
     proportional: bool = True

@@ -26,9 +26,16 @@ def evenly_spaced(prunable: Tensor, counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class UniformTokens(TokenPruner):
-    """Keeps every so-many-th unit before the layers in `layers`, or at another kind of site.
+    """A baseline: keeps every so-many-th unit.
 
-    where: for image and video language models `packed` (before the decoder) or `projected` (before packing).
+    Parameters
+    ----------
+    layers : tuple of int
+        0-based layers.
+    where : str
+        Kind of site; for image and video language models `packed` (before the decoder) or `projected` (before packing).
+    positions : str
+        How what is kept is numbered, see `Plan`.
     """
 
     layers: tuple[int, ...] = (0,)

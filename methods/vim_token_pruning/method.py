@@ -75,16 +75,22 @@ def released_choice(scores: Tensor, budget: Budget) -> Gather:
 
 @dataclass(frozen=True)
 class VimTokenPruning(TokenPruner):
-    """Token pruning by the clipped outputs of the scans, with hidden states aligned to the full sequence.
+    """ToP-ViM (arXiv 2409.18962): token pruning by the clipped outputs of the scans, with hidden states aligned to the
+    full sequence.
 
-    layers: 0-based layers with a pruning step behind them, by default the released schedule of Vim-S (behind its 5th,
-    10th and 15th block); shares multiply from one to the next. metric: what of the scans' outputs counts.
-
-    align: what a scan does where tokens are missing: `decay` lets its state decay as long as it would have, `hold`
-    copies it (in Vim that is plain removal), `original` copies it and lets the causal convolution see tokens at their
-    old places, `renumber` closes the sequence up as if the others had never been.
-
-    released: the authors' published code instead, whose metric and plain removal replace the two options above.
+    Parameters
+    ----------
+    layers : tuple of int
+        0-based layers with a pruning step behind them, by default the released schedule of Vim-S (behind its 5th, 10th
+        and 15th block); shares multiply from one to the next.
+    metric : {"clip", "none", "l1", "l2"}
+        What of the scans' outputs counts.
+    align : {"decay", "hold", "original", "renumber"}
+        What a scan does where tokens are missing: `decay` lets its state decay as long as it would have, `hold` copies
+        it (in Vim that is plain removal), `original` copies it and lets the causal convolution see tokens at their old
+        places, `renumber` closes the sequence up as if the others had never been.
+    released : bool
+        The authors' published code instead, whose metric and plain removal replace the two options above.
     """
 
     layers: tuple[int, ...] = (4, 9, 14)

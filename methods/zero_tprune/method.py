@@ -147,11 +147,32 @@ def similar_units(
 
 @dataclass(frozen=True)
 class ZeroTPrune(TokenPruner):
-    """Zero-TPrune with the paper's settings; the authors' early code base is reached through the options.
+    """Zero-TPrune (arXiv 2305.17328) with the paper's settings; the authors' early code base is reached through the
+    options.
 
-    layers: 0-based blocks with a pruning layer behind them. A budget of rates (.9, .8, .7) keeps that share of the
-    patches at each. similar: share of the patches to be removed that the S-stage removes. iterations: votes a
-    site, None for the paper's schedule by depth. cls_init: False gives Zero-TPrune-uni.
+    Parameters
+    ----------
+    layers : tuple of int
+        0-based blocks with a pruning layer behind them. A budget of rates (.9, .8, .7) keeps that share of the patches
+        at each.
+    similar : float
+        Share of the patches to be removed that the S-stage removes.
+    iterations : tuple of int, optional
+        Votes a site, None for the paper's schedule by depth.
+    cls_init : bool
+        Whether the class token starts with more of the importance; False gives Zero-TPrune-uni.
+    heads : {"rms", "mean", "mean-logits"}
+        How heads are joined: emphasised (eq. 4), averaged, or averaged before the softmax.
+    variance_range : (float, float), optional
+        Heads whose variance lies outside have no say (eq. 5).
+    partition : {"sequential-U", "sequential-I", "alternating", "random", "none"}
+        How the S-stage splits the patches, see `similar_units`.
+    feature : {"keys", "queries", "values", "hidden"}
+        What the S-stage compares.
+    metric : {"cosine", "dot", "l1", "l2"}
+        By what.
+    temperature, damping : float
+        Of the graph's softmax, and of the votes.
     """
 
     layers: tuple[int, ...] = (2, 5, 8)
