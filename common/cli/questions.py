@@ -24,7 +24,7 @@ from prunelab.common.data.pictures import CELL, FRAME, FRAMES, PICTURE
 from prunelab.common.drawing import sheets
 from prunelab.common.drawing.sheets import WHOLE, Panel
 from prunelab.common.models import loading
-from prunelab.common.tokens.inspection import Asked, Look, look
+from prunelab.common.tokens.inspection import Query, Inspection, inspect
 from prunelab.common.tokens.role import TokenPruner
 
 WORDS = 64  # of an answer, at most
@@ -80,8 +80,8 @@ def run(
     if kind:
         testbed_question(kind, shown, question)  # its mistakes are told before weights are read
     model, processor = loading.vision_language({"testbed": name} if kind else {"folder": name}, config)
-    asked = testbed_question(kind, shown, question) if kind else processed(processor, model, shown, question)
-    found = look(model, asked, method, budget, counted=True)
+    query = testbed_question(kind, shown, question) if kind else processed(processor, model, shown, question)
+    found = inspect(model, query, method, budget, counted=True)
     lines = [question, f"unpruned: {found.dense}", f"{method.name} at {budget}: {found.pruned}"]
     if kind:
         lines.append(f"{name} is a toy of ours that knows drawn digits alone: of anything else it says nothing.")
@@ -92,7 +92,7 @@ def run(
         for stage in found.stages:
             each = " ".join(sheets.amount(n) for n in stage.tokens)
             console.print(f"tokens of each frame or crop {stage.name}: {each}", soft_wrap=True)
-    pictures = panels(asked, processor, shown, len(found.tokens))
+    pictures = panels(query, processor, shown, len(found.tokens))
     drawn = sheets.standalone(drawing(pictures, found, lines, f"What {method.name} leaves of {file.name}"))
     console.print(deliver(out, drawn, "picture"), soft_wrap=True)
     console.print("paler patches have less left, blue ones more than they had")
@@ -117,7 +117,7 @@ def read(file: Path, count: int) -> NDArray[np.uint8]:
 # -- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def testbed_question(kind: questions.Kind, shown: NDArray[np.uint8], question: str) -> Asked:
+def testbed_question(kind: questions.Kind, shown: NDArray[np.uint8], question: str) -> Query:
     """A question to a testbed, with the picture or video brought to the size it was trained at."""
     if (kind == "picture") != (len(shown) == 1):
         what, other = ("a single image", "digits_video_qa") if kind == "picture" else ("a video", "digits_qa")
@@ -130,10 +130,10 @@ def testbed_question(kind: questions.Kind, shown: NDArray[np.uint8], question: s
     name = "pixel_values" if kind == "picture" else "pixel_values_videos"
     given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     given[name] = pixels if kind == "picture" else pixels.unsqueeze(0)
-    return Asked(given, lambda new: " ".join(questions.WORDS[token] for token in new.tolist()), words=1)
+    return Query(given, lambda new: " ".join(questions.WORDS[token] for token in new.tolist()), words=1)
 
 
-def processed(processor: Any, model: Any, shown: NDArray[np.uint8], question: str) -> Asked:
+def processed(processor: Any, model: Any, shown: NDArray[np.uint8], question: str) -> Query:
     """A question to a model with its own processor and chat template."""
     if getattr(processor, "chat_template", None) is None:
         raise PrunelabError("the model's processor has no chat template; use a folder that has one")
@@ -151,13 +151,13 @@ def processed(processor: Any, model: Any, shown: NDArray[np.uint8], question: st
         for key, value in given.items()
         if torch.is_tensor(value)
     }
-    return Asked(tensors, lambda new: str(processor.decode(new, skip_special_tokens=True)), WORDS)
+    return Query(tensors, lambda new: str(processor.decode(new, skip_special_tokens=True)), WORDS)
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
 
 
-def drawing(pictures: Sequence[Image.Image], found: Look, lines: Sequence[str], title: str) -> str:
+def drawing(pictures: Sequence[Image.Image], found: Inspection, lines: Sequence[str], title: str) -> str:
     """The frames with their tokens, and what is left of each behind every site."""
     photos, many = [sheets.photo(picture) for picture in pictures], len(pictures) > 1
     bands = [
@@ -179,15 +179,15 @@ def drawing(pictures: Sequence[Image.Image], found: Look, lines: Sequence[str], 
     return sheets.sheet(bands, title, side=side, ratio=width / height, columns=COLUMNS, lines=lines, least=2 * LARGE)
 
 
-def panels(asked: Asked, processor: Any, shown: NDArray[np.uint8], count: int) -> Sequence[Image.Image]:
+def panels(query: Query, processor: Any, shown: NDArray[np.uint8], count: int) -> Sequence[Image.Image]:
     """The `count` frames or crops as the model was given them; where it cuts patches by itself, the user's own."""
-    name = "pixel_values_videos" if asked.modality == "video" else "pixel_values"
-    pixels = asked.given[name]
+    name = "pixel_values_videos" if query.modality == "video" else "pixel_values"
+    pixels = query.inputs[name]
     if pixels.dim() < 4:
         places = np.linspace(0, len(shown) - 1, count).astype(int)
         return [Image.fromarray(shown[i]) for i in places]
     pixels = pixels[0] if pixels.dim() == 5 else pixels
-    return [Image.fromarray(frame.numpy()) for frame in coloured(pixels[:count].float(), processor, asked.modality)]
+    return [Image.fromarray(frame.numpy()) for frame in coloured(pixels[:count].float(), processor, query.modality)]
 
 
 def coloured(pixels: Tensor, processor: Any, modality: str) -> Tensor:

@@ -36,7 +36,7 @@ class Site:
 class ModelInfo:
     """What a method may know of a model: sizes only.
 
-    `tokens` includes the `special` tokens, which come first; only a class token may sit elsewhere, at `class_place`
+    `tokens` includes the `special` tokens, which come first; only a class token may sit elsewhere, at `class_index`
     (vision Mamba puts it in the middle). `levels` counts the feature maps of a pyramid, `vocabulary` the tokens that a
     language model gives logits for. `tower` are the sizes of the image encoder before a language model, as deep as its
     features come from, with the tokens of one crop.
@@ -49,18 +49,18 @@ class ModelInfo:
     tokens: int
     special: int = 0
     class_token: bool = False
-    class_place: int = 0
+    class_index: int = 0
     grid: tuple[int, ...] | None = None
     levels: int = 1
     tower: ModelInfo | None = None
     vocabulary: int = 0
 
-    def patches(self, places: Tensor) -> Tensor:
-        """Patch numbers of those token places [K] that are patches, neither special nor padding (-1)."""
-        if self.class_place:
-            places = places[(places >= 0) & (places != self.class_place)]
-            return places - (places > self.class_place).long()
-        return places[places >= self.special] - self.special
+    def patches(self, indices: Tensor) -> Tensor:
+        """Patch numbers of those token indices [K] that are patches, neither special nor padding (-1)."""
+        if self.class_index:
+            indices = indices[(indices >= 0) & (indices != self.class_index)]
+            return indices - (indices > self.class_index).long()
+        return indices[indices >= self.special] - self.special
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

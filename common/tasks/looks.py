@@ -18,7 +18,7 @@ from prunelab.common.data import questions
 from prunelab.common.data.questions import Sample
 from prunelab.common.experiments.run import Run
 from prunelab.common.models import loading
-from prunelab.common.tokens.inspection import Asked, Look, Stage, look
+from prunelab.common.tokens.inspection import Inspection, Query, Stage, inspect
 from prunelab.common.tokens.role import TokenPruner
 
 WHOLE = 100  # the share that a patch has without pruning, in a record
@@ -38,13 +38,13 @@ def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         raise PrunelabError(f"this figure is about token pruners; {method.name} is a {method.role}")
     items = []
     for sample in questions.samples(run.ids["data"], int(run.settings["samples"])):
-        asked = Asked(questions.inputs([sample]), lambda new: questions.WORDS[int(new[0])], words=1)
-        items.append(told(sample, look(model, asked, method, budget, int(run.settings.get("seed", 0)))))
+        query = Query(questions.inputs([sample]), lambda new: questions.WORDS[int(new[0])], words=1)
+        items.append(told(sample, inspect(model, query, method, budget, int(run.settings.get("seed", 0)))))
     return {"looks": {"value": len(items), "items": items}, "budget": {"text": str(budget)}}
 
 
-def told(sample: Sample, found: Look) -> dict[str, Any]:
-    """A look as plain values."""
+def told(sample: Sample, found: Inspection) -> dict[str, Any]:
+    """An inspection as plain values."""
     return {
         "question": sample.question,
         "answer": sample.word,

@@ -37,13 +37,13 @@ class TokenScorer(nn.Module):
 @contextmanager
 def decoder_attention(model: nn.Module, queries: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Within the block, the list receives for every decoder layer that runs where its last `queries` queries sample the
-    encoder's tokens, places [B, Q, H, L, P, 2] as shares of each level, and with which weights [B, Q, H, L, P]. Queries
-    before those are denoising copies."""
+    encoder's tokens, locations [B, Q, H, L, P, 2] as shares of each level, and with which weights [B, Q, H, L, P].
+    Queries before those are denoising copies."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        places, weights = args[4], args[5]
-        found.append((places[:, -queries:].detach(), weights[:, -queries:].detach()))
+        locations, weights = args[4], args[5]
+        found.append((locations[:, -queries:].detach(), weights[:, -queries:].detach()))
 
     sampling = [m.get_submodule("encoder_attn.attn") for m in model.modules() if hasattr(m, "encoder_attn")]
     if not sampling:
@@ -56,16 +56,16 @@ def decoder_attention(model: nn.Module, queries: int) -> Iterator[list[tuple[Ten
             handle.remove()
 
 
-def attention_map(places: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """How much attention every token received, [B, N], of places and weights as `decoder_attention` gives them.
+def attention_map(locations: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """How much attention every token received, [B, N], of locations and weights as `decoder_attention` gives them.
 
     Each sample is shared among the four tokens around it. Tokens lie at whole numbers here, as in Sparse DETR's code,
     half a token off from where the attention itself samples.
     """
     levels = []
     for level, (height, width) in enumerate(shapes):
-        x, y = (places[:, :, :, level] * places.new_tensor([width, height])).unbind(-1)  # [B, Q, H, P]
-        received = places.new_zeros(places.shape[0], height * width)
+        x, y = (locations[:, :, :, level] * locations.new_tensor([width, height])).unbind(-1)  # [B, Q, H, P]
+        received = locations.new_zeros(locations.shape[0], height * width)
         for right, below in ((0, 0), (1, 0), (0, 1), (1, 1)):
             column, row = x.floor() + right, y.floor() + below
             share = (1 - (x - column).abs()) * (1 - (y - row).abs()) * weights[:, :, :, level]

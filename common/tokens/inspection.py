@@ -21,19 +21,19 @@ FRAMES = "frame_scores"  # the service of methods that weigh the frames of a vid
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """A question about one image or video as the model's forward takes it.
 
-    given: arguments of `generate`, batch 1. said: the words of new tokens [N]. words: how many at most.
+    inputs: arguments of `generate`, batch 1. decode: the words of new tokens [N]. words: how many at most.
     """
 
-    given: Mapping[str, Tensor]
-    said: Callable[[Tensor], str]
+    inputs: Mapping[str, Tensor]
+    decode: Callable[[Tensor], str]
     words: int
 
     @property
     def modality(self) -> str:
-        return "video" if "pixel_values_videos" in self.given else "image"
+        return "video" if "pixel_values_videos" in self.inputs else "image"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Look:
+class Inspection:
     """Both answers; the tokens of each frame without pruning; what is left, site by site; and, where it was counted,
     what it cost."""
 
@@ -58,7 +58,7 @@ class Look:
     report: Report | None
 
 
-class _Wanted(Exception):
+class _FramesWanted(Exception):
     """A method asks for frame scores that nobody has made yet."""
 
     def __init__(self, frames: int) -> None:
@@ -73,14 +73,14 @@ class _Weights:
 
     def __call__(self, videos: int, frames: int) -> Sequence[Tensor]:
         if not self.rows:
-            raise _Wanted(frames)
+            raise _FramesWanted(frames)
         return self.rows
 
 
 @torch.inference_mode()
-def look(
-    model: nn.Module, asked: Asked, method: TokenPruner, budget: Budget, seed: int = 0, counted: bool = False
-) -> Look:
+def inspect(
+    model: nn.Module, query: Query, method: TokenPruner, budget: Budget, seed: int = 0, counted: bool = False
+) -> Inspection:
     """Ask twice, and follow the tokens that are left back to the patches they are made of. `counted`: with the cost.
 
     A method that weighs frames gets `certainty` as scores. Raises PrunelabError as `apply` does, and for models that
@@ -89,32 +89,32 @@ def look(
     adapter = adapter_for(model)
     if not isinstance(adapter, VisionLanguage):
         raise PrunelabError(f"{adapter.family} answers no questions; give an image or video language model")
-    dense, weights = answer(model, asked), _Weights()
+    dense, weights = answer(model, query), _Weights()
     try:
-        return _pruned(model, asked, method, budget, weights, dense, seed, counted)
-    except _Wanted as wanted:
-        if asked.modality != "video":
+        return _pruned(model, query, method, budget, weights, dense, seed, counted)
+    except _FramesWanted as wanted:
+        if query.modality != "video":
             raise PrunelabError(f"{method.name} weighs the frames of a video; give one, or another method") from None
-        weights.rows = [certainty(model, asked, wanted.frames)]
-    return _pruned(model, asked, method, budget, weights, dense, seed, counted)
+        weights.rows = [certainty(model, query, wanted.frames)]
+    return _pruned(model, query, method, budget, weights, dense, seed, counted)
 
 
 def _pruned(
     model: nn.Module,
-    asked: Asked,
+    query: Query,
     method: TokenPruner,
     budget: Budget,
     weights: _Weights,
     dense: str,
     seed: int,
     counted: bool,
-) -> Look:
+) -> Inspection:
     with applied(method, model, budget, services={FRAMES: weights}, seed=seed) as handle:
-        pruned = answer(model, asked)
+        pruned = answer(model, query)
         attribution = handle.application.trace.attribution
         adapter = handle.adapter
         assert isinstance(adapter, VisionLanguage)
-        report = handle.report(adapter.shaped(asked.given)) if counted else None
+        report = handle.report(adapter.shaped(query.inputs)) if counted else None
     whole = [crops for modality in attribution.encoded for crops in attribution.dense(0)[modality]]
     grids = [grid for encoded in attribution.encoded.values() for grid in encoded.grids]
     stages = []
@@ -126,7 +126,7 @@ def _pruned(
             for part, full in zip(crops, before, strict=True)
         ]
         stages.append(Stage(named(site.where, site.layer), per_frame(left), shares))
-    return Look(dense, pruned, per_frame(whole), stages, report)
+    return Inspection(dense, pruned, per_frame(whole), stages, report)
 
 
 def per_frame(masses: Sequence[Tensor]) -> list[float]:
@@ -139,19 +139,19 @@ def named(where: str, layer: int) -> str:
     return f"from layer {layer} on" if where == "input" else "before the decoder"
 
 
-def answer(model: Any, asked: Asked) -> str:
+def answer(model: Any, query: Query) -> str:
     """The likeliest answer, word by word."""
-    made = model.generate(**asked.given, max_new_tokens=asked.words, do_sample=False, num_beams=1)
-    return asked.said(made[0, asked.given["input_ids"].shape[1] :]).strip()
+    output = model.generate(**query.inputs, max_new_tokens=query.words, do_sample=False, num_beams=1)
+    return query.decode(output[0, query.inputs["input_ids"].shape[1] :]).strip()
 
 
-def certainty(model: Any, asked: Asked, frames: int) -> Tensor:
+def certainty(model: Any, query: Query, frames: int) -> Tensor:
     """[T] how sure the unpruned model is of its first word, the probability of the likeliest one, when a video stands
     still at each of its `frames`: the frames' worth to the question, by the model itself."""
     found = []
     for frame in range(frames):
         logits = model(
-            **{**asked.given, "pixel_values_videos": still(asked.given["pixel_values_videos"], frame, frames)}
+            **{**query.inputs, "pixel_values_videos": still(query.inputs["pixel_values_videos"], frame, frames)}
         )
         found.append(logits.logits[0, -1].float().softmax(-1).max().cpu())
     return torch.stack(found)

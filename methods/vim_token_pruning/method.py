@@ -113,7 +113,7 @@ class VimTokenPruning(TokenPruner):
                 )
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
-        if self.released and not info.class_place:
+        if self.released and not info.class_index:
             raise PrunelabError(f"{self.name}: the released code needs a class token in the middle; leave released out")
         return [Site(layer, "block_output") for layer in self.layers]
 

@@ -290,7 +290,7 @@ def test_nan_weights_are_named(method, family):
 def test_class_token_goes_through_every_site(method, family):
     if not info(family).class_token:
         return
-    model, place = FAMILIES[family](), info(family).class_place
+    model, place = FAMILIES[family](), info(family).class_index
     with torch.no_grad(), applied(method, model, 0.5) as handle:
         model(images(family))
         for _, origin in handle.kept():

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class SegmenterPass(ViTPass):
-    """said: what the last head said of the tokens it saw. stages: what each head said of the whole grid, with
+    """prediction: what the last head said of the tokens it saw. stages: what each head said of the whole grid, with
     gradients."""
 
-    said: Prediction | None = None
+    prediction: Prediction | None = None
     stages: list[Prediction] = field(default_factory=list)
 
 
@@ -80,12 +80,12 @@ class SegmenterViT(TimmViT):
 
     def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
         super().check(method, sites)
-        places = self.model.head_blocks[:-1]
+        blocks = self.model.head_blocks[:-1]
         for site in sites:
-            if site.layer not in places:
+            if site.layer not in blocks:
                 raise PrunelabError(
                     f"{method.name} stops tokens behind block {site.layer}, but this model has heads to leave by behind"
-                    f" blocks {', '.join(map(str, places)) or 'none'}; set the method's layers"
+                    f" blocks {', '.join(map(str, blocks)) or 'none'}; set the method's layers"
                 )
 
     def check_plan(self, plan: Plan) -> None:
@@ -110,8 +110,8 @@ class SegmenterViT(TimmViT):
         special = self.info.special
 
         def confidence() -> Tensor:
-            said = self.running.said  # reduce has just run the head of this site
-            return F.pad(said.confidence.transpose(1, 2), (0, 0, special, 0))  # prefix tokens have none
+            prediction = self.running.prediction  # reduce has just run the head of this site
+            return F.pad(prediction.confidence.transpose(1, 2), (0, 0, special, 0))  # prefix tokens have none
 
         return super().sources(site, x) | {"class_confidence": confidence}
 
@@ -121,48 +121,48 @@ class SegmenterViT(TimmViT):
         valid = self.running.tokens.valid
         return None if valid is None else (args, kwargs | {"valid": valid[:, self.info.special :]})
 
-    def _join(self, head: nn.Module, args: tuple[Tensor, ...], said: Prediction) -> Prediction:
+    def _join(self, head: nn.Module, args: tuple[Tensor, ...], prediction: Prediction) -> Prediction:
         """What a head says of the tokens it saw becomes what is known of the whole grid."""
         special, running = self.info.special, self.running
         tokens, stages = running.tokens, running.stages
         indices = tokens.indices(torch.empty(len(args[0]), args[0].shape[1] + special, device=args[0].device))
         assert indices is not None  # a segmenter's plans only gather
-        running.said = said
+        running.prediction = prediction
         known = stages[-1] if stages else None
         here = indices[:, special:] - special
         grid = self.model.patch_embed.num_patches
         seen = None if tokens.valid is None else tokens.valid[:, special:]
-        stages.append(join(known, said, here, grid, seen, exit_presence=self.model.presence == "exit"))
+        stages.append(join(known, prediction, here, grid, seen, exit_presence=self.model.presence == "exit"))
         return stages[-1]
 
 
 def join(
     before: Prediction | None,
-    said: Prediction,
-    places: Tensor,
+    prediction: Prediction,
+    indices: Tensor,
     grid: int,
     valid: Tensor | None = None,
     *,
     exit_presence: bool = False,
 ) -> Prediction:
-    """The prediction of all `grid` tokens: that of `said` at places [B, N], where `valid` [B, N], and elsewhere that of
+    """The prediction of all `grid` tokens: `prediction` at indices [B, N], where `valid` [B, N], and elsewhere that of
     `before`.
 
     The presence of the classes is that of the head that spoke last; with `exit_presence` each token keeps that of the
     head that saw it last.
     """
-    masks = _write(None if before is None else before.masks, said.masks, places, grid, valid)
-    presence = said.presence
+    masks = _write(None if before is None else before.masks, prediction.masks, indices, grid, valid)
+    presence = prediction.presence
     if exit_presence and presence is not None:
         known = None if before is None else before.presence
-        presence = _write(known, presence.expand_as(said.masks), places, grid, valid)
-    return type(said)(masks, presence)
+        presence = _write(known, presence.expand_as(prediction.masks), indices, grid, valid)
+    return type(prediction)(masks, presence)
 
 
-def _write(canvas: Tensor | None, values: Tensor, places: Tensor, grid: int, valid: Tensor | None) -> Tensor:
-    """The canvas [B, C, grid] (None: zeros) with values [B, C, N] at places [B, N]."""
+def _write(canvas: Tensor | None, values: Tensor, indices: Tensor, grid: int, valid: Tensor | None) -> Tensor:
+    """The canvas [B, C, grid] (None: zeros) with values [B, C, N] at indices [B, N]."""
     canvas = values.new_zeros(*values.shape[:2], grid) if canvas is None else canvas
     if valid is not None:
-        places = places.masked_fill(~valid, grid)  # padding goes to a column of its own, cut off again
-    index = places.unsqueeze(1).expand_as(values)
+        indices = indices.masked_fill(~valid, grid)  # padding goes to a column of its own, cut off again
+    index = indices.unsqueeze(1).expand_as(values)
     return F.pad(canvas, (0, 1)).scatter(2, index, values)[..., :grid]

@@ -39,12 +39,12 @@ _ALWAYS = frozenset({"hidden", "sizes"})
 
 @dataclass
 class MambaPass(Pass):
-    """total: tokens before anything was pruned. seats: [B, N] ascending index of each token among them, None until a
+    """total: tokens before anything was pruned. indices: [B, N] ascending index of each token among them, None until a
     plan has acted. align: the last plan's positions. class_at: [B] where the class token is among the tokens. scanned:
     [B, S, E, N] of the layers that are read. grid: of the map, where the layers are told."""
 
     total: int = 0
-    seats: Tensor | None = None
+    indices: Tensor | None = None
     align: str = "original"
     class_at: Tensor | None = None
     scanned: dict[int, Tensor] = field(default_factory=dict)
@@ -161,13 +161,15 @@ class _VisionMamba(SequenceAdapter[MambaPass]):
     def follow(self, application: Application, site: Site, plan: Plan, x: Tensor) -> None:
         super().follow(application, site, plan, x)
         running, units = self.running, x.shape[1]
-        seats = torch.arange(units, device=x.device).expand(len(x), -1) if running.seats is None else running.seats
+        indices = (
+            torch.arange(units, device=x.device).expand(len(x), -1) if running.indices is None else running.indices
+        )
         reduce = plan.reduce
         owner = reduce.index if isinstance(reduce, Gather) else reduce.matrix(units).argmax(-1)  # [B, K]
-        running.seats, running.align = seats.gather(1, owner), plan.positions
+        running.indices, running.align = indices.gather(1, owner), plan.positions
         if running.class_at is not None:
             running.class_at = self._find(owner == running.class_at.unsqueeze(1))
-        if self.in_order() and x.device.type != "meta" and bool((running.seats.diff(dim=1) <= 0).any()):
+        if self.in_order() and x.device.type != "meta" and bool((running.indices.diff(dim=1) <= 0).any()):
             raise PrunelabError(
                 f"{application.method.name} puts tokens out of order or at one place, which {self.family} cannot scan"
                 f" with positions={plan.positions}; keep them in ascending order, each at a place of its own"
@@ -206,7 +208,7 @@ class VimAdapter(_VisionMamba):
             tokens=tokens,
             special=1,
             class_token=True,
-            class_place=model.class_place,
+            class_index=model.class_place,
             grid=model.patch_embed.grid_size,
         )
 
@@ -218,13 +220,13 @@ class VimAdapter(_VisionMamba):
     def begin(self, module: nn.Module, args: Any) -> None:
         super().begin(module, args)
         x = args[0]
-        self.running.class_at = torch.full((len(x),), self.info.class_place, device=x.device)
+        self.running.class_at = torch.full((len(x),), self.info.class_index, device=x.device)
 
     def subset(self) -> Subset | None:
         run = self.running
-        if run.seats is None or run.align in ("renumber", "hold"):
+        if run.indices is None or run.align in ("renumber", "hold"):
             return None  # to hold the state over a gap is to scan as if the gap were not there
-        return Subset(run.seats, run.total, decay=run.align == "decay", spread=run.align == "original")
+        return Subset(run.indices, run.total, decay=run.align == "decay", spread=run.align == "original")
 
     def prune(self, application: Application, site: Site, state: tuple[Any, ...]) -> tuple[Any, ...]:
         """The mixer's output and the residual stream lose the same tokens; methods see and refine their sum."""
@@ -284,7 +286,7 @@ class PlainMambaAdapter(_VisionMamba):
 
     def subset(self) -> Subset | None:
         run = self.running
-        return None if run.seats is None else Subset(run.seats, run.total, decay=run.align == "decay")
+        return None if run.indices is None else Subset(run.indices, run.total, decay=run.align == "decay")
 
     def in_order(self) -> bool:
         return True  # a map has one token a place, and step widths, B and C are taken in raster order

@@ -210,37 +210,37 @@ class Fresh:
     none), and how masses [K] over them become masses over its patches [crops, patches]."""
 
     tokens: Tensor
-    seats: Tensor | None
+    source_index: Tensor | None
     back: Callable[[Tensor], Tensor]
 
 
 @dataclass
 class Span:
-    """One image or video in a sample: its places [tokens] in the prompt, the numbers [K] of the tokens that come there
+    """One image or video in a sample: its indices [tokens] in the prompt, the numbers [K] of the tokens that come there
     instead, and which of its packed tokens each of them is (None: none, they stand at the first)."""
 
-    places: Tensor
+    indices: Tensor
     rows: Tensor
-    seats: Tensor | None
+    source_index: Tensor | None
 
 
 def spliced(words: Tensor, rows: Tensor, spans: Sequence[Span], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Numbers and places [K] of a sample's sequence: its words (numbers `rows`, places `words`) with each span's new
+    """Numbers and indices [K] of a sample's sequence: its words (numbers `rows`, indices `words`) with each span's new
     tokens where the span began."""
-    starts = torch.tensor([int(span.places[0]) for span in spans], device=device)
+    starts = torch.tensor([int(span.indices[0]) for span in spans], device=device)
     order = starts.argsort().tolist()
     cuts = torch.searchsorted(words, starts[order]).tolist()
     pieces: list[Tensor] = []
-    places: list[Tensor] = []
+    indices: list[Tensor] = []
     before = 0
     for cut, i in zip(cuts, order, strict=True):
         span = spans[i]
         pieces += [rows[before:cut], span.rows]
-        home = span.places.to(rows.device)
-        stand = home[:1].expand(len(span.rows)) if span.seats is None else home[span.seats]
-        places += [words[before:cut].to(rows.device), stand]
+        home = span.indices.to(rows.device)
+        stand = home[:1].expand(len(span.rows)) if span.source_index is None else home[span.source_index]
+        indices += [words[before:cut].to(rows.device), stand]
         before = cut
-    return torch.cat([*pieces, rows[before:]]), torch.cat([*places, words[before:].to(rows.device)])
+    return torch.cat([*pieces, rows[before:]]), torch.cat([*indices, words[before:].to(rows.device)])
 
 
 def heaviest(reduce: Gather | Mix, units: int) -> Tensor:
@@ -314,5 +314,5 @@ def in_packed_order(patches: Tensor, order: Tensor, total: int, newlines: bool) 
         held, at = keep.long().cumsum(0), (order < 0).nonzero().squeeze(1)
         since = torch.cat([held.new_zeros(1), held[at]])
         keep = keep.index_put((at,), since[1:] > since[:-1])  # rows since the newline before
-    seats = keep.nonzero().squeeze(1)
-    return found[seats], seats
+    source_index = keep.nonzero().squeeze(1)
+    return found[source_index], source_index

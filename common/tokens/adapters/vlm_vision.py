@@ -48,7 +48,7 @@ class Prefill(Pass):
     encoded, visual: what the encoder gave, and where it stands in the prompt, [B, N] bool, by modality. text: tokens of
     the prompt that are not visual. Of the tokens at hand: prunable [B, N] bool, source [B, N] the index in the prompt,
     positions [..., B, N] the position ids; shift [..., B] by how much later tokens are numbered lower than the model
-    would number them. cached: what the layers hold. seated: whether `source` is
+    would number them. cached: what the layers hold. indexed: whether `source` is
     where each token was packed. later, now: while decoding, [B, M] which tokens behind the prompt
     count, and the position ids of the newest.
     """
@@ -62,7 +62,7 @@ class Prefill(Pass):
     shift: Tensor = field(init=False)
     cached: CachedPrompt = field(init=False)
     attribution: Attribution = field(init=False)
-    seated: bool = True
+    indexed: bool = True
     decoding: bool = False
     later: Tensor = field(init=False)
     now: Tensor = field(init=False)
@@ -333,7 +333,7 @@ class VisionSide(SequenceAdapter[Prefill]):
         running = self.running
         if not running.encoded:
             raise PrunelabError(f"'{reading}' is read off the image encoder; give the model pixels, not features")
-        if not running.seated:
+        if not running.indexed:
             raise PrunelabError(f"'{reading}' is of patches, which tokens that are packed no more by rule cannot tell")
         out: Tensor | None = None
         for modality, encoded in running.encoded.items():
@@ -395,10 +395,10 @@ class VisionSide(SequenceAdapter[Prefill]):
             images, numbering = self._project_images(application, site, modality, decided)
             for image in images:
                 pool.append(image.tokens.to(x))
-                fresh.append((torch.arange(size, size + len(image.tokens), device=x.device), image.seats))
+                fresh.append((torch.arange(size, size + len(image.tokens), device=x.device), image.source_index))
                 size += len(image.tokens)
                 backs.append((modality, image.back))
-                running.seated = running.seated and image.seats is not None
+                running.indexed = running.indexed and image.source_index is not None
             for sample, own in enumerate(encoded.owners(counts)):
                 places = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
                 spans[sample] += [Span(place, *fresh[i]) for place, i in zip(places, own, strict=True)]
@@ -467,12 +467,12 @@ class VisionSide(SequenceAdapter[Prefill]):
             for g, image in enumerate(images):
                 real = slice(None) if plan.reduce.valid is None else plan.reduce.valid[g]
                 own, order = tokens[g][real], orders[image]
-                turn, seats = torch.arange(len(own), device=own.device), None
+                turn, source_index = torch.arange(len(own), device=own.device), None
                 bare = plan.layout is not None and bool((plan.layout < 0).all())
                 newline = self.newline(modality)
                 if isinstance(plan.reduce, Gather) and order is not None and (plan.layout is None or bare):
                     rows = newline is not None and not bare
-                    turn, seats = in_packed_order(plan.reduce.index[g][real], order, x.shape[1], rows)
+                    turn, source_index = in_packed_order(plan.reduce.index[g][real], order, x.shape[1], rows)
                 elif newline is not None and not bare and plan.layout is None and own.device.type == "meta":
                     most = newlines[image]  # which rows hold a token is in the values; as many as can are taken to
                     turn = turn.new_empty(len(own) + min(most, len(own)))
@@ -481,7 +481,7 @@ class VisionSide(SequenceAdapter[Prefill]):
                     if place is None and isinstance(plan.reduce, Gather) and modality == "video":
                         place = grid_places(plan.reduce.index[g][real], group[1])
                     turn = newline_order(len(own), place, newline[1], own.device)
-                if plan.positions == "original" and seats is None:
+                if plan.positions == "original" and source_index is None:
                     raise PrunelabError(
                         f"{application.method.name} makes tokens that have no place in the packed sequence; let it"
                         " number them anew (positions='renumber')"
@@ -489,7 +489,7 @@ class VisionSide(SequenceAdapter[Prefill]):
                 if newline is not None:
                     own = torch.cat([own, newline[0].to(own).unsqueeze(0)])  # where `turn` is -1
                 back = functools.partial(handed_back, turn=turn, reduce=plan.reduce, row=g, shape=shapes[image][:2])
-                made[image] = Fresh(own[turn], seats, back)
+                made[image] = Fresh(own[turn], source_index, back)
         return [made[image] for image in range(len(shapes))], numbering
 
     def projected(self, modality: str, images: Sequence[int]) -> tuple[Tensor, View]:

@@ -262,6 +262,6 @@ def test_cost_of_one_module():
 def test_patch_numbers_leave_out_the_class_token_wherever_it_is():
     places = torch.tensor([0, 1, 3, 4, 5, -1])
     prefix = ModelInfo("a", 1, 1, 8, 9, special=1, class_token=True)
-    middle = ModelInfo("b", 1, 1, 8, 9, special=1, class_token=True, class_place=4)
+    middle = ModelInfo("b", 1, 1, 8, 9, special=1, class_token=True, class_index=4)
     assert prefix.patches(places).tolist() == [0, 2, 3, 4]
     assert middle.patches(places).tolist() == [0, 1, 3, 4]
