@@ -344,6 +344,11 @@ class Adapter(ABC, Generic[P]):
             signals = self.signals_of(application, site, x, view, state, training)
             plan = method.plan(site, signals, application.budget.at(site.index))
             self.check_plan(plan)
+            if plan.rest != method.rest:
+                raise PrunelabError(
+                    f"{self.family} cannot carry out a plan with rest={plan.rest} of {method.name}, whose own is"
+                    f" {method.rest}; let the method's `rest` say it"
+                )
         if plan.gate is not None:  # it keeps its gradients
             plan = self.gated(plan, plan.gate) if training else replace(plan, gate=None)
         if trace.measured is not None:
