@@ -24,7 +24,7 @@ from prunelab.common.data.pictures import CELL, FRAME, FRAMES, PICTURE
 from prunelab.common.drawing import sheets
 from prunelab.common.drawing.sheets import WHOLE, Panel
 from prunelab.common.models import loading
-from prunelab.common.tokens.inspection import Query, Inspection, inspect
+from prunelab.common.tokens.inspection import Inspection, Query, inspect
 from prunelab.common.tokens.role import TokenPruner
 
 WORDS = 64  # of an answer, at most

@@ -20,7 +20,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import questions
 from prunelab.common.drawing import sheets
 from prunelab.common.models import loading
-from prunelab.common.tokens.inspection import Look, Stage
+from prunelab.common.tokens.inspection import Inspection, Stage
 from tests.contract.vlms import checkpoint, processor
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -121,7 +121,7 @@ def test_any_local_folder_in_hub_layout(files, tmp_path, family, kinds):
 def test_kept_cells_are_clear_and_others_pale():
     black = Image.new("RGB", (40, 20))
     stage = Stage("before the decoder", [1.25, 4.0], [torch.tensor([[1.0, 0.0], [0.5, 3.0]]), torch.ones(2, 2)])
-    found = Look("an answer " * 40, "another", [4.0, 4.0], [stage], None)
+    found = Inspection("an answer " * 40, "another", [4.0, 4.0], [stage], None)
     drawn = sheets.standalone(asking.drawing([black] * 2, found, ["a question <b>", found.dense], "a title"))
     picture = ElementTree.fromstring(drawn)
     assert len(panels(picture)) == 4
