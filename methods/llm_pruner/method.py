@@ -42,7 +42,9 @@ def member_importance(criterion: Criterion, salience: Tensor, axis: int) -> Tens
     other = 1 - axis
     if criterion == "vectorize":
         return salience.sum(other).abs()
-    return (salience.square() if criterion == "l2" else salience.abs()).sum(other)
+    if criterion == "l2":
+        return salience.square().sum(other)
+    return torch.linalg.vector_norm(salience, 1, other)  # one pass
 
 
 def folded(importance: Tensor, channels: int, units: int, released: bool = True) -> Tensor:
