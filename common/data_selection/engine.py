@@ -144,13 +144,13 @@ def select(
     size = len(columns["labels" if "labels" in columns else next(iter(columns))]) if columns else _count(texts)
     if not size:
         raise PrunelabError("there is no document to choose from; give at least one")
-    wanted = None
+    aim = None
     if target is not None:
-        aims = checked_texts(target)
-        wanted = Examples(_count(aims), {"text": lambda: aims}, frozenset(("text",)))
+        target_texts = checked_texts(target)
+        aim = Examples(_count(target_texts), {"text": lambda: target_texts}, frozenset(("text",)))
     examples = Examples(
         size, read, required, tokens=columns.get("input_ids"), labels=columns.get("labels"),
-        valid=columns.get("attention_mask"), target=wanted, services=services,
+        valid=columns.get("attention_mask"), target=aim, services=services,
         rng=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     plan = selector.plan(examples, budget)
@@ -215,9 +215,9 @@ def _measured(
     stream = iter(samples)
     while chunk := list(islice(stream, size)):
         batch = {name: value.to(device) for name, value in collate(chunk).items()}
-        made = signals.sources(selector.requires(), batch, model, services, selector.attention_layer, forward)
-        found = {name: made[name]() for name in selector.requires() & made.keys()}
-        for name, value in (found | {n: batch[n] for n in _KEPT if n in batch}).items():
+        sources = signals.sources(selector.requires(), batch, model, services, selector.attention_layer, forward)
+        values = {name: sources[name]() for name in selector.requires() & sources.keys()}
+        for name, value in (values | {n: batch[n] for n in _KEPT if n in batch}).items():
             parts.setdefault(name, []).append(value.cpu())
     return {name: _joined(tensors, _KEPT.get(name, 0)) for name, tensors in parts.items()}
 
@@ -312,7 +312,7 @@ def applied(
     global generator, so that a training that puts it back where it stood goes on with the same choices.
     """
     selector, budget = _checked(method, budget, "each_batch")
-    given = dict(services or {})
+    seconds = dict(services or {})
     handle = Handle(selector, budget)
     names = list(inspect.signature(model.forward).parameters)
     removers: list[Any] = []
@@ -328,7 +328,7 @@ def applied(
         state["busy"] = True
         try:
             rng = torch.Generator().manual_seed(seed + int(torch.randint(2**31, ())))
-            left = _chosen(handle, batch, model, given, forward, rng)
+            left = _chosen(handle, batch, model, seconds, forward, rng)
         finally:
             state["busy"] = False
         state["weight"] = (left.pop(WEIGHT), left["labels"]) if WEIGHT in left else None
@@ -340,7 +340,7 @@ def applied(
             output.loss = weighted_loss(output.logits, labels, weight)
             state["weight"] = None
 
-    with claimed(selector, model, given):
+    with claimed(selector, model, seconds):
         removers.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)
         removers.append(model.register_forward_hook(after, with_kwargs=True).remove)
         try:
@@ -361,9 +361,9 @@ def _chosen(
     """The batch as the method leaves it; counts are taken on the device."""
     selector, labels = handle.method, batch["labels"]
     required = selector.requires()
-    made = signals.sources(required, batch, model, services, selector.attention_layer, forward)
+    sources = signals.sources(required, batch, model, services, selector.attention_layer, forward)
     examples = Examples(
-        len(labels), made, required, tokens=batch.get("input_ids"), labels=labels,
+        len(labels), sources, required, tokens=batch.get("input_ids"), labels=labels,
         valid=batch.get("attention_mask"), services=services, rng=rng,
     )  # fmt: skip
     with torch.no_grad():

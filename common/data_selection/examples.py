@@ -160,15 +160,15 @@ def checked_texts(texts: Iterable[str]) -> Iterable[str]:
         return texts
     if isinstance(texts, str):
         raise PrunelabError("training data are a list of texts, and this is one; put it into a list")
-    found = list(texts)
-    for place, text in enumerate(found):
+    documents = list(texts)
+    for place, text in enumerate(documents):
         if not isinstance(text, str) or not text.strip():
             raise PrunelabError(f"document {place} is empty or no text; leave it out")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise PrunelabError(f"document {place} holds characters that are no valid UTF-8; repair it") from None
-    return found
+    return documents
 
 
 def collate(samples: Sequence[Any]) -> dict[str, Tensor]:

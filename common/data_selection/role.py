@@ -67,8 +67,8 @@ class DataSelector(Method):
             raise PrunelabError(f"training data cannot be budgeted in {budget.unit}; use ratio, count or removed")
         if not self.chooses and budget != ALL:
             raise PrunelabError(f"{self.name} weighs data and drops none; its budget is 1.0")
-        found = {part: budget.at(place) for place, part in enumerate(self.chooses)}
-        return found.get("samples", ALL), found.get("tokens", ALL)
+        parts = {part: budget.at(place) for place, part in enumerate(self.chooses)}
+        return parts.get("samples", ALL), parts.get("tokens", ALL)
 
 
 def best_samples(scores: Tensor, budget: Budget) -> Gather:

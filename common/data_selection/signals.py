@@ -59,21 +59,21 @@ def sources(
     """By name, what computes the signals that can be had of a batch. Losses that a batch brings as a column, measured
     earlier, are taken from there."""
     labels: Tensor | None = batch.get("labels")
-    found: dict[str, Callable[[], Tensor]] = {}
+    available: dict[str, Callable[[], Tensor]] = {}
     if model is not None:
         own = _Own(required, batch, model, layer, forward)
-        found |= {"logits": lambda: own.logits, "prompt_attention": lambda: own.prompt_attention}
+        available |= {"logits": lambda: own.logits, "prompt_attention": lambda: own.prompt_attention}
         if labels is not None:
-            found |= {
+            available |= {
                 "loss": lambda: token_loss(own.logits, labels),
                 "entropy": lambda: token_entropy(own.logits) * counted(labels),
             }
     for name, service in SERVICES.items():
         if name in batch:
-            found[name] = lambda name=name: batch[name]  # type: ignore[misc]
+            available[name] = lambda name=name: batch[name]  # type: ignore[misc]
         elif service in services and labels is not None:
-            found[name] = lambda other=services[service]: _loss(other, batch, labels, forward)  # type: ignore[misc]
-    return found
+            available[name] = lambda other=services[service]: _loss(other, batch, labels, forward)  # type: ignore[misc]
+    return available
 
 
 def _loss(model: nn.Module, batch: Batch, labels: Tensor, forward: Forward) -> Tensor:

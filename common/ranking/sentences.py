@@ -40,11 +40,11 @@ class Passage:
             object.__setattr__(self, "document", (0,) * len(self.sentences))
         if not self.position:
             seen: dict[int, int] = {}
-            places = []
+            indices = []
             for document in self.document:
-                places.append(seen.get(document, 0))
-                seen[document] = places[-1] + 1
-            object.__setattr__(self, "position", tuple(places))
+                indices.append(seen.get(document, 0))
+                seen[document] = indices[-1] + 1
+            object.__setattr__(self, "position", tuple(indices))
         if not len(self.sentences) == len(self.document) == len(self.position):
             raise PrunelabError("sentences, document and position differ in length; give one entry a sentence")
 

@@ -81,16 +81,16 @@ def sentences(text: str) -> list[str]:
     (No. 5), or to letters with inner stops (U.S. Army) before anything but a typical first word. Marks of other scripts
     end one too, those of Chinese and Japanese without white space. A blank line always ends one.
     """
-    found = []
+    split = []
     for paragraph in re.split(r"\n\s*\n", text):
         paragraph, start = " ".join(paragraph.split()), 0
         for match in _END.finditer(paragraph):
             if _ends(paragraph, start, match):
-                found.append(paragraph[start : match.end()].rstrip())
+                split.append(paragraph[start : match.end()].rstrip())
                 start = match.end()
         if start < len(paragraph):
-            found.append(paragraph[start:])
-    return found
+            split.append(paragraph[start:])
+    return split
 
 
 def _ends(paragraph: str, start: int, match: re.Match[str]) -> bool:
@@ -186,7 +186,7 @@ class Background:
 # -- similarity ------------------------------------------------------------------------------------------------------
 
 
-_BLOCK = 2**25  # cosines held at a time while a graph is made
+_BLOCK = 2**25  # cosines in memory at a time while a graph is made
 
 
 @dataclass(frozen=True)

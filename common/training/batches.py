@@ -37,12 +37,12 @@ class Batches:
 
     def indices(self, number: int) -> list[int]:
         """The samples [B] of the batch of that number."""
-        found: list[int] = []
-        while len(found) < self.size:
-            place = number * self.size + len(found)
+        chosen: list[int] = []
+        while len(chosen) < self.size:
+            place = number * self.size + len(chosen)
             epoch, start = divmod(place, len(self.samples))
-            found += self.order(epoch)[start : start + self.size - len(found)].tolist()
-        return found
+            chosen += self.order(epoch)[start : start + self.size - len(chosen)].tolist()
+        return chosen
 
     def __call__(self, number: int) -> dict[str, Tensor]:
         """The batch of that number."""

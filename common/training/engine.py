@@ -162,11 +162,12 @@ class _Job(trainer.Observer):
 
     def loss(self, model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
         batch = self.next_batch(generator)
-        outputs = self.training.objective(model, batch)
+        inputs = {**batch, **self.method.arguments()}
+        outputs = self.training.objective(model, inputs)
         teacher = self.training.services.get("teacher")
         if teacher is not None:
             with torch.no_grad():
-                teacher = self.training.objective(teacher.eval(), batch)
+                teacher = self.training.objective(teacher.eval(), inputs)
         return self.method.loss(batch, outputs, teacher, self.training)
 
     def next_batch(self, generator: torch.Generator) -> Batch:
@@ -252,7 +253,7 @@ def _with_values(
     unknown = decisions.keys() - known.keys()
     if unknown:
         raise PrunelabError(f"the method decides on {min(unknown)}, which is none of its targets")
-    found: dict[str, tuple[Target, Decision]] = {}
+    kept: dict[str, tuple[Target, Decision]] = {}
     for target in (*adapter.targets("linear"), *adapter.targets("tensor")):
         decision = decisions.get(target.name) if known.get(target.name) == target else None
         if id(adapter.parameter(target)) in touched:
@@ -262,9 +263,9 @@ def _with_values(
             elif decision.code is None:
                 decision = replace(decision, values=values | dict(decision.values))
         if decision is not None:
-            found[target.name] = (target, decision)
+            kept[target.name] = (target, decision)
     structures = [(t, decisions[t.name]) for t in training.targets if not t.loose and t.name in decisions]
-    return sorted([*found.values(), *structures], key=lambda entry: (entry[0].block, not entry[0].loose))
+    return sorted([*kept.values(), *structures], key=lambda entry: (entry[0].block, not entry[0].loose))
 
 
 def _carried_out(

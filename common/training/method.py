@@ -97,16 +97,17 @@ class Training:
         return self._mask(target).mask
 
     def prune(self, target: Target, mask: Tensor) -> None:
-        """Set the mask on a target; from the next forward pass on the rest of it is zero."""
+        """Set the mask on a target: the buffer `mask` of what the method put there. From the next forward pass on the
+        rest of it is zero."""
         self._mask(target).mask.copy_(mask)
 
-    def _mask(self, target: Target) -> Mask:
-        return next(module for module in self.modules(target) if isinstance(module, Mask))
+    def _mask(self, target: Target) -> Any:
+        return next(module for module in self.modules(target) if isinstance(getattr(module, "mask", None), Tensor))
 
     def removed(self) -> Tensor | float:
         """Parameters that masks hold at zero, on the model's device."""
-        masks = [(a.target.size, a.module.mask) for a in self.attachments if isinstance(a.module, Mask)]
-        return sum((size * (~mask).sum() for size, mask in masks), 0.0)
+        masks = [(a.target.size, getattr(a.module, "mask", None)) for a in self.attachments]
+        return sum((size * (~mask).sum() for size, mask in masks if isinstance(mask, Tensor)), 0.0)
 
     def learned(self, target: Target) -> list[str]:
         """Names of the parameters that the method put on a target."""
@@ -119,10 +120,10 @@ class Training:
         self.model.eval()
         try:
             with torch.no_grad():
-                found: Tensor = self.objective(self.model, batch).loss
+                loss: Tensor = self.objective(self.model, batch).loss
         finally:
             self.model.train(training)
-        return found
+        return loss
 
 
 class TrainingMethod(Method):
@@ -146,16 +147,16 @@ class TrainingMethod(Method):
 
     def targets(self, adapter: WeightAdapter) -> list[Target]:
         """What the method decides on in a model, in forward order."""
-        found = []
+        targets = []
         for unit in self.units:
             of_unit = adapter.targets(unit)
             if not of_unit:
                 raise PrunelabError(f"{self.name} prunes {unit}, and this {type(adapter.model).__name__} has none")
-            found += [target for target in of_unit if self.covers(target)]
-        if not found:
+            targets += [target for target in of_unit if self.covers(target)]
+        if not targets:
             raise PrunelabError(f"{self.name} covers none of this model's targets; change its options")
-        adapter.refuse_tied(found)
-        return sorted(found, key=lambda target: target.block if target.block >= 0 else len(adapter.blocks))
+        adapter.refuse_tied(targets)
+        return sorted(targets, key=lambda target: target.block if target.block >= 0 else len(adapter.blocks))
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that the method cannot train."""
@@ -182,6 +183,10 @@ class TrainingMethod(Method):
     def options(self, name: str) -> Mapping[str, Any]:
         """Settings of the optimiser that a parameter has for itself: `scale` (of the learning rate), `weight_decay`,
         `maximize`."""
+        return {}
+
+    def arguments(self) -> Mapping[str, Any]:
+        """What the model's forward, and the teacher's, is given beside the batch, such as `output_hidden_states`."""
         return {}
 
     def before_step(self, batch: Callable[[], Batch], training: Training) -> None:

@@ -238,15 +238,15 @@ def parametrized(adapter: WeightAdapter, attachment: Attachment) -> list[tuple[n
     if target.unit == "experts":
         experts = adapter.model.get_submodule(target.name)
         return [(experts, "down_proj", _Readers(module, torch.arange(target.units), 0))]
-    found: list[tuple[nn.Module, str, nn.Module]] = []
+    owners: list[tuple[nn.Module, str, nn.Module]] = []
     for reader in adapter.readers(target):
         owner, axis = reader.module, int(not hasattr(reader.module, "nf"))
         unit = torch.zeros(owner.weight.shape[axis], dtype=torch.long)
         unit[reader.entries.flatten()] = torch.arange(target.units).repeat_interleave(reader.entries.shape[1])
-        found.append((owner, "weight", _Readers(module, unit, axis)))
-    if not found:
+        owners.append((owner, "weight", _Readers(module, unit, axis)))
+    if not owners:
         raise PrunelabError(f"gates on {target.unit} cannot be trained in a {type(adapter.model).__name__}")
-    return found
+    return owners
 
 
 def _put_on(adapter: WeightAdapter, attachment: Attachment, removers: list[Callable[[bool], None]]) -> None:

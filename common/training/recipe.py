@@ -60,7 +60,7 @@ class Recipe:
     def optimizer(
         self, model: nn.Module, options: Callable[[str], Mapping[str, Any]] = lambda parameter: {}
     ) -> torch.optim.Optimizer:
-        """AdamW; biases, norms and position tables do not decay.
+        """The optimiser; biases, norms and position tables do not decay.
 
         options: settings that a parameter has for itself, by its name, such as `weight_decay` or `maximize`.
         """
@@ -70,11 +70,46 @@ class Recipe:
             decay = self.decay if parameter.dim() > 1 and name not in kept else 0.0
             settings = {"scale": self.scale(name), "weight_decay": decay, **options(name)}
             groups.setdefault(tuple(settings.items()), []).append(parameter)
-        return torch.optim.AdamW(
-            [{"params": members, **dict(settings)} for settings, members in groups.items()],
-            lr=self.rate,
-            betas=self.betas,
-        )
+        return self.descent([{"params": members, **dict(settings)} for settings, members in groups.items()])
+
+    def descent(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimiser of these groups of parameters."""
+        return torch.optim.AdamW(groups, lr=self.rate, betas=self.betas)
+
+
+@dataclass(frozen=True)
+class LinearRecipe(Recipe):
+    """AdamW with a warm-up, and then a straight line down to zero."""
+
+    def factor(self, step: int) -> float:
+        rise = max(1, round(self.warmup * self.steps))
+        return (step + 1) / rise if step < rise else (self.steps - step) / max(1, self.steps - rise)
+
+
+@dataclass(frozen=True)
+class MomentumRecipe(Recipe):
+    """Stochastic gradient descent with momentum, whose rate falls to a tenth at each milestone.
+
+    Parameters
+    ----------
+    momentum
+        Share of the last step that goes on; `betas` are not used.
+    milestones
+        Shares of the training at which the rate falls.
+    """
+
+    warmup: float = 0.0
+    decay: float = 5e-4
+    momentum: float = 0.9
+    milestones: tuple[float, ...] = (0.5, 0.75)
+
+    def factor(self, step: int) -> float:
+        rise = round(self.warmup * self.steps)
+        start = (step + 1) / rise if step < rise else 1.0
+        return start * 0.1 ** sum(step >= round(share * self.steps) for share in self.milestones)
+
+    def descent(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=self.rate, momentum=self.momentum)
 
 
 def plain(value: Any) -> Any:

@@ -7,11 +7,11 @@ from prunelab.common.drawing.figures import Context, Figure
 
 def figures(context: Context) -> list[Figure]:
     """The sentence graph, where its run has been made."""
-    found = []
+    figures = []
     for job in context.runs:
         record = context.record(job.run)
         if record is not None:
-            found.append(
+            figures.append(
                 Figure("A document as a graph of its sentences", record["metrics"]["graph"]["html"], job.figure.caption)
             )
-    return found
+    return figures

@@ -33,7 +33,7 @@ def cosines(adjusted: bool = False) -> tuple[list[str], Array]:
 
 def worked_example() -> dict[str, dict[str, float]]:
     """`table/row/column` as in reported.csv -> {"value": ...}, for the degrees and the LexRank scores."""
-    found = {}
+    metrics = {}
     for threshold in (0.1, 0.2, 0.3):
         labels, matrix = cosines(adjusted=threshold == 0.2)
         graph = threshold_graph(matrix, threshold)
@@ -43,5 +43,5 @@ def worked_example() -> dict[str, dict[str, float]]:
             ("T2 (max-normalised)", "LexRank", scores / scores.max()),
         ):
             for label, value in zip(labels, values.tolist(), strict=True):
-                found[f"{table}/{label}/{column} t={threshold:g}"] = {"value": value}
-    return found
+                metrics[f"{table}/{label}/{column} t={threshold:g}"] = {"value": value}
+    return metrics

@@ -92,14 +92,14 @@ def crabcamp_words(text: str, stop_words: Collection[str] = (), keep_numbers: bo
     E-mail addresses go; so do stop words, words without a letter or digit, and, unless `keep_numbers`, words with
     a digit.
     """
-    found = []
+    kept = []
     for run in _SEPARATORS.split(_EMAIL.sub(" ", text).lower()):
         word = "".join(c for c in run if c.isalnum() or c == "-")
         digits = any(c.isdigit() for c in word)
         letters = any(c.isalpha() for c in word)
         if word not in stop_words and (letters or digits) and (keep_numbers or not digits):
-            found.append(word)
-    return found
+            kept.append(word)
+    return kept
 
 
 def crabcamp_weights(cosines: Array, threshold: float | None = None) -> Array:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunelab.common.training.distillation import distillation
 from prunelab.common.training.method import Batch, Training, TrainingMethod, low_rank, masked
-from prunelab.common.training.parametrizations import Attachment, FakeQuantised, Gate, NoiseGate
-from prunelab.common.training.schedule import Constant, Cubic, Exponential, Schedule, Temperature
+from prunelab.common.training.parametrizations import Attachment, FakeQuantised, Gate, NoiseGate, straight_through
+from prunelab.common.training.schedule import Constant, Cubic, Exponential, Linear, Schedule, Temperature
 from prunelab.common.weights import masks
 from prunelab.common.weights.targets import Decision, Target, Unit
 
@@ -86,6 +86,49 @@ class LowRankChannels(TrainingMethod):
 
     def finish(self, training: Training) -> Mapping[str, Decision]:
         self.after_step(training)
+        return super().finish(training)
+
+
+class Scored(nn.Module):
+    """A mask whose scores learn by the straight-through gradient: the weight's size, and a term a row and a column."""
+
+    mask: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.rows, self.columns = nn.Parameter(torch.zeros(shape[0], 1)), nn.Parameter(torch.zeros(1, shape[1]))
+        self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
+
+    def scores(self, weight: Tensor) -> Tensor:
+        return weight.abs() + self.rows + self.columns
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * straight_through(self.mask, self.scores(weight))
+
+
+@dataclass(frozen=True)
+class LearnedScores(TrainingMethod):
+    """The weights are frozen; what is learned is which of them stay."""
+
+    name: ClassVar[str] = "reference_learned_scores"
+
+    def schedule(self, steps: int) -> Schedule:
+        return Linear.of(steps, cooldown=0.3)
+
+    def attach(self, training: Training) -> Sequence[Attachment]:
+        return [Attachment(target, Scored(target.shape)) for target in training.targets]
+
+    def trainable(self, names: Sequence[str], training: Training) -> list[str]:
+        return [name for name in names if name.endswith((".rows", ".columns"))]
+
+    def after_step(self, training: Training) -> None:
+        for target in training.targets:
+            scores = training.modules(target)[0].scores(training.parameter(target))
+            training.prune(target, masks.per_row(scores, training.budget))
+
+    def finish(self, training: Training) -> Mapping[str, Decision]:
+        with torch.no_grad():
+            self.after_step(training)
         return super().finish(training)
 
 
@@ -213,6 +256,6 @@ class SampledLayers(TrainingMethod):
 
 
 REFERENCES: tuple[TrainingMethod, ...] = (
-    GradualMagnitude(), RandomMasks(), LowRankChannels(), NoisyHeads(), SharpeningGates(), DistilledQuantiser(),
-    SampledLayers(),
+    GradualMagnitude(), RandomMasks(), LearnedScores(), LowRankChannels(), NoisyHeads(), SharpeningGates(),
+    DistilledQuantiser(), SampledLayers(),
 )  # fmt: skip
