@@ -27,9 +27,9 @@ from prunelab.common.apply import apply
 from prunelab.common.catalogue import lookup
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
+from prunelab.common.measures.prefill import contents
+from prunelab.common.measures.prompt_macs import even_scores
 from prunelab.common.models import loading
-from prunelab.common.tasks.prefill import contents
-from prunelab.common.tasks.prompt_macs import even_scores
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.adapters.vlm import VisionLanguage
 from prunelab.common.tokens.role import TokenPruner

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -61,4 +63,20 @@ def prunelab(commit: str | None, *, key: str = "prunelab", of: str = "", scale: 
 def entries(paper: papers.Paper, commit: str | None, scale: str) -> str:
     """A paper's own entry, then that of its reproduction."""
     own = prunelab(commit, key=f"prunelab_{paper.slug}", of=paper.title, scale=scale)
-    return f"{paper.bibtex.strip()}\n\n{own}"
+    return f"{bibtex(paper)}\n\n{own}"
+
+
+def bibtex(paper: papers.Paper) -> str:
+    """A paper's own entry, from its title, authors, venue, year and links."""
+    last = paper.authors[0].split()[-1] if paper.authors else paper.slug
+    key = re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKD", last).lower()) + f"{paper.year}{paper.slug}"
+    preprint = paper.venue.lower().startswith("arxiv")
+    fields = {
+        "title": "{" + _plain(paper.title) + "}",
+        "author": " and ".join(_plain(name) for name in paper.authors),
+        "howpublished" if preprint else "booktitle": _plain(paper.venue),
+        "year": str(paper.year),
+        "url": paper.links.get("paper", ""),
+    }
+    lines = [f"  {name:<9} = {{{value}}}" for name, value in fields.items() if value]
+    return f"@{'misc' if preprint else 'inproceedings'}{{{key},\n" + ",\n".join(lines) + "\n}"

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prunelab.common import tasks
 from prunelab.common.core import files
-from prunelab.common.experiments import papers, planning
+from prunelab.common.experiments import papers
 from prunelab.common.metrics import uncertainty
 from prunelab.paper_tables import tables
 from prunelab.paper_tables.grids import Grid, Notes
 from prunelab.paper_tables.join import BoardTable, Records, Value, saving
 
-LOWER = ("perplexity", "calls", "drop", "milliseconds", "seconds")  # metrics that are better when smaller
 UNPRUNED = "unpruned"
 OWN = ("calibration",)  # settings that a method has and the unpruned model has not
 
@@ -94,14 +94,15 @@ def contests(boards: Iterable[tuple[str, BoardTable]], records: Records) -> list
     """Every group with two methods or more under one budget, from the papers' boards, given with their slugs."""
     groups: dict[str, list[Point]] = {}
     for slug, board in boards:
-        if board.board.kind in planning.ANYWHERE:  # exact sizes and costs say nothing of quality
-            continue
+        task = tasks.get(board.board.task)
+        if not task.scales or task.metric(board.board.metric).higher_is_better is None:
+            continue  # exact sizes and costs say nothing of quality, and what has no better side makes no order
         for point in board.points:
             if point.value.record is None or point.value.value is None or point.value.status == "stale":
                 continue
             record = records.at(point.value.record)
             run = record["run"]
-            same = (run["kind"], run["scale"], run["ids"].get("model"), run["ids"].get("data"), _settings(run))
+            same = (run["task"], run["scale"], run["ids"].get("model"), run["ids"].get("data"), _settings(run))
             key = files.digest((*same, board.board.metric, board.board.cost))
             groups.setdefault(key, []).append((slug, board, point.entry, point.budget, record))
     found = [contest for contest in map(_contest, groups.values()) if contest.budgets]
@@ -142,7 +143,7 @@ def _contest(group: Sequence[Point]) -> Contest:
     name = tables.identifier(" ".join((model, data, stated.metric, stated.cost, run["scale"])))
     stands = "" if run["scale"] == "paper" else ", ".join(models)
     settings = ", ".join(f"{k} {v}" for k, v in _settings(run).items())
-    lower = stated.metric in LOWER
+    lower = not tasks.get(stated.task).metric(stated.metric).higher_is_better
     return Contest(
         name, model, data, board.metric, lower, board.cost, run["scale"], stands, settings, unpruned, matched
     )

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from prunelab.common import tasks
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import papers, planning, provenance
 from prunelab.common.experiments.run import Run
@@ -167,13 +168,15 @@ class Records:
         return self._read[path]
 
     def count(self, run: Run) -> Count | None:
-        """Our count of a prompt: the decoder's, which the papers' formulas are of."""
+        """Our own count of a cost, of a run whose task makes one."""
         record, _ = self.get(run)
-        if record is None:
+        names = tasks.get(run.task).count
+        if record is None or not names or not set(names) <= record["metrics"].keys():
             return None
-        decoder, scoring, cache = (record["metrics"][name] for name in ("decoder_macs", "scoring_macs", "cache_mib"))
-        told = decoder.get("protocol", "")
-        return Count(decoder["value"], scoring["value"], run.address, cache["value"], told)
+        macs, scoring, *cache = (record["metrics"][name] for name in names)
+        address = f"{record['identity']}-{record['sources']}"
+        held = cache[0]["value"] if cache else None
+        return Count(macs["value"], scoring["value"], address, held, macs.get("protocol", ""))
 
     def value(self, run: Run | str, metric: str, status: str) -> Value:
         """A cell's value, or the reason why there is none."""
@@ -187,13 +190,9 @@ class Records:
             return Value(f"not run: needs the metric '{metric}', which the record {run.address} lacks")
         found = record["metrics"][metric]
         address = f"{record['identity']}-{record['sources']}"
-        metrics_of = record["metrics"]
-        count = None
-        if run.kind == "macs" and {"macs", "scoring"} <= metrics_of.keys():
-            count = Count(metrics_of["macs"]["value"], metrics_of["scoring"]["value"], address)
         protocol = found.get("protocol", "")
         status = "stale" if old else status
-        return Value(status, found["value"], found.get("stderr"), found.get("n"), address, count, protocol)
+        return Value(status, found["value"], found.get("stderr"), found.get("n"), address, self.count(run), protocol)
 
 
 def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[PaperTable]:
@@ -241,8 +240,9 @@ def saving(cost: str) -> str:
 
 def _board(points: list[planning.BoardPoint], records: Records) -> BoardTable:
     board = points[0].board
-    scale = planning.ANYWHERE.get(board.kind, points[0].scale)
-    if board.kind not in planning.ANYWHERE and any(isinstance(p.run, Run) and p.run.stand_in for p in points):
+    task = tasks.get(board.task)
+    scale = points[0].scale if task.scales else task.status
+    if task.scales and any(isinstance(p.run, Run) and p.run.stand_in for p in points):
         scale = FOLDER
     base = records.get(points[0].run)[0] if isinstance(points[0].run, Run) else None
     rows = []

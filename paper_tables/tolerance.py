@@ -16,6 +16,7 @@ from functools import cache
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from prunelab.common import tasks
 from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import papers, planning
@@ -87,6 +88,17 @@ def sets(column: papers.Column, metric: str) -> tuple[EvaluationSet, ...]:
     return tuple(s for s in found if s) if all(found) else ()
 
 
+def unsized(column: papers.Column, metric: str) -> list[str]:
+    """The evaluation sets that a column's metric is a mean over and that `configs/evaluation_sets.yaml` lacks."""
+    task = tasks.get(column.task)
+    own = "own data" in task.reads
+    if not own and ("data" not in task.reads or task.metric(metric).unit != "%"):
+        return []
+    parts = column.settings.get("average", ()) if metric == "average" else (metric,)
+    names = [part.partition(" ")[0] if own else column.data or "" for part in parts]
+    return [name for name in names if name not in evaluation_sets()]
+
+
 def of(cell: planning.Cell, stderr: float | None = None, samples: int | None = None) -> Tolerance | None:
     """The tolerance of a reported number; None where nothing here can make it. `stderr` and `samples` are our run's,
     where there is one: a run over fewer samples than the set has is forgiven its own sampling error."""
@@ -95,6 +107,11 @@ def of(cell: planning.Cell, stderr: float | None = None, samples: int | None = N
         return None
     if column.tolerance:
         return Tolerance(column.tolerance.value, column.tolerance.because)
+    if lacking := unsized(column, cell.metric):
+        raise PrunelabError(
+            f"configs/evaluation_sets.yaml lacks {', '.join(lacking)}, which '{cell.reported.table}', column"
+            f" '{cell.reported.column}', is a mean over; add the size, or give the column a `tolerance`"
+        )
     error, reason = 0.0, "half a unit of the last printed digit"
     if behind := sets(column, cell.metric):
         sizes = tuple(s.size for s in behind)

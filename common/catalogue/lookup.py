@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from prunelab.common.catalogue import hub, schema
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT, read_yaml
+from prunelab.common.core.registry import choose
 
 SCALES = ("smoke", "testbed", "assets", "paper")
 DESCRIPTIVE = ("needs", "gb", "gated", "gpus", "size", "settings")  # keys of an entry that say nothing of its content
@@ -65,10 +67,8 @@ def settings(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 
 def _entry(file: str, kind: str, name: str) -> dict[str, Any]:
-    entries = _read(file)
-    if name not in entries:
-        raise PrunelabError(f"there is no {kind} '{name}' in configs/{file}; known: {', '.join(entries)}")
-    return entries[name]
+    entry: dict[str, Any] = choose(_read(file), name, kind)
+    return entry
 
 
 def model(name: str) -> dict[str, Any]:
@@ -76,27 +76,17 @@ def model(name: str) -> dict[str, Any]:
     return _entry("models.yaml", "model", name)
 
 
+def architecture(name: str) -> dict[str, Any]:
+    """The architecture of a model, which costs are counted on."""
+    entry = model(name)
+    if "architecture" not in entry:
+        raise PrunelabError(f"the model {name} has no architecture in configs/models.yaml; give it one to count on")
+    return dict(entry["architecture"])
+
+
 def dataset(name: str) -> dict[str, Any]:
     """A data set's catalogue entry."""
     return _entry("datasets.yaml", "data set", name)
-
-
-def named(model_name: str | None, data_name: str | None, scale: str) -> bool:
-    """Whether the catalogue has entries for both at this scale, at hand or not."""
-    entries = ([model(model_name)] if model_name else []) + ([dataset(data_name)] if data_name else [])
-    return all(scale in entry for entry in entries)
-
-
-def missing(model_name: str | None, data_name: str | None, scale: str, config: Mapping[str, Any]) -> str | None:
-    """What a run at this scale needs that is not at hand, in words; None where it can run."""
-    scale = "testbed" if scale == "smoke" else scale
-    if model_name is not None and scale not in model(model_name):
-        return f"{model_name}, which has no entry at {scale} scale"
-    if data_name is not None and scale not in dataset(data_name):
-        return f"{data_name}, which has no entry at {scale} scale"
-    reasons = [] if data_name is None else [_data_missing(dataset(data_name)[scale], config)]
-    reasons += [] if model_name is None else [_model_missing(model(model_name)[scale], scale, config)]
-    return "; ".join(dict.fromkeys(reason for reason in reasons if reason)) or None
 
 
 def models() -> dict[str, Any]:
@@ -145,32 +135,51 @@ def _model_missing(entry: Any, scale: str, config: Mapping[str, Any]) -> str:
     return _hub_missing(entry, "model", config)
 
 
-def identity(model_name: str | None, data_name: str | None, scale: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What names the model and the data exactly: it goes into a run's address."""
+@dataclass(frozen=True)
+class Resolved:
+    """A name of the catalogue at a scale. listed: whether there is an entry. identity: what names its content exactly,
+    which goes into a run's address. missing: what it takes to have it here, in words. gpus: how many hold it."""
+
+    identity: Mapping[str, Any]
+    missing: str = ""
+    listed: bool = True
+    gpus: int = 1
+
+
+def resolve(kind: hub.Kind, name: str, scale: str, config: Mapping[str, Any]) -> Resolved:
+    """What a model or data set is at a scale, and whether it is here."""
     scale = "testbed" if scale == "smoke" else scale
-    out: dict[str, Any] = {}
-    if model_name is not None:
-        entry = model(model_name).get(scale)
-        if scale == "testbed":
-            out["model"] = {"testbed": entry, "sha256": _testbed_hash(str(entry))}
-        elif scale == "assets":
-            given = {"folder": entry} if isinstance(entry, str) else dict(entry or {})
-            folder = given.pop("folder")
-            out["model"] = {"assets": folder, **given, "sha256": _assets_hash(config, folder)}
-            if "file" in given:
-                out["model"]["architecture"] = model(model_name)["architecture"]
-        else:
-            out["model"] = _content(entry or {}, "model", config)
-            if "file" in out["model"]:
-                out["model"]["architecture"] = model(model_name)["architecture"]
-    if data_name is not None:
-        out["data"] = _content(dataset(data_name)[scale], "dataset", config)
-        for package in out["data"].get("packages", ()):  # data cut from installed packages change with their versions
-            out["data"].setdefault("versions", {})[package] = _version(package)
-        if scale == "assets":  # folders that several data sets share name theirs as `listed`
-            listed = out["data"].pop("listed", out["data"]["folder"])
-            out["data"] = {**out["data"], "sha256": _assets_hash(config, listed)}
-    return out
+    entry = (model(name) if kind == "model" else dataset(name)).get(scale)
+    if entry is None:
+        return Resolved({}, f"{name}, which has no entry at {scale} scale", listed=False)
+    missing = _model_missing(entry, scale, config) if kind == "model" else _data_missing(entry, config)
+    if missing and scale != "paper":
+        return Resolved({}, missing)
+    found = _model(name, entry, scale, config) if kind == "model" else _data(entry, scale, config)
+    return Resolved(found, missing, gpus=entry.get("gpus", 1) if scale == "paper" else 1)
+
+
+def _model(name: str, entry: Any, scale: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    if scale == "testbed":
+        return {"testbed": entry, "sha256": _testbed_hash(str(entry))}
+    if scale == "paper":
+        found = _content(entry, "model", config)
+    else:
+        found = {"assets": entry} if isinstance(entry, str) else {"assets": entry["folder"], **entry}
+        found.pop("folder", None)
+        found["sha256"] = _assets_hash(config, found["assets"])
+    if "file" in found:
+        found["architecture"] = model(name)["architecture"]
+    return found
+
+
+def _data(entry: Mapping[str, Any], scale: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    found = _content(entry, "dataset", config)
+    if "packages" in found:  # data cut from installed packages change with their versions
+        found["versions"] = {package: _version(package) for package in found["packages"]}
+    if scale == "assets":  # folders that several data sets share name theirs as `listed`
+        found["sha256"] = _assets_hash(config, found.pop("listed", found["folder"]))
+    return found
 
 
 def moved(ids: Mapping[str, Any], config: Mapping[str, Any]) -> bool:

@@ -97,7 +97,7 @@ def run_records(addresses: list[str], config: Settings = None) -> None:
     from prunelab.common.models import devices
 
     values = settings(config)
-    jobs = planning.jobs(values)
+    jobs = planning.planned(values)
     failures: dict[str, list[str]] = {}  # what went wrong -> in which runs
     unknown = [address for address in addresses if address not in jobs]
     if unknown:

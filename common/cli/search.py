@@ -48,13 +48,15 @@ def monte_carlo(
             f"{name} has no search space; add methods/{folder}/search.py with propose and scale"
         ) from None
     scale = "assets" if config["assets"] else config["scale"]
-    lacking = lookup.missing(model_name, data_name, scale, config)
-    if lacking:
+    model, data = (
+        lookup.resolve("model", model_name, scale, config),
+        lookup.resolve("dataset", data_name, scale, config),
+    )
+    if lacking := "; ".join(found.missing for found in (data, model) if found.missing):
         raise PrunelabError(f"this search needs {lacking}")
-    ids = lookup.identity(model_name, data_name, scale, config)
-    net = loading.architecture(lookup.model(model_name)["architecture"])
-    judge, transform = loading.load(ids["model"], config)
-    batches = list(images.batches(ids["data"], config, transform, samples, 50))
+    net = loading.architecture(lookup.architecture(model_name))
+    judge, transform = loading.load(model.identity, config)
+    batches = list(images.batches(data.identity, config, transform, samples, 50))
     info, rng = adapter_for(net).info, random.Random(seed)
 
     def cost_at(method: Any, budget: Budget) -> float:

@@ -26,8 +26,8 @@ class Overview:
 def overview(config: Mapping[str, Any]) -> Overview:
     """Of the papers and scales of a configuration. Reads which records are there, and runs nothing."""
     jobs, results = planning.jobs(config), Path(config["results"])
-    needed: Counter[tuple[str, str]] = Counter((run.kind, run.scale) for run in jobs.values())
-    there = Counter((run.kind, run.scale) for run in jobs.values() if run.path(results).exists())
+    needed: Counter[tuple[str, str]] = Counter((run.task, run.scale) for run in jobs.values())
+    there = Counter((run.task, run.scale) for run in jobs.values() if run.path(results).exists())
     reported = made = 0
     lacking: Counter[str] = Counter()
     for slug in planning.selected(config):

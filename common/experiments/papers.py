@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -10,10 +13,28 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from prunelab.common import tasks
+from prunelab.common.core import index
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT, read_yaml
+from prunelab.common.core.registry import choose
 
 METHODS = ROOT / "methods"
+BOARDS = ROOT / "configs" / "boards"
+BENCHMARKS = ROOT / "configs" / "benchmarks.yaml"
+
+# The axes of the pruning survey, as most papers of a role have them; a paper says where it differs.
+TAXONOMY: Mapping[str, list[str]] = {
+    "target": ["tokens"], "speedup": ["structured"], "when": ["run_time"], "criterion": ["sensitivity_or_saliency"],
+    "learn_to_prune": ["none"], "fusion": ["none"], "data": ["data_free"],
+}  # fmt: skip
+OF_ROLES: Mapping[str, Mapping[str, list[str]]] = {
+    "cache_pruner": {"target": ["kv_cache"]},
+    "weight_pruner": {"target": ["weights"], "when": ["after_training"], "data": ["data_driven"]},
+    "draft_decoder": {"criterion": ["none"]},
+    "constrained_sampler": {"criterion": ["none"]},
+    "ranker": {"target": ["sentences"]},
+}
 
 
 class _Strict(BaseModel):
@@ -38,17 +59,17 @@ class Tolerance(_Strict):
 
 
 class Column(_Strict):
-    """How the cells of a column are made: the kind of run, its data set, and the metric to show; `needs` says what it
+    """How the cells of a column are made: the task, its data set, and the metric to show; `needs` says what it
     takes where nothing here can make them."""
 
-    kind: str = ""
+    task: str = ""
     needs: str | None = None
     metric: str = ""
     data: str | None = None
     model: str | None = None  # where columns are models; else that of the row or table
     configuration: str | None = None  # where columns are settings of a method; else that of the row
     settings: dict[str, Any] = Field(default_factory=dict)
-    scales: tuple[str, ...] = ("paper", "testbed")
+    scales: tuple[str, ...] = ()  # paper and testbed, as far as the task has them
     tolerance: Tolerance | None = None  # instead of the computed one
     count: dict[str, Any] | None = None  # the prompt, as settings of `prompt_macs`, of our own count beside a cost
 
@@ -88,13 +109,13 @@ class Board(_Strict):
 
     name: str
     caption: str = ""
-    kind: str
+    task: str
     data: str | None = None
     model: str | None = None
     metric: str
     label: str = ""  # the metric in words, with its unit
-    cost: str = "gmacs"  # the metric shown as cost; the saving beside it is named alike
-    cost_label: str = "MACs"  # the cost in words
+    cost: str = ""  # the metric shown as cost; the saving beside it is named alike
+    cost_label: str = ""  # the cost in words
     baseline: str = "dense"
     entries: dict[str, str]
     budgets: tuple[str, ...]
@@ -103,12 +124,40 @@ class Board(_Strict):
     smoke: bool = False
 
 
+class SharedBoards(_Strict):
+    """What a paper brings to boards of `configs/boards/<shared>.yaml`, which share all but entries; `boards`
+    says by name where single ones differ, and `remark` what their caption is to say besides."""
+
+    shared: str
+    only: tuple[str, ...] = ()  # all of them
+    entries: dict[str, str]
+    budgets: tuple[str, ...] = ()  # those of the shared boards
+    remark: str = ""
+    boards: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    def expanded(self) -> list[dict[str, Any]]:
+        """The boards in full."""
+        frames = suite(self.shared)
+        for name in (*self.only, *self.boards):
+            choose(frames, name, f"board in configs/boards/{self.shared}.yaml named")
+        found = []
+        for name in self.only or tuple(frames):
+            board = {**frames[name], "name": name, "entries": self.entries}
+            board |= {"budgets": self.budgets} if self.budgets else {}
+            own = {**self.boards.get(name, {})}
+            remark = own.pop("remark", self.remark)
+            board |= own
+            board["caption"] = f"{board['caption']} {remark}".strip()
+            found.append(board)
+        return found
+
+
 class FigureTask(_Strict):
     """A picture that needs a run of its own; `methods/<slug>/figures.py` draws it from the record."""
 
     name: str
     caption: str = ""
-    kind: str
+    task: str
     configuration: str = "dense"
     model: str | None = None
     data: str | None = None
@@ -125,11 +174,10 @@ class Paper(_Strict):
     title: str
     authors: list[str]
     venue: str
-    year: int
+    year: int  # where the venue does not end with it
     links: dict[str, str] = Field(default_factory=dict)
-    bibtex: str
     family: str
-    taxonomy: dict[str, list[str]]
+    taxonomy: dict[str, list[str]] = Field(default_factory=dict)
     status: str
     configurations: dict[str, Configuration] = Field(default_factory=dict)
     tables: list[Table] = Field(default_factory=list)
@@ -158,6 +206,13 @@ class Paper(_Strict):
                 raise ValueError(f"figure '{figure.name}' names the unknown configuration '{figure.configuration}'")
         return self
 
+    def columns(self) -> Iterator[Column]:
+        """Every column of every table, those of single rows included."""
+        for table in self.tables:
+            yield from table.columns.values()
+            for row in table.rows.values():
+                yield from row.columns.values() if isinstance(row, Row) else ()
+
     def configuration(self, name: str) -> Configuration:
         """A configuration by name; `dense` always exists."""
         return self.configurations.get(name, Configuration())
@@ -177,6 +232,56 @@ class Reported:
     quality: str
 
 
+def completed(board: dict[str, Any]) -> dict[str, Any]:
+    """A board with what its task says of metric, cost and scales, where it says nothing of its own."""
+    if board.get("task") not in tasks.names():
+        return board
+    task = tasks.get(board["task"])
+    label, cost = task.metrics.get(board.get("metric", "")), board.get("cost", task.cost)
+    known = {
+        "label": label.label if label else "",
+        "cost": cost,
+        "cost_label": task.metrics[cost].cost if cost in task.metrics else "",
+        "scales": [scale for scale in ("paper", "assets", "testbed") if scale in task.scales or not task.scales],
+    }
+    return {**known, **board}
+
+
+@cache
+def benchmarks() -> dict[str, dict[str, Any]]:
+    """The columns that papers share, of `configs/benchmarks.yaml`."""
+    return dict(read_yaml(BENCHMARKS.read_text(encoding="utf-8")))
+
+
+def filled(slug: str, column: str | dict[str, Any]) -> dict[str, Any]:
+    """A column in full: a benchmark's name alone, or a column that has one under `benchmark`, whose own settings go
+    before the benchmark's. A function to call is one of a module beside the method."""
+    given: dict[str, Any] = {"benchmark": column} if isinstance(column, str) else dict(column)
+    settings: dict[str, Any] = dict(given.get("settings", {}))
+    if "call" in settings and not str(settings["call"]).startswith("prunelab."):
+        given["settings"] = settings = {**settings, "call": f"prunelab.methods.{slug}.{settings['call']}"}
+    if "benchmark" not in given:
+        return given
+    shared = choose(benchmarks(), str(given.pop("benchmark")), "benchmark in configs/benchmarks.yaml named")
+    return {**shared, **given, "settings": {**shared.get("settings", {}), **settings}}
+
+
+@cache
+def suite(name: str) -> dict[str, dict[str, Any]]:
+    """The boards of `configs/boards/<name>.yaml` by name, without entries."""
+    path = choose({path.stem: path for path in BOARDS.glob("*.yaml")}, name, "file in configs/boards/ named")
+    return dict(read_yaml(path.read_text(encoding="utf-8")))
+
+
+@contextmanager
+def place(slug: str, where: str) -> Iterator[None]:
+    """Errors inside the block name the paper's file and the place in it."""
+    try:
+        yield
+    except PrunelabError as error:
+        raise PrunelabError(f"methods/{slug}/paper.yaml, {where}: {error}") from None
+
+
 def slugs() -> list[str]:
     """Folders below methods/ that hold a paper.yaml."""
     return sorted(path.parent.name for path in METHODS.glob("*/paper.yaml"))
@@ -188,8 +293,23 @@ def load(slug: str) -> Paper:
     path = METHODS / slug / "paper.yaml"
     if not path.exists():
         raise PrunelabError(f"there is no paper '{slug}'; known: {', '.join(slugs())}")
+    role = next((entry.role for entry in index.entries().values() if entry.slug == slug), "")
     try:
-        return Paper.model_validate({"slug": slug, **read_yaml(path.read_text())})
+        content = {"slug": slug, **read_yaml(path.read_text())}
+        if (found := re.search(r"(\d{4})$", str(content.get("venue", "")))) and "year" not in content:
+            content["year"] = int(found[1])
+        content["taxonomy"] = {**TAXONOMY, **OF_ROLES.get(role, {}), **content.get("taxonomy", {})}
+        for table in content.get("tables", ()):
+            for columns in (table, *(row for row in (table.get("rows") or {}).values() if isinstance(row, dict))):
+                if columns.get("columns"):
+                    columns["columns"] = {name: filled(slug, column) for name, column in columns["columns"].items()}
+        content["figures"] = [filled(slug, figure) for figure in content.get("figures") or ()]
+        content["boards"] = [
+            completed(board)
+            for given in content.get("boards", ())
+            for board in (SharedBoards.model_validate(given).expanded() if "shared" in given else [given])
+        ]
+        return Paper.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

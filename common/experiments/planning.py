@@ -6,42 +6,25 @@ different papers are one. Imports no torch, so that a workflow can be planned in
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from prunelab.common import tasks
 from prunelab.common.catalogue import hub, lookup
 from prunelab.common.core import files, registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 from prunelab.common.experiments import papers, provenance
 from prunelab.common.experiments.run import Run
+from prunelab.common.tasks.base import Task, nearest
 
-# Kinds that need no scale, and their status.
-ANYWHERE: Mapping[str, str] = {
-    "macs": "analytic",
-    "prompt_macs": "analytic",
-    "size": "analytic",
-    "function": "measured",
-}
-
-
-ARCHITECTURE_ONLY = ("macs", "prompt_macs", "size", "latency", "prefill")  # kinds that need no weights
-
-
-# Kinds whose methods see a calibration set, and maybe a model's base.
-CALIBRATED = ("perplexity", "zero_shot", "classify_weights")
-
-
-_GPU = ("gpu", "a CUDA GPU (--profile configs/profiles/gpu)")
-
-
-NEEDS: Mapping[str, tuple[str, str]] = {"latency": _GPU, "prefill": _GPU}
-
-
+GPU = "a CUDA GPU (--profile configs/profiles/gpu)"
 SMOKE_SAMPLES = 32
+PLAN = "plan.json"  # in the results folder
 
 
 @dataclass(frozen=True)
@@ -56,32 +39,25 @@ class Cell:
     count: Run | None = None  # our own count of a cost that the paper's formula gives
 
 
-def _settings(scale: str, data: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings at a scale: a stand-in for the paper's data has some of its own, as its texts are of another length."""
-    entry = lookup.dataset(data).get("testbed" if scale == "smoke" else scale, {}) if data else {}
-    values = {**given, **entry.get("settings", {})}
-    if "samples" in entry:
-        values.setdefault("samples", entry["samples"])
-    if scale == "smoke" and data:
-        values["samples"] = min(SMOKE_SAMPLES, values.get("samples") or SMOKE_SAMPLES)
-    return values
-
-
 def entries(
-    task: str, method: str | None = None, model: str | None = None, ids: Mapping[str, Any] | None = None
+    task: str,
+    method: str | None = None,
+    model: str | None = None,
+    ids: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[str, ...]:
     """The files that a run's sources begin with: its task, its method, and everything that code finds by name.
 
     That is what builds a model (a testbed's module, a backbone, a method's learned parts), the engine of the method's
     wing, and the adapter that the catalogue names for the model, each where something that looks it up is reached.
     """
-    found = [f"common/tasks/{task}.py"]
+    found = [f"common/tasks/{task}.py", *tasks.get(task).files(settings or {})]
     if method is not None:
         found += [_method(method), *_engine(_method(method))]
     for identity in (ids or {}).values():
         found += _builders(identity) if isinstance(identity, Mapping) else ()
     entry = lookup.model(model) if model else {}
-    reached = {str(path.relative_to(ROOT)) for path in provenance.closure((ROOT / f for f in found), provenance.SILENT)}
+    reached = provenance.reached(tuple(found))
     for wing, key in (("tokens", "adapter"), ("weights", "weight_adapter")):
         if key in entry and f"common/{wing}/adapters/__init__.py" in reached:
             found.append(f"common/{wing}/adapters/{entry[key]}.py")
@@ -90,10 +66,10 @@ def entries(
 
 def _engine(method: str) -> Iterator[str]:
     """The engine of the wing whose role a method file fills."""
-    for path in provenance.closure([ROOT / method], provenance.SILENT):
-        engine = path.with_name("apply.py")
-        if path.name == "role.py" and path.parent.parent.name == "common" and engine.exists():
-            yield str(engine.relative_to(ROOT))
+    for path in provenance.reached((method,)):
+        engine = path.removesuffix("role.py") + "apply.py"
+        if path.endswith("/role.py") and (ROOT / engine).exists():
+            yield engine
 
 
 def _builders(identity: Mapping[str, Any]) -> Iterator[str]:
@@ -112,7 +88,7 @@ def _builders(identity: Mapping[str, Any]) -> Iterator[str]:
 
 
 def resolve(
-    kind: str,
+    name: str,
     scale: str,
     config: Mapping[str, Any],
     configuration: papers.Configuration,
@@ -122,58 +98,89 @@ def resolve(
     budget: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Run | str:
-    """The run of a configuration at a scale, or what it needs in words."""
-    settings = {**(settings or {}), **configuration.settings}
-    budget = budget or configuration.budget if configuration.method else None
-    if kind == "function":
-        module = str(settings["call"]).split(":")[0].removeprefix("prunelab.").replace(".", "/") + ".py"
-        return Run(kind, "", settings=settings, entries=(*entries(kind), module), ids=_data_files(module))
-    setting, what = NEEDS.get(kind, ("", ""))
-    needs = what if setting and not config[setting] else ""
-    named: list[tuple[hub.Kind, str]] = []
+    """The run of a task and configuration at a scale, or what it needs in words. Raises PrunelabError where the task,
+    a name or a setting is unknown."""
+    task = tasks.get(name)
+    if not task.roles:
+        configuration = papers.Configuration()
+    method = configuration.method
+    settings = merged(task, scale, data, settings or {}, configuration)
+    task.read(settings)
+    budget = budget or configuration.budget if method else None
+    task.admit(method, budget)
+    _check_options(method, configuration.options)
+    needs = GPU if task.needs_gpu and not config["gpu"] else ""
+    ids: dict[str, Any] = {}
+    names: list[tuple[hub.Kind, str]] = []
+    gpus = 1
     # Names of the paper's models do not enter: two papers' models that share a stand-in share its runs.
-    if kind in ARCHITECTURE_ONLY:
-        assert model is not None
-        ids = {"model": lookup.model(model)["architecture"]}
-        scale = "" if kind in ANYWHERE else scale
-    else:
-        settings = _settings(scale, data, settings)
-        used = {"": (model, data)}
-        if "draft" in settings:
-            used["draft"] = (settings.pop("draft"), None)
-        if kind in CALIBRATED:
-            calibration = settings.pop("calibration_data", data)
-            if configuration.method is None:  # then the unpruned model is one run, whatever methods calibrate on
-                settings.pop("calibration", None)
-            else:
-                used |= {"calibration": (None, calibration), "base": (lookup.model(str(model)).get("base"), None)}
-        if kind in ("zero_shot", "visual_tasks"):  # their tasks bring their own data
-            used |= {f"data of {name}": (None, name) for name in lookup.of_tasks(settings.get("tasks", ()))}
-        for of_model, of_data in used.values() if scale == "paper" else ():
-            if of_model:
-                named.append(("model", of_model))
-            if of_data:
-                named.append(("dataset", of_data))
-        reasons = [lookup.missing(*names, scale, config) for names in used.values()]
-        lacking = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
-        if lacking and (scale != "paper" or not all(lookup.named(*names, scale) for names in used.values())):
+    if "architecture" in task.reads:
+        ids = {"model": lookup.architecture(str(model))}
+    elif task.reads:
+        used = _used(task, method, model, data, settings)
+        found = {of: lookup.resolve(kind, entry, scale, config) for of, (kind, entry) in used.items()}
+        lacking = "; ".join(dict.fromkeys(r.missing for r in found.values() if r.missing))
+        if lacking and (scale != "paper" or not all(r.listed for r in found.values())):
             return lacking
         needs = lacking or needs
-        ids = {}
-        for name, names in used.items():
-            ids |= {name or key: value for key, value in lookup.identity(*names, scale, config).items()}
-    gpus = max((lookup.model(name)["paper"].get("gpus", 1) for of, name in named if of == "model"), default=1)
-    method, options = configuration.method, configuration.options
-    sources = entries(kind, method, model, ids)
-    return Run(kind, scale, method, options, budget, settings, ids, sources, needs, tuple(named), gpus)
+        ids = {of: r.identity for of, r in found.items()}
+        names = list(used.values()) if scale == "paper" else []
+        gpus = max(r.gpus for r in found.values())
+    return Run(
+        name, scale if task.scales else "", method, configuration.options, budget, settings, ids,
+        entries(name, method, model, ids, settings), needs, tuple(names), gpus,
+    )  # fmt: skip
 
 
-def _data_files(module: str) -> dict[str, Any]:
-    """Hashes of the CSV files beside a paper's own table function."""
-    folder = (ROOT / module).parent
-    return {
-        "files": {p.name: files.digest(p.read_text()) for p in sorted(folder.glob("*.csv")) if p.name != "reported.csv"}
-    }
+def merged(
+    task: type[Task], scale: str, data: str | None, given: Mapping[str, Any], configuration: papers.Configuration
+) -> dict[str, Any]:
+    """Settings at a scale: a configuration may have some of its own that go before those of a column or board, and so
+    has a stand-in for the paper's data, as its texts are of another length."""
+    known = task.known()
+    values = {**given, **{key: value for key, value in configuration.settings.items() if key in known}}
+    if "data" not in task.reads or data is None:
+        return values
+    entry = lookup.dataset(data).get("testbed" if scale == "smoke" else scale, {})
+    values |= {key: value for key, value in entry.get("settings", {}).items() if key in known}
+    if "samples" in entry:
+        values.setdefault("samples", entry["samples"])
+    if scale == "smoke":
+        values["samples"] = min(SMOKE_SAMPLES, values.get("samples") or SMOKE_SAMPLES)
+    return values
+
+
+def _check_options(method: str | None, options: Mapping[str, Any]) -> None:
+    if method is not None:
+        known = [option.name for option in registry.entry(method).options]
+        for name in options:
+            if name not in known:
+                raise PrunelabError(f"{method} has no option '{name}'{nearest(name, known)}")
+
+
+def _used(
+    task: type[Task], method: str | None, model: str | None, data: str | None, settings: dict[str, Any]
+) -> dict[str, tuple[hub.Kind, str]]:
+    """The catalogue's names of all that a run reads, by what it is for; what a setting names moves here from there."""
+    used: dict[str, tuple[hub.Kind, str]] = {}
+    if data is not None:
+        used["data"] = ("dataset", data)
+    if model is not None:
+        used["model"] = ("model", model)
+    if "draft" in settings:
+        used["draft"] = ("model", settings.pop("draft"))
+    if "calibration" in task.reads:
+        calibration = settings.pop("calibration_data", data)
+        if method is None:  # then the unpruned model is one run, whatever methods calibrate on
+            settings.pop("calibration", None)
+        else:
+            if calibration is not None:
+                used["calibration"] = ("dataset", calibration)
+            if base := lookup.model(str(model)).get("base"):
+                used["base"] = ("model", base)
+    if "own data" in task.reads:
+        used |= {f"data of {name}": ("dataset", name) for name in lookup.of_tasks(settings["tasks"])}
+    return used
 
 
 def _method(name: str) -> str:
@@ -196,57 +203,51 @@ def scales(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
-    """Every papers.reported number of a paper with its runs at the scales asked for; `paper` always has an entry."""
-    paper = papers.load(slug)
-    tables = {table.name: table for table in paper.tables}
+    """Every reported number of a paper with its runs at the scales asked for; `paper` always has an entry."""
+    tables = {table.name: table for table in papers.load(slug).tables}
     for number in papers.reported(slug):
-        table = tables.get(number.table)
-        if table is None:
-            raise PrunelabError(f"methods/{slug}/paper.yaml says nothing of the papers.reported table '{number.table}'")
-        row = table.row(number.row)
-        column = row.columns.get(number.column) or table.columns.get(number.column) or table.columns.get("*")
-        needs = row.needs or (column.needs if column else table.needs)
-        chosen = (column.configuration if column else None) or row.configuration
-        if needs is None and (column is None or (chosen is None and column.kind != "function")):
-            raise PrunelabError(
-                f"methods/{slug}/paper.yaml does not say how '{number.table}', row '{number.row}', column"
-                f" '{number.column}' is run; add it, or say under `needs` what it takes"
-            )
-        if needs is not None or column is None:
-            yield Cell(number, "", "measured", None, {"paper": needs or ""})
-            continue
-        place = {"table": number.table, "row": number.row, "column": number.column}
-        metric = (column.metric or "{table}/{row}/{column}").format(**place)
-        runs: dict[str, Run | str] = {}
-        for scale in dict.fromkeys(("paper", *scales(config))):
-            asked = "testbed" if scale == "smoke" else scale
-            if column.kind in ANYWHERE and scale != "paper":
-                continue
-            if column.kind in ANYWHERE and config["scale"] == "smoke" and not table.smoke:
-                runs[scale] = "more than the smoke scale runs"
-            elif asked not in column.scales:
-                runs[scale] = f"nothing: this column is not run at {asked} scale"
-            elif scale == "smoke" and not table.smoke:
-                runs[scale] = "more than the smoke scale runs"
-            else:
-                runs[scale] = resolve(
-                    column.kind,
-                    scale,
-                    config,
-                    paper.configuration(chosen or "dense"),
-                    model=column.model or row.model or table.model,
-                    data=column.data,
-                    budget=row.budget,
-                    settings=column.settings,
+        with papers.place(slug, f"table '{number.table}', row '{number.row}', column '{number.column}'"):
+            if number.table not in tables:
+                raise PrunelabError(
+                    "it is reported, and there is no such table; add it" + nearest(number.table, tables)
                 )
-        status = ANYWHERE.get(column.kind, "measured")
-        count = None
-        if column.count is not None and chosen is not None and (config["scale"] != "smoke" or table.smoke):
-            model, prompt = column.model or row.model or table.model, column.count
-            configuration = paper.configuration(chosen).model_copy(update={"settings": {}})
-            made = resolve("prompt_macs", "", config, configuration, model=model, budget=row.budget, settings=prompt)
-            count = made if isinstance(made, Run) else None
-        yield Cell(number, metric, status, column, runs, count)  # type: ignore[arg-type]
+            cell = _cell(slug, tables[number.table], number, config)
+        yield cell
+
+
+def _cell(slug: str, table: papers.Table, number: papers.Reported, config: Mapping[str, Any]) -> Cell:
+    paper, row = papers.load(slug), table.row(number.row)
+    column = row.columns.get(number.column) or table.columns.get(number.column) or table.columns.get("*")
+    needs = row.needs or (column.needs if column else table.needs)
+    if needs is not None:
+        return Cell(number, "", "measured", None, {"paper": needs})
+    if column is None:
+        raise PrunelabError("nothing says how it is run; add it, or say under `needs` what it takes")
+    task, chosen = tasks.get(column.task), column.configuration or row.configuration
+    if chosen is None and task.roles:
+        raise PrunelabError("nothing says which configuration is run; name one, or say under `needs` what it takes")
+    metric = (column.metric or "{table}/{row}/{column}").format(**vars(number))
+    task.metric(metric)
+    configuration, model = paper.configuration(chosen or "dense"), column.model or row.model or table.model
+    runs: dict[str, Run | str] = {}
+    at = column.scales or tuple(scale for scale in ("paper", "testbed") if scale in task.scales)
+    for scale in dict.fromkeys(("paper", *scales(config))):
+        asked = "testbed" if scale == "smoke" else scale
+        if not task.scales and scale != "paper":
+            continue
+        if task.scales and asked not in at:
+            runs[scale] = f"nothing: this column is not run at {asked} scale"
+        elif config["scale"] == "smoke" and (scale == "smoke" or not task.scales) and not table.smoke:
+            runs[scale] = "more than the smoke scale runs"
+        else:
+            runs[scale] = resolve(
+                column.task, scale, config, configuration,
+                model=model, data=column.data, budget=row.budget, settings=column.settings,
+            )  # fmt: skip
+    count = None
+    if column.count is not None and chosen is not None and (config["scale"] != "smoke" or table.smoke):
+        count = resolve("prompt_macs", "", config, configuration, model=model, budget=row.budget, settings=column.count)
+    return Cell(number, metric, task.status, column, runs, count if isinstance(count, Run) else None)
 
 
 @dataclass(frozen=True)
@@ -262,23 +263,37 @@ class BoardPoint:
 
 def points(slug: str, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
     """Every point of a paper's boards at the scales asked for."""
-    paper = papers.load(slug)
-    for board in paper.boards:
-        exact = board.kind in ANYWHERE
-        for scale in scales(config)[:1] if exact else scales(config):
-            asked = "testbed" if scale == "smoke" else scale
-            if (asked not in board.scales and not exact) or (scale == "smoke" and not board.smoke):
-                continue
-            options = {"model": board.model, "data": board.data, "settings": board.settings}
-            unpruned = paper.configuration(board.baseline)  # or a method, then under the first budget
-            base = resolve(board.kind, scale, config, unpruned, budget=board.budgets[0], **options)  # type: ignore[arg-type]
-            yield BoardPoint(board, board.baseline, board.budgets[0] if unpruned.method else None, scale, base)
-            for entry, name in board.entries.items():
-                chosen = paper.configuration(name)
-                budgets: tuple[str | None, ...] = board.budgets[:1] if scale == "smoke" else board.budgets
-                for budget in budgets if chosen.method else (None,):  # without a method there is nothing to spend
-                    run = resolve(board.kind, scale, config, chosen, budget=budget, **options)  # type: ignore[arg-type]
-                    yield BoardPoint(board, entry, budget, scale, run)
+    for board in papers.load(slug).boards:
+        with papers.place(slug, f"board '{board.name}'"):
+            found = list(_points(slug, board, config))
+        yield from found
+
+
+def _points(slug: str, board: papers.Board, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
+    paper, task = papers.load(slug), tasks.get(board.task)
+    task.metric(board.metric)
+    if "cost" in board.model_fields_set and board.cost not in ("", "none"):
+        task.metric(board.cost)
+
+    def at(scale: str, name: str, budget: str | None) -> Run | str:
+        return resolve(
+            board.task, scale, config, paper.configuration(name),
+            model=board.model, data=board.data, budget=budget, settings=board.settings,
+        )  # fmt: skip
+
+    for scale in scales(config) if task.scales else scales(config)[:1]:
+        asked = "testbed" if scale == "smoke" else scale
+        if (asked not in board.scales and task.scales) or (scale == "smoke" and not board.smoke):
+            continue
+        first = board.budgets[0]  # the baseline may be a method, then under the first budget
+        pruned = paper.configuration(board.baseline).method is not None
+        yield BoardPoint(board, board.baseline, first if pruned else None, scale, at(scale, board.baseline, first))
+        for entry, name in board.entries.items():
+            budgets: tuple[str | None, ...] = board.budgets[:1] if scale == "smoke" else board.budgets
+            if paper.configuration(name).method is None:  # without a method there is nothing to spend
+                budgets = (None,)
+            for budget in budgets:
+                yield BoardPoint(board, entry, budget, scale, at(scale, name, budget))
 
 
 @dataclass(frozen=True)
@@ -295,21 +310,30 @@ def figures(slug: str, config: Mapping[str, Any]) -> Iterator[FigureRun]:
     paper = papers.load(slug)
     for figure in paper.figures:
         for scale in scales(config):
-            if ("testbed" if scale == "smoke" else scale) not in figure.scales or (
-                scale == "smoke" and not figure.smoke
-            ):
-                continue
-            run = resolve(
-                figure.kind,
-                scale,
-                config,
-                paper.configuration(figure.configuration),
-                model=figure.model,
-                data=figure.data,
-                budget=figure.budget,
-                settings=figure.settings,
-            )
-            yield FigureRun(figure, scale, run)
+            if ("testbed" if scale == "smoke" else scale) in figure.scales and (scale != "smoke" or figure.smoke):
+                with papers.place(slug, f"figure '{figure.name}'"):
+                    run = resolve(
+                        figure.task, scale, config, paper.configuration(figure.configuration),
+                        model=figure.model, data=figure.data, budget=figure.budget, settings=figure.settings,
+                    )  # fmt: skip
+                yield FigureRun(figure, scale, run)
+
+
+def check(slug: str) -> None:
+    """Raises PrunelabError where a paper.yaml names a task, metric, setting, model, data set, method, option or budget
+    that does not exist, at whatever scale it would run."""
+    given = lookup.settings({"assets": "", "scale": "testbed"})
+    for config in (given, {**given, "assets": str(ROOT)}, {**given, "scale": "paper"}):
+        for runs in (cells(slug, config), points(slug, config), figures(slug, config)):
+            for _ in runs:
+                pass
+    paper = papers.load(slug)
+    used = {*(c.task for c in paper.columns()), *(b.task for b in paper.boards), *(f.task for f in paper.figures)}
+    known = {key for task in used - {""} for key in tasks.get(task).known()}
+    for name, configuration in paper.configurations.items():
+        for key in configuration.settings.keys() - known:
+            with papers.place(slug, f"configuration '{name}'"):
+                raise PrunelabError(f"no task of this paper has a setting '{key}'{nearest(key, known)}")
 
 
 def selected(config: Mapping[str, Any]) -> list[str]:
@@ -347,11 +371,32 @@ def jobs(config: Mapping[str, Any]) -> dict[str, Run]:
     return {a: r for a, r in found.items() if a not in old and not r.needs}
 
 
+def save(runs: Mapping[str, Run], path: Path) -> None:
+    """Write down what was planned, so that jobs need not plan again."""
+    files.write_text(path, json.dumps({address: asdict(run) for address, run in runs.items()}, sort_keys=True) + "\n")
+
+
+def planned(config: Mapping[str, Any]) -> dict[str, Run]:
+    """The runs of a workflow by address: as it planned them, or planned anew where its results folder has no plan (a
+    folder of one's own, or a storage's copy of a part of it)."""
+    path = Path(config["results"]) / PLAN
+    if not path.exists():
+        return jobs(config)
+    runs = {}
+    try:
+        for address, entry in json.loads(path.read_text(encoding="utf-8")).items():
+            names = tuple((kind, name) for kind, name in entry["names"])
+            runs[address] = Run(**{**entry, "entries": tuple(entry["entries"]), "names": names})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise PrunelabError(f"{path} is damaged; delete it, and the workflow plans anew") from None
+    return {address: run for address, run in runs.items() if run.address == address}  # others' sources changed since
+
+
 def batches(runs: Mapping[str, Run], results: Path, size: int) -> list[list[str]]:
-    """Addresses of the runs that have no record yet, in batches of one kind that take as many GPUs: a job a batch saves
+    """Addresses of the runs that have no record yet, in batches of one task that take as many GPUs: a job a batch saves
     start-up time."""
     groups: dict[str, list[str]] = {}
     for address, run in runs.items():
         if not run.path(results).exists():
-            groups.setdefault(f"{run.kind} {run.scale} {run.gpus}", []).append(address)
+            groups.setdefault(f"{run.task} {run.scale} {run.gpus}", []).append(address)
     return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]

@@ -66,10 +66,7 @@ class Item:
 
     def state(self, config: Mapping[str, Any]) -> str:
         """Whether it is here, and else how it comes here."""
-        lacking = lookup.missing(
-            self.name if self.kind == "model" else None, self.name if self.kind == "dataset" else None, "paper", config
-        )
-        if not lacking:
+        if not lookup.resolve(self.kind, self.name, "paper", config).missing:
             return "here" if "hub" not in self.entry or hub.checked(self.entry, self.kind, config) else "stood in for"
         if "hub" not in self.entry:
             return "by hand"

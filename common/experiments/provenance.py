@@ -97,8 +97,14 @@ def closure(entries: Iterable[Path], without: Iterable[str] = ()) -> tuple[Path,
         path = todo.pop()
         if path not in seen and not any(path == out or out in path.parents for out in left_out):
             seen.add(path)
-            todo.extend(_imports(path))
+            todo.extend(_imports(path) if path.suffix == ".py" else ())
     return tuple(sorted(seen))
+
+
+@cache  # thousands of runs share a few dozen sets of entry files
+def reached(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """The files, from the project's root, whose code decides what comes of entry files."""
+    return tuple(str(path.relative_to(ROOT)) for path in closure((ROOT / entry for entry in entries), SILENT))
 
 
 @cache
@@ -132,14 +138,14 @@ def code(text: str) -> str:
     return b"\n".join(kept).decode()
 
 
-def sources(entries: Iterable[Path]) -> str:
-    """One hash of the closure of the entry files."""
+def sources(entries: Iterable[str]) -> str:
+    """One hash of all that entry files, named from the project's root, reach."""
     return _sources(tuple(entries))
 
 
-@cache  # thousands of runs share a few dozen sets of entry files
-def _sources(entries: tuple[Path, ...]) -> str:
-    return digest({str(p.relative_to(ROOT)): file_hash(p) for p in closure(entries, SILENT)})
+@cache
+def _sources(entries: tuple[str, ...]) -> str:
+    return digest({name: file_hash(ROOT / name) for name in reached(entries)})
 
 
 def environment() -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from prunelab.common import tasks
 from prunelab.common.catalogue import lookup
-from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import name_fault
 from prunelab.common.experiments import provenance, runner
@@ -29,12 +29,6 @@ TOLERANCE = 1e-3  # relative
 OF_STDERR = 0.1
 ROUNDING = ("python", "machine", "device", "dtype", "threads")  # of an environment, beside its libraries
 NAMES = ("hub", "file", "folder", "assets", "testbed", "setting", "test", "train", "images", "annotations")
-# Metrics that come from a clock or from what else a machine does, by the kind of run.
-TIMED: Mapping[str, tuple[str, ...]] = {
-    "decode": ("tokens_per_second", "speedup", "drafting"),
-    "latency": ("*",),
-    "prefill": ("*",),
-}
 Verdict = Literal["equal", "within", "off", "missing", "timed"]
 
 
@@ -68,9 +62,8 @@ def read(path: Path) -> dict[str, Any]:
 def _refuse_strangers(path: Path, run: Run) -> None:
     """A checksum is no signature: what a record makes us import or open must be of this project and its folders."""
     call = str(run.settings.get("call", "prunelab.methods.x.tables:x"))
-    known = run.kind.isidentifier() and (files.ROOT / "common" / "tasks" / f"{run.kind}.py").is_file()
-    if not known or not re.fullmatch(r"prunelab\.methods\.\w+\.\w+:\w+", call):
-        raise PrunelabError(f"the run record {path} asks for {run.kind} {call}, which is nothing of Prunelab's")
+    if run.task not in tasks.names() or not re.fullmatch(r"prunelab\.methods\.\w+\.\w+:\w+", call):
+        raise PrunelabError(f"the run record {path} asks for {run.task} {call}, which is nothing of Prunelab's")
     for ids in run.ids.values():
         for key, value in ids.items() if isinstance(ids, Mapping) else ():
             fault = name_fault(value) if key in NAMES and isinstance(value, str) else None
@@ -107,16 +100,15 @@ def changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
 
 
 def compare(
-    kind: str, recorded: Mapping[str, Any], replayed: Mapping[str, Any], tolerance: float | None
+    task: str, recorded: Mapping[str, Any], replayed: Mapping[str, Any], tolerance: float | None
 ) -> list[Compared]:
     """Every metric of both sides. tolerance: relative; None asks for equality, of samples and errors as well."""
-    timed = TIMED.get(kind, ())
-    found = []
+    known, found = tasks.get(task).metrics, []
     for name in dict.fromkeys((*recorded, *replayed)):
         before, after = recorded.get(name), replayed.get(name)
         if before is None or after is None:
             verdict: Verdict = "missing"
-        elif name in timed or "*" in timed:
+        elif name in known and known[name].timed:
             verdict = "timed"
         elif before == after:
             verdict = "equal"
@@ -155,10 +147,10 @@ def run(
     for line in elsewhere:
         console.print(f"differs: {line}", markup=False, soft_wrap=True)
     exact = not other and not elsewhere
-    compared = compare(told.kind, record["metrics"], made["metrics"], None if exact else tolerance)
+    compared = compare(told.task, record["metrics"], made["metrics"], None if exact else tolerance)
     asked = "bit for bit" if exact else f"relative {tolerance:g}, or a tenth of its standard error"
     table = Table(
-        "metric", "recorded", "replayed", "verdict", title=f"{told.method or 'unpruned'}, {told.kind}; {asked}"
+        "metric", "recorded", "replayed", "verdict", title=f"{told.method or 'unpruned'}, {told.task}; {asked}"
     )
     for each in compared:
         table.add_row(each.metric, f"{each.recorded}", f"{each.replayed}", each.verdict)

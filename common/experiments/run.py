@@ -10,7 +10,6 @@ from typing import Any
 
 from prunelab.common.catalogue import hub
 from prunelab.common.core import files
-from prunelab.common.core.files import ROOT
 from prunelab.common.experiments import provenance
 
 _TOLD = ("entries", "needs", "names", "gpus")  # fields of a run that decide nothing of its outcome
@@ -25,7 +24,7 @@ class Run:
     takes where it computes on GPUs.
     """
 
-    kind: str
+    task: str
     scale: str
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -45,7 +44,7 @@ class Run:
     @cached_property
     def sources(self) -> str:
         """Hash of the code that runs it."""
-        return provenance.sources(ROOT / entry for entry in self.entries)[:12]
+        return provenance.sources(self.entries)[:12]
 
     @property
     def stand_in(self) -> bool:

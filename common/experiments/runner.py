@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from prunelab.common import tasks
 from prunelab.common.experiments import provenance
 from prunelab.common.experiments.run import Run
+from prunelab.common.tasks.base import Metrics
+
+if TYPE_CHECKING:
+    from prunelab.common.measures.bench import Bench
 
 
 def gpus_needed(runs: Iterable[Run]) -> int:
     """How many GPUs the process that makes these runs one after the other takes."""
     return max((run.gpus for run in runs if run.scale == "paper"), default=0)
+
+
+def measure(run: Run, config: Mapping[str, Any]) -> Metrics:
+    """The metrics of a run, by its task."""
+    return tasks.get(run.task)().measure(bench(run, config))
+
+
+def bench(run: Run, config: Mapping[str, Any]) -> Bench[Any]:
+    """What a run is measured with. Raises PrunelabError where its task does not take its settings, method or budget."""
+    from prunelab.common.measures.bench import Bench
+
+    task = tasks.get(run.task)
+    task.admit(run.method, run.budget)
+    return Bench(run.scale, run.ids, task.read(run.settings), config, run.method, run.options, run.budget)
 
 
 def execute(run: Run, config: Mapping[str, Any]) -> Path:
@@ -27,12 +45,11 @@ def execute(run: Run, config: Mapping[str, Any]) -> Path:
 
     threads = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
     torch.set_num_threads(threads)
-    task = importlib.import_module(f"prunelab.common.tasks.{run.kind}")
     torch.manual_seed(int(run.settings.get("seed", 0)))
     devices.begin()
     started, clock = time.time(), time.monotonic()  # the time of day may be set meanwhile
     try:
-        metrics = task.execute(run, config)
+        metrics = measure(run, config)
     except torch.OutOfMemoryError:
         raise batching.too_small("what this run computes at once") from None
     path = run.path(Path(config["results"]))

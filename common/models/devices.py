@@ -131,6 +131,13 @@ def of(scale: str) -> torch.device:
     return torch.device("cuda" if scale == "paper" and torch.cuda.is_available() else "cpu")
 
 
+def gpu() -> torch.device:
+    """The CUDA GPU that a run is there to measure."""
+    if not torch.cuda.is_available():
+        raise PrunelabError("this row measures a CUDA GPU and none is here; run it with --profile configs/profiles/gpu")
+    return torch.device("cuda")
+
+
 def spread() -> dict[str, str]:
     """What a process that holds several GPUs tells `from_pretrained`: accelerate spreads the model over them."""
     return {"device_map": "auto"} if _claimed > 1 else {}

@@ -88,7 +88,7 @@ def named(name: str, weights: Path | None, config: Mapping[str, Any]) -> tuple[n
     import timm
     from torchvision import transforms
 
-    from prunelab.common import testbeds
+    testbeds = _testbeds()
 
     if name in testbeds.testbeds():
         model = testbeds.load(name)[0]

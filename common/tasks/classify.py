@@ -1,92 +1,40 @@
-"""Top-1 accuracy of a classifier, pruned or not, with the MACs it really used."""
+"""Top-1 accuracy of a classifier, its tokens pruned or not, with the MACs it really used."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from rich.progress import track
-from torch import Tensor, nn
+from prunelab.common.tasks import base
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
-from prunelab.common.core import registry
-from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
-from prunelab.common.costs import meter
-from prunelab.common.data import images
-from prunelab.common.experiments.run import Run
-from prunelab.common.metrics import uncertainty
-from prunelab.common.models import batching, devices, loading
-from prunelab.common.tokens import match
-from prunelab.common.tokens.adapters import adapter_for
-from prunelab.common.tokens.apply import Handle, applied
-from prunelab.common.tokens.role import TokenPruner
-
-BATCH = {"cpu": 50, "cuda": 256}  # images at a time; a GPU halves it where its memory ends
-CALIBRATION = 32  # images that methods with input-dependent counts are matched on
+if TYPE_CHECKING:
+    from prunelab.common.measures.bench import Bench
 
 
-def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics: `top1` in percent with per-image bits, `gmacs` and `scoring_gmacs` an image, `saving` in percent, and
-    the `budget` that a matched cost came to. The setting `against_dense` adds `drop`: points of top-1 lost to the
-    unpruned model on the same images. On a GPU the model computes in bfloat16, and batches fit its memory."""
-    device = devices.of(run.scale)
-    model, transform = loading.load(run.ids["model"], config)
-    model = devices.place(model, device, half=True)
-    dtype, batch = next(model.parameters()).dtype, BATCH[device.type]
-    samples, seed = run.settings.get("samples"), int(run.settings.get("seed", 0))  # no limit: the whole set
+class Classify(Task):
+    """Accuracy and measured cost. On a GPU the model computes in bfloat16, and batches fit its memory."""
 
-    def data(count: int | None) -> Any:
-        return images.batches(run.ids["data"], config, transform, count, batch)
+    name: ClassVar[str] = "classify"
+    roles: ClassVar[tuple[str, ...]] = ("token_pruner",)
+    reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
+    cost: ClassVar[str] = "gmacs"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "top1": Metric("top-1", "%", higher_is_better=True),
+        "drop": Metric("points of top-1 lost to the unpruned model", higher_is_better=False),
+        "gmacs": Metric("multiply-adds, the method's scoring included", "G", cost="MACs"),
+        "scoring_gmacs": Metric("multiply-adds of the scoring", "G"),
+        "saving": Metric("multiply-adds saved", "%", higher_is_better=True),
+        "budget": Metric("what a matched budget came to"),
+    }
 
-    def correct(handle: Handle | None = None) -> Tensor:
-        """Which images the model, pruned or not, names rightly."""
-        found, slices, forward = [], batching.Slices("one image"), partial(one_pass, model, handle)
-        for x, y in track(data(samples), "classifying", total=samples and -(-samples // batch), transient=True):
-            logits = slices(forward, x.to(device, dtype))
-            if not bool(torch.isfinite(logits).all()):
-                raise PrunelabError("the model's output holds NaN or infinite values; check its weights and the images")
-            found.append(logits.argmax(-1).cpu() == y)
-        return torch.cat(found)
+    class Settings(base.Settings):
+        """samples: images (all). against_dense: adds `drop`, against the unpruned model on the same images."""
 
-    out: dict[str, Any] = {}
-    context: Any = nullcontext()
-    if run.method is not None:
-        method = registry.create(run.method, **run.options)
-        assert isinstance(method, TokenPruner)
-        calibration = next(iter(data(CALIBRATION)))[0].to(device, dtype) if method.adaptive else None
-        budget = match.match(method, model, Budget.parse(str(run.budget)), calibration)
-        out["budget"] = {"text": str(budget)}
-        context = applied(method, model, budget, seed=seed)
-    with context as handle, torch.inference_mode():
-        right = correct(handle)
-        if handle is not None:
-            report = handle.report()
-            used, scoring = report.macs, report.scoring_macs
-        else:
-            used, scoring = meter.macs(model, adapter_for(model).example()), 0.0
-        dense = meter.macs(model, adapter_for(model).example()) if handle is None else report.dense_macs
-    out["top1"] = uncertainty.share(right)
-    if run.settings.get("against_dense"):
-        with torch.inference_mode():
-            lost = 100.0 * (correct().float() - right.float())
-        out["drop"] = uncertainty.mean(lost.tolist())
-    out["gmacs"] = {"value": round(used / 1e9, 6)}
-    out["scoring_gmacs"] = {"value": round(scoring / 1e9, 6)}
-    out["saving"] = {"value": round(100 * (1 - used / dense), 3)}
-    return out
+        samples: int | None = None
+        against_dense: bool = False
 
+    def measure(self, bench: Bench[Any]) -> Metrics:
+        from prunelab.common.measures import classify
 
-def one_pass(model: nn.Module, handle: Handle | None, x: Tensor) -> Tensor:
-    """Logits [B, classes] of the images x [B, C, H, W]. What a pass that ends for want of memory has added to the
-    counts of the method at work is taken back, since its images come again."""
-    undo = None if handle is None else handle.application.trace.mark()
-    try:
-        logits: Tensor = model(x)
-    except torch.OutOfMemoryError:
-        if undo is not None:
-            undo()
-        raise
-    return logits
+        return classify.measure(bench)

@@ -2,160 +2,54 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from rich.progress import track
-from torch import Tensor, nn
+from pydantic import Field
 
-from prunelab.common.constrained import constraints, smc
-from prunelab.common.constrained.role import ConstrainedSampler
-from prunelab.common.core import registry
-from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import texts
-from prunelab.common.experiments.run import Run
-from prunelab.common.metrics import uncertainty
-from prunelab.common.models import loading
+from prunelab.common.tasks import base
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from prunelab.common.measures.bench import Bench
 
 
-def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics: `accuracy`, percent of the particles' weight on the text that really stands there; `valid`, percent of
-    the weight on texts that satisfy the constraint as a whole; `alive`, percent of particles that met no dead end;
-    `log_z`, the estimated log mass of the constraint's texts under the model, where weights are proper, over the places
-    where some text was found; `spread`, the standard deviation of the log weights of a place's particles; all with
-    standard errors over places. `calls`, constraint calls a token; `masking_calls`, those of a full mask; `saving`,
-    percent between them; `tokens`, how many were drawn.
+class Constrained(Task):
+    """What a constrained sampler draws, and how often it asks the constraint. Without a method a text is drawn from the
+    model as it is and dies where it breaks the constraint: rejection of whole texts."""
 
-    Settings: `pattern`, a regular expression, and `json`, the depth of JSON values that follow it, either or both;
-    `after`, the text that prompts end with; `samples` places in the data, with `context` tokens before each;
-    `particles`, and `threshold` of the effective sample size to resample below; `max_tokens`; `seed`. Without a method
-    tokens are drawn from the model as it is and a text dies where it breaks the constraint: rejection of whole texts.
-    """
-    settings = run.settings
-    model, tokenizer = loading.language(run.ids["model"], config)
-    pattern = str(settings.get("pattern", ""))
-    if "json" in settings:
-        pattern += constraints.json_pattern(int(settings["json"]))
-    sampler = Unconstrained() if run.method is None else registry.create(run.method, **run.options)
-    if not isinstance(sampler, ConstrainedSampler):
-        raise PrunelabError(f"constrained text is sampled by constrained samplers; {sampler.name} is a {sampler.role}")
-    constraint = constraints.Regular.of(pattern, constraints.token_texts(tokenizer), tokenizer.eos_token_id)
-    vocabulary = model.config.get_text_config().vocab_size
-    if vocabulary < len(tokenizer):
-        raise PrunelabError(
-            f"the model has {vocabulary} entries and its tokenizer {len(tokenizer)}; use one of its own"
-        )
-    found = places(texts.load(run.ids["data"], config), str(settings["after"]), pattern, int(settings["samples"]))
-    budget = Budget.parse(str(run.budget or 1.0))
-    rng = torch.Generator().manual_seed(int(settings.get("seed", 0)))
-    width = int(settings.get("context", 128))
-    runs = []
-    with torch.inference_mode():
-        for prompt, _ in track(found, "sampling", transient=True):
-            behind = Prompt(model, tokens(tokenizer, prompt)[-width:])
-            runs.append(
-                smc.run(
-                    sampler, behind, constraint, budget, int(settings.get("particles", 5)),
-                    float(settings.get("threshold", 0.5)), int(settings.get("max_tokens", 100)), rng,
-                )
-            )  # fmt: skip
-    calls, draws = sum(r.calls for r in runs), sum(r.draws for r in runs)
-    per_token = calls / max(draws, 1)
-    pairs = list(zip(runs, (answer for _, answer in found), strict=True))
-    figures = {
-        "accuracy": [weight(r, [text == answer for text in written(constraint, r)]) for r, answer in pairs],
-        "valid": [weight(r, r.complete) for r in runs],
-        "alive": [100 * float((r.log_weights > -math.inf).double().mean()) for r in runs],
-        "log_z": [r.log_z for r in runs if sampler.proper and r.log_z > -math.inf],
-        "spread": [s for r in runs if (s := spread(r.log_weights)) is not None],
-    }
-    return {
-        **{name: uncertainty.mean(values) for name, values in figures.items() if values},
-        "calls": {"value": round(per_token, 4)},
-        "masking_calls": {"value": vocabulary},
-        "saving": {"value": round(100 * (1 - per_token / vocabulary), 4)},
-        "tokens": {"value": draws},
+    name: ClassVar[str] = "constrained"
+    roles: ClassVar[tuple[str, ...]] = ("constrained_sampler",)
+    scales: ClassVar[tuple[str, ...]] = ("testbed", "assets")
+    reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
+    budgeted: ClassVar[bool] = False
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "accuracy": Metric("weight on the text that stands there", "%", higher_is_better=True),
+        "valid": Metric("weight on texts that satisfy the constraint", "%", higher_is_better=True),
+        "alive": Metric("particles that met no dead end", "%", higher_is_better=True),
+        "log_z": Metric("log mass of the constraint's texts", "nats"),
+        "spread": Metric("standard deviation of log weights", "nats", higher_is_better=False),
+        "calls": Metric("constraint calls a token", higher_is_better=False),
+        "masking_calls": Metric("calls of a full mask a token"),
+        "saving": Metric("calls saved of a full mask's", "%", higher_is_better=True),
+        "tokens": Metric("tokens drawn"),
     }
 
+    class Settings(base.Settings):
+        """pattern: a regular expression, and json: the depth of JSON values that follow it, either or both. after: the
+        text that prompts end with. samples: places in the data, with `context` tokens before each. particles: of each
+        place, drawn anew where their effective share falls below `threshold`. max_tokens: of a text."""
 
-@dataclass(frozen=True)
-class Unconstrained(ConstrainedSampler):
-    """The model's own draw, with a dead end where the constraint does not allow it; its weights are proper."""
+        pattern: str = ""
+        json_depth: int | None = Field(None, alias="json")
+        after: str
+        samples: int
+        context: int = 128
+        particles: int = 5
+        threshold: float = 0.5
+        max_tokens: int = 100
 
-    name: ClassVar[str] = "unconstrained"
+    def measure(self, bench: Bench[Any]) -> Metrics:
+        from prunelab.common.measures import constrained
 
-    @property
-    def proper(self) -> bool:
-        return True
-
-    def sample(
-        self, logits: Tensor, allows: Callable[[int], bool], budget: Budget, rng: torch.Generator | None = None
-    ) -> tuple[int, float]:
-        token = int(torch.multinomial(logits.softmax(-1), 1, generator=rng))
-        return (token, 0.0) if allows(token) else (-1, -math.inf)
-
-
-class Prompt:
-    """A model of transformers behind a prompt [T]: one cache row a particle."""
-
-    def __init__(self, model: nn.Module, prompt: Sequence[int]) -> None:
-        if not prompt:
-            raise PrunelabError("the prompt is empty; give the model at least one token to go on from")
-        self.model: Any = model
-        self.prompt = torch.tensor([list(prompt)], device=next(model.parameters()).device)
-        self.cache: Any = None
-
-    def start(self, particles: int) -> Tensor:
-        out = self.model(self.prompt, use_cache=True)
-        self.cache = out.past_key_values
-        self.cache.batch_repeat_interleave(particles)
-        return out.logits[:, -1].float().expand(particles, -1)
-
-    def feed(self, parents: Tensor, tokens: Tensor) -> Tensor:
-        device = self.prompt.device
-        context = self.model.config.max_position_embeddings
-        if self.cache.get_seq_length() >= context:
-            raise PrunelabError(f"prompt and text exceed the model's context of {context} tokens; shorten the context")
-        self.cache.batch_select_indices(parents.to(device))
-        out = self.model(tokens.unsqueeze(1).to(device), past_key_values=self.cache, use_cache=True)
-        return out.logits[:, -1].float()
-
-
-def places(documents: Sequence[str], after: str, pattern: str, samples: int) -> list[tuple[str, str]]:
-    """Text up to the end of `after`, and the text behind it that the pattern matches, for places spread evenly over
-    all there are."""
-    finder = re.compile(f"{re.escape(after)}(?P<answer>{pattern})")
-    found = [(d[: m.start("answer")], m["answer"]) for d in documents for m in finder.finditer(d)]
-    if samples > len(found):
-        raise PrunelabError(f"the pattern stands behind {after!r} in {len(found)} places, not {samples}; ask for fewer")
-    return [found[i * len(found) // samples] for i in range(samples)]
-
-
-def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, the last of them ending where it ends."""
-    return tokenizer(text, verbose=False)["input_ids"]
-
-
-def written(constraint: constraints.Regular, result: smc.Particles) -> list[str]:
-    """The texts of all particles."""
-    return ["".join(constraint.texts[token] or "" for token in particle) for particle in result.tokens]
-
-
-def weight(result: smc.Particles, where: Sequence[bool]) -> float:
-    """Percent of the particles' weight where a condition [P] holds and the text is complete; 0 where all died."""
-    held = torch.tensor(where) & torch.tensor(result.complete)
-    return 100 * float(result.posterior[held].sum())
-
-
-def spread(log_weights: Tensor) -> float | None:
-    """Standard deviation of the finite ones of log weights [P]; None for fewer than two."""
-    finite = log_weights[log_weights > -math.inf]
-    return float(finite.std()) if len(finite) > 1 else None
+        return constrained.measure(bench)

@@ -2,168 +2,47 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from rich.progress import track
-from torch import Tensor
-
-from prunelab.common import speculative
-from prunelab.common.core import registry
-from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import prompts
-from prunelab.common.experiments.run import Run
-from prunelab.common.metrics import uncertainty
-from prunelab.common.models import devices, loading
-from prunelab.common.speculative import Decoded, baselines
-from prunelab.common.speculative.role import DraftDecoder
+from prunelab.common.tasks import base
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-NEW, PROMPT, WARMUP = 128, 64, 3
-Decode = Callable[[Tensor], Decoded]
+    from prunelab.common.measures.bench import Bench
 
 
-def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics: `mat`, tokens a verification step, over all steps of all prompts; `steps`; `steps_saved`, percent of
-    plain decoding's; `tokens_per_second`, the mean over prompts; `speedup`, its ratio to that of plain greedy decoding
-    of the same prompts, prompt by prompt in turn; `drafting`, percent of the time spent on drafts and learning;
-    `identical`, percent of prompts answered word for word as plain greedy decoding does.
+class Decode(Task):
+    """Without a method the option `decoding` names a baseline: `plain` (if left out), `prompt_lookup`, `assistant`."""
 
-    Settings: `new` tokens at most; `prompt`, tokens of a text to go on from; `samples` prompts; `task` of Spec-Bench;
-    `warmup`, how often the first prompt is answered before the clock runs (the method learns from these, too);
-    `seed`. The run's identity names the draft model that methods and baselines may ask for.
-
-    Without a method the option `decoding` names a baseline: `plain` (if left out), `prompt_lookup`, `assistant`.
-    """
-    settings = run.settings
-    model, tokenizer = loading.language(run.ids["model"], config)
-    model = devices.place(model, devices.of(run.scale), half=True)
-    new, length = int(settings.get("new", NEW)), int(settings.get("prompt", PROMPT))
-    asked = prompts.load(run.ids["data"], config, tokenizer, length, settings.get("samples"), settings.get("task"))
-    draft = _draft(run, config, model)
-    plain = partial(baselines.plain, model, max_new_tokens=new)
-    with torch.inference_mode():
-        decode = None if _is_plain(run) else _decoder(run, model, draft, new)
-        for _ in range(int(settings.get("warmup", WARMUP))):
-            answer(asked[0], plain, tokenizer)
-            if decode is not None:
-                answer(asked[0], decode, tokenizer)
-        greedy, found = [], []
-        for prompt in track(asked, "decoding", transient=True):
-            greedy.append(answer(prompt, plain, tokenizer))
-            found.append(greedy[-1] if decode is None else answer(prompt, decode, tokenizer))
-    return summary(found, greedy)
-
-
-def _is_plain(run: Run) -> bool:
-    return run.method is None and run.options.get("decoding", "plain") == "plain"
-
-
-def _draft(run: Run, config: Mapping[str, Any], like: PreTrainedModel) -> PreTrainedModel | None:
-    """The draft model, where the run names one."""
-    return loading.language(run.ids["draft"], config)[0].to(like.device, like.dtype) if "draft" in run.ids else None
-
-
-def _decoder(run: Run, model: PreTrainedModel, draft: PreTrainedModel | None, new: int) -> Decode:
-    """How the run answers prompts [N]. A method keeps its state from prompt to prompt."""
-    if run.method is None:
-        options = dict(run.options)
-        name = options.pop("decoding", "plain")
-        if name == "prompt_lookup":
-            return partial(baselines.prompt_lookup, model, max_new_tokens=new, **options)
-        if name != "assistant":
-            raise PrunelabError(f"there is no baseline '{name}' of decoding; use plain, prompt_lookup or assistant")
-        if draft is None:
-            raise PrunelabError("an assistant is a draft model; name one of the catalogue in the setting `draft`")
-        return partial(baselines.assistant, model, max_new_tokens=new, draft=draft, **options)
-    method = registry.create(run.method, **run.options)
-    if not isinstance(method, DraftDecoder):
-        raise PrunelabError(f"{method.name} is a {method.role}; only a draft decoder decodes")
-    services = {"draft": draft} if draft is not None and "draft" in method.services else {}
-    budget = Budget.parse(str(run.budget)) if run.budget else Budget(1.0)
-    seed = int(run.settings.get("seed", 0))
-    with speculative.applied(method, model, budget, services=services) as handle:
-        state = handle.session.state
-
-    def decode(ids: Tensor) -> Decoded:
-        return speculative.generate(
-            method, model, ids, max_new_tokens=new, budget=budget, services=services, seed=seed, state=state
-        )
-
-    return decode
-
-
-@dataclass(frozen=True)
-class Answer:
-    """All turns of one prompt."""
-
-    turns: tuple[Decoded, ...]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(turn.tokens) for turn in self.turns)
-
-    @property
-    def steps(self) -> int:
-        return sum(turn.steps for turn in self.turns)
-
-    @property
-    def seconds(self) -> float:
-        return sum(turn.seconds for turn in self.turns)
-
-    @property
-    def drafting(self) -> float:
-        return sum(turn.drafting or 0.0 for turn in self.turns)
-
-    def same(self, other: Answer) -> bool:
-        """Whether every turn has the other's tokens."""
-        return all(torch.equal(a.tokens, b.tokens) for a, b in zip(self.turns, other.turns, strict=True))
-
-
-def answer(prompt: prompts.Prompt, decode: Decode, tokenizer: PreTrainedTokenizerBase) -> Answer:
-    """A prompt answered turn by turn."""
-    turns: list[Decoded] = []
-    said: list[str] = []
-    while len(turns) < prompt.turns:
-        turns.append(decode(prompt.ids(said)))
-        said.append(tokenizer.decode(turns[-1].tokens, skip_special_tokens=True))
-    return Answer(tuple(turns))
-
-
-def summary(found: Sequence[Answer], greedy: Sequence[Answer]) -> dict[str, Any]:
-    """The metrics of answers and of plain greedy decoding's answers to the same prompts; see `execute`."""
-    tokens, steps = [float(a.tokens) for a in found], [float(a.steps) for a in found]
-    rate, plain = ([a.tokens / a.seconds for a in answers] for answers in (found, greedy))
-    seconds = [a.seconds for a in found]
-    saved = ratio(steps, tokens, percent=True)
-    return {
-        "mat": ratio(tokens, steps),
-        "steps": {"value": int(sum(steps))},
-        "steps_saved": {
-            **saved,
-            "value": round(100 - saved["value"], 4),
-            "samples": [100 - s for s in saved["samples"]],
-        },
-        "tokens_per_second": uncertainty.mean(rate),
-        "speedup": {**ratio(rate, plain), "samples": [round(a / b, 4) for a, b in zip(rate, plain, strict=True)]},
-        "drafting": ratio([a.drafting for a in found], seconds, percent=True),
-        "identical": uncertainty.share(torch.tensor([a.same(b) for a, b in zip(found, greedy, strict=True)])),
-        "tokens": {"value": int(sum(tokens))},
+    name: ClassVar[str] = "decode"
+    roles: ClassVar[tuple[str, ...]] = ("draft_decoder",)
+    budgeted: ClassVar[bool] = False
+    reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data", "draft"})
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "mat": Metric("MAT, tokens a step", higher_is_better=True),
+        "steps": Metric("verification steps", higher_is_better=False),
+        "steps_saved": Metric("steps saved", "%", higher_is_better=True),
+        "tokens_per_second": Metric("tokens a second", higher_is_better=True, timed=True),
+        "speedup": Metric("wall-clock ratio", higher_is_better=True, timed=True),
+        "drafting": Metric("time spent on drafts and learning", "%", higher_is_better=False, timed=True),
+        "identical": Metric("prompts answered word for word as plain decoding does", "%", higher_is_better=True),
+        "tokens": Metric("tokens written"),
     }
 
+    class Settings(base.Settings):
+        """new: tokens at most. prompt: tokens of a text to go on from. samples: prompts (all). task: of Spec-Bench.
+        warmup: how often the first prompt is answered before the clock runs (the method learns from these, too). draft:
+        the catalogue's name of the model that methods and baselines may ask for."""
 
-def ratio(above: Sequence[float], below: Sequence[float], percent: bool = False) -> dict[str, Any]:
-    """Ratio of two sums over prompts, its standard error, and the ratio of each prompt."""
-    n, scale = len(above), 100.0 if percent else 1.0
-    a, b = (scale * torch.tensor(above, dtype=torch.float64), torch.tensor(below, dtype=torch.float64))
-    centre = a.sum() / b.sum()
-    spread = float((a - centre * b).std() / b.mean()) / math.sqrt(n) if n > 1 else 0.0
-    samples = [round(value, 4) for value in (a / b).tolist()]
-    return {"value": round(float(centre), 4), "n": n, "stderr": round(spread, 4), "samples": samples}
+        new: int = 128
+        prompt: int = 64
+        samples: int | None = None
+        task: str | None = None
+        warmup: int = 3
+        draft: str | None = None
+
+    def measure(self, bench: Bench[Any]) -> Metrics:
+        from prunelab.common.measures import decode
+
+        return decode.measure(bench)

@@ -3,136 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from rich.progress import track
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from prunelab.common.tasks import base
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
-from prunelab.common.core import registry
-from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
-from prunelab.common.costs import meter
-from prunelab.common.data import detection, digits
-from prunelab.common.data.detection import Objects
-from prunelab.common.experiments.run import Run
-from prunelab.common.metrics.average_precision import Detections, detections, with_uncertainty
-from prunelab.common.models import devices, loading
-from prunelab.common.tokens import match
-from prunelab.common.tokens.adapters import adapter_for
-from prunelab.common.tokens.apply import Handle, applied
-from prunelab.common.tokens.role import TokenPruner
-
-BATCH = 10  # scenes at a time, all of one size
-CALIBRATION = 10  # images that methods with input-dependent counts are matched on
-SHOWN = 0.3  # score from which a picture shows a box
+if TYPE_CHECKING:
+    from prunelab.common.measures.bench import Bench
 
 
-def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics: `ap`, `ap50`, `ap75`, `aps`, `apm`, `apl` in percent with jackknife errors (sizes that do not occur are
-    left out); in G an image of the model's standard size `gmacs`, `encoder_gmacs` and `scoring_gmacs`; `saving` and
-    `encoder_saving` in percent of the dense cost; the `budget` that a matched cost came to.
+class Detect(Task):
+    """Box precision with jackknife errors (sizes that do not occur are left out), and cost at the model's standard
+    size."""
 
-    Settings: `batch`, images at a time; photographs are tested one by one unless it says otherwise, as some methods'
-    scores depend on the padding. `shown`, a number of images, adds the metric `scenes` with what was kept and found on
-    each of them, in `items`, for a picture. Testbed scenes alone are shown: most data sets forbid passing images on.
-    """
-    device = devices.of(run.scale)
-    identity, samples = run.ids["data"], run.settings.get("samples")  # no limit: the whole set
-    scenes, shown = identity["loader"] == "digit_detection", int(run.settings.get("shown", 0))
-    batch = int(run.settings.get("batch", BATCH if scenes else 1))
-    if shown and not scenes:
-        raise PrunelabError("pictures show the testbed's scenes alone; set `scales: [testbed]` in paper.yaml")
-    model = devices.place(loading.load(run.ids["model"], config)[0], device)
-    data = detection.load(identity, config, samples)
+    name: ClassVar[str] = "detect"
+    roles: ClassVar[tuple[str, ...]] = ("token_pruner",)
+    reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
+    cost: ClassVar[str] = "encoder_gmacs"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "ap": Metric("AP", "%", higher_is_better=True),
+        "ap50": Metric("at an overlap of a half", "%", higher_is_better=True),
+        "ap75": Metric("at an overlap of three quarters", "%", higher_is_better=True),
+        "aps": Metric("of small boxes", "%", higher_is_better=True),
+        "apm": Metric("of medium boxes", "%", higher_is_better=True),
+        "apl": Metric("of large boxes", "%", higher_is_better=True),
+        "gmacs": Metric("multiply-adds, the method's scoring included", "G", cost="MACs"),
+        "scoring_gmacs": Metric("multiply-adds of the scoring", "G"),
+        "saving": Metric("multiply-adds saved", "%", higher_is_better=True),
+        "encoder_gmacs": Metric("multiply-adds of the encoder", "G", cost="encoder MACs"),
+        "encoder_saving": Metric("multiply-adds of the encoder saved", "%", higher_is_better=True),
+        "scenes": Metric("scenes shown"),
+        "budget": Metric("what a matched budget came to"),
+    }
 
-    out: dict[str, Any] = {}
-    context: Any = nullcontext()
-    if run.method is not None:
-        method = registry.create(run.method, **run.options)
-        assert isinstance(method, TokenPruner)
-        calibration = next(data.batches(CALIBRATION))[0].to(device) if method.adaptive else None
-        budget = match.match(method, model, Budget.parse(str(run.budget)), calibration)
-        out["budget"] = {"text": str(budget)}
-        context = applied(method, model, budget, seed=int(run.settings.get("seed", 0)))
-    truth: list[Objects] = []
-    found: list[Detections] = []
-    items: list[dict[str, Any]] = []
-    with context as handle, torch.inference_mode():
-        total = -(-len(data.objects) // batch)
-        for x, mask, objects in track(data.batches(batch), "detecting", total=total, transient=True):
-            output = detected(model, x.to(device), None if mask is None else mask.to(device))
-            boxes = detections(output, objects, data.classes)
-            if len(truth) < shown:
-                items += _items(x, objects, boxes, handle)
-            truth += objects
-            found += boxes
-        report = None if handle is None else handle.report()
-    dense, inside = _dense(model)
-    used, scoring = (dense, 0.0) if report is None else (report.macs, report.scoring_macs)
-    out |= {name.lower(): metric for name, metric in with_uncertainty(truth, found).items()}
-    for name, value in {"gmacs": used, "encoder_gmacs": inside - (dense - used), "scoring_gmacs": scoring}.items():
-        out[name] = {"value": round(value / 1e9, 6)}
-    out["saving"] = {"value": round(100 * (1 - used / dense), 3)}
-    out["encoder_saving"] = {"value": round(100 * (dense - used) / inside, 3)}
-    if shown:
-        out["scenes"] = {"value": shown, "items": items[:shown]}
-    return out
+    class Settings(base.Settings):
+        """samples: images (all). batch: images at a time; photographs are tested one by one unless it says
+        otherwise, as some methods' scores depend on the padding. shown: a number of images adds `scenes`, with what
+        was kept and found on each of them, for a picture. Testbed scenes alone are shown: most data sets forbid
+        passing images on."""
 
+        samples: int | None = None
+        batch: int | None = None
+        shown: int = 0
 
-def detected(model: nn.Module, x: Tensor, mask: Tensor | None) -> Mapping[str, Tensor]:
-    """What a detector says of images [B, C, H, W] whose padding `mask` [B, H, W] marks: `logits` [B, Q, C] and `boxes`
-    [B, Q, 4]. Those of transformers want the image marked instead, and give the boxes another name."""
-    if not hasattr(model, "config"):
-        output: Mapping[str, Tensor] = model(x, mask)
-        return output
-    said = model(x, pixel_mask=None if mask is None else (~mask).long())
-    return {"logits": said.logits, "boxes": said.pred_boxes}
+    def measure(self, bench: Bench[Any]) -> Metrics:
+        from prunelab.common.measures import detect
 
-
-def _dense(model: nn.Module) -> tuple[float, float]:
-    """MACs of the unpruned model at its standard size, and of the layers among them that tokens can be pruned in."""
-    adapter = adapter_for(model)
-    layers = {id(block) for block in adapter.blocks}  # type: ignore[attr-defined]
-    names = [f"{type(model).__name__}.{name}" for name, module in model.named_modules() if id(module) in layers]
-    with FlopCounterMode(display=False) as counter:
-        meter.on_meta(model, adapter.example())
-    counts = counter.get_flop_counts()
-    return counter.get_total_flops() / 2, sum(sum(counts[name].values()) for name in names) / 2
-
-
-def _items(x: Tensor, objects: list[Objects], boxes: list[Detections], handle: Handle | None) -> list[dict[str, Any]]:
-    """For each image of a batch: the image (a row of hexadecimal bytes a line, 255 is full ink); the boxes annotated
-    and found, each [label, score, x0, y0, x1, y1]; the `grids` of the encoder's levels; and for every site the places
-    of the tokens kept, level by level, finest first."""
-    ink = ((x[:, 0] * digits.SCALE + digits.SHIFT).clamp(0, 1) * 255).round().int().tolist()
-    kept, grids = ([], []) if handle is None else (handle.kept(), [list(g) for g in handle.adapter.grids()])  # type: ignore[attr-defined]
-
-    def written(entry: Detections) -> list[list[float]]:
-        rows = zip(entry.labels.tolist(), entry.scores.tolist(), entry.boxes.tolist(), strict=True)
-        return [
-            [label, round(score, 3), *(round(side, 1) for side in box)] for label, score, box in rows if score >= SHOWN
-        ]
-
-    return [
-        {
-            "image": [bytes(row).hex() for row in ink[i]],
-            "annotated": written(Detections(o.boxes, torch.ones(len(o.labels)), o.labels)),
-            "found": written(boxes[i]),
-            "grids": grids,
-            "sites": [{"layer": s.layer, "kept": _levels(places[i], grids)} for s, places in kept],
-        }
-        for i, o in enumerate(objects)
-    ]
-
-
-def _levels(places: Tensor, grids: list[list[int]]) -> list[list[int]]:
-    """Places in the flattened levels as places in each level's own grid; -1 marks padding."""
-    levels, start = [], 0
-    for height, width in grids:
-        inside = places[(places >= start) & (places < start + height * width)] - start
-        levels.append(sorted(inside.tolist()))
-        start += height * width
-    return levels
+        return detect.measure(bench)

@@ -1,63 +1,36 @@
-"""What pruning leaves of a testbed's pictures and videos, frame by frame, with the answers before and after.
-
-Real images never enter a record: most data sets forbid passing them on.
-"""
+"""What pruning leaves of a testbed's pictures and videos, frame by frame, with the answers before and after."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
+from prunelab.common.tasks import base
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
-from prunelab.common.core import registry
-from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import questions
-from prunelab.common.data.questions import Sample
-from prunelab.common.experiments.run import Run
-from prunelab.common.models import loading
-from prunelab.common.tokens.inspection import Inspection, Query, Stage, inspect
-from prunelab.common.tokens.role import TokenPruner
-
-WHOLE = 100  # the share that a patch has without pruning, in a record
+if TYPE_CHECKING:
+    from prunelab.common.measures.bench import Bench
 
 
-def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Metric `looks`: how many, and in `items` for each question its words, the true, the unpruned and the pruned
-    answer, the frames (rows of hexadecimal RGB bytes), the `tokens` of each unpruned, the `grid` of patches, and for
-    each site in `stages` its name, the tokens left of each frame and the share of each patch (see `shares`)."""
-    if run.ids["data"]["loader"] not in questions.LOADERS:
-        raise PrunelabError("this figure shows the testbeds' scenes alone; set `scales: [testbed]` in paper.yaml")
-    if run.method is None:
-        raise PrunelabError("this figure shows what a method leaves; name one under `configuration` in paper.yaml")
-    model = loading.vision_language(run.ids["model"], config)[0]
-    method, budget = registry.create(run.method, **run.options), Budget.parse(str(run.budget))
-    if not isinstance(method, TokenPruner):
-        raise PrunelabError(f"this figure is about token pruners; {method.name} is a {method.role}")
-    items = []
-    for sample in questions.samples(run.ids["data"], int(run.settings["samples"])):
-        query = Query(questions.inputs([sample]), lambda new: questions.WORDS[int(new[0])], words=1)
-        items.append(told(sample, inspect(model, query, method, budget, int(run.settings.get("seed", 0)))))
-    return {"looks": {"value": len(items), "items": items}, "budget": {"text": str(budget)}}
+class Looks(Task):
+    """For each question its words, the answers, the frames, and what is left of each patch at each site. Real images
+    never enter a record: most data sets forbid passing them on."""
 
-
-def told(sample: Sample, found: Inspection) -> dict[str, Any]:
-    """An inspection as plain values."""
-    return {
-        "question": sample.question,
-        "answer": sample.word,
-        "dense": found.dense,
-        "pruned": found.pruned,
-        "frames": [[bytes(row).hex() for row in frame.flatten(1).tolist()] for frame in sample.shown],
-        "tokens": found.tokens,
-        "grid": list(found.stages[0].shares[0].shape),
-        "stages": [{"name": stage.name, "tokens": stage.tokens, "shares": shares(stage)} for stage in found.stages],
+    name: ClassVar[str] = "looks"
+    roles: ClassVar[tuple[str, ...]] = ("token_pruner",)
+    scales: ClassVar[tuple[str, ...]] = ("testbed",)
+    reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "looks": Metric("questions shown"),
+        "budget": Metric("what a matched budget came to"),
     }
 
+    class Settings(base.Settings):
+        """samples: questions."""
 
-def shares(stage: Stage) -> list[str]:
-    """Each frame's shares row by row as hexadecimal bytes: WHOLE is what a patch has unpruned, 255 that or more."""
-    bounded: list[Tensor] = [(WHOLE * share).round().clamp(0, 255).to(torch.uint8) for share in stage.shares]
-    return [bytes(share.flatten().tolist()).hex() for share in bounded]
+        samples: int
+
+    def measure(self, bench: Bench[Any]) -> Metrics:
+        from prunelab.common.measures import looks
+
+        return looks.measure(bench)

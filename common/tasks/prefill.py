@@ -4,130 +4,46 @@ architecture with random weights, since weights do not change the speed."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from prunelab.common.tasks import base
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
-from prunelab.common.core import registry
-from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments.run import Run
-from prunelab.common.models import devices, loading
-from prunelab.common.tokens.adapters import adapter_for
-from prunelab.common.tokens.adapters.vlm import VisionLanguage
-from prunelab.common.tokens.adapters.vlm_prompt import Prompt
-from prunelab.common.tokens.apply import applied
-from prunelab.common.tokens.role import TokenPruner
-
-WARM_UP, REPEATS = 10, 30
-NEW = 64  # assumption: tokens of an answer
+if TYPE_CHECKING:
+    from prunelab.common.measures.bench import Bench
 
 
-def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics, in medians of 30 timed runs after warm-up, of one prompt of random content: `ttft` in seconds from
-    pixels to the first token, encoder and the method's decisions included, and `ttft_ms`; `decode`, tokens a second
-    behind the first; `total` seconds of the answer; `memory_gb`, the most the allocator held in GB (10^9 bytes).
+class Prefill(Task):
+    """Medians of 30 timed runs after warm-up, of one prompt of random content, encoder and the method's decisions
+    included."""
 
-    Settings: `frames` of a video, else it is an image; `text` tokens around it; `new`, tokens of the answer;
-    `against_dense` adds `ttft_speedup` and `decode_speedup`, the ratios to the unpruned model.
-    """
-    device = devices.of("paper")
-    if device.type != "cuda":
-        raise PrunelabError("this row measures a CUDA GPU and none is here; run it with --profile configs/profiles/gpu")
-    return timed(run, device, WARM_UP, REPEATS)
-
-
-def timed(run: Run, device: torch.device, warm_up: int, repeats: int) -> dict[str, Any]:
-    """See `execute`; on a CPU there is no allocator to ask, and no `memory_gb`."""
-    torch.manual_seed(0)
-    model = loading.initialised(run.ids["model"], str(device))
-    devices.note(model)
-    adapter = adapter_for(model)
-    assert isinstance(adapter, VisionLanguage)
-    settings = run.settings
-    prompt = adapter.prompt(int(settings.get("frames", 0)), settings.get("text"))
-    given, new = contents(adapter, prompt, device), int(settings.get("new", NEW))
-    context: Any = nullcontext()
-    if run.method is not None:
-        method = registry.create(run.method, **run.options)
-        if not isinstance(method, TokenPruner):
-            raise PrunelabError(f"prefills are timed under token pruners; {method.name} is a {method.role}")
-        context = applied(method, model, Budget.parse(str(run.budget)))
-    with context:
-        own = measure(model, given, new, warm_up, repeats)
-    found: dict[str, float | None] = {
-        "ttft": own.first,
-        "ttft_ms": 1000 * own.first,
-        "decode": own.decode,
-        "total": own.total,
-        "memory_gb": None if own.memory is None else own.memory / 1e9,
-    }
-    if settings.get("against_dense"):
-        dense = measure(model, given, new, warm_up, repeats)
-        found |= {"ttft_speedup": dense.first / own.first, "decode_speedup": own.decode / dense.decode}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    told = (
-        f"random weights in {str(adapter.body.dtype).removeprefix('torch.')} on {where}; {prompt.text} text tokens and"
-        f" {adapter.visual_tokens(prompt)} visual ones before pruning, {new} written"
-    )
-    return {
-        name: {"value": round(value, 5), "n": repeats, "protocol": told}
-        for name, value in found.items()
-        if value is not None
+    name: ClassVar[str] = "prefill"
+    roles: ClassVar[tuple[str, ...]] = ("token_pruner",)
+    scales: ClassVar[tuple[str, ...]] = ("paper",)
+    reads: ClassVar[frozenset[Reads]] = frozenset({"architecture"})
+    needs_gpu: ClassVar[bool] = True
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "ttft": Metric("time to the first token", "s", higher_is_better=False, timed=True),
+        "ttft_ms": Metric("time to the first token", "ms", higher_is_better=False, timed=True),
+        "decode": Metric("tokens a second behind the first", higher_is_better=True, timed=True),
+        "total": Metric("time of the whole answer", "s", higher_is_better=False, timed=True),
+        "memory_gb": Metric("the most that the allocator held", "GB", higher_is_better=False, timed=True),
+        "ttft_speedup": Metric(
+            "speed of the first token against the unpruned model", higher_is_better=True, timed=True
+        ),
+        "decode_speedup": Metric("speed of writing against the unpruned model", higher_is_better=True, timed=True),
     }
 
+    class Settings(base.Settings):
+        """frames: of a video, else it is an image. text: tokens around it. new: tokens of the answer (64 are an
+        assumption). against_dense: adds the ratios to the unpruned model."""
 
-def contents(adapter: VisionLanguage, prompt: Prompt, device: torch.device) -> dict[str, Any]:
-    """Arguments of the model's forward and `generate` for a prompt of that shape, batch 1: noise for pixels, and words
-    drawn from those that mean nothing special."""
-    given: dict[str, Any] = {}
-    for name, value in prompt.pixels.items():
-        if value.device.type != "meta":  # sizes and grids
-            given[name] = value.to(device)
-        elif value.is_floating_point():  # positions of patches are the encoder's own matter
-            given[name] = torch.randn(value.shape, device=device, dtype=adapter.body.dtype)
-    special = {modality: int(getattr(adapter.config, name)) for modality, name in adapter.tokens.items()}
-    words = torch.randint(3, min(special.values()), (1, prompt.text))
-    seen = torch.full((1, adapter.visual_tokens(prompt)), special[prompt.modality])
-    ids = torch.cat([words[:, : prompt.text // 2], seen, words[:, prompt.text // 2 :]], 1)
-    given |= {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
-    return given | adapter.token_types(given["input_ids"])
+        frames: int = 0
+        text: int | None = None
+        new: int = 64
+        against_dense: bool = False
 
+    def measure(self, bench: Bench[Any]) -> Metrics:
+        from prunelab.common.measures import prefill
 
-@dataclass(frozen=True)
-class Timing:
-    """Median seconds to the first token and of the whole answer of `new` tokens, and bytes held at most."""
-
-    first: float
-    total: float
-    new: int
-    memory: int | None
-
-    @property
-    def decode(self) -> float:
-        """Tokens a second behind the first."""
-        return (self.new - 1) / max(self.total - self.first, 1e-9)
-
-
-@torch.inference_mode()
-def measure(model: nn.Module, given: Mapping[str, Any], new: int, warm_up: int, repeats: int) -> Timing:
-    """Time a greedy answer of `new` tokens, which never ends early."""
-    if new < 2:
-        raise PrunelabError(f"an answer of {new} tokens has no token behind the first to time; give new=2 or more")
-    net: Any = model
-    device = next(model.parameters()).device
-
-    def write(tokens: int) -> Tensor:
-        written: Tensor = net.generate(
-            **given, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
-        )
-        return written
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    first = devices.median_seconds(lambda: write(1), device, warm_up=warm_up, repeats=repeats)
-    total = devices.median_seconds(lambda: write(new), device, warm_up=1, repeats=repeats)
-    return Timing(first, total, new, torch.cuda.max_memory_allocated() if device.type == "cuda" else None)
+        return prefill.measure(bench)

@@ -4,87 +4,40 @@ configuration alone."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
+from prunelab.common.tasks import base
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Status, Task
 
-from prunelab.common.core import registry
-from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
-from prunelab.common.costs import meter
-from prunelab.common.experiments.run import Run
-from prunelab.common.models import loading
-from prunelab.common.weights.adapters import weight_adapter
-from prunelab.common.weights.role import WeightPruner
-from prunelab.common.weights.targets import Decision, Target, WeightSignals
-
-LENGTH = 128  # tokens
+if TYPE_CHECKING:
+    from prunelab.common.measures.bench import Bench
 
 
-def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics in G (1e9): `gparameters`, and `gmacs` of a forward pass; `saving` of MACs and
-    `parameters_saving` in percent; `dense_gparameters` and `dense_gmacs`.
+class Size(Task):
+    """A method is here by how many units it leaves, which for uniform methods the budget decides: which units does not
+    matter to a size. Methods that let data decide how many are refused."""
 
-    A method is here by how many units it leaves, which for uniform methods the budget decides: which units does not
-    matter to a size. Methods that let data decide how many are refused. Settings: `length` of the text in tokens.
-    """
-    length = int(run.settings.get("length", LENGTH))
-    model = loading.architecture(run.ids["model"])
-    dense = held(model), macs(model, length)
-    pruned = dense
-    if run.method is not None:
-        method = registry.create(run.method, **run.options)
-        if not isinstance(method, WeightPruner):
-            raise PrunelabError(f"size is counted under weight pruners; {method.name} is a {method.role}")
-        cut(method, model, Budget.parse(str(run.budget)))
-        pruned = held(model), macs(model, length)
-    figures = dict(zip(("gparameters", "gmacs", "dense_gparameters", "dense_gmacs"), (*pruned, *dense), strict=True))
-    savings = {"parameters_saving": 1 - pruned[0] / dense[0], "saving": 1 - pruned[1] / dense[1]}
-    metrics: dict[str, Any] = {name: {"value": round(value / 1e9, 6)} for name, value in figures.items()}
-    return metrics | {name: {"value": round(100 * share, 3)} for name, share in savings.items()}
+    name: ClassVar[str] = "size"
+    roles: ClassVar[tuple[str, ...]] = ("weight_pruner",)
+    scales: ClassVar[tuple[str, ...]] = ()
+    status: ClassVar[Status] = "analytic"
+    reads: ClassVar[frozenset[Reads]] = frozenset({"architecture"})
+    cost: ClassVar[str] = "gmacs"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "gparameters": Metric("parameters", "G", higher_is_better=False),
+        "gmacs": Metric("multiply-adds of a forward pass", "G", higher_is_better=False, cost="MACs of 128 tokens"),
+        "dense_gparameters": Metric("parameters of the unpruned model", "G"),
+        "dense_gmacs": Metric("multiply-adds of the unpruned model", "G"),
+        "parameters_saving": Metric("parameters saved", "%", higher_is_better=True),
+        "saving": Metric("multiply-adds saved", "%", higher_is_better=True),
+    }
 
+    class Settings(base.Settings):
+        """length: of the text in tokens."""
 
-def held(model: nn.Module) -> int:
-    """Parameters of the model; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+        length: int = 128
 
+    def measure(self, bench: Bench[Any]) -> Metrics:
+        from prunelab.common.measures import size
 
-def macs(model: nn.Module, length: int) -> float:
-    """MACs of one forward pass of `length` tokens on the meta device; of experts those that a token is sent to."""
-    if any("experts" in name for name, _ in model.named_modules()):
-        model.set_experts_implementation("batched_mm")  # type: ignore[operator]  # the one whose shapes no data decide
-    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")  # given, as it cannot be made from values
-    with torch.no_grad():
-        return meter.flops(lambda: model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)) / 2
-
-
-def cut(method: WeightPruner, model: nn.Module, budget: Budget) -> None:
-    """Take away as many units of every target as the method does, whatever their scores. Two sets of random scores
-    must leave the same numbers."""
-    adapter = weight_adapter(model)
-    targets = [target for unit in method.units for target in adapter.targets(unit) if method.covers(target)]
-    if not targets or any(target.unit in ("linear", "tensor") for target in targets):
-        raise PrunelabError(f"{method.name} changes no size of this model; its zeros are counted where it runs")
-    signals = [WeightSignals(adapter.weights(target)) for target in targets]
-    plans = [decisions(method, targets, signals, budget, seed) for seed in (0, 1)]
-    kept = [[decision.kept for decision in plan] for plan in plans]
-    if kept[0] != kept[1]:
-        raise PrunelabError(f"{method.name} lets data decide how much every layer keeps; only its run knows the sizes")
-    for target, decision in zip(targets, plans[0], strict=True):
-        adapter.check(target, decision)
-        adapter.write(target, decision)
-    adapter.finish()
-
-
-def decisions(
-    method: WeightPruner, targets: list[Target], signals: list[WeightSignals], budget: Budget, seed: int
-) -> list[Decision]:
-    """What the method decides where scores are drawn by lot."""
-    draws = torch.Generator().manual_seed(seed)
-    scores = [torch.rand(target.shape, generator=draws) for target in targets]
-    try:
-        return [Decision(mask) for mask in method.select(targets, signals, scores, budget)]
-    except PrunelabError as error:
-        raise PrunelabError(f"the sizes that {method.name} leaves cannot be told without data ({error})") from None
+        return size.measure(bench)

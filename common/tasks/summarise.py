@@ -2,47 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from rich.progress import track
+from prunelab.common.tasks import base
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
-from prunelab.common.core import registry
-from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data.documents import Document, background, load
-from prunelab.common.experiments.run import Run
-from prunelab.common.metrics import rouge, uncertainty
-from prunelab.common.ranking.sentences import Passage, SentenceRanker
+if TYPE_CHECKING:
+    from prunelab.common.measures.bench import Bench
 
 
-def execute(job: Run, config: Mapping[str, Any]) -> dict[str, Any]:
-    """ROUGE of the method on a catalogue entry's documents; see `run` for the metrics."""
-    method = registry.create(str(job.method), **job.options)
-    if not isinstance(method, SentenceRanker):
-        raise PrunelabError(f"{method.name} is a {method.role}; only a ranker of sentences summarises")
-    found = load(job.ids["data"], config, job.settings.get("samples"))
-    return run(method, found, Budget.parse(str(job.budget)), progress=True)
+class Summarise(Task):
+    """Several references are averaged; words are not stemmed. A budget in bytes also cuts the summary there."""
 
+    name: ClassVar[str] = "summarise"
+    roles: ClassVar[tuple[str, ...]] = ("ranker",)
+    reads: ClassVar[frozenset[Reads]] = frozenset({"data"})
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "rouge1_recall": Metric("ROUGE-1 recall", "%", higher_is_better=True),
+        "rouge1_f": Metric("ROUGE-1 F", "%", higher_is_better=True),
+        "rouge2_recall": Metric("ROUGE-2 recall", "%", higher_is_better=True),
+        "rouge2_f": Metric("ROUGE-2 F", "%", higher_is_better=True),
+        "bytes": Metric("length of the summaries", "bytes"),
+    }
 
-def run(
-    method: SentenceRanker, documents: Sequence[Document], budget: Budget, progress: bool = False
-) -> dict[str, dict[str, Any]]:
-    """Percentages `rouge1_recall`, `rouge1_f`, `rouge2_recall`, `rouge2_f` with n, standard error and samples, and the
-    mean length of the summaries in `bytes`.
+    class Settings(base.Settings):
+        """samples: documents (all)."""
 
-    idf comes from the documents themselves. Several references are averaged; words are not stemmed. A budget in
-    bytes also cuts the summary there, as the evaluations of the DUC years did.
-    """
-    if not documents:
-        raise PrunelabError("there is no document to summarise; check the data set and its limit")
-    corpus = background(documents)
-    limit = int(budget.amounts[0]) if budget.unit == "bytes" else None
-    columns: dict[str, list[float]] = {}
-    for document in track(documents, "summarising", transient=True, disable=not progress):
-        summary = "\n".join(method.summarise(Passage.of(document.documents, corpus), budget))
-        scores = rouge.score(summary, document.references, limit)
-        for name, value in vars(scores).items():
-            columns.setdefault(name, []).append(100 * value)
-        columns.setdefault("bytes", []).append(float(len(summary.encode("utf8", "replace"))))
-    return {name: uncertainty.mean(values) for name, values in columns.items()}
+        samples: int | None = None
+
+    def measure(self, bench: Bench[Any]) -> Metrics:
+        from prunelab.common.measures import summarise
+
+        return summarise.measure(bench)

@@ -2,203 +2,54 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from tempfile import TemporaryDirectory
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from prunelab.common.apply import apply
-from prunelab.common.catalogue import hub
-from prunelab.common.core import registry
-from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments.run import Run
-from prunelab.common.kv_cache.role import CachePruner
-from prunelab.common.models import devices, loading
-from prunelab.common.tasks.zero_shot import average
-from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.measures.scores import CAPTIONS, OTHERS, SHARES
+from prunelab.common.tasks import base
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
-FRAMES = 32
-# How metrics of lmms-eval 0.7 are told. Shares of right answers become percent; what is not named here (MME's points,
-# WUPS, judges' scores, percentages) stays as it is.
-SHARES = frozenset({
-    "exact_match", "accuracy", "acc", "score", "lvb_acc", "mmmu_acc", "seed_image", "seed_video", "seed_all",
-    "pope_accuracy", "pope_precision", "pope_recall", "pope_f1_score",
-})  # fmt: skip
-# Scores of captions, which some papers print as they are and others by a hundred; so both are given.
-CAPTIONS = frozenset({"coco_CIDEr", "flickr_CIDEr", "nocaps_CIDEr"})
-# Means of questions that count 0 or 1, whose standard error the library gives between 0 and 1 under a name of its own.
-COUNTED = frozenset({"pope_accuracy", "mvbench_accuracy"})
+if TYPE_CHECKING:
+    from prunelab.common.measures.bench import Bench
 
 
-def execute(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
+class VisualTasks(Task):
     """Metrics named as lmms-eval names them: `gqa exact_match`, `pope pope_f1_score`, `videomme
-    videomme_perception_score` and so on, shares in percent, with their standard errors where the library has some and
-    the number of questions; of a group of tasks (`mvbench`) also the mean over all its questions; `average`, the mean
-    of those metrics that the setting `average` lists.
+    videomme_perception_score` and so on, shares in percent, with the number of questions; of a group of tasks
+    (`mvbench`) also the mean over all its questions. Prompts, limits of answers and scores are those of the library's
+    task definitions."""
 
-    Settings: `tasks`; `frames` of a video, evenly sampled; `limit`, questions of each task (all); `batch` of questions
-    asked together; `prompts`, changes of what the tasks' definitions let prompts have (`ocr: true` of TextVQA);
-    `include`, a folder with definitions of one's own; `seed` of what methods draw.
+    name: ClassVar[str] = "visual_tasks"
+    roles: ClassVar[tuple[str, ...]] = ("token_pruner", "cache_pruner")
+    scales: ClassVar[tuple[str, ...]] = ("paper",)
+    reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "own data"})
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "average": Metric("mean of the scores under `average`", higher_is_better=True)
+    }
 
-    Prompts, limits of answers and scores are those of the library's task definitions. Its data sets are read
-    where they were downloaded, at the revisions that count; videos are decoded by `prunelab.common.data.videos`.
-    """
-    lmms_eval, wrapper = harness()
-    model, processor = loading.vision_language(run.ids["model"], config)
-    model = devices.place(model, devices.of(run.scale), half=True)
-    settings = run.settings
-    frames = int(settings.get("frames", FRAMES))
-    asked = wrapper(model, processor, batch=int(settings.get("batch", 1)), frames=frames, pruned=at_work(run, model))
-    read, groups = definitions(settings["tasks"], settings.get("include"), settings.get("prompts"))
-    data = {str(value["hub"]): value for name, value in run.ids.items() if name.startswith("data of ")}
-    tasks = [lmms_eval.api.task.ConfigurableMessagesTask(config=e | located(e, data, config)) for e in read]
-    with TemporaryDirectory() as folder:  # some tasks write their answers to a file when they are scored
-        found = lmms_eval.evaluator.simple_evaluate(
-            model=asked,
-            tasks=tasks,
-            task_manager=index(settings.get("include")),
-            limit=settings.get("limit"),
-            log_samples=False,
-            cli_args=Namespace(output_path=folder, process_with_media=True, reasoning_tags=None),
-        )
-    counts = {task: int(count["effective"]) for task, count in found["n-samples"].items()}
-    measured = percentages(found["results"], counts)
-    measured |= group_means(groups, measured)
-    versions = ", ".join(f"{task} {version}" for task, version in sorted(found["versions"].items()))
-    versions = versions.replace(" Yaml", "")  # the library's word for a task without a version
-    protocol = f"lmms-eval {importlib.metadata.version('lmms_eval')} ({versions}); videos of {frames} frames"
-    if "prompts" in settings:
-        protocol += "; prompts with " + ", ".join(f"{key}={value}" for key, value in settings["prompts"].items())
-    if "average" in settings:
-        measured["average"] = {"value": average(measured, settings["average"])}
-    for metric in measured.values():
-        metric["protocol"] = protocol
-    return measured
+    class Settings(base.Settings):
+        """tasks: of the library. frames: of a video, evenly sampled. limit: questions of each task (all). batch:
+        questions asked together. prompts: changes of what the tasks' definitions let prompts have (`ocr: true` of
+        TextVQA). include: a folder with definitions of one's own. average: the metrics whose mean is one."""
 
+        tasks: tuple[str, ...]
+        frames: int = 32
+        limit: int | None = None
+        batch: int = 1
+        prompts: dict[str, Any] | None = None
+        include: str | None = None
+        average: tuple[str, ...] = ()
 
-def at_work(run: Run, model: Any) -> Callable[[], AbstractContextManager[Any]]:
-    """Opens the `with` block in which the run's method prunes the model; nothing happens in it without a method."""
-    if run.method is None:
-        return nullcontext
-    method, seed = registry.create(run.method, **run.options), int(run.settings.get("seed", 0))
-    if not isinstance(method, TokenPruner | CachePruner):
-        raise PrunelabError(
-            f"{method.name} is a {method.role}; lmms-eval's tasks run under what prunes tokens or caches"
-        )
-    return lambda: apply(method, model, Budget.parse(str(run.budget)), seed=seed)
+    def measure(self, bench: Bench[Any]) -> Metrics:
+        from prunelab.common.measures import visual_tasks
 
+        return visual_tasks.measure(bench)
 
-def harness() -> tuple[Any, Any]:
-    """lmms-eval and our wrapper for it."""
-    try:
-        import lmms_eval.api.task
-        import lmms_eval.evaluator
-    except ImportError as error:
-        raise PrunelabError(
-            f'this row needs lmms-eval ({error.name} is missing); install it with pip install -e ".[evaluation]"'
-        ) from None
-    from prunelab.common.tasks.lmms_model import VisualModel
-
-    return lmms_eval, VisualModel
-
-
-@cache
-def index(include: str | None) -> Any:
-    """The library's index of its tasks, and of those in a folder; it reads some thousand files."""
-    from lmms_eval.tasks import TaskManager
-
-    return TaskManager(include_path=include)
-
-
-def definitions(
-    names: Sequence[str], include: str | None = None, prompts: Mapping[str, Any] | None = None
-) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """The library's definitions of the tasks of these names, with changes of their prompts, and of each group among
-    the names its tasks."""
-    from lmms_eval.utils import load_yaml_config
-
-    manager = index(include)
-
-    def entries(name: str) -> Iterator[dict[str, Any]]:
-        if name not in manager.task_index:
-            raise PrunelabError(f"lmms-eval has no task '{name}'; `lmms-eval tasks list` shows all")
-        entry = manager.task_index[name]
-        tagged = entry["type"] == "tag"
-        read = {"task": entry["task"]} if tagged else load_yaml_config(entry["yaml_path"], mode="full")
-        if isinstance(read["task"], str):
-            yield read
-        else:
-            for part in read["task"]:
-                yield from entries(part)
-
-    found: list[dict[str, Any]] = []
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        read = list(entries(name))
-        if [entry["task"] for entry in read] != [name]:
-            groups[name] = [entry["task"] for entry in read]
-        for entry in read if prompts else ():
-            given = (entry.get("lmms_eval_specific_kwargs") or {}).get("default", {})
-            if not prompts.keys() <= given.keys():  # type: ignore[union-attr]
-                raise PrunelabError(f"prompts of {entry['task']} have {', '.join(given) or 'nothing'} to change")
-            entry["lmms_eval_specific_kwargs"] = {"default": {**given, **(prompts or {})}}
-        found += read
-    return found, groups
-
-
-def located(
-    entry: Mapping[str, Any], data: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a task's definition is to say of its data set, of those that the run names by their repositories: where it
-    was downloaded. Archives of videos are unpacked by the library itself, which wants the repository's name for it, and
-    finds it in the hub client's cache. A run that names none leaves definitions as they are."""
-    if not data:
-        return {}
-    repository = entry["dataset_path"]
-    if repository not in data:
-        raise PrunelabError(f"configs/datasets.yaml names no {repository}, which the task {entry['task']} reads")
-    if not (entry.get("dataset_kwargs") or {}).get("video"):
-        return {"dataset_path": str(hub.folder(data[repository], "dataset", config)), "dataset_kwargs": None}
-    if "revision" not in data[repository]:
-        raise PrunelabError(f"videos of {repository} are read from the hub's cache; use `python -m prunelab prefetch`")
-    return {"dataset_kwargs": {**entry["dataset_kwargs"], "revision": data[repository]["revision"]}}
-
-
-def percentages(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) -> dict[str, Any]:
-    """Metrics of the library's results by task, whose keys are `metric,filter`, shares as percent, with the counts of
-    the tasks' questions. The filter `none` is not named; files of answers for a server are left out."""
-    found: dict[str, Any] = {}
-    for task, metrics in results.items():
-        for key, value in metrics.items():
-            metric, comma, chosen = key.partition(",")
-            if not comma or "_stderr" in metric or not isinstance(value, float | int) or isinstance(value, bool):
-                continue
-            factor = 100 if metric in SHARES else 1
-            name = f"{task} {metric}" + ("" if chosen == "none" else f",{chosen}")
-            found[name] = {"value": round(factor * float(value), 4), "samples": counts[task]}
-            error = metrics.get(f"{metric}_stderr,{chosen}")
-            if metric in COUNTED:
-                error, factor = metrics.get(f"{metric}_stderr_clt,{chosen}"), 100
-            if isinstance(error, float | int):  # it is the text N/A where there is none
-                found[name]["stderr"] = round(factor * float(error), 4)
-            if metric in CAPTIONS:
-                found[f"{name} x100"] = {**found[name], "value": round(100 * float(value), 4)}
-    return found
-
-
-def group_means(groups: Mapping[str, Sequence[str]], measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Of each group the metrics that all its tasks have, as means over their questions: `mvbench mvbench_accuracy`."""
-    found: dict[str, Any] = {}
-    for group, tasks in groups.items():
-        names = [name.partition(" ")[2] for name in measured if name.partition(" ")[0] == tasks[0]]
-        for metric in names:
-            parts = [measured[f"{task} {metric}"] for task in tasks if f"{task} {metric}" in measured]
-            total = sum(part["samples"] for part in parts)
-            if len(parts) == len(tasks):
-                mean = sum(part["value"] * part["samples"] for part in parts) / total
-                found[f"{group} {metric}"] = {"value": round(mean, 4), "samples": total}
-    return found
+    @classmethod
+    def metric(cls, name: str) -> Metric:
+        measure = name.partition(" ")[2]
+        if measure.removesuffix(" x100") in CAPTIONS:
+            return Metric(name, higher_is_better=True)
+        if measure in SHARES | OTHERS:
+            return Metric(name, "%" if measure in SHARES else "", higher_is_better=True)
+        return super().metric(name)

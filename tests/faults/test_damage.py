@@ -53,8 +53,8 @@ def test_a_damaged_checkpoint_fails_its_runs_alone_and_says_what_to_do(project, 
         assert "restore them or train" in output
         assert "Traceback" not in output
         assert_part(results, undisturbed)
-        kinds = {record["run"]["kind"] for record in records(results).values()}
-        assert kinds == {record["run"]["kind"] for record in records(undisturbed).values()} - {"classify"}
+        kinds = {record["run"]["task"] for record in records(results).values()}
+        assert kinds == {record["run"]["task"] for record in records(undisturbed).values()} - {"classify"}
     finally:
         path.write_bytes(whole)
     project.run(results)

@@ -27,7 +27,6 @@ title: Generated paper {number}
 authors: [Nobody]
 venue: none
 year: 2026
-bibtex: "@misc{{generated{number}, title = {{Generated paper {number}}}, year = {{2026}}}}"
 family: vit
 taxonomy: {{target: [tokens]}}
 status: made for a test of size
@@ -60,9 +59,9 @@ def generate(methods: Path, cells: int) -> None:
     """Papers with so many cells in all, instead of those that are there; the methods stay."""
     for path in methods.glob("*/paper.yaml"):
         path.unlink()
-    columns = {name: f"{{kind: macs, metric: {name}}}" for name in COSTS}
-    columns |= {name: f"{{kind: classify, data: imagenet, metric: {name}}}" for name in ("top1", "top5")}
-    columns["speed"] = "{kind: latency, metric: images_per_second, scales: [paper], settings: {batch: 64}}"
+    columns = {name: f"{{task: macs, metric: {name}}}" for name in COSTS}
+    columns |= {name: f"{{task: classify, data: imagenet, metric: {name}}}" for name in ("top1", "top5")}
+    columns["speed"] = "{task: latency, metric: images_per_second, scales: [paper], settings: {batch: 64}}"
     columns["tuned"] = '{needs: "a checkpoint that nobody has"}'
     for number in range(cells // CELLS):
         folder = methods / f"generated_{number:03d}"
@@ -89,7 +88,7 @@ def write_records(results: Path) -> int:
 
     runs = planning.jobs(lookup.settings({"results": str(results)}))
     for run in runs.values():
-        names = COSTS if run.kind == "macs" else ("top1", "top5", "gmacs", "saving")
+        names = COSTS if run.task == "macs" else ("top1", "top5", "gmacs", "saving")
         record = {
             "identity": run.identity,
             "sources": run.sources,

@@ -71,7 +71,7 @@ def test_a_record_carries_how_it_was_made(undisturbed):
         record = json.loads(path.read_text())
         environment = record["environment"]
         assert {"commit", "dirty", "libraries", "device", "dtype", "threads"} <= set(environment)
-        assert record["run"]["kind"]
+        assert record["run"]["task"]
         assert record["metrics"]
 
 

@@ -94,10 +94,10 @@ def test_a_catalogue_that_is_no_yaml_is_named(tmp_path, monkeypatch):
 
 
 def test_what_only_describes_an_entry_is_not_its_identity(monkeypatch):
-    before = lookup.identity("llama_7b", "wikitext2", "paper", SETTINGS)
+    before = lookup.resolve("model", "llama_7b", "paper", SETTINGS)
     monkeypatch.setitem(lookup.models()["llama_7b"]["paper"], "gb", 99.0)
     monkeypatch.setitem(lookup.datasets()["wikitext2"]["paper"], "needs", "patience")
-    assert lookup.identity("llama_7b", "wikitext2", "paper", SETTINGS) == before
+    assert lookup.resolve("model", "llama_7b", "paper", SETTINGS) == before
 
 
 # -- assets ------------------------------------------------------------------------------------------------------------

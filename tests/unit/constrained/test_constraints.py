@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prunelab.common.constrained import constraints
 from prunelab.common.constrained.constraints import Automaton, Predicate, Regular, json_pattern, token_texts
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
-from prunelab.common.tasks import constrained
+from prunelab.common.measures import constrained
 from tests.contract import references
 
 ALPHABET = "ab01 \n_.é"
@@ -198,21 +199,21 @@ def run(method=None, options=None, **changes):
 
 
 def test_the_task_compares_samplers(model):
-    masked = constrained.execute(run("locally_constrained"), {})
+    masked = runner.measure(run("locally_constrained"), {})
     assert masked["calls"]["value"] == masked["masking_calls"]["value"] == 320
     assert masked["saving"]["value"] == 0 and "log_z" not in masked
-    adaptive = constrained.execute(run("awrs", {"estimator": "adaptive"}), {})
+    adaptive = runner.measure(run("awrs", {"estimator": "adaptive"}), {})
     assert adaptive["calls"]["value"] < 200 and adaptive["log_z"]["value"] < 0
     for found in (masked, adaptive):
         assert found["alive"]["value"] == 100 and 0 < found["valid"]["value"] <= 100
         assert found["accuracy"]["n"] == 6 and found["accuracy"]["value"] <= found["valid"]["value"]
-    plain = constrained.execute(run(), {})
+    plain = runner.measure(run(), {})
     assert plain["calls"]["value"] == 1 and plain["valid"]["value"] < adaptive["valid"]["value"]
-    assert constrained.execute(run("awrs", {"estimator": "adaptive"}), {}) == adaptive
+    assert runner.measure(run("awrs", {"estimator": "adaptive"}), {}) == adaptive
 
 
 def test_the_task_writes_json(model):
-    found = constrained.execute(run("awrs", after=" =", pattern=" ", json=1, samples=3, max_tokens=40), {})
+    found = runner.measure(run("awrs", after=" =", pattern=" ", json=1, samples=3, max_tokens=40), {})
     assert found["alive"]["value"] == 100
 
 
@@ -240,9 +241,9 @@ def test_prompts_that_do_not_fit_are_refused(model):
     with pytest.raises(PrunelabError, match="prompt is empty"):
         constrained.Prompt(model, [])
     with pytest.raises(PrunelabError, match="context of 96"):
-        constrained.execute(run("awrs", context=95, max_tokens=60), {})
-    with pytest.raises(PrunelabError, match="constrained samplers"):
-        constrained.execute(run("wanda"), {})
+        runner.measure(run("awrs", context=95, max_tokens=60), {})
+    with pytest.raises(PrunelabError, match="wanda is a weight_pruner"):
+        runner.measure(run("wanda"), {})
 
 
 def test_weight_and_spread():
@@ -261,4 +262,4 @@ def test_a_model_without_enough_entries_is_refused(model, tokenizer, monkeypatch
     small = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).eval()
     monkeypatch.setattr(constrained.loading, "language", lambda identity, config: (small, tokenizer))
     with pytest.raises(PrunelabError, match="40 entries"):
-        constrained.execute(run("awrs"), {})
+        runner.measure(run("awrs"), {})

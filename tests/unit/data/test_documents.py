@@ -10,9 +10,9 @@ import pytest
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import documents
+from prunelab.common.measures import summarise
 from prunelab.common.ranking.sentences import SentenceRanker
 from prunelab.common.ranking.text import words
-from prunelab.common.tasks import summarise
 from prunelab.methods.lexrank.method import LexRank
 from prunelab.methods.mead.method import Lead, RandomSentences
 

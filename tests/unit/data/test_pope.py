@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prunelab.common.tasks import visual_tasks
+from prunelab.common.measures import visual_tasks
 
 # of the stored answers, by subset: F1 and accuracy by POPE's own rule, as the folder's README gives them
 FIGURES = {"random": (0.8714, 0.8801), "popular": (0.8625, 0.8743), "adversarial": (0.8446, 0.8550)}

@@ -19,8 +19,9 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.costs import meter
 from prunelab.common.data import segmentation
 from prunelab.common.data.segmentation import IGNORED, LAYOUTS
+from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
-from prunelab.common.tasks import segment
+from prunelab.common.measures import segment
 from prunelab.common.testbeds.digits_segmentation import DigitsSegmentation, atm_loss
 from tests.unit.methods.test_dtop import tiny
 
@@ -327,7 +328,7 @@ def task(
     monkeypatch.setattr("prunelab.common.models.loading.load", lambda identity, config: (model, None))
     options = {"layers": [0, 1]} | ({"threshold": 0.3} if method == "dtop" else {"rest": "halt"}) if method else {}
     ids = {"model": {"windows": {"stride": stride}} if stride else {}, "data": {"loader": "digit_maps"}}
-    return segment.execute(Run("segment", "testbed", method, options, budget, {"samples": 40} | settings, ids), {})
+    return runner.measure(Run("segment", "testbed", method, options, budget, {"samples": 40} | settings, ids), {})
 
 
 def test_task_measures_dense_and_pruned(monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
 
 from prunelab.common.catalogue import lookup
+from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 from prunelab.common.experiments import planning, provenance
 from prunelab.common.experiments.run import Run
@@ -53,7 +55,7 @@ def edited(monkeypatch, runs) -> Callable[[str], list[Run]]:
             now: dict[tuple[str, ...], str] = {}
             for run in runs.values():
                 if run.entries not in now:
-                    now[run.entries] = provenance.sources(ROOT / entry for entry in run.entries)[:12]
+                    now[run.entries] = provenance.sources(run.entries)[:12]
         return [run for run in runs.values() if now[run.entries] != run.sources]
 
     return change
@@ -95,3 +97,16 @@ def built_by(backbone: str) -> Callable[[Run], bool]:
 def test_what_builds_a_model_is_in_the_address_of_its_runs_alone(edited, runs, file, test):
     changed = edited(file)
     assert changed == [run for run in runs.values() if test(run)] and changed
+
+
+def test_jobs_read_the_plan_that_the_workflow_wrote(tmp_path, runs):
+    config = {**lookup.settings({}), "results": str(tmp_path)}
+    few = dict(list(runs.items())[::40])
+    planning.save(few, tmp_path / planning.PLAN)
+    assert planning.planned(config) == few
+    plan = json.loads((tmp_path / planning.PLAN).read_text())
+    (tmp_path / planning.PLAN).write_text(json.dumps({f"{'0' * 20}-{'0' * 12}": next(iter(plan.values()))}))
+    assert planning.planned(config) == {}, "sources have changed since"
+    (tmp_path / planning.PLAN).write_text("{")
+    with pytest.raises(PrunelabError, match="damaged"):
+        planning.planned(config)

@@ -34,7 +34,7 @@ def test_every_reported_number_has_a_run_or_a_reason(slug):
     assert [c.reported for c in found] == list(papers.reported(slug))
     for cell in found:
         assert "paper" in cell.runs
-        assert all(run if isinstance(run, str) else run.kind for run in cell.runs.values())
+        assert all(run if isinstance(run, str) else run.task for run in cell.runs.values())
         assert cell.reported.source
 
 
@@ -180,11 +180,11 @@ def test_missing_pieces_are_named():
 
 def test_paper_scale_runs_the_whole_set_and_only_pinned_checkpoints(tmp_path, monkeypatch):
     config = {**SETTINGS, "scale": "paper", "imagenet": str(tmp_path), "assets": ""}
-    assert not [r for r in planning.jobs(config).values() if r.kind == "classify"]
+    assert not [r for r in planning.jobs(config).values() if r.task == "classify"]
     needs = [getattr(c.runs["paper"], "needs", "") for c in planning.cells("zero_tprune", config)]
     assert any("a pinned revision of timm/deit_small" in reason for reason in needs)
     downloaded("timm/deit_small_patch16_224.fb_in1k", tmp_path, monkeypatch)
-    (job, *_) = [r for r in planning.jobs(config).values() if r.kind == "classify"]
+    (job, *_) = [r for r in planning.jobs(config).values() if r.task == "classify"]
     assert job.ids["model"]["revision"] == "0" * 40
     assert "samples" not in job.settings
 
@@ -263,7 +263,7 @@ def test_every_perplexity_of_the_weight_papers_has_a_run(slug):
     ]
     for cell in found:
         run = cell.runs["paper"]
-        assert isinstance(run, Run) and run.kind == "perplexity" and cell.metric == "perplexity"
+        assert isinstance(run, Run) and run.task == "perplexity" and cell.metric == "perplexity"
         assert run.ids["data"]["loader"] == "wikitext" and run.settings["length"] in (128, 2048, 4096)
     models = {cell.runs["paper"].ids["model"]["hub"] for cell in found}
     named = {cell.reported.column if slug != "gblm" else cell.reported.row.split(" ")[0] for cell in found}
@@ -274,7 +274,7 @@ def test_every_board_of_a_weight_paper_has_the_unpruned_model_and_chance_or_a_ri
     for slug in ("wanda", "magnitude", "sparsegpt", "gblm", "flap", "cfsp", "amp", "easy_ep", "stun", "darex"):
         boards = papers.load(slug).boards
         assert {"perplexity", "accuracy"} <= {board.metric for board in boards}, slug
-        assert all(len(board.entries) >= 2 for board in boards if board.kind == "perplexity"), slug
+        assert all(len(board.entries) >= 2 for board in boards if board.task == "perplexity"), slug
 
 
 def test_columns_may_be_settings_of_a_method():

@@ -69,13 +69,17 @@ def wanted(monkeypatch):
     return found
 
 
+def at_paper_scale(kind, name, config):
+    return lookup.resolve(kind, name, "paper", config)
+
+
 def whole(config) -> bool:
-    return not lookup.missing("tiny", "text", "paper", config)
+    return not any(at_paper_scale(*what, config).missing for what in (("model", "tiny"), ("dataset", "text")))
 
 
 def test_lock_and_download(server, config, wanted, capsys):
     assert "a pinned revision of own/tiny (python -m prunelab prefetch --lock)" in str(
-        lookup.missing("tiny", None, "paper", config)
+        at_paper_scale("model", "tiny", config).missing
     )
     prefetch.run(config, Console(width=200), lock=True, yes=True)
     told, _, done = capsys.readouterr().out.partition("to download: 2 repositories, 0.00105 GB")
@@ -91,11 +95,11 @@ def test_lock_and_download(server, config, wanted, capsys):
     )
     assert set(hub.lock().datasets["own/text"].files) == {"en/part.json.gz"}
 
-    identity = lookup.identity("tiny", "text", "paper", config)
-    assert identity["model"]["revision"] == COMMIT and "gb" not in identity["model"]
-    folder = hub.folder(identity["model"], "model", config)
+    model, data = (at_paper_scale(*what, config).identity for what in (("model", "tiny"), ("dataset", "text")))
+    assert model["revision"] == COMMIT and "gb" not in model
+    folder = hub.folder(model, "model", config)
     assert (folder / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
-    assert hub.file(identity["data"], "dataset", config).read_bytes() == TEXT["en/part.json.gz"]
+    assert hub.file(data, "dataset", config).read_bytes() == TEXT["en/part.json.gz"]
 
 
 def test_what_is_here_asks_the_hub_nothing(server, config, wanted, monkeypatch, capsys):
@@ -132,7 +136,7 @@ def test_an_interrupted_download_keeps_the_files_that_are_complete(server, confi
     with pytest.raises(PrunelabError, match="no such file of own/tiny"):
         prefetch.run(config, QUIET, yes=True)
     assert not whole(config), "half of a repository is not at hand"
-    assert str(lookup.missing("tiny", None, "paper", config)).startswith("a download of own/tiny")
+    assert str(at_paper_scale("model", "tiny", config).missing).startswith("a download of own/tiny")
     server.repositories["models/own/tiny"]["model.safetensors"] = taken
     server.asked.clear()
     prefetch.run(config, QUIET, yes=True)
@@ -168,7 +172,7 @@ def test_what_is_gated_says_what_to_do_and_the_rest_is_fetched(server, config, w
     with pytest.raises(PrunelabError, match=rf"own/tiny is gated: accept its terms at {server.address}/own/tiny"):
         prefetch.run(config, Console(width=200), lock=True, yes=True)
     assert "- own/tiny is gated" in capsys.readouterr().out, "told before it starts"
-    assert not lookup.missing(None, "text", "paper", config)
+    assert not at_paper_scale("dataset", "text", config).missing
     assert not whole(config)
 
 
@@ -230,7 +234,7 @@ def test_a_disk_that_is_too_small_is_told_before(server, config, wanted, monkeyp
 def test_a_damaged_lock_is_told(server, config):
     hub.LOCK.write_text("models: {own/tiny: {revision: main}}")
     with pytest.raises(PrunelabError, match=r"lock.yaml is damaged"):
-        lookup.missing("tiny", None, "paper", config)
+        at_paper_scale("model", "tiny", config)
 
 
 # -- a folder of the user's --------------------------------------------------------------------------------------------
@@ -241,21 +245,21 @@ def test_a_folder_stands_in_plain_or_in_the_hubs_layout(tmp_path, config, monkey
     plain = tmp_path / "own" / "own" / "tiny"
     plain.mkdir(parents=True)
     (plain / "model.safetensors").write_bytes(b"weights")
-    assert lookup.missing("tiny", None, "paper", own) is None
-    first = lookup.identity("tiny", None, "paper", own)["model"]
+    assert not at_paper_scale("model", "tiny", own).missing
+    first = at_paper_scale("model", "tiny", own).identity
     assert "revision" not in first and first["local"], "it never counts as the published revision"
     assert hub.folder(first, "model", own) == plain
 
     layout = tmp_path / "own" / "datasets--own--text" / "snapshots" / "abc" / "en"
     layout.mkdir(parents=True)
     (layout / "part.json.gz").write_bytes(b"text")
-    assert lookup.missing(None, "text", "paper", own) is None
-    data = lookup.identity(None, "text", "paper", own)["data"]
+    assert not at_paper_scale("dataset", "text", own).missing
+    data = at_paper_scale("dataset", "text", own).identity
     assert hub.file(data, "dataset", own) == layout / "part.json.gz"
 
     hub.fingerprint.cache_clear()
     (plain / "model.safetensors").write_bytes(b"other w")
-    assert lookup.identity("tiny", None, "paper", own)["model"] != first, "other content is another run"
+    assert at_paper_scale("model", "tiny", own).identity != first, "other content is another run"
 
 
 def test_a_folder_with_the_published_checksums_is_the_published_revision(server, config, wanted, tmp_path, monkeypatch):
@@ -267,15 +271,15 @@ def test_a_folder_with_the_published_checksums_is_the_published_revision(server,
         (folder / name).write_bytes(MODEL[name])
     prefetch.resolve(wanted()[:2])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "local" in lookup.identity("tiny", None, "paper", own)["model"], "until it is looked through"
+    assert "local" in at_paper_scale("model", "tiny", own).identity, "until it is looked through"
     prefetch.run(own, QUIET, yes=True)
-    found = lookup.identity("tiny", None, "paper", own)["model"]
+    found = at_paper_scale("model", "tiny", own).identity
     assert found["revision"] == COMMIT and hub.folder(found, "model", own) == folder
 
     (folder / hub.RECEIPT).unlink()
     (folder / "config.json").write_bytes(b"{}")
     prefetch.run(own, QUIET, yes=True)
-    assert "local" in lookup.identity("tiny", None, "paper", own)["model"]
+    assert "local" in at_paper_scale("model", "tiny", own).identity
 
 
 def test_half_of_a_download_stands_in_for_nothing(server, config, wanted, tmp_path):
@@ -285,10 +289,10 @@ def test_half_of_a_download_stands_in_for_nothing(server, config, wanted, tmp_pa
     server.corrupt.add("model.safetensors")
     with pytest.raises(PrunelabError, match="wrong checksum"):
         prefetch.run(own, QUIET, yes=True)
-    assert hub.stand_in("own/tiny", "model", own) is None and lookup.missing("tiny", None, "paper", own)
+    assert hub.stand_in("own/tiny", "model", own) is None and at_paper_scale("model", "tiny", own).missing
     server.corrupt.clear()
     prefetch.run(own, QUIET, yes=True)
-    assert lookup.identity("tiny", None, "paper", own)["model"]["revision"] == COMMIT
+    assert at_paper_scale("model", "tiny", own).identity["revision"] == COMMIT
 
 
 def test_a_row_of_the_paper_scale_runs_on_a_local_checkpoint(tmp_path, config, monkeypatch):
@@ -401,7 +405,6 @@ def test_the_harness_reads_its_data_from_the_folder_that_stands_in(tmp_path, con
         "zero_shot", "paper", own, papers.Configuration(), model="llama_7b", settings={"tasks": ["boolq"]}
     )
     assert isinstance(run, Run) and not run.needs
-    from prunelab.common.tasks import zero_shot
 
-    found = zero_shot.execute(run, own)
+    found = runner.measure(run, own)
     assert found["boolq acc"]["value"] in [round(100 * i / 6, 4) for i in range(7)]

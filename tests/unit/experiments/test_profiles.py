@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prunelab.common import cli
 from prunelab.common.catalogue import lookup
+from prunelab.common.cli import runs
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import planning, runner
 from prunelab.common.experiments.run import Run
@@ -61,7 +61,7 @@ def test_the_gpu_profile_plans_a_gpu_for_each_run_of_the_paper_scale(tmp_path, m
     settings = lookup.settings({"scale": "paper", "gpu": 1, "papers": "zero_tprune", "results": str(tmp_path)})
     runs = planning.jobs(settings).values()
     asked = re.findall(r"(?m)^ +resources: .*\bgpu=(\d)", done.stdout + done.stderr)
-    assert any(run.kind == "latency" for run in runs)
+    assert any(run.task == "latency" for run in runs)
     assert asked.count("1") == sum(run.scale == "paper" for run in runs)
     assert asked.count("0") == sum(run.scale != "paper" for run in runs)
 
@@ -88,8 +88,8 @@ def test_the_workflow_s_command_claims_what_its_runs_take(tmp_path, monkeypatch)
     monkeypatch.setattr(devices.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(runner, "execute", lambda run, config: held.append(os.environ["CUDA_VISIBLE_DEVICES"]))
-    cli.run_records(["a", "b"])
+    runs.run_records(["a", "b"])
     assert held == ["GPU-aa,GPU-bb"] * 2
     monkeypatch.setattr(devices, "_smi", lambda *query: ["0, GPU-aa"])
     with pytest.raises(PrunelabError, match="takes 2 GPUs and 1 can be seen"):
-        cli.run_records(["a"])
+        runs.run_records(["a"])

@@ -81,7 +81,7 @@ def test_a_record_of_another_run_than_its_name_says_is_refused(made, tmp_path):
     path, config = altered(made, tmp_path, lambda record: record["run"].update(budget="1count"))
     with pytest.raises(PrunelabError, match="does not tell of the run"):
         replay.run(path, config, QUIET)
-    path, config = altered(made, tmp_path, lambda record: record["run"].pop("kind"))
+    path, config = altered(made, tmp_path, lambda record: record["run"].pop("task"))
     with pytest.raises(PrunelabError, match="another version"):
         replay.run(path, config, QUIET)
 
@@ -89,10 +89,10 @@ def test_a_record_of_another_run_than_its_name_says_is_refused(made, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"kind": "function", "settings": {"call": "os:system"}},
-        {"kind": "function", "settings": {"call": "prunelab.methods.x.os.path:exists"}},
-        {"kind": "../../evil"},
-        {"kind": "nothing"},
+        {"task": "function", "settings": {"call": "os:system"}},
+        {"task": "function", "settings": {"call": "prunelab.methods.x.os.path:exists"}},
+        {"task": "../../evil"},
+        {"task": "nothing"},
         {"ids": {"data": {"loader": "stories", "folder": "../..", "file": "x"}}},
         {"ids": {"model": {"hub": "/etc"}}},
     ],
@@ -133,7 +133,7 @@ def test_other_versions_are_told_and_compared_within_the_tolerance(made, tmp_pat
 
 
 def test_weights_that_are_others_today_are_told(made, tmp_path):
-    model = lookup.identity("deit_small", None, "testbed", made[1])["model"]
+    model = lookup.resolve("model", "deit_small", "testbed", made[1]).identity
     assert not lookup.moved(model, made[1])
     assert lookup.moved({**model, "sha256": "0" * 64}, made[1])
     with pytest.raises(PrunelabError, match="assets=DIR"):

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import code
+from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.kv_cache import applied
-from prunelab.common.tasks import cache
+from prunelab.common.measures import cache
 from prunelab.methods.h2o.method import H2O
 from tests.unit.kv_cache.test_caches import decoder, prompt
 
@@ -48,7 +49,7 @@ def run(method: str | None = None, budget: str | None = None, options=None, **se
 
 def test_without_pruning_it_is_the_plain_models_perplexity(config):
     model = decoder()
-    out = cache.execute(run(), config)
+    out = runner.measure(run(), config)
     texts = [[ord(c) % 61 for c in "There was a cat who liked to sit in the sun all day."[:40]]] * 6
     texts.append([ord(c) % 61 for c in "It ran off."])
     total, count = 0.0, 0
@@ -60,12 +61,12 @@ def test_without_pruning_it_is_the_plain_models_perplexity(config):
     assert out["loss"]["value"] == pytest.approx(total / count, abs=1e-5)
     assert out["perplexity"]["value"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert out["saving"]["value"] == 0
-    everything = cache.execute(run("h2o", "1.0"), config)
+    everything = runner.measure(run("h2o", "1.0"), config)
     assert everything["loss"]["value"] == pytest.approx(out["loss"]["value"], abs=1e-5)
 
 
 def test_sizes_are_those_of_the_caches_and_decoding_methods_hold_them(config):
-    at_once, stepwise = (cache.execute(run(name, "0.5"), config) for name in ("observed_attention", "h2o"))
+    at_once, stepwise = (runner.measure(run(name, "0.5"), config) for name in ("observed_attention", "h2o"))
     entries = {"observed_attention": (15 + 9, 4 + 2), "h2o": (15, 4)}  # prompts of 30 and 8, read to 39 and 10
     for name, out in (("observed_attention", at_once), ("h2o", stepwise)):
         long, short = entries[name]
@@ -77,24 +78,24 @@ def test_sizes_are_those_of_the_caches_and_decoding_methods_hold_them(config):
 
 def test_a_token_pruners_cache_holds_what_its_layers_computed(config):
     options = {"layers": (1, 2), "rest": "drop"}
-    out = cache.execute(run("lazyllm", "0.5", options), config)
+    out = runner.measure(run("lazyllm", "0.5", options), config)
     long, short = (30 + 9, 15 + 9, 7 + 9), (8 + 2, 4 + 2, 2 + 2)  # prompts of 30 and 8, of which the last token stays
     assert out["entries"]["value"] == pytest.approx((6 * sum(long) + sum(short)) / 7 / 3, abs=0.5)
-    whole = cache.execute(run("lazyllm", "1.0", options), config)
+    whole = runner.measure(run("lazyllm", "1.0", options), config)
     assert whole["saving"]["value"] == 0 < out["saving"]["value"]
-    assert whole["loss"]["value"] == pytest.approx(cache.execute(run(), config)["loss"]["value"], abs=1e-5)
-    back = cache.execute(run("lazyllm", "0.5", {"layers": (1, 2)}), config)
+    assert whole["loss"]["value"] == pytest.approx(runner.measure(run(), config)["loss"]["value"], abs=1e-5)
+    back = runner.measure(run("lazyllm", "0.5", {"layers": (1, 2)}), config)
     assert 0 <= back["saving"]["value"] < out["saving"]["value"], "some come back"
 
 
 def test_a_draft_is_the_model_a_second_time_and_strangers_are_refused(config):
-    assert cache.execute(run("spec_kv", "35count", samples=2), config)["perplexity"]["value"] > 1
-    with pytest.raises(PrunelabError, match="prunes no cache"):
-        cache.execute(run("wanda", "0.5"), config)
+    assert runner.measure(run("spec_kv", "35count", samples=2), config)["perplexity"]["value"] > 1
+    with pytest.raises(PrunelabError, match="wanda is a weight_pruner"):
+        runner.measure(run("wanda", "0.5"), config)
     with pytest.raises(PrunelabError, match="leave `pairs` out"):
-        cache.execute(run(pairs=2), config)
+        runner.measure(run(pairs=2), config)
     with pytest.raises(PrunelabError, match="a share between 0 and 1"):
-        cache.execute(run(prompt=1.0), config)
+        runner.measure(run(prompt=1.0), config)
 
 
 def test_recall_is_the_share_of_answers_that_are_likeliest(config, monkeypatch):
@@ -119,8 +120,8 @@ def test_recall_is_the_share_of_answers_that_are_likeliest(config, monkeypatch):
             return asked
 
     monkeypatch.setattr(cache.code, "Recalls", Fixed)
-    read = cache._Reader(run(pairs=2), config, decoder())
-    out = cache.recall(run(pairs=2), config, read, tokenizer, 24, 3)
+    read = cache._Reader(runner.bench(run(pairs=2, length=24), config), decoder())
+    out = cache.recall(read.bench, read, tokenizer, 2, 3)
     logits = decoder()(asked.tokens).logits.argmax(-1)
     right = (logits[:, asked.answers - 1] == asked.tokens[:, asked.answers]).float().mean()
     assert out["value"] == pytest.approx(100 * float(right))
@@ -129,7 +130,7 @@ def test_recall_is_the_share_of_answers_that_are_likeliest(config, monkeypatch):
 
 def test_logits_behind_a_pruned_prompt_are_those_of_the_model_under_the_method(config):
     model, tokens = decoder(), prompt(2, 20)
-    read = cache._Reader(run("h2o", "0.5"), config, model)
+    read = cache._Reader(runner.bench(run("h2o", "0.5"), config), model)
     found = read.logits(tokens, 12)
     assert found.shape == (2, 8, 61)
     with torch.no_grad(), applied(H2O(), model, Budget(0.5)):

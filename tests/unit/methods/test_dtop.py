@@ -15,7 +15,7 @@ from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import ModelInfo
-from prunelab.common.tasks.segment import window_macs
+from prunelab.common.measures.segment import window_macs
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.methods.dtop.figures import exits
 from prunelab.methods.dtop.method import DToP, leaving, representatives

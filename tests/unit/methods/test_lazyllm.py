@@ -97,7 +97,7 @@ def test_what_is_attended_to_is_what_the_answer_needs():
     settings = lookup.settings({})
     model, tokenizer = loading.language({"testbed": "code_lm"}, settings)
     inner = tokenizer.backend_tokenizer
-    data = lookup.identity(None, "source_code", "testbed", settings)["data"]
+    data = lookup.resolve("dataset", "source_code", "testbed", settings).identity
     stream = code.encode(texts.load(data, settings), inner)
     asked = code.Recalls.of(inner).draw(stream, 16, 256, 4, torch.Generator().manual_seed(1))
     want = asked.tokens[:, asked.answers]

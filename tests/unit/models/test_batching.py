@@ -11,8 +11,8 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
+from prunelab.common.measures import classify
 from prunelab.common.models import batching
-from prunelab.common.tasks import classify
 from prunelab.common.testbeds import load
 
 
@@ -87,10 +87,10 @@ def cramped(monkeypatch, model, most):
 def test_a_classifier_measures_the_same_where_memory_ends_in_the_middle(monkeypatch, name, budget):
     """Also the cost, which methods with input-dependent counts (ATS) take from the tokens they were seen to keep."""
     run = Run("classify", "testbed", method=name, budget=budget, settings={"samples": 60}, ids=IDS)
-    want = classify.execute(run, {})
+    want = runner.measure(run, {})
     model = load("digits_vit")[0]
     calls = cramped(monkeypatch, model, 13)
-    found = classify.execute(run, {})
+    found = runner.measure(run, {})
     assert max(calls) > 13 >= min(calls)
     assert found == want
 
@@ -98,14 +98,14 @@ def test_a_classifier_measures_the_same_where_memory_ends_in_the_middle(monkeypa
 def test_a_gpu_too_small_for_one_image_is_told_in_one_line(monkeypatch):
     cramped(monkeypatch, load("digits_vit")[0], 0)
     with pytest.raises(PrunelabError, match="does not hold the model and one image"):
-        classify.execute(Run("classify", "testbed", settings={"samples": 4}, ids=IDS), {})
+        runner.measure(Run("classify", "testbed", settings={"samples": 4}, ids=IDS), {})
 
 
 def test_a_run_that_has_no_batches_to_halve_fails_in_one_line_too(monkeypatch, tmp_path):
-    def full(run, config):
+    def full(bench):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(classify, "execute", full)
+    monkeypatch.setattr(classify, "measure", full)
     with pytest.raises(PrunelabError, match="does not hold the model and what this run computes"):
         runner.execute(Run("classify", "testbed", ids=IDS), {"results": str(tmp_path)})
     assert not list(tmp_path.iterdir())

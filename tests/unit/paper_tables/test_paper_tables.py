@@ -20,6 +20,7 @@ import yaml
 from markupsafe import Markup
 from pydantic import ValidationError
 
+from prunelab.common import tasks
 from prunelab.common.catalogue import lookup
 from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
@@ -356,7 +357,7 @@ def hostile(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     board = paper.boards[0].model_copy(update={"caption": text, "label": text, "cost_label": text})
     boards = [board.model_copy(update={"entries": {text: "full", "ToMe": "tome"}}), *paper.boards[1:]]
     changed = {"title": text, "venue": text, "status": text, "authors": [text], "links": {text: "javascript:alert(1)"}}
-    bad = paper.model_copy(update={**changed, "family": text, "boards": boards, "bibtex": "@misc{a}"})
+    bad = paper.model_copy(update={**changed, "family": text, "boards": boards})
     monkeypatch.setattr(papers, "load", lambda slug: bad)
     monkeypatch.setattr(page, "_readme", lambda slug: page.markdown(f"# {text}\n\n{text}\n\n<b onclick=1>x</b>"))
 
@@ -413,40 +414,40 @@ def cell(text: str, metric: str, **column: Any) -> planning.Cell:
 
 def test_rounding_is_half_a_unit_of_the_last_printed_digit() -> None:
     assert [tolerance.rounding(text) for text in ("40", "4.55", "0.6007")] == pytest.approx([0.5, 0.005, 0.00005])
-    found = tolerance.of(cell("4.55", "fvcore", kind="macs"))
+    found = tolerance.of(cell("4.55", "fvcore", task="macs"))
     assert found and found.value == 0.005 and found.reason == "half a unit of the last printed digit"
     assert found.allows(0.005) and found.allows(4.555 - 4.55) and not found.allows(0.0051)
 
 
 def test_a_share_is_forgiven_one_standard_error_of_its_set() -> None:
-    top1 = cell("80.0", "top1", kind="classify", data="imagenet")
+    top1 = cell("80.0", "top1", task="classify", data="imagenet")
     found = tolerance.of(top1)
     assert found and found.value == pytest.approx(0.05 + 100 * (0.8 * 0.2 / 50000) ** 0.5, abs=1e-6)
     assert "50,000 images" in found.reason
     fewer = tolerance.of(top1, stderr=1.0, samples=1000)
     assert fewer and fewer.value == pytest.approx(0.05 + 100 * (0.8 * 0.2 / 1000) ** 0.5, abs=1e-6)
-    task = tolerance.of(cell("70.7", "gsm8k exact_match,strict-match", kind="zero_shot"))
+    task = tolerance.of(cell("70.7", "gsm8k exact_match,strict-match", task="zero_shot"))
     assert task and task.value == pytest.approx(0.05 + 100 * (0.707 * 0.293 / 1319) ** 0.5, abs=1e-6)
 
 
 def test_an_average_is_forgiven_the_error_of_the_mean_of_its_sets() -> None:
     parts = ["boolq acc", "piqa acc_norm"]
-    found = tolerance.of(cell("60", "average", kind="zero_shot", settings={"average": parts}))
+    found = tolerance.of(cell("60", "average", task="zero_shot", settings={"average": parts}))
     assert found and found.value == pytest.approx(0.5 + 50 * (0.24 / 3270 + 0.24 / 1838) ** 0.5, abs=1e-6)
-    mixed = cell("60", "average", kind="zero_shot", settings={"average": [*parts, "longbench_qasper qa_f1_score"]})
+    mixed = cell("60", "average", task="zero_shot", settings={"average": [*parts, "longbench_qasper qa_f1_score"]})
     alone = tolerance.of(mixed)
     assert alone and alone.value == 0.5, "a mean of what is no share has no such error"
 
 
 def test_other_means_have_the_error_that_our_run_found() -> None:
-    rouge = cell("37.2", "rouge1_recall", kind="summarise", data="duc2004")
+    rouge = cell("37.2", "rouge1_recall", task="summarise", data="duc2004")
     without, with_ = tolerance.of(rouge), tolerance.of(rouge, stderr=0.4, samples=50)
     assert without and with_ and (without.value, with_.value) == (0.05, 0.45)
 
 
 def test_a_tolerance_by_hand_needs_its_reason() -> None:
     stated = {"value": 0.02, "because": "the printed figure is cut off, not rounded"}
-    found = tolerance.of(cell("4.55", "fvcore", kind="macs", tolerance=stated))
+    found = tolerance.of(cell("4.55", "fvcore", task="macs", tolerance=stated))
     assert found and (found.value, found.reason) == (0.02, stated["because"])
     for wrong in (0.02, {"value": 0.02}, {"value": 0.02, "because": "so"}, {**stated, "value": 0}):
         with pytest.raises(ValidationError):
@@ -518,7 +519,7 @@ def test_markdown_keeps_a_row_a_row() -> None:
 def test_bibtex_has_the_paper_and_the_reproduction() -> None:
     paper = papers.load(SLUG)
     text = cite.entries(paper, "c0ffee", "testbed")
-    assert text.startswith(paper.bibtex.strip()) and "@software{prunelab_zero_tprune," in text
+    assert text.startswith(cite.bibtex(paper)) and "@software{prunelab_zero_tprune," in text
     assert "commit c0ffee" in text and "version = {0.1.0}" in text and "testbed scale" in text
     assert text.count("{") == text.count("}")
     evil = cite.entries(paper.model_copy(update={"title": "}} \\input{x} 100% a_b"}), None, "paper")
@@ -527,7 +528,7 @@ def test_bibtex_has_the_paper_and_the_reproduction() -> None:
 
 def test_every_paper_has_bibtex_that_closes() -> None:
     for slug in papers.slugs():
-        text = papers.load(slug).bibtex.strip()
+        text = cite.bibtex(papers.load(slug))
         assert re.match(r"@\w+\{[^,{}\s]+,", text) and text.endswith("}") and text.count("{") == text.count("}"), slug
 
 
@@ -587,7 +588,9 @@ def test_what_differs_in_settings_alone_is_told_apart(config: dict[str, Any], mo
 
 
 def test_less_is_better_where_the_metric_says_so(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross, "LOWER", ("top1",))
+    task = tasks.get("classify")
+    turned = replace(task.metrics["top1"], higher_is_better=False)
+    monkeypatch.setattr(task, "metrics", {**task.metrics, "top1": turned})
     (contest,) = contests(config)
     assert all(places[-1] is contest.unpruned for places in contest.blocks.values())
 
@@ -624,7 +627,7 @@ def test_charts_escape_and_tell_marks_apart() -> None:
 
 
 def test_patterns_are_points_and_shares_a_curve() -> None:
-    stated = papers.Board(name="b", kind="perplexity", metric="perplexity", entries={}, budgets=())
+    stated = papers.Board(name="b", task="perplexity", metric="perplexity", entries={}, budgets=())
     points = [join.Point("dense", None, "testbed", join.Value("testbed", 1.0, 0.1), 0.9)]
     points += [join.Point("Wanda", b, "testbed", join.Value("testbed", 2.0, 0.1), 0.5) for b in ("0.7", "0.5", "2:4")]
     board = join.BoardTable("b", "", "perplexity", "testbed", "parameters", tuple(points), stated)
@@ -643,8 +646,8 @@ def test_stages_show_what_is_removed_when() -> None:
 def test_gallery_records_what_stays_at_each_site(bare: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
+    from prunelab.common.experiments import runner
     from prunelab.common.models import loading
-    from prunelab.common.tasks import gallery
 
     model = VisionTransformer(
         img_size=40, patch_size=4, in_chans=1, embed_dim=48, depth=12, num_heads=3, num_classes=10
@@ -652,7 +655,7 @@ def test_gallery_records_what_stays_at_each_site(bare: dict[str, Any], monkeypat
     monkeypatch.setattr(loading, "load", lambda identity, config: (model.eval(), None))
     (job,) = planning.figures(SLUG, bare)
     assert isinstance(job.run, Run) and job.run.address in planning.jobs(bare)
-    scenes = gallery.execute(replace(job.run, settings={"samples": 2}, budget="0.5"), bare)["scenes"]
+    scenes = runner.measure(replace(job.run, settings={"samples": 2}, budget="0.5"), bare)["scenes"]
     assert scenes["value"] == len(scenes["items"]) == 2 and scenes["grid"] == [10, 10]
     for item in scenes["items"]:
         stages = [set(site["kept"]) for site in item["sites"]]
@@ -661,4 +664,14 @@ def test_gallery_records_what_stays_at_each_site(bare: dict[str, Any], monkeypat
         assert [len(bytes.fromhex(row)) for row in item["image"]] == [40] * 40
     real = replace(job.run, ids=job.run.ids | {"data": {"loader": "imagenet_sample"}})
     with pytest.raises(PrunelabError, match="testbed's scenes alone"):
-        gallery.execute(real, bare)
+        runner.measure(real, bare)
+
+
+def test_a_benchmark_of_unknown_size_is_named() -> None:
+    number = cell("70.0", "new_bench acc", task="zero_shot", settings={"tasks": ["new_bench"]})
+    with pytest.raises(PrunelabError, match=r"evaluation_sets.yaml lacks new_bench, which 'T', column 'c'"):
+        tolerance.of(number)
+    for slug in papers.slugs():
+        for found in planning.cells(slug, lookup.settings({})):
+            if found.column is not None and found.column.tolerance is None:
+                assert not tolerance.unsized(found.column, found.metric), slug

@@ -15,12 +15,12 @@ from prunelab.common import speculative
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import prompts
+from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.models import loading
 from prunelab.common.speculative import Reader, baselines, trees
 from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import DraftTree
-from prunelab.common.tasks import decode
 from tests.contract.references import TINY_LM, BigramDrafts, language_model
 
 FAMILIES = {
@@ -481,7 +481,7 @@ def asked(tmp_path, monkeypatch):
         settings = {"new": 24, "warmup": 1, **(settings or {})}
         named = ids | ({"draft": draft} if draft else {})
         job = Run("decode", "testbed", method, options, "1" if method else None, settings, named)
-        return decode.execute(job, {"questions": str(tmp_path), "assets": None})
+        return runner.measure(job, {"questions": str(tmp_path), "assets": None})
 
     return execute
 

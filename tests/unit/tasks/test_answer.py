@@ -15,10 +15,10 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import pictures, questions
 from prunelab.common.drawing.figures import Context
-from prunelab.common.experiments import planning
+from prunelab.common.experiments import planning, runner
 from prunelab.common.experiments.run import Run
+from prunelab.common.measures import answer, prefill
 from prunelab.common.models import loading
-from prunelab.common.tasks import answer, prefill, prompt_macs
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.methods.divprune.method import DivPrune
 from prunelab.methods.fastv.method import FastV
@@ -64,7 +64,7 @@ def untrained(monkeypatch):
 def asked(loader: str, method: str | None = None, budget: str | None = None, n: int = 10, **settings: Any) -> Any:
     options = settings.pop("options", {})
     ids = {"model": {"testbed": BEDS[loader]}, "data": {"loader": loader}}
-    return answer.execute(Run("answer", "testbed", method, options, budget, {"samples": n, **settings}, ids), {})
+    return runner.measure(Run("answer", "testbed", method, options, budget, {"samples": n, **settings}, ids), {})
 
 
 def values(found: Any) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def test_scored_frames_reach_the_method(monkeypatch):
 
 
 def test_only_token_pruners_are_asked():
-    with pytest.raises(PrunelabError, match="token pruners; snapkv is a cache_pruner"):
+    with pytest.raises(PrunelabError, match="token_pruner; snapkv is a cache_pruner"):
         asked("digit_questions", "snapkv", "0.5")
 
 
@@ -199,7 +199,7 @@ def test_architectures_are_the_published_ones(name, parameters):
 
 def counted(entry: Any, method: str | None = None, budget: str | None = None, **settings: Any) -> Any:
     options = settings.pop("options", {})
-    return prompt_macs.execute(Run("prompt_macs", "", method, options, budget, settings, {"model": entry}), {})
+    return runner.measure(Run("prompt_macs", "", method, options, budget, settings, {"model": entry}), {})
 
 
 def test_prefill_costs_by_hand():
@@ -235,8 +235,8 @@ def test_every_board_of_costs_and_answers_can_be_planned():
     kinds = {}
     for slug in ("fastv", "divprune", "fastervlm", "holitom", "quota", "aim", "uniform_tokens"):
         for point in planning.points(slug, given):
-            if point.board.kind in ("answer", "prompt_macs"):
-                kinds.setdefault((slug, point.board.kind, point.board.name), []).append(point)
+            if point.board.task in ("answer", "prompt_macs"):
+                kinds.setdefault((slug, point.board.task, point.board.name), []).append(point)
     assert {slug for slug, kind, _ in kinds if kind == "prompt_macs"} >= {
         "fastv",
         "divprune",
@@ -276,14 +276,16 @@ def test_a_figure_sets_answers_against_what_is_kept():
 def test_times_of_a_small_model(entry, method, settings):
     settings = {**settings, "new": 4, "against_dense": True}
     run = Run("prefill", "paper", method, {}, "0.5", settings, {"model": SMALL[entry]})
-    found = prefill.timed(run, CPU, 1, 3)
+    found = prefill.timed(runner.bench(run, {}), CPU, 1, 3)
     value = values(found)
     assert 0 < value["ttft"] < value["total"] and value["decode"] > 0 and value["ttft_speedup"] > 0
     assert value["ttft_ms"] == pytest.approx(1000 * value["ttft"], rel=0.01)
     assert "memory_gb" not in found and found["ttft"]["n"] == 3
     assert "random weights in float32 on cpu" in found["ttft"]["protocol"]
     with pytest.raises(PrunelabError, match="new=2"):
-        prefill.timed(Run("prefill", "paper", None, {}, None, {"new": 1}, {"model": SMALL["image"]}), CPU, 0, 1)
+        prefill.timed(
+            runner.bench(Run("prefill", "paper", settings={"new": 1}, ids={"model": SMALL["image"]}), {}), CPU, 0, 1
+        )
 
 
 def test_random_weights_have_the_published_precision():
@@ -304,7 +306,7 @@ def test_prompts_of_noise_fit_every_class(family, monkeypatch):
     for frames in (0, 4) if "video" in adapter.tokens else (0,):
         given = prefill.contents(adapter, adapter.prompt(frames, 8), CPU)
         with apply(FastV(), model, Budget(0.5)) as handle:
-            timing = prefill.measure(model, given, 3, 0, 1)
+            timing = prefill.answered(model, given, 3, 0, 1)
             seen = [count for count, _ in handle.report().tokens]
         assert timing.first > 0 and seen[0] > seen[-1] > 8 and timing.memory is None
 
@@ -313,4 +315,4 @@ def test_without_a_gpu_nothing_is_timed():
     if torch.cuda.is_available():
         pytest.skip("a CUDA GPU is here")
     with pytest.raises(PrunelabError, match="CUDA GPU"):
-        prefill.execute(Run("prefill", "paper", ids={"model": SMALL["image"]}), {})
+        runner.measure(Run("prefill", "paper", ids={"model": SMALL["image"]}), {})

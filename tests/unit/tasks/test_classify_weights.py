@@ -18,10 +18,10 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import images
-from prunelab.common.experiments import papers, planning
+from prunelab.common.experiments import papers, planning, runner
 from prunelab.common.experiments.run import Run
+from prunelab.common.measures import classify_weights
 from prunelab.common.models import loading
-from prunelab.common.tasks import classify_weights
 from prunelab.methods.magnitude.method import Magnitude
 
 DATA = {"loader": "cifar10", "folder": "cifar10", "test": "test.npz", "train": "train.npz"}
@@ -128,13 +128,13 @@ def test_channels_within_a_block_can_leave_and_those_of_a_stage_cannot():
 
 
 def test_the_task_prunes_and_measures(assets):
-    dense = classify_weights.execute(run(assets, samples=20), assets)
-    pruned = classify_weights.execute(run(assets, "wanda", "0.5", samples=20, calibration=4), assets)
+    dense = runner.measure(run(assets, samples=20), assets)
+    pruned = runner.measure(run(assets, "wanda", "0.5", samples=20, calibration=4), assets)
     assert dense["top1"]["n"] == pruned["top1"]["n"] == 20 and 0 <= dense["top1"]["value"] <= 100
     assert "sparsity" not in dense and pruned["sparsity"]["value"] == pytest.approx(50, abs=0.1)
     assert pruned["nonzero_gparameters"]["value"] < dense["nonzero_gparameters"]["value"]
-    with pytest.raises(PrunelabError, match="use the kind classify"):
-        classify_weights.execute(run(assets, "tome", "4removed", samples=20), assets)
+    with pytest.raises(PrunelabError, match="tome is a token_pruner"):
+        runner.measure(run(assets, "tome", "4removed", samples=20), assets)
 
 
 def test_the_unpruned_network_is_one_run_and_a_calibration_set_is_named(assets):

@@ -23,11 +23,12 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.costs import meter
 from prunelab.common.data import detection
 from prunelab.common.data.detection import Objects
+from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
+from prunelab.common.measures import detect
 from prunelab.common.metrics import average_precision as ap
 from prunelab.common.metrics import uncertainty
 from prunelab.common.models import loading
-from prunelab.common.tasks import detect
 from prunelab.common.testbeds import digits_detection
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.apply import PARTS
@@ -218,7 +219,7 @@ class Oracle(DINO):
 def execute(monkeypatch, model, method=None, budget=None, data=SCENES, config=SETTINGS, options=None, **settings):
     monkeypatch.setattr(loading, "load", lambda identity, config: (model.eval(), None))
     run = Run("detect", "testbed", method, options or {}, budget, settings, {"model": {}, "data": data})
-    return detect.execute(run, config)
+    return runner.measure(run, config)
 
 
 def small(objects=None, parts=True, **options):

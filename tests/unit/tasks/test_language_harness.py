@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
+from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
-from prunelab.common.tasks import zero_shot
 
 WORDS = 64
 
@@ -92,7 +92,7 @@ def run(folder, tasks, method=None, budget=None, options=(), data=(), **settings
 
 
 def execute(folder, *given, hub="", **settings):
-    return zero_shot.execute(run(folder, *given, **settings), {"assets": str(folder.parent), "hub": str(hub)})
+    return runner.measure(run(folder, *given, **settings), {"assets": str(folder.parent), "hub": str(hub)})
 
 
 def test_the_unpruned_model_gets_the_harnesss_own_numbers(harness, folder, tasks):

@@ -9,8 +9,8 @@ import torch
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import provenance, runner
 from prunelab.common.experiments.run import Run
+from prunelab.common.measures import latency
 from prunelab.common.models import devices
-from prunelab.common.tasks import latency
 
 ARCHITECTURE = {
     "library": "timm",
@@ -27,7 +27,7 @@ def run(method=None, budget=None, **settings) -> Run:
 
 def timed(asked, repeats=3):
     devices.begin()
-    return latency.timed(asked, CPU, 1, repeats)
+    return latency.timed(runner.bench(asked, {}), CPU, 1, repeats)
 
 
 @pytest.mark.parametrize(
@@ -89,17 +89,17 @@ def test_without_a_gpu_it_is_one_line():
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     with pytest.raises(PrunelabError, match="none is here"):
-        latency.execute(run(), {})
+        runner.measure(run(), {})
 
 
 def test_a_weight_pruner_is_refused():
-    with pytest.raises(PrunelabError, match="measured under token pruners"):
+    with pytest.raises(PrunelabError, match="wanda is a weight_pruner"):
         timed(run("wanda", "0.5"))
 
 
 def test_a_record_carries_device_precision_clocks_and_memory(monkeypatch, tmp_path):
     """Through the runner, on a GPU that is a pretence: what it says of itself is what the record holds."""
-    monkeypatch.setattr(latency, "execute", lambda asked, config: latency.timed(asked, CPU, 0, 1))
+    monkeypatch.setattr(latency, "measure", lambda bench: latency.timed(bench, CPU, 0, 1))
     monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: True)
     for name in ("reset_peak_memory_stats", "synchronize", "empty_cache"):
         monkeypatch.setattr(devices.torch.cuda, name, lambda *_: None)

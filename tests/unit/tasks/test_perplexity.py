@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import texts
+from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
+from prunelab.common.measures import perplexity
 from prunelab.common.metrics import uncertainty
 from prunelab.common.models import loading
-from prunelab.common.tasks import perplexity
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -129,13 +130,13 @@ def test_perplexities_pair_up_by_sequence():
 
 
 def test_task_measures_a_model_and_refuses_what_does_not_fit(at_hand, assets):
-    found = perplexity.execute(run(length=8), assets)
+    found = runner.measure(run(length=8), assets)
     assert found["perplexity"]["value"] == pytest.approx(math.exp(found["loss"]["value"]), abs=1e-3)
     assert found["tokens"]["value"] == 7 * found["loss"]["n"] and 0 <= found["accuracy"]["value"] <= 100
     assert found["perplexity"]["protocol"] == f"{found['loss']['n']} sequences of 8 tokens (wikitext)"
     for length in (1, 33):
         with pytest.raises(PrunelabError, match="2 to 32"):
-            perplexity.execute(run(length=length), assets)
+            runner.measure(run(length=length), assets)
 
 
 # -- under methods ---------------------------------------------------------------------------------------------------
@@ -154,8 +155,8 @@ METHODS = [
 def test_every_weight_method_runs_and_says_how_it_was_calibrated(at_hand, assets, method, options, budget, name):
     ids = {"model": {"assets": name}, "data": STORIES, "calibration": STORIES, "base": {"assets": "other"}}
     settings = {"length": 5, "samples": 20, "calibration": 6}
-    dense = perplexity.execute(Run("perplexity", "assets", settings=settings, ids=ids), assets)
-    found = perplexity.execute(Run("perplexity", "assets", method, options, budget, settings, ids), assets)
+    dense = runner.measure(Run("perplexity", "assets", settings=settings, ids=ids), assets)
+    found = runner.measure(Run("perplexity", "assets", method, options, budget, settings, ids), assets)
     assert math.isfinite(found["perplexity"]["value"]) and found["perplexity"]["value"] != dense["perplexity"]["value"]
     told = found["perplexity"]["protocol"]
     assert f"; unpruned {dense['perplexity']['value']:.4g}" in told
@@ -175,7 +176,7 @@ def test_every_weight_method_runs_and_says_how_it_was_calibrated(at_hand, assets
 def test_a_method_that_lacks_the_base_is_refused(at_hand, assets):
     ids = {"model": {"assets": "tiny"}, "data": STORIES}
     with pytest.raises(PrunelabError, match="before fine-tuning"):
-        perplexity.execute(Run("perplexity", "assets", "dare", {}, "0.5", {"length": 5}, ids), assets)
+        runner.measure(Run("perplexity", "assets", "dare", {}, "0.5", {"length": 5}, ids), assets)
 
 
 def test_calibration_is_drawn_anew_by_seed_and_never_from_the_test_text(assets):

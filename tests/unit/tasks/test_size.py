@@ -11,8 +11,9 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
-from prunelab.common.tasks import size
+from prunelab.common.measures import size
 
 # Billions of parameters, as the models' owners state them or count from their checkpoints.
 PARAMETERS = {
@@ -32,7 +33,7 @@ EXPERTS = {
 
 def counted(entry, method=None, budget=None, **options):
     run = Run("size", "", method, options, budget, {"length": 16}, {"model": entry})
-    return {name: metric["value"] for name, metric in size.execute(run, {}).items()}
+    return {name: metric["value"] for name, metric in runner.measure(run, {}).items()}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -13,9 +13,9 @@ from PIL import Image
 
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers
+from prunelab.common.experiments import papers, runner
 from prunelab.common.experiments.run import Run
-from prunelab.common.tasks import visual_tasks
+from prunelab.common.measures import visual_tasks
 from tests.contract.vlms import IMAGE, VIDEO, VOCABULARY, vlm
 
 TEMPLATE = (
@@ -172,7 +172,7 @@ def own(model, tasks, name, simple, **arguments):
 
 
 def test_images_give_the_librarys_own_number(llava, tasks):
-    found = visual_tasks.execute(run(llava, tasks, ["pictures"]), {})["pictures score"]
+    found = runner.measure(run(llava, tasks, ["pictures"]), {})["pictures score"]
     assert found["value"] == pytest.approx(100 * own(llava, tasks, "pictures", simple=False), abs=1e-3)
     assert found["value"] == pytest.approx(100 * own(llava, tasks, "pictures", simple=True), abs=1e-3)
     assert found["samples"] == 6 and found["stderr"] > 0
@@ -181,14 +181,14 @@ def test_images_give_the_librarys_own_number(llava, tasks):
 
 def test_videos_give_the_librarys_own_number(onevision, tasks):
     pytest.importorskip("decord", reason="the library's wrapper decodes with decord")
-    found = visual_tasks.execute(run(onevision, tasks, ["films"]), {})["films score"]
+    found = runner.measure(run(onevision, tasks, ["films"]), {})["films score"]
     assert found["value"] == pytest.approx(
         100 * own(onevision, tasks, "films", simple=True, max_frames_num=4), abs=1e-3
     )
 
 
 def test_batches_of_all_kinds_of_questions_answer_as_alone(llava, tasks):
-    alone, together = (visual_tasks.execute(run(llava, tasks, ["both"], batch=b), {}) for b in (1, 4))
+    alone, together = (runner.measure(run(llava, tasks, ["both"], batch=b), {}) for b in (1, 4))
     assert alone == together
     parts = [alone[f"{task} score"] for task in ("pictures", "mixed")]
     assert parts[0]["value"] != parts[1]["value"]
@@ -199,7 +199,7 @@ def test_batches_of_all_kinds_of_questions_answer_as_alone(llava, tasks):
 @pytest.mark.parametrize(("method", "options"), [("fastv", {"layer": 2}), ("divprune", {})])
 def test_a_method_that_keeps_all_changes_nothing_and_one_that_prunes_does(llava, tasks, method, options):
     scores = [
-        visual_tasks.execute(run(llava, tasks, ["pictures"], *pruned, batch=3), {})["pictures score"]["value"]
+        runner.measure(run(llava, tasks, ["pictures"], *pruned, batch=3), {})["pictures score"]["value"]
         for pruned in ((), (method, "1.0", options), (method, "0.25", options))
     ]
     assert scores[0] == scores[1] != scores[2]
@@ -208,7 +208,7 @@ def test_a_method_that_keeps_all_changes_nothing_and_one_that_prunes_does(llava,
 def test_videos_are_pruned_and_sampled_as_asked(onevision, tasks):
     def score(*pruned, frames=4):
         asked = run(onevision, tasks, ["films"], *pruned, frames=frames, limit=3)
-        return visual_tasks.execute(asked, {})["films score"]
+        return runner.measure(asked, {})["films score"]
 
     assert score()["value"] == score("divprune", "1.0")["value"] != score("divprune", "0.3")["value"]
     assert score()["value"] != score(frames=2)["value"]
@@ -228,31 +228,31 @@ def test_a_task_of_the_library_reads_the_folder_that_stands_in_for_its_data(llav
     read.to_parquet(place / "test.parquet")
     asked = run(llava, tasks, ["pope"])
     asked.ids["data of pope"] = {"hub": "lmms-lab-encoder/POPE", "local": "0"}
-    found = visual_tasks.execute(asked, {"hub": str(tmp_path)})
+    found = runner.measure(asked, {"hub": str(tmp_path)})
     assert found["pope pope_accuracy"]["samples"] == 4 and found["pope pope_accuracy"]["value"] == 0
     assert found["pope pope_yes_ratio"]["value"] == 0.5
 
 
 def test_prompts_change_where_a_task_lets_them(llava, tasks):
-    changed = visual_tasks.execute(run(llava, tasks, ["pictures"], prompts={"post_prompt": " w9 w11"}), {})
-    assert changed["pictures score"]["value"] != visual_tasks.execute(run(llava, tasks, ["pictures"]), {})[
+    changed = runner.measure(run(llava, tasks, ["pictures"], prompts={"post_prompt": " w9 w11"}), {})
+    assert changed["pictures score"]["value"] != runner.measure(run(llava, tasks, ["pictures"]), {})[
         "pictures score"]["value"]  # fmt: skip
     assert "post_prompt= w9 w11" in changed["pictures score"]["protocol"]
     with pytest.raises(PrunelabError, match="have post_prompt to change"):
-        visual_tasks.execute(run(llava, tasks, ["pictures"], prompts={"ocr": True}), {})
+        runner.measure(run(llava, tasks, ["pictures"], prompts={"ocr": True}), {})
 
 
 def test_what_cannot_be_asked_is_refused(llava, onevision, tasks):
     with pytest.raises(PrunelabError, match="takes images only"):
-        visual_tasks.execute(run(llava, tasks, ["films"]), {})
+        runner.measure(run(llava, tasks, ["films"]), {})
     with pytest.raises(PrunelabError, match="cannot be decoded"):
-        visual_tasks.execute(run(onevision, tasks, ["broken"]), {})
+        runner.measure(run(onevision, tasks, ["broken"]), {})
     with pytest.raises(PrunelabError, match="no task 'nobody'"):
-        visual_tasks.execute(run(llava, tasks, ["nobody"]), {})
+        runner.measure(run(llava, tasks, ["nobody"]), {})
     with pytest.raises(PrunelabError, match="no cache that can be pruned"):
-        visual_tasks.execute(run(llava, tasks, ["pictures"], "snapkv", "0.5"), {})
+        runner.measure(run(llava, tasks, ["pictures"], "snapkv", "0.5"), {})
     with pytest.raises(PrunelabError, match="prunes tokens or caches"):
-        visual_tasks.execute(run(llava, tasks, ["pictures"], "wanda", "0.5"), {})
+        runner.measure(run(llava, tasks, ["pictures"], "wanda", "0.5"), {})
 
 
 def test_every_task_that_a_paper_names_is_one_of_the_librarys(tasks):
@@ -319,7 +319,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)
     with pytest.raises(PrunelabError, match=r"\[evaluation\]"):
-        visual_tasks.execute(run("nowhere", "nowhere", ["gqa"]), {})
+        runner.measure(run("nowhere", "nowhere", ["gqa"]), {})
 
 
 def columns():
@@ -327,7 +327,7 @@ def columns():
     tables = [table for slug in papers.slugs() for table in papers.load(slug).tables]
     rows = [row for table in tables for row in table.rows.values() if isinstance(row, papers.Row)]
     found = [column for owner in (*tables, *rows) for column in owner.columns.values()]
-    return [column for column in found if column.kind == "visual_tasks"]
+    return [column for column in found if column.task == "visual_tasks"]
 
 
 def asked(column):

@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import at_work
+from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
-from prunelab.common.tasks import perplexity, zero_shot
+from prunelab.common.measures import perplexity, zero_shot
 
 SUITE = {"tasks": ["boolq", "piqa"], "average": ["boolq acc", "piqa acc_norm"], "shots": 0}
 STORIES = {"loader": "stories", "folder": "lm", "file": "stories.json"}
@@ -70,7 +71,7 @@ def run(method=None, budget=None, **settings):
 
 
 def test_accuracies_come_back_as_percent_with_their_average(harness, tiny):
-    found = zero_shot.execute(run(), {})
+    found = runner.measure(run(), {})
     assert found["boolq acc"]["value"] == 75 and found["boolq acc"]["stderr"] == 1
     assert found["piqa acc_norm"]["value"] == 62.5 and "stderr" not in found["piqa acc"]
     assert found["gsm8k exact_match,strict-match"]["value"] == 25
@@ -85,27 +86,27 @@ def test_accuracies_come_back_as_percent_with_their_average(harness, tiny):
 
 def test_the_harness_gets_the_pruned_model(harness, tiny):
     before = sum(int(p.count_nonzero()) for p in tiny.parameters())
-    found = zero_shot.execute(run("wanda", "0.5"), {})
+    found = runner.measure(run("wanda", "0.5"), {})
     assert sum(int(p.count_nonzero()) for p in harness[0]["model"].model.parameters()) < before
     assert found["sparsity"]["value"] == pytest.approx(50)
     assert found["boolq acc"]["protocol"].endswith("calibrated on 3 of 6 tokens (stories)")
 
 
 def test_caches_and_tokens_are_pruned_while_the_harness_asks(harness, tiny):
-    zero_shot.execute(run("snapkv", "0.5"), {})
-    zero_shot.execute(run(), {})
+    runner.measure(run("snapkv", "0.5"), {})
+    runner.measure(run(), {})
     assert [call["at work"] for call in harness] == [["snapkv"], []]
     assert not at_work(tiny)
-    with pytest.raises(PrunelabError, match="not applied to a running model"):
-        zero_shot.execute(run("lexrank", "0.5"), {})
+    with pytest.raises(PrunelabError, match="lexrank is a"):
+        runner.measure(run("lexrank", "0.5"), {})
 
 
 def test_a_metric_that_the_harness_lacks_is_named(harness, tiny):
     with pytest.raises(PrunelabError, match="gave no arc_easy acc"):
-        zero_shot.execute(run(average=["arc_easy acc"]), {})
+        runner.measure(run(average=["arc_easy acc"]), {})
 
 
 def test_without_the_harness_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(PrunelabError, match=r"\[evaluation\]"):
-        zero_shot.execute(run(), {})
+        runner.measure(run(), {})

@@ -14,10 +14,10 @@ from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import questions
 from prunelab.common.drawing import sheets
-from prunelab.common.experiments import papers
+from prunelab.common.experiments import papers, runner
 from prunelab.common.experiments.run import Run
+from prunelab.common.measures import looks
 from prunelab.common.models import loading
-from prunelab.common.tasks import looks
 from prunelab.common.tokens.inspection import Stage
 
 SLUGS = ("holitom", "quota", "divprune", "fastv")
@@ -49,7 +49,7 @@ def job(monkeypatch):
 )
 def test_a_record_tells_and_draws_what_is_left(job, slug, data):
     run = job(slug, data)
-    found = looks.execute(run, {})["looks"]
+    found = runner.measure(run, {})["looks"]
     assert found["value"] == len(found["items"]) == 2
     asked = questions.samples(run.ids["data"], 2)
     for item, sample in zip(found["items"], asked, strict=True):
@@ -69,17 +69,17 @@ def test_a_record_tells_and_draws_what_is_left(job, slug, data):
     first = found["items"][0]
     assert html.count("<image") == sum(len(i["frames"]) * (1 + len(i["stages"])) for i in found["items"])
     assert all(text in html for text in (first["question"], first["stages"][0]["name"]))
-    assert files.digest(found) == files.digest(looks.execute(run, {})["looks"]), "the same each time"
+    assert files.digest(found) == files.digest(runner.measure(run, {})["looks"]), "the same each time"
 
 
 def test_only_the_testbeds_scenes_are_shown(job):
     run = job("divprune", "digit_questions")
     with pytest.raises(PrunelabError, match="testbeds' scenes alone"):
-        looks.execute(replace(run, ids=run.ids | {"data": {"loader": "imagenet"}}), {})
+        runner.measure(replace(run, ids=run.ids | {"data": {"loader": "imagenet"}}), {})
     with pytest.raises(PrunelabError, match="name one under"):
-        looks.execute(replace(run, method=None), {})
-    with pytest.raises(PrunelabError, match="about token pruners"):
-        looks.execute(replace(run, method="wanda", options={}), {})
+        runner.measure(replace(run, method=None), {})
+    with pytest.raises(PrunelabError, match="wanda is a weight_pruner"):
+        runner.measure(replace(run, method="wanda", options={}), {})
 
 
 def test_shares_as_bytes_and_covers():

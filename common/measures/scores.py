@@ -1,0 +1,35 @@
+"""How the metrics of evaluation libraries are told. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prunelab.common.core.errors import PrunelabError
+
+# lm-evaluation-harness: metrics between 0 and 1, beside LongBench's, which end in `_score`.
+HARNESS_SHARES = frozenset({"acc", "acc_norm", "exact_match"})
+
+# lmms-eval 0.7: shares of right answers become percent; what is not named here (MME's points, WUPS, judges' scores,
+# percentages) stays as it is.
+SHARES = frozenset({
+    "exact_match", "accuracy", "acc", "score", "lvb_acc", "mmmu_acc", "seed_image", "seed_video", "seed_all",
+    "pope_accuracy", "pope_precision", "pope_recall", "pope_f1_score",
+})  # fmt: skip
+# Scores of captions, which some papers print as they are and others by a hundred; so both are given.
+CAPTIONS = frozenset({"coco_CIDEr", "flickr_CIDEr", "nocaps_CIDEr"})
+# Other scores that papers print, as the library has them.
+OTHERS = frozenset({
+    "mme_perception_score", "mme_cognition_score", "gpt_eval_score", "mvbench_accuracy", "mlvu_percetion_score",
+    "videomme_perception_score",
+})  # fmt: skip
+# Means of questions that count 0 or 1, whose standard error the library gives between 0 and 1 under a name of its own.
+COUNTED = frozenset({"pope_accuracy", "mvbench_accuracy"})
+
+
+def average(found: Mapping[str, Any], names: Sequence[str]) -> float:
+    """Mean of the metrics of these names."""
+    lacking = [name for name in names if name not in found]
+    if lacking:
+        raise PrunelabError(f"the harness gave no {', '.join(lacking)}; it gave {', '.join(found)}")
+    return round(sum(float(found[name]["value"]) for name in names) / len(names), 4)

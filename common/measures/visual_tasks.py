@@ -1,0 +1,170 @@
+"""Scores of an image or video language model, pruned or not, on the tasks of lmms-eval (the extra `evaluation`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from prunelab.common.catalogue import hub
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.kv_cache.role import CachePruner
+from prunelab.common.measures.bench import Bench
+from prunelab.common.measures.scores import CAPTIONS, COUNTED, SHARES, average
+from prunelab.common.models import devices, loading
+from prunelab.common.tokens.role import TokenPruner
+
+if TYPE_CHECKING:
+    from prunelab.common.tasks.visual_tasks import VisualTasks
+
+
+def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
+    """What the task gives, see `tasks.visual_tasks`."""
+    lmms_eval, wrapper = harness()
+    settings = bench.settings
+    model, processor = loading.vision_language(bench.ids["model"], bench.config)
+    model = devices.place(model, bench.device, half=True)
+    method: Any = bench.method(TokenPruner, CachePruner)
+    asked = wrapper(
+        model, processor, batch=settings.batch, frames=settings.frames, pruned=partial(bench.at_work, method, model)
+    )
+    read, groups = definitions(settings.tasks, settings.include, settings.prompts)
+    data = {str(value["hub"]): value for name, value in bench.ids.items() if name.startswith("data of ")}
+    tasks = [lmms_eval.api.task.ConfigurableMessagesTask(config=e | located(e, data, bench.config)) for e in read]
+    with TemporaryDirectory() as folder:  # some tasks write their answers to a file when they are scored
+        found = lmms_eval.evaluator.simple_evaluate(
+            model=asked,
+            tasks=tasks,
+            task_manager=index(settings.include),
+            limit=settings.limit,
+            log_samples=False,
+            cli_args=Namespace(output_path=folder, process_with_media=True, reasoning_tags=None),
+        )
+    counts = {task: int(count["effective"]) for task, count in found["n-samples"].items()}
+    measured = percentages(found["results"], counts)
+    measured |= group_means(groups, measured)
+    versions = ", ".join(f"{task} {version}" for task, version in sorted(found["versions"].items()))
+    versions = versions.replace(" Yaml", "")  # the library's word for a task without a version
+    protocol = f"lmms-eval {importlib.metadata.version('lmms_eval')} ({versions}); videos of {settings.frames} frames"
+    if settings.prompts:
+        protocol += "; prompts with " + ", ".join(f"{key}={value}" for key, value in settings.prompts.items())
+    if settings.average:
+        measured["average"] = {"value": average(measured, settings.average)}
+    for metric in measured.values():
+        metric["protocol"] = protocol
+    return measured
+
+
+def harness() -> tuple[Any, Any]:
+    """lmms-eval and our wrapper for it."""
+    try:
+        import lmms_eval.api.task
+        import lmms_eval.evaluator
+    except ImportError as error:
+        raise PrunelabError(
+            f'this row needs lmms-eval ({error.name} is missing); install it with pip install -e ".[evaluation]"'
+        ) from None
+    from prunelab.common.measures.lmms_model import VisualModel
+
+    return lmms_eval, VisualModel
+
+
+@cache
+def index(include: str | None) -> Any:
+    """The library's index of its tasks, and of those in a folder; it reads some thousand files."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include)
+
+
+def definitions(
+    names: Sequence[str], include: str | None = None, prompts: Mapping[str, Any] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """The library's definitions of the tasks of these names, with changes of their prompts, and of each group among
+    the names its tasks."""
+    from lmms_eval.utils import load_yaml_config
+
+    manager = index(include)
+
+    def entries(name: str) -> Iterator[dict[str, Any]]:
+        if name not in manager.task_index:
+            raise PrunelabError(f"lmms-eval has no task '{name}'; `lmms-eval tasks list` shows all")
+        entry = manager.task_index[name]
+        tagged = entry["type"] == "tag"
+        read = {"task": entry["task"]} if tagged else load_yaml_config(entry["yaml_path"], mode="full")
+        if isinstance(read["task"], str):
+            yield read
+        else:
+            for part in read["task"]:
+                yield from entries(part)
+
+    found: list[dict[str, Any]] = []
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        read = list(entries(name))
+        if [entry["task"] for entry in read] != [name]:
+            groups[name] = [entry["task"] for entry in read]
+        for entry in read if prompts else ():
+            given = (entry.get("lmms_eval_specific_kwargs") or {}).get("default", {})
+            if not prompts.keys() <= given.keys():  # type: ignore[union-attr]
+                raise PrunelabError(f"prompts of {entry['task']} have {', '.join(given) or 'nothing'} to change")
+            entry["lmms_eval_specific_kwargs"] = {"default": {**given, **(prompts or {})}}
+        found += read
+    return found, groups
+
+
+def located(
+    entry: Mapping[str, Any], data: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a task's definition is to say of its data set, of those that the run names by their repositories: where it
+    was downloaded. Archives of videos are unpacked by the library itself, which wants the repository's name for it, and
+    finds it in the hub client's cache. A run that names none leaves definitions as they are."""
+    if not data:
+        return {}
+    repository = entry["dataset_path"]
+    if repository not in data:
+        raise PrunelabError(f"configs/datasets.yaml names no {repository}, which the task {entry['task']} reads")
+    if not (entry.get("dataset_kwargs") or {}).get("video"):
+        return {"dataset_path": str(hub.folder(data[repository], "dataset", config)), "dataset_kwargs": None}
+    if "revision" not in data[repository]:
+        raise PrunelabError(f"videos of {repository} are read from the hub's cache; use `python -m prunelab prefetch`")
+    return {"dataset_kwargs": {**entry["dataset_kwargs"], "revision": data[repository]["revision"]}}
+
+
+def percentages(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) -> dict[str, Any]:
+    """Metrics of the library's results by task, whose keys are `metric,filter`, shares as percent, with the counts of
+    the tasks' questions. The filter `none` is not named; files of answers for a server are left out."""
+    found: dict[str, Any] = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or "_stderr" in metric or not isinstance(value, float | int) or isinstance(value, bool):
+                continue
+            factor = 100 if metric in SHARES else 1
+            name = f"{task} {metric}" + ("" if chosen == "none" else f",{chosen}")
+            found[name] = {"value": round(factor * float(value), 4), "samples": counts[task]}
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            if metric in COUNTED:
+                error, factor = metrics.get(f"{metric}_stderr_clt,{chosen}"), 100
+            if isinstance(error, float | int):  # it is the text N/A where there is none
+                found[name]["stderr"] = round(factor * float(error), 4)
+            if metric in CAPTIONS:
+                found[f"{name} x100"] = {**found[name], "value": round(100 * float(value), 4)}
+    return found
+
+
+def group_means(groups: Mapping[str, Sequence[str]], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each group the metrics that all its tasks have, as means over their questions: `mvbench mvbench_accuracy`."""
+    found: dict[str, Any] = {}
+    for group, tasks in groups.items():
+        names = [name.partition(" ")[2] for name in measured if name.partition(" ")[0] == tasks[0]]
+        for metric in names:
+            parts = [measured[f"{task} {metric}"] for task in tasks if f"{task} {metric}" in measured]
+            total = sum(part["samples"] for part in parts)
+            if len(parts) == len(tasks):
+                mean = sum(part["value"] * part["samples"] for part in parts) / total
+                found[f"{group} {metric}"] = {"value": round(mean, 4), "samples": total}
+    return found

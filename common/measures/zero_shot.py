@@ -1,0 +1,94 @@
+"""Scores of a language model, its weights, cache or tokens pruned or not, on the tasks of lm-evaluation-harness (the
+extra `evaluation`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prunelab.common.catalogue import hub
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.kv_cache.role import CachePruner
+from prunelab.common.measures.bench import Bench
+from prunelab.common.measures.perplexity import prune, sizes
+from prunelab.common.measures.scores import HARNESS_SHARES, average
+from prunelab.common.models import devices, loading
+from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.weights.role import WeightPruner
+
+if TYPE_CHECKING:
+    from prunelab.common.tasks.zero_shot import ZeroShot
+
+
+def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
+    """What the task gives, see `tasks.zero_shot`."""
+    lm_eval, wrapper = harness()
+    settings = bench.settings
+    model, tokenizer = loading.language(bench.ids["model"], bench.config)
+    model = devices.place(model, bench.device, half=True)
+    out, calibrated, acting = sizes(model), "", None
+    method: Any = bench.method(WeightPruner, CachePruner, TokenPruner)
+    if isinstance(method, WeightPruner):
+        report, calibrated = prune(bench, method, model, tokenizer)
+        out = sizes(model, report)
+    else:
+        acting = method
+    asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch)
+    with bench.at_work(acting, model):
+        found = lm_eval.simple_evaluate(
+            model=asked,
+            tasks=located(settings.tasks, bench.ids, bench.config),
+            num_fewshot=settings.shots,
+            limit=settings.limit,
+            log_samples=False,
+        )
+    measured = percentages(found["results"])
+    protocol = "; ".join(part for part in (f"lm-evaluation-harness {lm_eval.__version__}", calibrated) if part)
+    for metric in measured.values():
+        metric["protocol"] = protocol
+    if settings.average:
+        measured["average"] = {"value": average(measured, settings.average), "protocol": protocol}
+    return {**measured, **out}
+
+
+def located(tasks: Sequence[str], ids: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:
+    """Tasks of the harness that read their data from where they were downloaded at their locked revision, as members
+    of a group, which alone may change what a task says; those whose data the run does not name are left as they are."""
+    found: list[Any] = list(tasks)
+    for name, data in ids.items():
+        if name.startswith("data of "):
+            begins = tuple(f"{task}_" for task in data["tasks"])
+            place = str(hub.folder(data, "dataset", config))
+            for i, task in enumerate(tasks):
+                if f"{task}_".startswith(begins):
+                    found[i] = {"task": task, "dataset_path": place}
+    return found if found == list(tasks) else [{"group": "prunelab", "task": found}]
+
+
+def harness() -> tuple[Any, Any]:
+    """lm-evaluation-harness and its wrapper around models of transformers."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise PrunelabError(
+            'this row needs lm-evaluation-harness; install it with pip install -e ".[evaluation]"'
+        ) from None
+    return lm_eval, HFLM
+
+
+def percentages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics of the harness's results by task, whose keys are `metric,filter`, as percent. The filter `none` is not
+    named; what is no share of right answers is left out."""
+    found: dict[str, Any] = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, _, chosen = key.partition(",")
+            if metric not in HARNESS_SHARES and not metric.endswith("_score"):
+                continue
+            name = f"{task} {metric}" + ("" if chosen in ("", "none") else f",{chosen}")
+            found[name] = {"value": round(100 * float(value), 4)}
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            if isinstance(error, float):  # it is the text N/A where there is none
+                found[name]["stderr"] = round(100 * error, 4)
+    return found

@@ -1,0 +1,132 @@
+"""What a run can be: a `Task` says what it reads, which settings it has and which metrics it gives.
+
+Planning reads all of it to resolve and to check what papers ask for, so that a module of this package imports no torch
+at its top: `measure` imports what it needs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+
+if TYPE_CHECKING:
+    from prunelab.common.measures.bench import Bench
+
+Metrics = dict[str, dict[str, Any]]
+Status = Literal["analytic", "measured"]
+Reads = Literal["architecture", "weights", "data", "calibration", "own data", "draft"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """words: what it is. higher_is_better: None where neither way is better. timed: whether it comes from a clock, so
+    that it is never twice the same. cost: what a board calls it beside its own metric."""
+
+    words: str
+    unit: str = ""
+    higher_is_better: bool | None = None
+    timed: bool = False
+    cost: str = ""
+
+    @property
+    def label(self) -> str:
+        """In words, with its unit."""
+        return f"{self.words}, {self.unit}" if self.unit else self.words
+
+
+class Settings(BaseModel):
+    """What a paper may set of a task. seed: of all that is drawn."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = 0
+
+
+class Task(ABC):
+    """A kind of run: one module of this package, whose file has its name.
+
+    roles: of the methods that it measures; without any it runs no method. scales: at which it can run; none where its
+    outcome follows from shapes and formulas alone. reads: `architecture` is the published one without weights;
+    `calibration` a set for methods that measure before they prune, and the model before fine-tuning where there is one;
+    `own data` those that the tasks of an evaluation library bring; `draft` a second, smaller model. budgeted: whether a
+    method needs a budget. count: the metrics that are our own count of a cost a paper prints: the MACs, those of the
+    method's decisions among them, and what a cache then holds. cost: the metric that boards show as cost.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]] = ()
+    scales: ClassVar[tuple[str, ...]] = ("testbed", "assets", "paper")
+    status: ClassVar[Status] = "measured"
+    reads: ClassVar[frozenset[Reads]] = frozenset()
+    needs_gpu: ClassVar[bool] = False
+    budgeted: ClassVar[bool] = True
+    Settings: ClassVar[type[Settings]] = Settings
+    metrics: ClassVar[Mapping[str, Metric]] = {}
+    count: ClassVar[tuple[str, ...]] = ()
+    cost: ClassVar[str] = ""
+
+    @abstractmethod
+    def measure(self, bench: Bench[Any]) -> Metrics:
+        """The metrics of a run, each with its `value` and, where there are some, `stderr`, `n` and `samples`."""
+
+    @classmethod
+    def files(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """Files of this project, from its root, that settings name and that decide the outcome."""
+        return ()
+
+    @classmethod
+    def known(cls) -> tuple[str, ...]:
+        """The settings by the names that papers use."""
+        return tuple(field.alias or name for name, field in cls.Settings.model_fields.items())
+
+    @classmethod
+    def metric(cls, name: str) -> Metric:
+        """The metric of that name. Raises PrunelabError, with the nearest one, where the task gives none."""
+        if name not in cls.metrics:
+            raise PrunelabError(f"the task {cls.name} gives no metric '{name}'{nearest(name, cls.metrics)}")
+        return cls.metrics[name]
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> Any:
+        """Settings by their types. Raises PrunelabError that names what is misspelt, missing or of another type."""
+        try:
+            return cls.Settings.model_validate(dict(settings))
+        except ValidationError as error:
+            first = max(error.errors(), key=lambda e: e["type"] == "extra_forbidden")  # what is missing may be misspelt
+            name = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                raise PrunelabError(
+                    f"the task {cls.name} has no setting '{name}'{nearest(name, cls.known())}"
+                ) from None
+            if first["type"] == "missing":
+                raise PrunelabError(f"the task {cls.name} needs the setting '{name}'") from None
+            raise PrunelabError(f"the setting '{name}' of the task {cls.name}: {first['msg'].lower()}") from None
+
+    @classmethod
+    def admit(cls, method: str | None, budget: str | None) -> None:
+        """Raises PrunelabError where the task takes no method of that role, or the budget is missing or unreadable."""
+        if method is None:
+            return
+        role = registry.entry(method).role
+        if role not in cls.roles:
+            asked = " or a ".join(cls.roles) or "method of no role"
+            raise PrunelabError(f"the task {cls.name} is run under a {asked}; {method} is a {role}")
+        if budget is not None:
+            Budget.parse(budget)
+        elif cls.budgeted:
+            raise PrunelabError(f"the task {cls.name} needs a budget for {method}; name one, such as 0.5")
+
+
+def nearest(name: str, known: Any) -> str:
+    """What may have been meant, to go on a message with."""
+    near = get_close_matches(name, list(known), 1, 0.5)
+    return f"; did you mean '{near[0]}'?" if near else f"; it has {', '.join(sorted(known)) or 'none'}"

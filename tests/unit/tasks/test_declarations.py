@@ -1,0 +1,134 @@
+"""What tasks say of themselves, and how planning finds a paper.yaml's mistakes by it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prunelab.common import tasks
+from prunelab.common.core import index
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.files import ROOT
+from prunelab.common.experiments import papers, planning
+
+ROLES = {entry.role for entry in index.entries().values()}
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_a_task_is_one_module_that_says_what_it_is(name):
+    task = tasks.get(name)
+    assert task.name == name and (task.__doc__ or "").strip() and (task.Settings.__doc__ or "").strip()
+    assert set(task.roles) <= ROLES, "roles of methods that exist"
+    assert set(task.count) <= task.metrics.keys()
+    assert set(task.scales) <= {"testbed", "assets", "paper"}
+    assert not task.needs_gpu or task.scales == ("paper",)
+    documented = task.Settings.__doc__ or ""
+    for setting in task.known():
+        assert setting in ("seed", "samples") or setting in documented or setting in (task.__doc__ or ""), setting
+
+
+def test_declarations_need_no_torch():
+    code = (
+        "import sys; from prunelab.common import tasks; [tasks.get(name) for name in tasks.names()];"
+        " sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'lm_eval')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_settings_are_read_by_their_types():
+    perplexity = tasks.get("perplexity")
+    read = perplexity.read({"length": 512, "calibration": 8})
+    assert (read.length, read.calibration, read.seed, read.samples) == (512, 8, 0, None)
+    for given, message in (
+        ({"lenght": 512}, "no setting 'lenght'; did you mean 'length'"),
+        ({}, "needs the setting 'length'"),
+        ({"length": "many"}, "the setting 'length' of the task perplexity: "),
+    ):
+        with pytest.raises(PrunelabError, match=message):
+            perplexity.read(given)
+    assert tasks.get("constrained").read({"after": "=", "samples": 1, "json": 2}).json_depth == 2
+
+
+def test_what_is_better_is_said_of_every_board_of_quality():
+    for slug in papers.slugs():
+        for board in papers.load(slug).boards:
+            task = tasks.get(board.task)
+            assert not task.scales or task.metric(board.metric).higher_is_better is not None or board.metric == "kept"
+
+
+SOURCE = """
+title: T
+authors: [A B]
+venue: V
+year: 2024
+family: vit
+taxonomy: {}
+status: none
+configurations:
+  half: {method: tome, options: {OPTION: false}, budget: "BUDGET", settings: {SETTING: 1}}
+tables:
+  - name: T1
+    model: MODEL
+    columns:
+      top-1: {task: TASK, metric: METRIC, data: DATA, settings: {KEY: true}}
+    rows: {r: half}
+boards:
+  - {name: b, task: classify, model: deit_small, data: imagenet, metric: BOARD, entries: {e: half}, budgets: ["0.5"]}
+"""
+GOOD = {
+    "OPTION": "proportional", "BUDGET": "4removed", "SETTING": "seed", "MODEL": "deit_small", "TASK": "classify",
+    "METRIC": "top1", "DATA": "imagenet", "KEY": "against_dense", "BOARD": "top1",
+}  # fmt: skip
+PLACE = "methods/wrong/paper.yaml, table 'T1', row 'r', column 'top-1': "
+
+
+def written(folder: Path, monkeypatch, **changes: str) -> None:
+    text = SOURCE
+    for key, value in (GOOD | changes).items():
+        text = text.replace(key, value)
+    (folder / "wrong").mkdir()
+    (folder / "wrong" / "paper.yaml").write_text(text)
+    (folder / "wrong" / "reported.csv").write_text(
+        "table,row,column,value,unit,source,quality\nT1,r,top-1,80.0,%,page 1,primary\n"
+    )
+    monkeypatch.setattr(papers, "METHODS", folder)
+    papers.load.cache_clear()
+    papers.reported.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"TASK": "classfy"}, PLACE + "there is no task 'classfy'; did you mean 'classify'"),
+        ({"METRIC": "top_1"}, PLACE + "the task classify gives no metric 'top_1'; did you mean 'top1'"),
+        ({"KEY": "against_dens"}, PLACE + "the task classify has no setting 'against_dens'; did you mean 'against_de"),
+        ({"DATA": "imagnet"}, PLACE + "there is no data set 'imagnet'; did you mean imagenet"),
+        ({"MODEL": "deit_smal"}, PLACE + "there is no model 'deit_smal'; did you mean deit_small"),
+        ({"OPTION": "proportionl"}, PLACE + "tome has no option 'proportionl'; did you mean 'proportional'"),
+        ({"BUDGET": "4remove"}, PLACE + "budget unit 'remove' is unknown"),
+        (
+            {"SETTING": "seeds"},
+            "configuration 'half': no task .* has a setting 'seeds'; did you mean 'seed'",
+        ),
+        ({"BOARD": "top5"}, "methods/wrong/paper.yaml, board 'b': the task classify gives no metric 'top5'"),
+        ({"method: tome": "method: tom"}, PLACE + "there is no method 'tom'; did you mean"),
+        ({"method: tome": "method: wanda"}, PLACE + "wanda has no option|" + PLACE + "the task classify is run under"),
+    ],
+)
+def test_a_misspelt_name_is_an_error_on_a_laptop(tmp_path, monkeypatch, change, message):
+    written(tmp_path, monkeypatch, **change)
+    with pytest.raises(PrunelabError, match=message):
+        planning.check("wrong")
+
+
+def test_a_paper_without_mistakes_passes(tmp_path, monkeypatch):
+    written(tmp_path, monkeypatch)
+    planning.check("wrong")
+
+
+@pytest.mark.parametrize("slug", papers.slugs())
+def test_every_paper_passes(slug):
+    planning.check(slug)
