@@ -168,7 +168,7 @@ def _model(name: str, entry: Any, scale: str, config: Mapping[str, Any]) -> dict
         found = {"assets": entry} if isinstance(entry, str) else {"assets": entry["folder"], **entry}
         found.pop("folder", None)
         found["sha256"] = _assets_hash(config, found["assets"])
-    if "file" in found:
+    if "file" in found and "architecture" in model(name):
         found["architecture"] = model(name)["architecture"]
     return found
 

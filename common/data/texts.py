@@ -32,7 +32,13 @@ def load(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split = 
     """The documents of a catalogue entry: those to measure on (`test`), or those to calibrate with (`train`)."""
     if split not in get_args(Split):
         raise PrunelabError(f"there is no split '{split}' of a text; use train or test")
-    loaders = {"source_code": _source_code, "stories": _stories, "wikitext": _wikitext, "c4": _c4}
+    loaders = {
+        "source_code": _source_code,
+        "stories": _stories,
+        "wikitext": _wikitext,
+        "c4": _c4,
+        "ultrachat": _ultrachat,
+    }
     return loaders[identity["loader"]](identity, config, split)
 
 
@@ -109,8 +115,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _source_code(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
-    """Python files; with `dialect`, in the one that `dialect` makes of them."""
-    found = code.files("held_out" if split == "test" else "train")[:_FILES]
+    """Python files, as many as `files` says; with `dialect`, in the one that `dialect` makes of them."""
+    found = code.files("held_out" if split == "test" else "train")[: identity.get("files", _FILES)]
     return tuple(map(dialect, found)) if identity.get("dialect") else found
 
 
@@ -139,6 +145,16 @@ def _c4(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) ->
     if split != "train":
         raise PrunelabError("C4 is here to calibrate with; measure on another data set")
     return tuple(json.loads(line)["text"] for line in files.lines(hub.file(identity, "dataset", config)))
+
+
+def _ultrachat(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
+    """What is said in the dialogues of UltraChat, one document a turn."""
+    if split != "train":
+        raise PrunelabError("UltraChat is here to retrieve from; measure on another data set")
+    paths = sorted(hub.folder(identity, "dataset", config).glob("*.jsonl"))
+    if not paths:
+        raise PrunelabError(f"{identity['hub']} holds no JSON lines; download it again")
+    return tuple(turn for path in paths for line in files.lines(path) for turn in json.loads(line)["data"])
 
 
 def _asset(identity: Mapping[str, Any], config: Mapping[str, Any]) -> Path:

@@ -167,8 +167,7 @@ def _used(
         used["data"] = ("dataset", data)
     if model is not None:
         used["model"] = ("model", model)
-    if "draft" in settings:
-        used["draft"] = ("model", settings.pop("draft"))
+    used |= {key: (kind, settings.pop(key)) for key, kind in task.named.items() if key in settings}
     if "calibration" in task.reads:
         calibration = settings.pop("calibration_data", data)
         if method is None:  # then the unpruned model is one run, whatever methods calibrate on

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunelab.common import speculative
+from prunelab.common.backbones import checkpoint
+from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import prompts
+from prunelab.common.data import prompts, texts
 from prunelab.common.measures.bench import Bench
 from prunelab.common.metrics import uncertainty
 from prunelab.common.models import devices, loading
 from prunelab.common.speculative import Decoded, baselines
+from prunelab.common.speculative.reader import info
 from prunelab.common.speculative.role import DraftDecoder
 
 if TYPE_CHECKING:
@@ -35,10 +38,12 @@ def measure(bench: Bench[Decode.Settings]) -> dict[str, Any]:
     model, tokenizer = loading.language(bench.ids["model"], bench.config)
     model = devices.place(model, bench.device, half=True)
     asked = prompts.load(bench.ids["data"], bench.config, tokenizer, settings.prompt, settings.samples, settings.task)
-    draft = _draft(bench, model)
-    plain = partial(baselines.plain, model, max_new_tokens=settings.new)
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    options: dict[str, Any] = {"max_new_tokens": settings.new, **(sampling if settings.temperature else {})}
+    plain = partial(baselines.plain, model, **options)
+    torch.manual_seed(bench.seed)
     with torch.inference_mode():
-        decode = None if _is_plain(bench) else _decoder(bench, model, draft)
+        decode = None if _is_plain(bench) else _decoder(bench, model, tokenizer, options)
         for _ in range(settings.warmup):
             answer(asked[0], plain, tokenizer)
             if decode is not None:
@@ -61,27 +66,58 @@ def _draft(bench: Bench[Decode.Settings], like: PreTrainedModel) -> PreTrainedMo
     return loading.language(bench.ids["draft"], bench.config)[0].to(like.device, like.dtype)
 
 
-def _decoder(bench: Bench[Decode.Settings], model: PreTrainedModel, draft: PreTrainedModel | None) -> Answering:
+def _parts(bench: Bench[Decode.Settings], method: DraftDecoder, model: PreTrainedModel) -> nn.Module | None:
+    """The learned parts of the method, where the run names some: a testbed, or a file of the hub with its weights."""
+    if "heads" not in bench.ids:
+        return None
+    identity = bench.ids["heads"]
+    if "testbed" in identity:
+        parts = loading.load(identity, bench.config)[0]
+    else:
+        built = method.build(info(model))
+        if built is None:
+            raise PrunelabError(f"{method.name} has no learned parts; leave the setting `heads` out")
+        checkpoint.load_checkpoint(built, hub.file(identity, "model", bench.config))
+        parts = built
+    return parts.to(model.device, model.dtype).eval()
+
+
+def _store(bench: Bench[Decode.Settings], tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
+    """The texts to retrieve from as one stream of tokens [M], where the run names some."""
+    if "store" not in bench.ids:
+        return None
+    documents = texts.load(bench.ids["store"], bench.config, "train")
+    read = (tokenizer(document, verbose=False)["input_ids"] for document in documents)
+    return torch.cat([torch.tensor(ids, dtype=torch.int32) for ids in read])
+
+
+def _decoder(
+    bench: Bench[Decode.Settings],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: Mapping[str, Any],
+) -> Answering:
     """How the run answers prompts [N]. A method keeps its state from prompt to prompt."""
-    method, new = bench.method(DraftDecoder), bench.settings.new
+    method, draft = bench.method(DraftDecoder), _draft(bench, model)
     if method is None:
-        options = dict(bench.options)
+        options = {**decoding, **bench.options}
         name = options.pop("decoding", "plain")
         if name == "prompt_lookup":
-            return partial(baselines.prompt_lookup, model, max_new_tokens=new, **options)
+            return partial(baselines.prompt_lookup, model, **options)
         if name != "assistant":
             raise PrunelabError(f"there is no baseline '{name}' of decoding; use plain, prompt_lookup or assistant")
         if draft is None:
             raise PrunelabError("an assistant is a draft model; name one of the catalogue in the setting `draft`")
-        return partial(baselines.assistant, model, max_new_tokens=new, draft=draft, **options)
-    services = {"draft": draft} if draft is not None and "draft" in method.services else {}
+        return partial(baselines.assistant, model, draft=draft, **options)
+    given = {"draft": draft, "store": _store(bench, tokenizer) if "store" in method.services else None}
+    services = {name: value for name, value in given.items() if value is not None and name in method.services}
     budget, seed = bench.budget, bench.seed
-    with speculative.applied(method, model, budget, services=services) as handle:
+    with speculative.applied(method, model, budget, services=services, parts=_parts(bench, method, model)) as handle:
         state = handle.session.state
 
     def decode(ids: Tensor) -> Decoded:
         return speculative.generate(
-            method, model, ids, max_new_tokens=new, budget=budget, services=services, seed=seed, state=state
+            method, model, ids, budget=budget, services=services, seed=seed, state=state, **decoding
         )
 
     return decode
@@ -139,6 +175,7 @@ def summary(found: Sequence[Answer], greedy: Sequence[Answer]) -> dict[str, Any]
             "samples": [100 - s for s in saved["samples"]],
         },
         "tokens_per_second": uncertainty.mean(rate),
+        "ms_per_token": ratio([1000 * s for s in seconds], tokens),
         "speedup": {**ratio(rate, plain), "samples": [round(a / b, 4) for a, b in zip(rate, plain, strict=True)]},
         "drafting": ratio([a.drafting for a in found], seconds, percent=True),
         "identical": uncertainty.share(torch.tensor([a.same(b) for a, b in zip(found, greedy, strict=True)])),

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, dict[str, Any]]
 Status = Literal["analytic", "measured"]
-Reads = Literal["architecture", "weights", "data", "calibration", "own data", "draft"]
+Reads = Literal["architecture", "weights", "data", "calibration", "own data"]
+Catalogue = Literal["model", "dataset"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Task(ABC):
     roles: of the methods that it measures; without any it runs no method. scales: at which it can run; none where its
     outcome follows from shapes and formulas alone. reads: `architecture` is the published one without weights;
     `calibration` a set for methods that measure before they prune, and the model before fine-tuning where there is one;
-    `own data` those that the tasks of an evaluation library bring; `draft` a second, smaller model. budgeted: whether a
+    `own data` those that the tasks of an evaluation library bring. named: settings that name further entries of the
+    catalogue which a run reads, and of which one. budgeted: whether a
     method needs a budget. count: the metrics that are our own count of a cost a paper prints: the MACs, those of the
     method's decisions among them, and what a cache then holds. cost: the metric that boards show as cost.
     """
@@ -67,6 +69,7 @@ class Task(ABC):
     scales: ClassVar[tuple[str, ...]] = ("testbed", "assets", "paper")
     status: ClassVar[Status] = "measured"
     reads: ClassVar[frozenset[Reads]] = frozenset()
+    named: ClassVar[Mapping[str, Catalogue]] = {}
     needs_gpu: ClassVar[bool] = False
     budgeted: ClassVar[bool] = True
     Settings: ClassVar[type[Settings]] = Settings

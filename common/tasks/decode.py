@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
+from prunelab.common.tasks.base import Catalogue, Metric, Metrics, Reads, Task
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -18,12 +18,14 @@ class Decode(Task):
     name: ClassVar[str] = "decode"
     roles: ClassVar[tuple[str, ...]] = ("draft_decoder",)
     budgeted: ClassVar[bool] = False
-    reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data", "draft"})
+    reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
+    named: ClassVar[Mapping[str, Catalogue]] = {"draft": "model", "heads": "model", "store": "dataset"}
     metrics: ClassVar[Mapping[str, Metric]] = {
         "mat": Metric("MAT, tokens a step", higher_is_better=True),
         "steps": Metric("verification steps", higher_is_better=False),
         "steps_saved": Metric("steps saved", "%", higher_is_better=True),
         "tokens_per_second": Metric("tokens a second", higher_is_better=True, timed=True),
+        "ms_per_token": Metric("milliseconds a token", "ms", higher_is_better=False, timed=True),
         "speedup": Metric("wall-clock ratio", higher_is_better=True, timed=True),
         "drafting": Metric("time spent on drafts and learning", "%", higher_is_better=False, timed=True),
         "identical": Metric("prompts answered word for word as plain decoding does", "%", higher_is_better=True),
@@ -33,7 +35,9 @@ class Decode(Task):
     class Settings(base.Settings):
         """new: tokens at most. prompt: tokens of a text to go on from. samples: prompts (all). task: of Spec-Bench.
         warmup: how often the first prompt is answered before the clock runs (the method learns from these, too). draft:
-        the catalogue's name of the model that methods and baselines may ask for."""
+        the catalogue's name of the model that methods and baselines may ask for. heads, store: those of a method's
+        learned parts, and of the texts that it retrieves from. temperature, top_p: of sampling, which also the plain
+        decoding that speeds are compared with then does; 0 is greedy."""
 
         new: int = 128
         prompt: int = 64
@@ -41,6 +45,10 @@ class Decode(Task):
         task: str | None = None
         warmup: int = 3
         draft: str | None = None
+        heads: str | None = None
+        store: str | None = None
+        temperature: float = 0.0
+        top_p: float = 1.0
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import decode

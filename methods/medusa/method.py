@@ -36,10 +36,10 @@ VICUNA_7B_STAGE2 = (
 )
 
 
-def candidates(logits: Tensor, template: Template) -> Tensor:
-    """Draft tokens [T]: each node takes the token of its rank in the list of its depth, from logits [heads, V]. It does
-    not depend on the nodes above it."""
-    best = logits.topk(int(template.ranks.max()) + 1).indices
+def candidates(logits: Tensor, template: Template, most: int) -> Tensor:
+    """Draft tokens [T]: each node takes the token of its rank in the list of its depth, `most` tokens long, from logits
+    [heads, V]. It does not depend on the nodes above it."""
+    best = logits.topk(most).indices
     return best[template.tree.depths - 1, template.ranks]
 
 
@@ -58,12 +58,13 @@ def typical(tree: DraftTree, logits: Tensor, epsilon: float, alpha: float) -> Ac
 
 @dataclass
 class Memory:
-    """The heads, what makes logits of their states, the shape of the trees, and the hidden state [D] that the target's
-    last choice was made from; None before the first pass."""
+    """The heads, what makes logits of their states, the shape of the trees with the candidates that it takes of a head,
+    and the hidden state [D] that the target's last choice was made from; None before the first pass."""
 
     heads: nn.Module
     output: nn.Module
     template: Template
+    most: int
     hidden: Tensor | None = None
 
 
@@ -114,7 +115,7 @@ class Medusa(DraftDecoder):
                 f" {vocabulary} tokens are too few, give another tree"
             )
         output = services["output"] if self.tied else nn.Identity()
-        return Memory(services["parts"], output, template.to(torch.get_default_device()))
+        return Memory(services["parts"], output, template.to(torch.get_default_device()), most)
 
     def begin(self, state: Memory, prompt: Tensor) -> None:
         state.hidden = None
@@ -123,7 +124,8 @@ class Medusa(DraftDecoder):
         template = state.template.first(budget.count(len(state.template.parents)))
         if state.hidden is None or not len(template.ranks):
             return DraftTree(tokens[:0], tokens[:0])
-        return template.tree.refill(candidates(state.output(state.heads(state.hidden)), template))
+        logits = state.output(state.heads(state.hidden))
+        return template.tree.refill(candidates(logits, template, state.most))
 
     def accept(self, tree: DraftTree, logits: Tensor, rng: torch.Generator | None = None) -> Accepted:
         if rng is None or self.sampling == "lossless":

@@ -73,6 +73,11 @@ class Chunk:
         return tokens.masked_fill(index >= len(self.tokens), EMPTY)
 
 
+def _small(index: Tensor) -> Tensor:
+    """Places in half the memory, where they fit."""
+    return index.int() if len(index) <= torch.iinfo(torch.int32).max else index
+
+
 @dataclass(frozen=True)
 class Datastore:
     """Documents in the target's tokens, one behind the other without a mark between them (released), in chunks."""
@@ -91,7 +96,7 @@ class Datastore:
             streams[-1].append(document)
             size += len(document)
         joined = [torch.cat(stream) for stream in streams if stream]
-        chunks = tuple(Chunk(tokens, suffix_array(tokens)) for tokens in joined if len(tokens))
+        chunks = tuple(Chunk(tokens, _small(suffix_array(tokens))) for tokens in joined if len(tokens))
         if not chunks:
             raise PrunelabError("rest retrieves from a datastore, and this one is empty; give it documents")
         return cls(chunks)

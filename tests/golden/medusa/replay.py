@@ -34,7 +34,8 @@ def buffers(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def step(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     template, before = template_of(inputs), torch.from_numpy(inputs["in_logits"])
-    tree = template.tree.refill(candidates(torch.from_numpy(inputs["in_medusa_logits"])[:, 0, 0], template))
+    guessed = torch.from_numpy(inputs["in_medusa_logits"])[:, 0, 0]
+    tree = template.tree.refill(candidates(guessed, template, int(inputs["hp_topk"])))
     root, logits = before[0].argmax(-1), torch.from_numpy(inputs["in_tree_logits"])[0]
     heat = float(inputs["hp_temperature"])
     limits = {"epsilon": float(inputs["hp_posterior_threshold"]), "alpha": float(inputs["hp_posterior_alpha"])}

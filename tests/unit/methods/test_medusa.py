@@ -33,7 +33,7 @@ def test_nodes_take_the_candidates_of_their_depth():
     template = Template.of([(0,), (2,), (0, 1), (2, 0), (2, 0, 3)])
     order = logits.argsort(-1, descending=True)
     wanted = [order[0, 0], order[0, 2], order[1, 1], order[1, 0], order[2, 3]]
-    assert candidates(logits, template).tolist() == [int(token) for token in wanted]
+    assert candidates(logits, template, 4).tolist() == [int(token) for token in wanted]
 
 
 def trained(model, text, method, steps=150):

@@ -14,13 +14,15 @@ from scipy import stats
 from prunelab.common import speculative
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import prompts
+from prunelab.common.data import prompts, texts
 from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.models import loading
 from prunelab.common.speculative import Reader, baselines, trees
+from prunelab.common.speculative.reader import info
 from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import DraftTree
+from prunelab.methods.medusa.method import Medusa
 from tests.contract.references import TINY_LM, BigramDrafts, language_model
 
 FAMILIES = {
@@ -465,21 +467,29 @@ QUESTIONS = [
 ]
 
 
+NAMED = {"rest": {"store": {"loader": "said"}}, "medusa": {"heads": {"testbed": "said"}}}
+
+
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
-    """Runs of the task on three questions, with tiny models in the place of the catalogue's."""
+    """Runs of the task on three questions, with tiny models in the place of the catalogue's, a store of what the target
+    says, and heads that know nothing."""
+    monkeypatch.setattr(texts, "load", lambda identity, config, split: ("Name a tree. ASSISTANT:" * 3, "Be a tree."))
     (tmp_path / "question.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     target, draft = model_of(max_position_embeddings=600), model_of(num_hidden_layers=1, max_position_embeddings=600)
     monkeypatch.setattr(
         loading, "language", lambda identity, config: (target if identity == "target" else draft, Words())
     )
+    torch.manual_seed(0)
+    heads = Medusa().build(info(target))
+    monkeypatch.setattr(loading, "load", lambda identity, config: (heads, None))
     ids = {"model": "target", "data": {"loader": "questions", "setting": "questions", "file": "question.jsonl"}}
 
     def execute(
         method: str | None, settings: dict[str, Any] | None = None, draft: str | None = "small", **options: Any
     ) -> dict[str, Any]:
         settings = {"new": 24, "warmup": 1, **(settings or {})}
-        named = ids | ({"draft": draft} if draft else {})
+        named = ids | ({"draft": draft} if draft else {}) | NAMED.get(str(method), {})
         job = Run("decode", "testbed", method, options, "1" if method else None, settings, named)
         return runner.measure(job, {"questions": str(tmp_path), "assets": None})
 
@@ -493,6 +503,9 @@ def test_the_task_compares_with_plain_decoding(asked):
         "assistant": asked(None, decoding="assistant"),
         "recycling": asked("token_recycling"),
         "rasd": asked("rasd"),
+        "rest": asked("rest"),
+        "lookahead": asked("lookahead"),
+        "medusa": asked("medusa"),
     }
     assert found["plain"]["mat"]["value"] == found["plain"]["speedup"]["value"] == 1
     for name, metrics in found.items():
@@ -501,8 +514,17 @@ def test_the_task_compares_with_plain_decoding(asked):
         assert metrics["mat"]["value"] == pytest.approx(96 / metrics["steps"]["value"], abs=1e-3)
         assert metrics["steps_saved"]["value"] == pytest.approx(100 * (1 - metrics["steps"]["value"] / 96), abs=1e-3)
         assert metrics["mat"]["n"] == len(metrics["speedup"]["samples"]) == 3
-        assert (metrics["drafting"]["value"] > 0) == (name in ("assistant", "recycling", "rasd"))
+        assert metrics["ms_per_token"]["value"] * metrics["tokens_per_second"]["value"] == pytest.approx(1000, rel=0.5)
+        assert (metrics["drafting"]["value"] > 0) == (name not in ("plain", "lookup"))
     assert found["recycling"]["mat"]["value"] > 1.5
+
+
+def test_sampling_is_sampled_on_both_sides(asked):
+    hot = {"temperature": 1.5, "top_p": 0.95}
+    plain, drafted = asked(None, hot), asked("token_recycling", hot)
+    assert plain["mat"]["value"] == 1 <= drafted["mat"]["value"]
+    assert drafted["identical"]["value"] < 100, "two sampled texts are not one text"
+    assert asked("token_recycling", hot)["steps"] == drafted["steps"], "the same seed, the same text"
 
 
 def test_tasks_of_spec_bench_are_told_apart(asked):
@@ -515,7 +537,7 @@ def test_tasks_of_spec_bench_are_told_apart(asked):
         asked(None, decoding="beam")
     with pytest.raises(PrunelabError, match="the setting `draft`"):
         asked(None, draft=None, decoding="assistant")
-    with pytest.raises(PrunelabError, match="only a draft decoder decodes"):
+    with pytest.raises(PrunelabError, match="is run under a draft_decoder; tome is a token_pruner"):
         asked("tome")
 
 

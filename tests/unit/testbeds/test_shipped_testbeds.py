@@ -109,6 +109,16 @@ def test_language_models_are_as_good_as_their_logs(name, held_out):
         assert log["test"]["perplexity"] < 0.6 * log["test"]["bigram_perplexity"]
 
 
+def test_heads_guess_ahead_as_well_as_their_log(held_out):
+    heads, log = testbeds.load("code_medusa")
+    assert sum(value.numel() for value in heads.state_dict().values()) < 70_000
+    with torch.inference_mode():
+        found = testbeds.get("code_medusa")(start=log["recipe"]["start"]).evaluate(heads, quick=True)
+    last = log["curve"][-1]
+    assert {name: last[name] for name in found} == pytest.approx(found, abs=0.01)
+    assert found["head_1"] > found["head_2"] > found["head_4"] > 0.04
+
+
 # -- the models that answer questions --------------------------------------------------------------------------------
 
 
