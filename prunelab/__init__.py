@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from prunelab.common.core.method import Method
     from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Report, Site
     from prunelab.common.core.signals import Signals
+    from prunelab.common.data_selection.role import DataSelector
     from prunelab.common.kv_cache.role import CachePruner, CacheSignals
     from prunelab.common.ranking.role import Ranker
     from prunelab.common.ranking.sentences import Passage, SentenceRanker, Summary
     from prunelab.common.speculative.role import DraftDecoder
     from prunelab.common.tokens.role import TokenPruner
+    from prunelab.common.training.method import TrainingMethod
     from prunelab.common.weights.calibration import windows
     from prunelab.common.weights.io import load_pruned, save_pruned
     from prunelab.common.weights.plan import WeightPlan
@@ -47,6 +49,7 @@ __all__ = [
     "CachePruner",
     "CacheSignals",
     "ConstrainedSampler",
+    "DataSelector",
     "Decision",
     "DraftDecoder",
     "Entry",
@@ -65,6 +68,7 @@ __all__ = [
     "Site",
     "Summary",
     "TokenPruner",
+    "TrainingMethod",
     "WeightPlan",
     "WeightPruner",
     "WeightSignals",
@@ -89,11 +93,13 @@ _HOMES = {  # module below prunelab.common -> names that are imported from it wh
     "core.method": ("Method",),
     "core.plan": ("Gather", "Mix", "ModelInfo", "Plan", "Report", "Site"),
     "core.signals": ("Signals",),
+    "data_selection.role": ("DataSelector",),
     "kv_cache.role": ("CachePruner", "CacheSignals"),
     "ranking.role": ("Ranker",),
     "ranking.sentences": ("Passage", "SentenceRanker", "Summary"),
     "speculative.role": ("DraftDecoder",),
     "tokens.role": ("TokenPruner",),
+    "training.method": ("TrainingMethod",),
     "weights.calibration": ("windows",),
     "weights.io": ("load_pruned", "save_pruned"),
     "weights.plan": ("WeightPlan",),
