@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, Where
 from prunelab.common.core.signals import Reading, Signal
 from prunelab.common.tokens.role import TokenPruner
@@ -167,7 +168,7 @@ class SoftGate(TokenPruner):
 
 @dataclass(frozen=True)
 class PassingBy(TokenPruner):
-    """Tokens of small norm pass by single layers and come back."""
+    """Tokens pass by single layers, those with the least in their first channel, and come back."""
 
     layers: tuple[int, ...] = (1, 2)
 
@@ -181,7 +182,7 @@ class PassingBy(TokenPruner):
         return frozenset({"hidden"})
 
     def score(self, site: Site, signals: TokenSignals) -> Tensor:
-        return signals.hidden.float().norm(dim=-1)
+        return signals.hidden[..., 0]
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,8 @@ class Leaving(TokenPruner):
     exempt = {"budget": "none is kept", "keep_all": "none is kept at any budget"}
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
+        if info.family in ("timm_vit", "plain_mamba") and not info.special:
+            raise PrunelabError(f"{self.name} would leave this model nothing")
         return [Site(self.layer, "input")]
 
     def requires(self, site: Site) -> frozenset[Signal]:

@@ -361,6 +361,8 @@ class Adapter(ABC, Generic[P]):
 
     def gated(self, plan: Plan, gate: Tensor) -> Plan:
         """The plan while training: all units go on, and attention to each is weighed."""
+        if not self.gates:
+            raise PrunelabError(f"{self.family} has no attention that weighs tokens by a gate; train on a hard plan")
         bias, carried = gate.float().clamp_min(torch.finfo(torch.float32).tiny).log(), self.running.tokens.bias
         every = torch.arange(gate.shape[1], device=gate.device).expand(len(gate), -1)
         return Plan(
@@ -421,8 +423,6 @@ class Adapter(ABC, Generic[P]):
 
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan this family cannot carry out."""
-        if plan.gate is not None and not self.gates:
-            raise PrunelabError(f"{self.family} has no attention that weighs tokens by a gate; give a hard plan alone")
         if plan.rest not in self.rest or plan.positions not in self.positions or plan.layout is not None:
             asked = f"rest={plan.rest}, positions={plan.positions}" + (", a layout" if plan.layout is not None else "")
             raise PrunelabError(

@@ -142,13 +142,12 @@ def test_families_without_a_gate_say_so():
 
             return replace(super().plan(site, signals, budget), gate=torch.ones(signals.prunable.shape))
 
-    model = FAMILIES["segmenter"]()
-    with (
-        torch.no_grad(),
-        apply(Gated(layers=(5, 7)), model, 1.0),
-        pytest.raises(PrunelabError, match="weighs tokens by a gate"),
-    ):
-        model(pictures())
+    model = FAMILIES["segmenter"]().train()
+    with apply(Gated(layers=(5, 7)), model, 1.0):
+        with pytest.raises(PrunelabError, match="weighs tokens by a gate"):
+            model(pictures())
+        with torch.no_grad():
+            model(pictures())
 
 
 @torch.no_grad()
