@@ -439,6 +439,19 @@ def padding_in_front(plan: Plan) -> Plan:
     return replace(plan, reduce=padded_first(plan.reduce), key_bias=bias)
 
 
+def padding_behind(plan: Plan) -> Plan:
+    """The same with what does not count behind, for prompts that are padded there."""
+    reduce, bias = plan.reduce, plan.key_bias
+    if reduce.valid is None:
+        return plan
+    order = (~reduce.valid).int().argsort(dim=1, stable=True)
+    valid, bias = reduce.valid.gather(1, order), None if bias is None else bias.gather(1, order)
+    if isinstance(reduce, Gather):
+        return replace(plan, reduce=Gather(reduce.index.gather(1, order), valid), key_bias=bias)
+    target = order.argsort(1).gather(1, reduce.target)
+    return replace(plan, reduce=replace(reduce, target=target, valid=valid), key_bias=bias)
+
+
 class SequenceAdapter(Adapter[P]):
     """A family whose tokens flow as one sequence [B, N, D] through a list of blocks."""
 

@@ -36,7 +36,17 @@ from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.adapters.base import Application, Pass, Seen, SequenceAdapter, Tokens
 from prunelab.common.tokens.adapters.causal_lm_cache import Entries, PromptCache, in_order, visible
-from prunelab.common.tokens.adapters.recorded import ALONE, keeper, newest_row, received, sources
+from prunelab.common.tokens.adapters.recorded import (
+    ALONE,
+    FIXED,
+    UNSHOWN,
+    fixed,
+    keeper,
+    newest_row,
+    received,
+    sources,
+    windowed,
+)
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import View
 
@@ -114,8 +124,7 @@ class CausalLM(SequenceAdapter[PromptPass]):
 
     def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
         super().check(method, sites)
-        kinds = set(getattr(self.config, "layer_types", None) or ())
-        if kinds - {"full_attention"} or (not kinds and getattr(self.config, "sliding_window", None) is not None):
+        if windowed(self.config):
             raise PrunelabError("tokens leave decoders of full attention only; set config.sliding_window=None first")
         if (attends := implementation(self.config)) not in ("sdpa", "eager", NAME):
             raise PrunelabError(f"tokens leave models that run sdpa or eager attention, not {attends}")
@@ -182,6 +191,10 @@ class CausalLM(SequenceAdapter[PromptPass]):
         def hook(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
             refuse_checkpointing(self.model)
             ids, cache = given.get("input_ids", args[0] if args else None), cache_in(given)
+            if fixed(cache):
+                raise PrunelabError(FIXED)
+            if self.recorders and given.get("output_attentions"):
+                raise PrunelabError(UNSHOWN)
             read = given.get("inputs_embeds") if ids is None else ids
             if read is None or read.shape[1] == 0:
                 raise PrunelabError("the prompt is empty; give at least one token")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,21 @@ from prunelab.common.core.attention_interface import Recorder
 from prunelab.common.tokens.adapters.base import Seen
 
 ALONE = frozenset({"hidden", "queries", "keys", "values", "cls_row", "last_row", "received"})
+
+
+def windowed(config: Any) -> bool:
+    """Whether a decoder has layers that see a window of the text alone."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return bool(kinds - {"full_attention"}) or (not kinds and getattr(config, "sliding_window", None) is not None)
+
+
+def fixed(cache: Any) -> bool:
+    """Whether a cache has one size from the start."""
+    return bool(getattr(cache, "is_compileable", False))
+
+
+UNSHOWN = "this method reads the model's attention, which is then not returned; leave output_attentions out"
+FIXED = "tokens are pruned with a growing cache; leave cache_implementation out, or set it to 'dynamic'"
 
 
 def received(recorder: Recorder, valid: Tensor | None = None) -> Tensor:

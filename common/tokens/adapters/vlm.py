@@ -36,8 +36,20 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before, refuse_checkpointing, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.core.signals import Reading
-from prunelab.common.tokens.adapters.base import Application, Seen, Tokens, padding_in_front
-from prunelab.common.tokens.adapters.recorded import ALONE, behind, last_index, newest_row, received, row, sources
+from prunelab.common.tokens.adapters.base import Application, Seen, Tokens, padding_behind, padding_in_front
+from prunelab.common.tokens.adapters.recorded import (
+    ALONE,
+    FIXED,
+    UNSHOWN,
+    behind,
+    fixed,
+    last_index,
+    newest_row,
+    received,
+    row,
+    sources,
+    windowed,
+)
 from prunelab.common.tokens.adapters.vlm_attribution import Attribution, spread
 from prunelab.common.tokens.adapters.vlm_prompt import (
     SHOWN,
@@ -192,8 +204,11 @@ class VisionLanguage(VisionSide):
                 raise PrunelabError(f"{method.name} prunes inside the encoder and right behind it; do one of them")
         if method.rest == "bypass" and places - {"input"}:
             raise PrunelabError(f"{method.name}: tokens can pass by a layer of the decoder at its `input` alone")
-        if any(kind != "full_attention" for kind in getattr(self.decoder.config, "layer_types", None) or ()):
-            raise PrunelabError(f"{self.family} prunes decoders of full attention only, this one has other layers")
+        if windowed(self.decoder.config):
+            raise PrunelabError(
+                f"{self.family}: tokens leave decoders of full attention only, and this one's layers see windows"
+                " of the text; set the text config's sliding_window=None first"
+            )
         layers = [site.layer for site in sites if site.where == "input"]
         if len(set(layers)) < len(layers):
             raise PrunelabError(f"{method.name} prunes twice before one layer; a decoder has one site a layer")
@@ -226,6 +241,7 @@ class VisionLanguage(VisionSide):
             for modality in self.tokens:
                 removers.append(self._watch_encoder(modality))
             removers.append(self._watch_placeholders())
+            removers.append(before(self.model, self._note_labels, kwargs=True))
             removers.append(before(self.body, self._begin, kwargs=True))
             # before what prunes the cache of the tokens that are left
             removers.append(before(self.decoder, self._enter(application), kwargs=True, first=True))
@@ -254,6 +270,16 @@ class VisionLanguage(VisionSide):
 
         return hook
 
+    def _note_labels(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self._own.labels = kwargs.get("labels") is not None
+
+    def _refuse_labels(self) -> None:
+        if getattr(self._own, "labels", False):
+            raise PrunelabError(
+                "labels stand beside the tokens of the whole prompt, of which some left; take the loss of the logits"
+                " yourself, or train with gates, which keep all"
+            )
+
     def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A new pass: which tokens of the input are visual."""
         refuse_checkpointing(self.model)
@@ -278,11 +304,16 @@ class VisionLanguage(VisionSide):
 
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
-            if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
-                raise PrunelabError("tokens are pruned with a growing cache and a 2-D mask; leave cache_implementation")
+            if fixed(cache) or isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
+                raise PrunelabError(FIXED)
+            if self.recorders and kwargs.get("output_attentions"):
+                raise PrunelabError(UNSHOWN)
             if cache is not None and cache.get_seq_length() > 0:
                 return args, kwargs | self._resume(cache, kwargs)
-            return args, kwargs | self._prefill(application, sites, kwargs)
+            aids = self._prefill(application, sites, kwargs)
+            if self.running.changed:
+                self._refuse_labels()
+            return args, kwargs | aids
 
         return hook
 
@@ -301,6 +332,7 @@ class VisionLanguage(VisionSide):
             valid = torch.ones_like(visual)
         batch, total = x.shape[:2]
         running.encoded, running.tokens = self.encoded, Tokens(valid=valid)
+        running.left = mask is None or valid is None or bool(mask[:, -1].all())
         running.prunable = visual.to(x.device)
         running.text = total - max(counts)
         running.source = torch.arange(total, device=x.device).expand(batch, -1)
@@ -339,7 +371,8 @@ class VisionLanguage(VisionSide):
     def _cut(self, application: Application, site: Site, x: Tensor) -> Tensor:
         """Carry out the method's plan on the sequence x [B, N, D]; everything that goes along with it follows."""
         plan, signals = self.decide(application, site, x)
-        plan = padding_in_front(plan)
+        plan = padding_in_front(plan) if self.running.left else padding_behind(plan)
+        self.running.changed |= plan.reduce.outputs != x.shape[1]
         if plan.rest == "bypass":
             self.set_aside(application, site, plan, x, "prunable", "source", "positions")
         else:
@@ -376,6 +409,8 @@ class VisionLanguage(VisionSide):
             for site in sites:
                 x = self._cut(application, site, x)
                 running.cached.held.append(self._held(layer))
+                if running.changed and running.aside is None:
+                    self._refuse_labels()
             if layer in self.read_layers:
                 running.seen[layer] = Seen(running.tokens, {"visual": running.prunable})
             self._count_tokens(application, layer, x)
@@ -438,19 +473,34 @@ class VisionLanguage(VisionSide):
         running = self.running
         if cache not in self.prompts:
             raise PrunelabError("this cache was filled without the method; run the prompt inside the `with` block")
-        if given["inputs_embeds"].shape[1] > 1 and any(bool(visual.any()) for visual in running.visual.values()):
-            raise PrunelabError("visual tokens come behind a cached prompt; give the whole prompt in one piece")
         running.cached = self.prompts[cache]
         first, x = running.cached.at(0), given["inputs_embeds"]
-        later = cache.get_seq_length() - first.source.shape[1] + x.shape[1]  # tokens behind the prompt, these included
         mask, positions = given.get("attention_mask"), given.get("position_ids")
+        written = cache.get_seq_length() - first.source.shape[1]  # tokens behind the prompt so far
+        repeated = 0
+        if x.shape[1] > 1 and positions is not None:
+            # who counts the cache's entries, as `generate` does, gives again as many tokens as were left out
+            end = running.cached.end  # with several axes the text's own number may stand in front, or be left out
+            number = end if positions.shape[:-1] == end.shape else end[-1]
+            repeated = int((number + written - positions[..., 0]).flatten()[0])
+            if not 0 <= repeated < x.shape[1]:
+                raise PrunelabError(
+                    "these tokens do not follow the text in the cache; give those behind it, with their positions in"
+                    " the whole text or none"
+                )
+            if repeated:
+                x, running.cached.renumbers = x[:, repeated:], True
+        if x.shape[1] > 1 and any(bool(visual[:, repeated:].any()) for visual in running.visual.values()):
+            raise PrunelabError("visual tokens come behind a cached prompt; give the whole prompt in one piece")
+        later = written + x.shape[1]  # these included
         running.later = first.source.new_ones(len(x), later) if mask is None else mask[:, mask.shape[1] - later :]
-        if positions is None:
+        if positions is None or running.cached.renumbers:
             positions = running.cached.end.unsqueeze(-1) + torch.arange(later - x.shape[1], later, device=x.device)
         running.now = positions
         if mask is not None or first.valid is not None:
             mask = torch.cat([self._real(first).to(running.later.dtype), running.later], 1)
-        return {"attention_mask": mask, "position_ids": positions - first.shift.unsqueeze(-1)}
+        aids = {"attention_mask": mask, "position_ids": positions - first.shift.unsqueeze(-1)}
+        return {**aids, "inputs_embeds": x} if repeated else aids
 
     def _recall(self, layer: int, x: Tensor) -> dict[str, Any]:
         """What a later layer that holds less of the prompt needs in place of that."""

@@ -181,6 +181,7 @@ class CachedPrompt:
     held: list[Held]
     visual: Tensor
     end: Tensor
+    renumbers: bool = False  # the numbers of later tokens that come with them are of no use
 
     def at(self, layer: int) -> Held:
         """What a layer holds."""

@@ -48,7 +48,8 @@ class Prefill(Pass):
     encoded, visual: what the encoder gave, and where it stands in the prompt, [B, N] bool, by modality. text: tokens of
     the prompt that are not visual. Of the tokens at hand: prunable [B, N] bool, source [B, N] the index in the prompt,
     positions [..., B, N] the position ids; shift [..., B] by how much later tokens are numbered lower than the model
-    would number them. cached: what the layers hold. indexed: whether `source` is
+    would number them. cached: what the layers hold. left: whether padding stands in front. changed: whether
+    tokens left for good. indexed: whether `source` is
     where each token was packed. later, now: while decoding, [B, M] which tokens behind the prompt
     count, and the position ids of the newest.
     """
@@ -64,6 +65,8 @@ class Prefill(Pass):
     attribution: Attribution = field(init=False)
     indexed: bool = True
     decoding: bool = False
+    left: bool = True
+    changed: bool = False
     later: Tensor = field(init=False)
     now: Tensor = field(init=False)
 
@@ -409,19 +412,22 @@ class VisionSide(SequenceAdapter[Prefill]):
             words = text.nonzero().squeeze(1)
             made.append(spliced(words, words.to(x.device) + sample * total, spans[sample], visible.device))
         longest = max(len(rows) for rows, _ in made)
+        lengths = [len(part) for part, _ in made]
+        pads = [(longest - length, 0) if running.left else (0, longest - length) for length in lengths]
         rows, running.source = (
-            torch.stack([nn.functional.pad(part, (longest - len(part), 0)) for part in parts])
+            torch.stack([nn.functional.pad(part, pad) for part, pad in zip(parts, pads, strict=True)])
             for parts in zip(*made, strict=True)
         )
-        start = torch.tensor([longest - len(part) for part, _ in made], device=x.device)
-        kept = (
-            torch.arange(longest, device=x.device) >= start.unsqueeze(1) if len({len(r) for r, _ in made}) > 1 else None
-        )
+        running.changed |= longest != total
+        kept = None
+        if len(set(lengths)) > 1:
+            ones = [torch.ones(length, dtype=torch.bool, device=x.device) for length in lengths]
+            kept = torch.stack([nn.functional.pad(one, pad) for one, pad in zip(ones, pads, strict=True)])
         running.prunable = rows >= batch * total
-        lengths = [len(tokens) for tokens in pool]
+        sizes = [len(tokens) for tokens in pool]
 
         def root(mass: Tensor) -> Masses:
-            parts = torch.zeros(size).scatter_add(0, rows.flatten().cpu(), mass.flatten()).split(lengths)[1:]
+            parts = torch.zeros(size).scatter_add(0, rows.flatten().cpu(), mass.flatten()).split(sizes)[1:]
             found: Masses = {}
             for (modality, back), part in zip(backs, parts, strict=True):
                 found.setdefault(modality, []).append(back(part))
