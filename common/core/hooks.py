@@ -190,6 +190,15 @@ def refuse_checkpointing(model: nn.Module) -> None:
             )
 
 
+def refuse_tracing() -> None:
+    """A trace would hold one input's decisions for good."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise PrunelabError(
+            "a pruned model cannot be traced or exported, since what is kept depends on the input; do so with the model"
+            " as it is, outside the block"
+        )
+
+
 def padded_first(reduce: Gather | Mix) -> Gather | Mix:
     """The same outputs in the same order, but with those that do not count in front: the last one is then last in
     every sample, which is where `generate` reads the next token."""

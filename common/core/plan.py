@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +64,14 @@ class ModelInfo:
         return indices[indices >= self.special] - self.special
 
 
+def unscaled(x: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast, which would lower what is compared and added up."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Whole units [B, K, ...] (or [B, H, K, ...]) of x [B, N, ...] at positions index [B, K] (or [B, H, K]).
 
@@ -115,6 +124,10 @@ class Mix:
 
     def apply(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, K, D]; a matrix with many entries a unit is multiplied as a dense one."""
+        with unscaled(x):  # outputs have the dtype of units
+            return self._apply(x)
+
+    def _apply(self, x: Tensor) -> Tensor:
         if self.target.shape[1] > 4 * x.shape[1]:
             return self.matrix(x.shape[1]).to(x.dtype) @ x
         entries = x.gather(1, self.source.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -194,6 +207,8 @@ class Report:
             f" ({100 * self.saving:.1f} % saved; {self.scoring_macs / 1e9:.4f} G of it is scoring)",
             "tokens    " + " ".join(f"{mlp:g}" if mlp == attn else f"{attn:g}>{mlp:g}" for attn, mlp in self.tokens),
         ]
+        if not self.samples:
+            lines.append("seen      nothing yet: this is what an input would cost")
         if self.cache_bytes is not None:
             lines.append(f"cache     {self.cache_bytes / 2**20:.2f} MiB")
         return "\n".join(lines)

@@ -9,7 +9,8 @@ the fused CPU kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import replaced, run_all
 
 
 @register_flop_formula(torch.ops.aten.grid_sampler_2d)
@@ -45,8 +47,19 @@ def on_meta(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
         return on_meta(_Pass(model, inputs[0].to("meta")))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
-    with torch.no_grad():
+    with torch.no_grad(), plain(model):
         return functional_call(model, meta, tuple(x.to("meta") for x in inputs), kwargs)
+
+
+@contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """Without what accelerate does around the modules of a dispatched or offloaded model, which needs real weights."""
+    modules = [m for m in model.modules() if hasattr(m, "_hf_hook") and hasattr(m, "_old_forward")]
+    removers = [replaced(module, "forward", vars(module)["_old_forward"]) for module in modules]
+    try:
+        yield
+    finally:
+        run_all(removers)
 
 
 class Watcher(Protocol):

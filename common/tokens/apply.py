@@ -22,6 +22,8 @@ from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.adapters.base import Adapter, Application, Trace
 from prunelab.common.tokens.role import TokenPruner
 
+STAGES = {"tower": 0, "projected": 1, "packed": 2}  # what comes before the layers
+
 
 class Handle:
     """A method at work on a model. `report()` may be read inside the `with` block or after it."""
@@ -57,29 +59,47 @@ class Handle:
 
     def macs(self, example: Any = None) -> float:
         """MACs of one sample, scoring included; see `report`."""
-        return self._measure(self._example(example))[0]
+        return sum(self._measure(given)[0] * share for given, share in self._examples(example))
 
     def report(self, example: Any = None) -> Report:
         """Tokens a layer and MACs a sample. Needs no forward pass, except for methods whose counts depend on the
-        input, which are costed at the mean counts seen so far. `example` replaces the model's standard input."""
-        example, seen = self._example(example), self.application.trace
-        macs, meter = self._measure(example)
+        input, which are costed at the mean counts seen so far. `example` replaces the model's standard input, or the
+        sizes of the images that were seen."""
+        seen = self.application.trace
+        examples = self._examples(example)
+        costs = [(self._measure(given), self._dense(given), share) for given, share in examples]
+        meter = costs[0][0][1]
         counted = seen if seen.samples else meter
         n = counted.samples
         return Report(
             tokens=tuple((a / n, m / n) for a, m in zip(counted.attention, counted.mlp, strict=True)),
-            macs=macs,
-            scoring_macs=meter.scoring_flops / 2,
-            dense_macs=self._unhooked(lambda: macs_of(self.adapter.model, example)),
+            macs=sum(macs * share for (macs, _), _, share in costs),
+            scoring_macs=sum(meter.scoring_flops / 2 * share for (_, meter), _, share in costs),
+            dense_macs=sum(dense * share for _, dense, share in costs),
             samples=seen.samples,
             cache_bytes=self.adapter.cache_bytes([a / n for a in counted.attention]),
         )
 
-    def _example(self, given: Any) -> Any:
+    def _dense(self, example: Any) -> float:
+        return self._unhooked(lambda: macs_of(self.adapter.model, example))
+
+    def _examples(self, given: Any) -> list[tuple[Any, float]]:
+        """Inputs to count MACs with, and the share of each: the one given, else images of the sizes that were seen,
+        else the model's standard input."""
         if self.application.method.adaptive and not self.application.trace.samples:
             name = self.application.method.name
             raise PrunelabError(f"{name} keeps as many tokens as the input asks for; run the model first")
-        return self.adapter.example() if given is None else given.to("meta")
+        standard = self.adapter.example() if given is None else given.to("meta")
+        sizes = self.application.trace.sizes
+        if given is not None or not sizes:
+            return [(standard, 1.0)]
+        if len(sizes) > 1 and self.application.method.adaptive:
+            raise PrunelabError(
+                f"{self.application.method.name} keeps as many tokens as the input asks for, and the inputs had unlike"
+                " sizes; report each size by itself"
+            )
+        total = sum(sizes.values())
+        return [(standard.new_empty(1, *size), n / total) for size, n in sizes.items()]
 
     def _measure(self, example: Any) -> tuple[float, Trace]:
         """MACs on the meta device and the trace of that pass, with hooks of its own in place of the handle's."""
@@ -87,13 +107,31 @@ class Handle:
         meter = Trace(self.adapter.info.depth, measured=seen if self.application.method.adaptive else None)
 
         def count() -> float:
+            attached = self._attach()
             remove = self.adapter.install(replace(self.application, trace=meter, memory={}))
             try:
                 return flops(lambda: on_meta(model, example), meter) / 2
             finally:
                 remove()
+                attached()
 
         return self._unhooked(count), meter
+
+    def _attach(self) -> Callable[[], None]:
+        """The method's learned parts on the model, where they are not (behind the block). Returns what undoes it."""
+        parts, model = self.application.parts, self.adapter.model
+        own = getattr(model, PARTS, None)
+        if parts is None or own is parts:
+            return lambda: None
+        model.add_module(PARTS, parts)
+
+        def detach() -> None:
+            if own is None:
+                model._modules.pop(PARTS, None)
+            else:
+                model.add_module(PARTS, own)
+
+        return detach
 
     def _unhooked(self, count: Callable[[], float]) -> float:
         active = self._remove is not None
@@ -123,7 +161,11 @@ def check(method: TokenPruner, model: nn.Module) -> tuple[Adapter, list[Site]]:
     adapter = adapter_for(model)
     sites = [replace(site, index=i) for i, site in enumerate(method.sites(adapter.info))]
     for before, site in pairwise(sites):
-        if before.layer > site.layer or (before.layer, before.where) == (site.layer, site.where):
+        late = (STAGES.get(before.where, 3), before.layer) > (STAGES.get(site.where, 3), site.layer)
+        if late or (
+            before.layer,
+            before.where,
+        ) == (site.layer, site.where):
             order = f"layer {site.layer} behind layer {before.layer}"
             raise PrunelabError(f"{method.name} names {order}; name each once, in ascending order")
     adapter.check(method, sites)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import padded_first, refuse_checkpointing
-from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site, take
+from prunelab.common.core.hooks import padded_first, refuse_checkpointing, refuse_tracing
+from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site, take, unscaled
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals, View
@@ -31,6 +31,7 @@ class Trace:
 
     def __init__(self, depth: int, measured: Trace | None = None) -> None:
         self.samples = 0
+        self.sizes: dict[tuple[int, ...], int] = {}  # samples by the size of their images, where that may vary
         self.kept: list[tuple[Site, Tensor]] = []  # of the last batch
         self.attribution: Any = None  # how the last batch's tokens came from patches, where a family keeps that
         self.scoring_flops = 0
@@ -50,6 +51,12 @@ class Trace:
         """So many tokens went through the `attention` or `mlp` of a layer."""
         with self._lock:
             self._counts[part][layer] = self._counts[part][layer] + tokens
+
+    def saw(self, size: tuple[int, ...] | None, samples: int) -> None:
+        """So many samples were images of that size (channels, height, width)."""
+        if size is not None:
+            with self._lock:
+                self.sizes[size] = self.sizes.get(size, 0) + samples
 
     def begin(self, samples: int) -> None:
         """A batch of so many samples enters the model."""
@@ -146,6 +153,10 @@ class Tokens:
 
     def reduce(self, plan: Plan, x: Tensor) -> Tokens:
         """What is known after a plan for the tokens x [B, N, ...]."""
+        with unscaled(x):
+            return self._reduce(plan, x)
+
+    def _reduce(self, plan: Plan, x: Tensor) -> Tokens:
         if isinstance(plan.reduce, Gather):
             move = plan.reduce.apply
             sizes = None if self.sizes is None else move(self.sizes)
@@ -330,6 +341,10 @@ class Adapter(ABC, Generic[P]):
             training=training,
         )
 
+    def exactly(self, application: Application, x: Tensor) -> AbstractContextManager[Any]:
+        """Scores are compared in the dtypes that they have; what is learned runs under autocast, as the model does."""
+        return unscaled(x) if application.parts is None else nullcontext()
+
     def decide(
         self,
         application: Application,
@@ -340,7 +355,7 @@ class Adapter(ABC, Generic[P]):
     ) -> tuple[Plan, TokenSignals]:
         """The method's plan for the tokens x [B, N, D] at a site, and the signals it was made from."""
         trace, method, training = application.trace, application.method, self.training(x)
-        with trace.scoring(), torch.no_grad():
+        with trace.scoring(), torch.no_grad(), self.exactly(application, x):
             signals = self.signals_of(application, site, x, view, state, training)
             plan = method.plan(site, signals, application.budget.at(site.index))
             self.check_plan(plan)
@@ -478,6 +493,7 @@ class SequenceAdapter(Adapter[P]):
     def begin(self, module: nn.Module, args: Any) -> None:
         """Hook before the first block: a new forward pass starts."""
         refuse_checkpointing(self.model)
+        refuse_tracing()
         self.running = self.started()
 
     def count(self, application: Application, layer: int, part: str) -> Callable[..., None]:

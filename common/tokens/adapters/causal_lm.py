@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from prunelab.common.core import selection
 from prunelab.common.core.attention_interface import NAME, Recorder, cache_in, implementation, record
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import after, before, padded_first, refuse_checkpointing, run_all
+from prunelab.common.core.hooks import after, before, padded_first, refuse_checkpointing, refuse_tracing, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.adapters.base import Application, Pass, Seen, SequenceAdapter, Tokens
@@ -190,6 +190,7 @@ class CausalLM(SequenceAdapter[PromptPass]):
 
         def hook(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
             refuse_checkpointing(self.model)
+            refuse_tracing()
             ids, cache = given.get("input_ids", args[0] if args else None), cache_in(given)
             if fixed(cache):
                 raise PrunelabError(FIXED)

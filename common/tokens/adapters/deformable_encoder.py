@@ -113,6 +113,7 @@ class DeformableEncoder(SequenceAdapter[EncoderPass]):
     def install(self, application: Application) -> Callable[[], None]:
         removers: list[Callable[[], Any]] = []
         try:
+            removers.append(before(self.model, self._note_size, kwargs=True))
             removers.append(before(self.blocks[0], self.begin, first=True))
             for layer, block in enumerate(self.blocks):
                 removers.append(before(block.mlp, self._count_layer(application, layer)))
@@ -123,6 +124,10 @@ class DeformableEncoder(SequenceAdapter[EncoderPass]):
             raise
         return lambda: run_all(removers)
 
+    def _note_size(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        images = next((x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.dim() == 4), None)
+        self._own.size = None if images is None else tuple(images.shape[1:])
+
     def _count_layer(self, application: Application, layer: int) -> Callable[..., None]:
         """Attention and MLP of a layer work on the same queries."""
 
@@ -130,6 +135,7 @@ class DeformableEncoder(SequenceAdapter[EncoderPass]):
             trace, batch, queries = application.trace, args[0].shape[0], args[0].shape[1]
             if layer == 0:
                 trace.begin(batch)
+                trace.saw(getattr(self._own, "size", None), batch)
             worked = self.running.worked
             for part in ("attention", "mlp"):
                 trace.add(part, layer, batch * queries if worked is None else worked.sum())

@@ -6,8 +6,9 @@ Attention stays fused: signals are computed beside it from the block's own qkv. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from prunelab.common.core import attention
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import after, before, replaced, run_all
+from prunelab.common.core.hooks import after, arguments, before, replaced, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.adapters.base import Application, Pass, Seen, SequenceAdapter, Tokens
@@ -31,8 +32,11 @@ _ALONE = frozenset({"hidden", "queries", "keys", "values", "cls_row", "last_row"
 
 @dataclass
 class ViTPass(Pass):
-    """qkv: what the fused projections of the layers that are read gave, [B, N, 3 * D]."""
+    """qkv: what the fused projections of the layers that are read gave, [B, N, 3 * D]. total: tokens before anything
+    was pruned. size: channels, height and width of the images."""
 
+    total: int = 0
+    size: tuple[int, ...] | None = None
     qkv: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -57,6 +61,12 @@ class TimmViT(SequenceAdapter[Any]):
     @property
     def info(self) -> ModelInfo:
         model: Any = self.model
+        for layer, block in enumerate(self.blocks):
+            if not (hasattr(block, "attn") and hasattr(block, "mlp")):
+                raise PrunelabError(
+                    f"block {layer} is a {type(block).__name__}, which has no attention and MLP one after the other;"
+                    " use a model of plain blocks"
+                )
         return ModelInfo(
             family=self.family,
             depth=len(self.blocks),
@@ -70,14 +80,17 @@ class TimmViT(SequenceAdapter[Any]):
 
     def example(self) -> Tensor:
         embed: Any = self.model.patch_embed
-        weight = embed.proj.weight
+        weight = next(p for p in embed.parameters() if p.dim() == 4)  # of the stem, where there is one before
         return torch.empty(1, weight.shape[1], *embed.img_size, dtype=weight.dtype, device="meta")
 
     def install(self, application: Application) -> Callable[[], None]:
         removers: list[Callable[[], Any]] = []
         method, sites = application.method, application.sites
         try:
+            removers.append(before(self.model.patch_embed, self._note_size))  # type: ignore[arg-type]
             removers.append(before(self.blocks[0], self.begin, first=True))
+            if hasattr(self.model, "forward_intermediates"):
+                removers.append(replaced(self.model, "forward_intermediates", self._intermediates()))
             for layer, names in application.readings("layer").items():
                 removers.append(after(self._qkv_of(layer), self._see("qkv", layer)))
                 if "hidden" in names:
@@ -128,10 +141,10 @@ class TimmViT(SequenceAdapter[Any]):
         if site.where == "block_output":
             return after(block, lambda _, __, out: self.reduce(application, site, out))
 
-        if type(block).__name__ != "Block" or "forward" in vars(block):
-            raise PrunelabError(
-                f"'after_attention' needs timm's plain Block, block {site.layer} is {type(block).__name__}"
-            )
+        name = "_old_forward" if hasattr(block, "_hf_hook") else "forward"  # accelerate's wrapper calls the former
+        if type(block).__name__ != "Block" or (name == "forward" and name in vars(block)):
+            kind = type(block).__name__ if type(block).__name__ != "Block" else "wrapped in a forward of its own"
+            raise PrunelabError(f"'after_attention' needs timm's plain Block, block {site.layer} is {kind}")
 
         # The residual cannot shrink inside the block's own forward, so its two halves are called one by one.
         def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -139,7 +152,7 @@ class TimmViT(SequenceAdapter[Any]):
             x = self.reduce(application, site, x + block.drop_path1(block.ls1(branch)))
             return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
-        return replaced(block, "forward", forward)
+        return replaced(block, name, forward)
 
     def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
         super().check(method, sites)
@@ -157,6 +170,50 @@ class TimmViT(SequenceAdapter[Any]):
 
     def _come_back(self, module: Any, args: Any, x: Tensor) -> Tensor:
         return self.together(x)
+
+    def _intermediates(self) -> Callable[..., Any]:
+        original: Any = self.model.forward_intermediates
+
+        @functools.wraps(original)
+        def intermediates(*args: Any, **kwargs: Any) -> Any:
+            if arguments(self.model, "forward_intermediates", args, kwargs).get("output_fmt", "NCHW") == "NCHW":
+                raise PrunelabError("tokens that are left fill no grid; ask for reshape=False, or output_fmt='NLC'")
+            return original(*args, **kwargs)
+
+        return intermediates
+
+    def _note_size(self, module: Any, args: tuple[Any, ...]) -> None:
+        self._own.size = tuple(args[0].shape[1:])
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        super().begin(module, args)
+        self.running.total = args[0].shape[1]
+        self.running.size = getattr(self._own, "size", None)
+
+    def count(self, application: Application, layer: int, part: str) -> Callable[..., None]:
+        plain = super().count(application, layer, part)
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            plain(module, args)
+            if layer == 0 and part == "attention":
+                application.trace.saw(self.running.size, len(args[0]))
+
+        return hook
+
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Of the input's own patches, where the model takes any size."""
+        size, info = self.running.size, self.info
+        embed: Any = self.model.patch_embed
+        if size is None or info.grid is None or not hasattr(embed, "dynamic_feat_size"):
+            return super().grids()
+        height, width = embed.dynamic_feat_size(size[-2:])
+        return ((int(height), int(width)),)
+
+    def view(self, site: Site, x: Tensor) -> View:
+        view, total, info = super().view(site, x), self.running.total, self.info
+        if total in (0, info.tokens):
+            return view
+        return replace(view, info=replace(info, tokens=total, grid=self.grids()[0]))
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 

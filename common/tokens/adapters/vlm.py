@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from prunelab.common.core.attention_interface import cache_in, record
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import after, before, refuse_checkpointing, run_all
+from prunelab.common.core.hooks import after, before, refuse_checkpointing, refuse_tracing, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.adapters.base import Application, Seen, Tokens, padding_behind, padding_in_front
@@ -283,6 +283,7 @@ class VisionLanguage(VisionSide):
     def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A new pass: which tokens of the input are visual."""
         refuse_checkpointing(self.model)
+        refuse_tracing()
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
         embeddings: Any = kwargs.get("inputs_embeds")
         shown, given = SHOWN.get(), kwargs.get("mm_encoder_outputs") or {}

@@ -484,7 +484,7 @@ def test_what_a_model_cannot_give_is_refused_before_work():
         adapter_for(model_of()).check(Attended(rest="defer", reads=("hidden",)), [Site(2, "input")])
     with pytest.raises(PrunelabError, match="not to be had"):
         adapter_for(model_of()).check(Attended(), [Site(0, "input")])
-    with pytest.raises(PrunelabError, match="twice before one layer"), apply(Attended((2, 2)), model_of(), 0.5):
+    with pytest.raises(PrunelabError, match="layer 2 behind layer 2"), apply(Attended((2, 2)), model_of(), 0.5):
         pass
     with pytest.raises(PrunelabError, match="tokens can halt"), apply(Attended(rest="halt"), model_of(), 0.5):
         pass
