@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers
+from prunelab.common.experiments import listing
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.methods.random_drop.method import RandomDrop
@@ -23,7 +23,8 @@ CONTROLS = (
 def pruners() -> list[TokenPruner]:
     """The methods whose paper is about such models, with their defaults, and random dropping at each kind of site."""
     found = [cls for cls in registry.load().values() if issubclass(cls, TokenPruner)]
-    return [cls() for cls in found if papers.load(registry.slug(cls)).family == "vlm"] + list(CONTROLS)
+    about = {cls: listing.paper(registry.slug(cls)) for cls in found}  # None while there is no paper.yaml yet
+    return [cls() for cls, paper in about.items() if paper and paper.family == "vlm"] + list(CONTROLS)
 
 
 def verdict(method: TokenPruner, family: str) -> str:

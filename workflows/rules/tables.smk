@@ -3,7 +3,7 @@ MADE_FROM = [
     *(p for p in papers.METHODS.glob("*/*") if p.suffix in (".yaml", ".csv", ".md") or p.name == "figures.py"),
     *provenance.closure(ROOT.glob("paper_tables/*.py")),
     *(p for p in ROOT.glob("paper_tables/*") if p.suffix in (".html", ".css", ".js")),
-    *ROOT.glob("configs/*.yaml"),
+    *ROOT.glob("configs/**/*.yaml"),
     ROOT / "CITATION.cff",
 ]
 NOTE = RESULTS / "made_from.json"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from prunelab.common.catalogue import lookup
+from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 from prunelab.common.experiments import planning, provenance
@@ -110,3 +111,76 @@ def test_jobs_read_the_plan_that_the_workflow_wrote(tmp_path, runs):
     (tmp_path / planning.PLAN).write_text("{")
     with pytest.raises(PrunelabError, match="damaged"):
         planning.planned(config)
+
+
+TOKENS = {"answer", "classify", "detect", "gallery", "looks", "macs", "prompt_macs", "segment"}
+WEIGHTS = {"perplexity", "size"}
+UNTRAINED = {"macs", "prompt_macs", "size", "function", "summarise"}  # tasks without a testbed
+
+
+def of(*tasks: str) -> Callable[[Run], bool]:
+    return lambda run: run.task in tasks
+
+
+def every(run: Run) -> bool:
+    return True
+
+
+def never(run: Run) -> bool:
+    return False
+
+
+def made_by(*methods: str) -> Callable[[Run], bool]:
+    return lambda run: run.method in methods
+
+
+def prunes_tokens(run: Run) -> bool:
+    """Tasks under token pruners, and those of them among the methods that prune caches."""
+    return run.task in TOKENS or (run.method is not None and registry.entry(run.method).role == "token_pruner")
+
+
+def scanning(run: Run) -> bool:
+    """Runs on a vision Mamba; PlainMamba is built of Vim's parts."""
+    testbed = run.ids.get("model", {}).get("testbed", "")
+    return built_by("vim")(run) or built_by("plain_mamba")(run) or testbed.startswith("digits_vim")
+
+
+def nowhere_else(file: str, run: Run) -> bool:
+    """Whether a run reaches the file through a paper's own function, which no task declares."""
+    return run.task == "function" and file in provenance.reached(run.entries)
+
+
+@pytest.mark.parametrize(
+    ("file", "test"),
+    [  # one file of every room
+        ("common/core/budget.py", every),
+        ("common/backbones/vim.py", scanning),
+        ("common/costs/meter.py", lambda r: r.task == "size" or prunes_tokens(r)),
+        ("common/tokens/apply.py", prunes_tokens),
+        ("common/kv_cache/apply.py", of("cache")),
+        ("common/weights/pruning.py", of(*WEIGHTS)),
+        ("common/speculative/loop.py", of("decode")),
+        ("common/constrained/smc.py", of("constrained")),
+        ("common/ranking/sentences.py", of("summarise")),
+        ("common/data_selection/role.py", never),
+        ("common/experts/role.py", never),
+        ("common/data/detection.py", of("detect")),
+        ("common/metrics/average_precision.py", of("detect")),
+        ("common/apply.py", never),
+        ("common/training/trainer.py", never),
+        ("common/training/recipe.py", lambda r: r.task not in UNTRAINED),
+        ("common/testbeds/__init__.py", lambda r: r.task not in UNTRAINED),
+        ("common/models/batching.py", of("classify", "perplexity")),
+        ("common/measures/cache.py", of("cache")),
+        ("common/tasks/decode.py", of("decode")),
+        ("common/catalogue/hub.py", never),
+        ("common/experiments/runner.py", never),
+        ("common/drawing/sheets.py", never),
+        ("common/cli/runs.py", never),
+        ("methods/tome/method.py", made_by("tome")),
+        ("methods/fastv/tables.py", of()),
+        ("paper_tables/join.py", never),
+    ],
+)  # fmt: skip
+def test_an_edit_in_a_room_remakes_the_runs_that_it_decides(edited, runs, file, test):
+    assert edited(file) == [run for run in runs.values() if test(run) or nowhere_else(file, run)]

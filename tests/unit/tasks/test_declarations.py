@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from prunelab.common import tasks
+from prunelab.common.catalogue import lookup
 from prunelab.common.core import index
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 from prunelab.common.experiments import papers, planning
+from tests import guide
 
 ROLES = {entry.role for entry in index.entries().values()}
 
@@ -132,3 +134,17 @@ def test_a_paper_without_mistakes_passes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("slug", papers.slugs())
 def test_every_paper_passes(slug):
     planning.check(slug)
+
+
+def test_the_guide_has_the_tables_that_the_code_has():
+    page = guide.PAGE.read_text(encoding="utf-8")
+    assert guide.written(page) == page, "python -m tests.guide"
+
+
+def test_a_folder_without_a_paper_yet_breaks_nothing(tmp_path, monkeypatch):
+    (tmp_path / "fastv").mkdir()  # a method whose paper.yaml is still to be written
+    monkeypatch.setattr(papers, "METHODS", tmp_path)
+    papers.load.cache_clear()
+    assert papers.slugs() == [] and planning.jobs(lookup.settings({"papers": "all"})) == {}
+    with pytest.raises(PrunelabError, match="there is no paper 'fastv'"):
+        papers.load("fastv")
