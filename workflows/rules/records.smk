@@ -25,7 +25,7 @@ if int(SETTINGS["batch"]) > 1:
 
         rule:
             name:
-                f"records_{RUNS[addresses[0]].kind}_{number}"
+                f"records_{RUNS[addresses[0]].task}_{number}"
             output:
                 [str(RUNS[address].path(RESULTS)) for address in addresses],
             params:
