@@ -64,7 +64,8 @@ def load_pruned(folder: Path | str, dense: nn.Module | None = None) -> nn.Module
         stock: nn.Module = cls.from_pretrained(folder).eval()
         return stock
     with init_empty_weights(include_buffers=False):
-        model = cls(cls.config_class.from_dict(plan.header["config"]))
+        first = (*plan.earlier, plan)[0]  # whose config is the dense model's
+        model = cls(cls.config_class.from_dict(first.header["config"]))
     model.tie_weights()
     plan.apply(model)
     _fill(model, _read(folder))

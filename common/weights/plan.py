@@ -26,6 +26,7 @@ from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.adapters.base import WeightAdapter
 from prunelab.common.weights.targets import Decision, Quantised, Target
 
+EARLIER, HELD = "earlier_", "_prunelab_plans"  # in a plan's folder, and on a model that was pruned
 PLAN, ROTATIONS, LEARNED = "plan.json", "rotations.safetensors", "learned.safetensors"
 
 
@@ -153,7 +154,8 @@ class WeightPlan:
 
     header: method, budget, seed, model class and report; `tensors` of a block are read where they lie, in memory or in
     a folder, when they are asked for. rotations: of the model's spaces, before anything was decided. learned:
-    what the method learned, for `prune(..., learned=...)` on another model.
+    what the method learned, for `prune(..., learned=...)` on another model. earlier: plans by which the model was
+    pruned before, in order; they are saved and carried out with this one.
     """
 
     def __init__(
@@ -163,8 +165,10 @@ class WeightPlan:
         blocks: Mapping[int, Any],
         rotations: Mapping[str, Tensor] = MappingProxyType({}),
         learned: Mapping[str, Tensor] = MappingProxyType({}),
+        earlier: Sequence[WeightPlan] = (),
     ) -> None:
         self.header = dict(header)
+        self.earlier = tuple(earlier)
         self.rotations = dict(rotations)
         self.learned = dict(learned)
         self.targets = targets
@@ -201,8 +205,9 @@ class WeightPlan:
         return any(not target.loose and decision.remove for target, decision in self.decisions())
 
     def apply(self, model: nn.Module) -> bool:
-        """Carry the plan out on a dense model of the same architecture, in place. False where the pruned model's
-        shape is one that no config of its family describes."""
+        """Carry the plan out on a dense model of the same architecture, in place, and before it the earlier ones that
+        were not. False where the pruned model's shape is one that no config of its family describes."""
+        stock = [plan.apply(model) for plan in self.earlier[len(plans_of(model)) :]]
         adapter = weight_adapter(model)
         found = {t.name: t for unit in {t.unit for t in self.targets} for t in adapter.targets(unit)}
         wrong = [t.name for t in self.targets if t.name not in found or found[t.name].shape != t.shape]
@@ -214,7 +219,8 @@ class WeightPlan:
             adapter.rotate(self.rotations)
         for target, decision in self.decisions():
             adapter.write(target, decision)
-        return adapter.finish()
+        note(model, self)
+        return adapter.finish() and all(stock)
 
     def save(self, folder: Path | str) -> None:
         """Write the plan to a folder."""
@@ -223,6 +229,8 @@ class WeightPlan:
         for block in self._blocks:
             write_tensors(block_file(folder, block), _read(self._blocks[block]))
         self.save_header(folder)
+        for number, plan in enumerate(self.earlier):
+            plan.save(folder / f"{EARLIER}{number}")
 
     def save_header(self, folder: Path) -> None:
         """Write what was run and on what, which makes a folder of decisions a plan."""
@@ -244,7 +252,8 @@ class WeightPlan:
             raise PrunelabError(f"{folder / PLAN} is not a plan: {error}") from None
         rotations, learned = (_read(folder / n) if (folder / n).exists() else {} for n in (ROTATIONS, LEARNED))
         blocks = {block: block_file(folder, block) for block in {t.block for t in targets}}
-        return cls(header, targets, blocks, rotations, learned)
+        earlier = [cls.load(part) for part in sorted(folder.glob(f"{EARLIER}*"))]
+        return cls(header, targets, blocks, rotations, learned, earlier)
 
     def __str__(self) -> str:
         header = self.header
@@ -282,6 +291,18 @@ class WeightPlan:
                     + (", other values" if values else "")
                 )
         return "\n".join(lines) or "the plans are equal"
+
+
+def plans_of(model: Any) -> tuple[WeightPlan, ...]:
+    """The plans by which a model was pruned, in order."""
+    found: tuple[WeightPlan, ...] = vars(model).get(HELD, ()) if hasattr(model, "__dict__") else ()
+    return found
+
+
+def note(model: Any, plan: WeightPlan) -> None:
+    """Let a model know by what it was pruned."""
+    if hasattr(model, "__dict__"):
+        vars(model)[HELD] = (*plans_of(model), plan)
 
 
 def block_file(folder: Path, block: int) -> Path:

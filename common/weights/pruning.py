@@ -20,7 +20,7 @@ from prunelab.common.weights.adapters.components import Linears
 from prunelab.common.weights.checkpoints import Work, fingerprint
 from prunelab.common.weights.corpora import Corpus, Objective, calls, corpus, loss_of, named
 from prunelab.common.weights.engine import Engine, check_budgets
-from prunelab.common.weights.plan import Tally, WeightPlan, WeightReport
+from prunelab.common.weights.plan import EARLIER, Tally, WeightPlan, WeightReport, note, plans_of
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.rounds import Rounds, Tune, tuned
 from prunelab.common.weights.targets import Target
@@ -87,6 +87,8 @@ def prune(
         says = "needs base=, the model before fine-tuning" if method.needs_base else "reads no base model; leave it out"
         raise PrunelabError(f"{method.name} {says}")
     budget = Budget.of(budget)
+    for given in (model, base):
+        refuse_hosts(given)
     adapter = weight_adapter(model, budget.names)
     targets = _targets(method, adapter, budget)
     way = method.rounds if rounds is None else Rounds(rounds) if isinstance(rounds, int) else rounds
@@ -127,10 +129,15 @@ def prune(
             header["stock"] = adapter.finish()
     finally:
         whole.train(training)
-    plan = WeightPlan(header, engine.targets, work.plan, rotations, {} if part is None else part.state_dict())
+    earlier, state = plans_of(model), {} if part is None else part.state_dict()
+    header["stock"] = header["stock"] and all(plan.header["stock"] for plan in earlier)
+    plan = WeightPlan(header, engine.targets, work.plan, rotations, state, earlier)
+    note(model, plan)
     plan.header["report"] = asdict(report(engine.tally, before, size_of(adapter.model), prunable))
     if work.folder is not None:
         plan.save_header(work.folder)
+        for number, before_it in enumerate(earlier):
+            before_it.save(work.folder / f"{EARLIER}{number}")
         work.close()
     return plan
 
@@ -163,7 +170,28 @@ def _masks(engine: Engine) -> list[tuple[Target, Tensor]]:
 
 def check(method: WeightPruner, model: nn.Module) -> None:
     """Raises PrunelabError where the method cannot run on the model, whatever the budget."""
-    _targets(method, weight_adapter(model), Budget(1.0))
+    refuse_hosts(model, present=False)
+    _targets(method, weight_adapter(model), Budget(8, "bits") if method.quantises else Budget(1.0))
+
+
+def refuse_hosts(model: Any, present: bool = True) -> None:
+    """Stop at a model whose weights something else holds, wraps or stores in its own way: pruning would miss them, or
+    prune what is none of the model's. present: its weights must be there."""
+    if not isinstance(model, nn.Module):
+        return
+    if hasattr(model, "_orig_mod"):
+        raise PrunelabError("the model is compiled; prune what it was made of (`_orig_mod`), and compile that anew")
+    if len({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}) > 1:
+        raise PrunelabError("the model is spread over several devices; load it on one, without a device map")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.") or hasattr(module, "lora_A"):
+            raise PrunelabError(f"{name or 'the model'} has adapters of peft; merge them first (`merge_and_unload`)")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta" and (present or hasattr(model, "_hf_hook")):
+            raise PrunelabError(f"{name} is not in memory; load the model whole, without offloading")
+        if not parameter.dtype.is_floating_point:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise PrunelabError(f"{name} holds {kind} codes; prune the model in floating point, and quantise it then")
 
 
 def _targets(method: WeightPruner, adapter: WeightAdapter, budget: Budget) -> list[Target]:

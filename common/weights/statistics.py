@@ -15,16 +15,17 @@ from prunelab.common.weights.targets import Accumulator, Observation, Target
 
 class InputAccumulator(Accumulator):
     """A statistic of a target's input channels alone: `take` gets the sequence [T, C] in float32, `seen` counts the
-    sequences, that one included."""
+    sequences, that one included, and `reached` says whether any had a token: an expert may see none."""
 
     shared: ClassVar[bool] = True
 
     def __init__(self, target: Target) -> None:
-        self.seen = 0
+        self.seen, self.reached = 0, False
         self.state = torch.zeros(())
 
     def update(self, observed: Observation) -> None:
         self.seen += 1
+        self.reached |= len(observed.inputs) > 0
         self.take(observed.inputs.float())
 
     @abstractmethod
@@ -41,10 +42,17 @@ class InputAccumulator(Accumulator):
 
 
 class InputNorm(InputAccumulator):
-    """Wanda's r_j [C]: the squared L2 norm of a channel over a sequence's tokens, averaged over sequences."""
+    """Wanda's r_j [C]: the squared L2 norm of a channel over a sequence's tokens, averaged over sequences.
+
+    Where no token came, nothing is known of the channels, and all count alike: 1. (# assumption: the published codes
+    take no evidence for evidence of zero, and prune such a matrix from its left edge, or as a whole.)
+    """
 
     def take(self, x: Tensor) -> None:
         self.mean(x.square().sum(0))
+
+    def value(self) -> Tensor:
+        return self.state if self.reached else torch.ones_like(self.state)
 
 
 class InputMean(InputAccumulator):

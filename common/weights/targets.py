@@ -43,7 +43,9 @@ class Target:
     expert: index of the expert a `linear` target belongs to, -1 for none;
     least:  units the model cannot do without (of experts, as many as a token is sent to);
     read:   parameters that read one unit, which become zero where it is silenced rather than removed;
-    component: of a model of several components, the one it lies in.
+    component: of a model of several components, the one it lies in;
+    part:   the attention, MLP or other part of its block that it lies in, if that holds linears: `self_attn`; empty for
+            the norms between them and for what lies outside of blocks.
     """
 
     unit: Unit
@@ -58,6 +60,7 @@ class Target:
     least: int = 1
     read: int = 0
     component: str = ""
+    part: str = ""
 
     @property
     def units(self) -> int:

@@ -88,7 +88,7 @@ class Dare(WeightPruner):
     def covers(self, target: Target) -> bool:
         if self.scope == "all":
             return not any(name in target.name for name in CLASSIFIERS)
-        return "mlp" in target.name or "self_attn" in target.name
+        return bool(target.part)
 
     def rate(self, budget: Budget) -> float:
         """Share p of the deltas that goes."""

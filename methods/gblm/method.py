@@ -41,6 +41,8 @@ class GradientNorm(Accumulator):
 
     def value(self) -> Tensor:
         norm = self.sum.sqrt() if self.norm == "l2" else self.sum
+        if not bool(norm.any()):  # an expert that no token reached: nothing is known of its weights
+            norm = torch.ones_like(norm)
         norm = norm.half() if self.half else norm
         if not bool(torch.isfinite(norm).all()):
             raise PrunelabError(f"the gradient norms of {self.name} exceed float16; set half=False or a smaller scale")

@@ -37,6 +37,7 @@ class WeightAdapter(ABC):
     model_classes: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[tuple[str, ...], ...]] = ()  # linears (ends of their paths) that read one input
     skip: ClassVar[tuple[str, ...]] = ()  # names of linears that are not weights to prune, such as gates
+    part_depth: ClassVar[int] = 1  # names from a block down to its attention and MLP
     norm: ClassVar[str] = ""  # path of the norm behind the last block, empty where there is none
 
     def __init__(self, model: nn.Module) -> None:
@@ -264,8 +265,13 @@ class WeightAdapter(ABC):
             if self.is_linear(module) and path.rpartition(".")[2] not in self.skip:
                 shape = tuple(oriented(module, module.weight).shape)
                 source = self.path(block, self._source(path))
-                found.append(Target("linear", self.path(block, path), block, path, shape, source=source))
+                name, part = self.path(block, path), self._part_of(path)
+                found.append(Target("linear", name, block, path, shape, source=source, part=part))
         return found
+
+    def _part_of(self, path: str) -> str:
+        """The part of a block in which a path lies."""
+        return ".".join(path.split(".")[: self.part_depth])
 
     def _source(self, path: str) -> str:
         """The first of the linears that read one input with the linear at `path`."""
@@ -276,11 +282,20 @@ class WeightAdapter(ABC):
         return path
 
     def _tensors(self) -> list[Target]:
-        linear = {id(self.parameter(target)) for target in self.targets("linear")}
+        linear = self.targets("linear")
+        held, parts = {id(self.parameter(target)) for target in linear}, {(t.block, t.part) for t in linear}
+        starts = {f"{self.prefix(block)}.".lstrip("."): block for block in range(len(self.blocks))}
+
+        def part(name: str) -> str:
+            for start, block in starts.items():
+                if name.startswith(start) and (block, own := self._part_of(name[len(start) :])) in parts:
+                    return own
+            return ""
+
         return [
-            Target("tensor", name, -1, name, tuple(parameter.shape))
+            Target("tensor", name, -1, name, tuple(parameter.shape), part=part(name))
             for name, parameter in self.model.named_parameters()
-            if id(parameter) not in linear
+            if id(parameter) not in held
         ]
 
     def refuse_tied(self, targets: Sequence[Target]) -> None:

@@ -207,11 +207,14 @@ class Blocks(WeightAdapter):
             self.assign(target, role, value)
         layer = target.unit == "layers"
         module = self.blocks[target.block] if layer else self._part(target.block, self.sublayers[target.role][0])
+        forward = vars(module).get("forward")  # what wraps it: accelerate's hooks, say
         if not decision.kept:
             module.forward = _pass_by if layer else Absent(module, target.role).forward
 
         def undo() -> None:
             vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
             for role, value in before.items():
                 self.assign(target, role, value)
 

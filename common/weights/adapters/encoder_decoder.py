@@ -62,6 +62,7 @@ class T5(Pretrained):
         ("wi_0", "wi_1"),
     )
     layers = "encoder.block"
+    part_depth = 3
     inner = "d_ff"
 
     def __init__(self, model: nn.Module) -> None:

@@ -38,7 +38,10 @@ class Mixtures(Pretrained):
             for role, shape in (("gate", (inner, width)), ("up", (inner, width)), ("down", (width, inner))):
                 source = f"{name}.down" if role == "down" else f"{name}.gate"
                 path = f"{self.experts}.{role}"
-                found.append(Target("linear", f"{name}.{role}", block, path, shape, source=source, expert=index))
+                part = self._part_of(path)
+                found.append(
+                    Target("linear", f"{name}.{role}", block, path, shape, source=source, expert=index, part=part)
+                )
         return found
 
     def _experts(self, block: int) -> list[Target]:
