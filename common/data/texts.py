@@ -154,7 +154,11 @@ def _ultrachat(identity: Mapping[str, Any], config: Mapping[str, Any], split: Sp
     paths = sorted(hub.folder(identity, "dataset", config).glob("*.jsonl"))
     if not paths:
         raise PrunelabError(f"{identity['hub']} holds no JSON lines; download it again")
-    return tuple(turn for path in paths for line in files.lines(path) for turn in json.loads(line)["data"])
+    found: list[str] = []
+    for path in paths:
+        with path.open(encoding="utf8") as lines:
+            found += [turn for line in lines if line.strip() for turn in json.loads(line)["data"]]
+    return tuple(found)
 
 
 def _asset(identity: Mapping[str, Any], config: Mapping[str, Any]) -> Path:

@@ -12,16 +12,20 @@ import transformers
 from scipy import stats
 
 from prunelab.common import speculative
+from prunelab.common.catalogue import hub
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import prompts, texts
 from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
+from prunelab.common.measures import decode
+from prunelab.common.measures.bench import Bench
 from prunelab.common.models import loading
 from prunelab.common.speculative import Reader, baselines, trees
 from prunelab.common.speculative.reader import info
 from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import DraftTree
+from prunelab.common.tasks.decode import Decode
 from prunelab.methods.medusa.method import Medusa
 from tests.contract.references import TINY_LM, BigramDrafts, language_model
 
@@ -539,6 +543,23 @@ def test_tasks_of_spec_bench_are_told_apart(asked):
         asked(None, draft=None, decoding="assistant")
     with pytest.raises(PrunelabError, match="is run under a draft_decoder; tome is a token_pruner"):
         asked("tome")
+
+
+def test_published_heads_are_read_as_they_are_stored(tmp_path, monkeypatch):
+    model, path = model_of(), tmp_path / "medusa_lm_head.pt"
+    stored = Medusa().build(info(model))
+    torch.save(stored.state_dict(), path)
+    monkeypatch.setattr(hub, "file", lambda identity, kind, config: tmp_path / identity["file"])
+    settings = Decode.Settings()
+    bench = Bench("paper", {"heads": {"hub": "a/b", "file": path.name}}, settings, chosen="medusa")
+    parts = decode._parts(bench, Medusa(), model)
+    assert parts is not None
+    assert all(torch.equal(value, stored.state_dict()[name]) for name, value in parts.state_dict().items())
+    torch.save({"0.0.linear.weight": torch.zeros(3, 3)}, path)
+    with pytest.raises(PrunelabError, match="does not hold the weights"):
+        decode._parts(bench, Medusa(), model)
+    with pytest.raises(PrunelabError, match="bushy has no learned parts"):
+        decode._parts(bench, Bushy(), model)
 
 
 def test_a_dialogue_takes_vicunas_form():
