@@ -35,19 +35,27 @@ _LIBRARIES = (
 )  # fmt: skip
 
 
-def _executed(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a tree that run: what stands below `if TYPE_CHECKING` decides nothing."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
-            yield from _executed(child)
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _executed(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """The statements that run, at any depth: what stands below `if TYPE_CHECKING` decides nothing."""
+    for node in body:
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+                inner = getattr(node, part, None)
+                if isinstance(inner, list):  # of a lambda or a conditional expression it is an expression
+                    yield from _executed(inner)
 
 
 @cache
 def _imports(path: Path) -> frozenset[Path]:
     """Files of this project that a file imports, read from its text; packages count with their __init__."""
     found: set[Path] = set()
-    for node in _executed(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in _executed(_parsed(path).body):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -65,7 +73,7 @@ def _assigned(path: Path) -> tuple[dict[str, str], frozenset[str]]:
     """Strings that a file gives to names at its top, and those that its classes give to their attribute `name`."""
     top: dict[str, str] = {}
     named: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in _parsed(path).body:
         for inner in node.body if isinstance(node, ast.ClassDef) else (node,):
             targets = inner.targets if isinstance(inner, ast.Assign) else [getattr(inner, "target", None)]
             value = getattr(inner, "value", None)
@@ -90,12 +98,13 @@ def constant(path: Path, name: str) -> str | None:
 def closure(entries: Iterable[Path], without: Iterable[str] = ()) -> tuple[Path, ...]:
     """The entry files and everything of this project they import, directly or not; files and folders `without` which
     are left out, with what only they import."""
-    left_out = [ROOT / name for name in without]
+    files = tuple(str(ROOT / name) for name in without)
+    folders = tuple(f"{name}/" for name in files)
     seen: set[Path] = set()
     todo = list(entries)
     while todo:
         path = todo.pop()
-        if path not in seen and not any(path == out or out in path.parents for out in left_out):
+        if path not in seen and str(path) not in files and not str(path).startswith(folders):
             seen.add(path)
             todo.extend(_imports(path) if path.suffix == ".py" else ())
     return tuple(sorted(seen))
@@ -110,12 +119,14 @@ def reached(entries: tuple[str, ...]) -> tuple[str, ...]:
 @cache
 def file_hash(path: Path) -> str:
     """sha256 of a file's content, as this process first saw it; of Python its code alone."""
-    return digest(code(path.read_text(encoding="utf-8"))) if path.suffix == ".py" else file_digest(path)
+    if path.suffix != ".py":
+        return file_digest(path)
+    return digest(code(path.read_text(encoding="utf-8"), _parsed(path)))
 
 
-def code(text: str) -> str:
-    """A module without docstrings, blank lines and lines of comment, which decide nothing."""
-    nodes = list(ast.walk(ast.parse(text)))
+def code(text: str, tree: ast.Module | None = None) -> str:
+    """A module without docstrings, blank lines and lines of comment, which decide nothing. tree: it, parsed."""
+    nodes = list(ast.walk(tree or ast.parse(text)))
     said = [
         node.body[0]
         for node in nodes

@@ -100,7 +100,9 @@ def test_plan_counts_runs_and_what_is_lacking(cli, tmp_path):
     assert needed and 0 < int(needed[1]) < int(needed[2])
     cli("run", "lexrank", "T1", "d4s1", "--config", f"results={tmp_path}")
     assert re.search(r"function +any +\d+ +1 *\n", cli(*arguments)[1])
-    shown, everything = (cli("plan", "--config", "papers=quota", *more)[1] for more in ((), ("--all",)))
+    shown, everything = (
+        cli("plan", "--config", "papers=quota,holitom,divprune", *more)[1] for more in ((), ("--all",))
+    )
     assert "further reasons; --all" in shown and len(everything) > len(shown) and "…" not in everything
 
 
