@@ -77,16 +77,22 @@ def removed(gone: float, heads: Target | None, neurons: Target | None, released:
 
 @dataclass(frozen=True)
 class AMP(WeightPruner):
-    """Uniform structured pruning by activation projections.
-
-    order: what goes first: the least important (`standard`), the most important (`reversed`, the paper's check of its
-        criterion), or units by lot (`random`). prune: heads and neurons, or one of them alone (the paper's ablation).
-    released: heads that rounding left over are made up for by as many neurons, as in the authors' code; otherwise by
-        neurons of as many parameters.
+    """Uniform structured pruning by activation projections (arXiv 2504.21174).
 
     Calibrate on prompts, one vector of token ids each (the paper: 50 of Alpaca). The budget is the share that stays of
     the parameters of attention and MLPs, for all layers or one a layer. With grouped queries a unit is a key-value
     head with all its query heads.
+
+    Parameters
+    ----------
+    order
+        What goes first: the least important (`standard`), the most important (`reversed`, the paper's check of its
+        criterion), or units by lot (`random`).
+    prune
+        Heads and neurons, or one of them alone (the paper's ablation).
+    released
+        Heads that rounding left over are made up for by as many neurons, as in the authors' code; otherwise by neurons
+        of as many parameters.
     """
 
     order: Order = "standard"

@@ -103,17 +103,27 @@ def neuron_scores(weights: Mapping[str, Tensor], activation: Tensor, criterion: 
 
 @dataclass(frozen=True)
 class CFSP(WeightPruner):
-    """Structured pruning of MLP neurons by block importance and neuron importance.
-
-    coarse: how the change a block makes is measured (`uniform`: blocks are all alike). fine: how neurons score (see
-        `neuron_scores`). a, b, c: steepness of the allocation, exponents of the activation. multiple: kept numbers are
-        rounded to multiples of it, 128 for the speed of GPU kernels; 0 for any number.
-    released: as the authors' code has it: influence is summed over tokens, so that the allocation depends on the size
-        of the calibration set; one neuron more than its share stays in each block; a block whose number rounds to no
-        multiple is kept whole. Otherwise influence is put on the scale of 128 x 1024 tokens, numbers are exact, and
-        at least one multiple stays.
+    """Structured pruning of MLP neurons by block importance and neuron importance (arXiv 2409.13199).
 
     The budget is the share that stays of the neurons; attention is not touched, whatever its grouping.
+
+    Parameters
+    ----------
+    coarse
+        How the change a block makes is measured; under `uniform` blocks are all alike.
+    fine
+        How neurons score (see `neuron_scores`).
+    a
+        Steepness of the allocation.
+    b, c
+        Exponents of the activation.
+    multiple
+        Kept numbers are rounded to multiples of it, 128 for the speed of GPU kernels; 0 for any number.
+    released
+        As the authors' code has it: influence is summed over tokens, so that the allocation depends on the size of the
+        calibration set; one neuron more than its share stays in each block; a block whose number rounds to no multiple
+        is kept whole. Otherwise influence is put on the scale of 128 x 1024 tokens, numbers are exact, and at least one
+        multiple stays.
     """
 
     coarse: Coarse = "angular"

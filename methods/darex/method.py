@@ -63,11 +63,15 @@ def search(
 
 @dataclass(frozen=True)
 class Dare(WeightPruner):
-    """Drop and rescale. The budget is the share of deltas that stays, on average; the model is fine-tuned, `base` is
-    the model before.
+    """Drop and rescale (arXiv 2311.03099). The budget is the share of deltas that stays, on average; the model is
+    fine-tuned, `base` is the model before.
 
-    q: divisor of the deltas that stay; None is DARE's own 1 - p.
-    scope: `layers` touches attention and MLP alone (as for decoders), `all` every tensor but classifiers (encoders).
+    Parameters
+    ----------
+    q
+        Divisor of the deltas that stay; None is DARE's own 1 - p.
+    scope
+        `layers` touches attention and MLP alone (as for decoders), `all` every tensor but classifiers (encoders).
     """
 
     q: float | None = None
@@ -128,15 +132,25 @@ class Dare(WeightPruner):
 
 @dataclass(frozen=True)
 class Darex(Dare):
-    """DAREx-q: a larger q than DARE's, searched with the draws that the pruning itself will use.
+    """DAREx-q: a larger q than DARE's, searched with the draws that the pruning itself will use (arXiv 2410.09344).
 
-    q: given, it is taken as by `Dare`, which then needs no calibration set; None searches.
-    rule: one q for the whole model (`global`), or a layer's own (`analytic`), of which eta is searched.
-    objective: what is searched for on the calibration set: the model's own `loss`, which stands for the validation
-        metric of the paper, or without labels the squared error of the fine-tuned model's five largest `logits`.
-    bounds, step: range and first step of the search; by default 1 - p to 1 for q and 0.1 to 0.7 for eta.
-    eta: given, the analytic q is not searched. gamma: probability of the bound. stop: share of rows passed that ends
-        the grid (see `analytic_q`).
+    Parameters
+    ----------
+    q
+        Given, it is taken as by `Dare`, which then needs no calibration set; None searches.
+    rule
+        One q for the whole model (`global`), or a layer's own (`analytic`), of which eta is searched.
+    objective
+        What is searched for on the calibration set: the model's own `loss`, which stands for the validation metric of
+        the paper, or without labels the squared error of the fine-tuned model's five largest `logits`.
+    bounds, step
+        Range and first step of the search; by default 1 - p to 1 for q and 0.1 to 0.7 for eta.
+    eta
+        Given, the analytic q is not searched.
+    gamma
+        Probability of the bound.
+    stop
+        Share of rows passed that ends the grid (see `analytic_q`).
     """
 
     rule: Literal["global", "analytic"] = "global"

@@ -88,13 +88,20 @@ class DomainScores(Accumulator):
 
 @dataclass(frozen=True)
 class EasyEP(WeightPruner):
-    """Keeps the experts that a domain needs, the same number in every layer. Calibrate on prompts of the domain with
-    the model's own answers (25 in the paper); other text does much worse.
+    """Keeps the experts that a domain needs, the same number in every layer (arXiv 2504.06792).
 
-    importance: c_it of an expert and token: gate times output norm (`output`), the gate alone, or 1 (`frequency`).
-    tokens: weigh tokens by their contribution s_t. Without it `gate` and `frequency` are the paper's baselines.
-    domains: number of demonstrations of each domain, in order, to prune for several at once.
-    longest: only so many demonstrations count, the longest of each domain; the release takes 25 by their characters.
+    Calibrate on prompts of the domain with the model's own answers (25 in the paper); other text does much worse.
+
+    Parameters
+    ----------
+    importance
+        c_it of an expert and token: gate times output norm (`output`), the gate alone, or 1 (`frequency`).
+    tokens
+        Weigh tokens by their contribution s_t. Without it `gate` and `frequency` are the paper's baselines.
+    domains
+        Number of demonstrations of each domain, in order, to prune for several at once.
+    longest
+        Only so many demonstrations count, the longest of each domain; the release takes 25 by their characters.
     """
 
     importance: Importance = "output"

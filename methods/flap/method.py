@@ -83,19 +83,27 @@ def above_common_threshold(scores: Tensor, costs: Tensor, share: float, inclusiv
 
 @dataclass(frozen=True)
 class FLAP(WeightPruner):
-    """Structured pruning of attention heads and MLP neurons by fluctuation, without retraining.
-
-    structure: `AL-AM` compares heads and neurons of all layers under one threshold; `AL-MM` compares all layers, heads
-        and neurons apart; `UL-UM` takes the same share of every layer's heads and neurons; `UL-MM` takes
-        `removed_heads` in equal parts from the layers. metric: `WIFV` fluctuation times weight energy, `IFV`
-        fluctuation alone, `WIFN` Wanda's norm. removed_heads: of the whole model, for the structures in MM; the
-        neurons make up the rest of the budget. compensate: whether the mean of what is removed becomes a bias.
-    released: as the authors' code has it. Otherwise as the paper has it: the fluctuation is the sample variance, heads
-        score by it and not by its square, a head counts as many neurons as its parameters make, unrounded, and the
-        unit at the common threshold stays.
+    """Structured pruning of attention heads and MLP neurons by fluctuation, without retraining (arXiv 2312.11983).
 
     With grouped queries a unit is a key-value head with all its query heads. The budget is the share that stays of the
     parameters of all heads and neurons.
+
+    Parameters
+    ----------
+    structure
+        `AL-AM` compares heads and neurons of all layers under one threshold; `AL-MM` compares all layers, heads and
+        neurons apart; `UL-UM` takes the same share of every layer's heads and neurons; `UL-MM` takes `removed_heads` in
+        equal parts from the layers.
+    metric
+        `WIFV` fluctuation times weight energy, `IFV` fluctuation alone, `WIFN` Wanda's norm.
+    removed_heads
+        Of the whole model, for the structures in MM; the neurons make up the rest of the budget.
+    compensate
+        Whether the mean of what is removed becomes a bias.
+    released
+        As the authors' code has it. Otherwise as the paper has it: the fluctuation is the sample variance, heads score
+        by it and not by its square, a head counts as many neurons as its parameters make, unrounded, and the unit at
+        the common threshold stays.
     """
 
     structure: Structure = "AL-AM"
@@ -211,7 +219,9 @@ class FLAP(WeightPruner):
 
 @dataclass(frozen=True)
 class WandaSP(WeightPruner):
-    """Wanda-sp: Wanda's scores averaged over outputs, summed over a head; the same share of every layer's units."""
+    """Wanda-sp (baseline of arXiv 2312.11983): Wanda's scores averaged over outputs, summed over a head; the same share
+    of every layer's units.
+    """
 
     name: ClassVar[str] = "wanda_sp"
 
@@ -229,7 +239,9 @@ class WandaSP(WeightPruner):
 
 @dataclass(frozen=True)
 class MagnitudeSP(WeightPruner):
-    """Mag-sp: the norms of the output projections' columns, summed over a head; the same share everywhere."""
+    """Mag-sp (baseline of arXiv 2312.11983): the norms of the output projections' columns, summed over a head; the same
+    share everywhere.
+    """
 
     name: ClassVar[str] = "magnitude_sp"
 

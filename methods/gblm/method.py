@@ -65,13 +65,23 @@ def importance(weight: Tensor, activation: Tensor | None, gradient: Tensor, inve
 
 @dataclass(frozen=True)
 class GBLM(WeightPruner):
-    """Unstructured or patterned pruning by weights, activations and gradients.
-
-    norm: of the gradients over sequences. scale: alpha, their weight. inverse: divide by the gradient norm.
-    gradient_only: leave the activations out. half: keep gradient norms in float16, as released; it halves what the
-        pass over the gradients holds, and rounds near-equal scores to ties.
+    """Unstructured or patterned pruning by weights, activations and gradients (arXiv 2311.04902).
 
     Activation norms sum over tokens and gradient norms over sequences, so that both counts change the balance.
+
+    Parameters
+    ----------
+    norm
+        Of the gradients over sequences.
+    scale
+        alpha, their weight.
+    inverse
+        Divide by the gradient norm.
+    gradient_only
+        Leave the activations out.
+    half
+        Keep gradient norms in float16, as released; it halves what the pass over the gradients holds, and rounds
+        near-equal scores to ties.
     """
 
     norm: Norm = "l2"

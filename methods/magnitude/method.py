@@ -17,9 +17,12 @@ from prunelab.common.weights.targets import Target, WeightSignals
 
 @dataclass(frozen=True)
 class Magnitude(WeightPruner):
-    """Keeps the weights of largest absolute value.
+    """Keeps the weights of largest absolute value (arXiv 1506.02626).
 
-    group: what is compared: all weights of a `matrix` (as in the baselines of Wanda and SparseGPT), those of one output
+    Parameters
+    ----------
+    group
+        What is compared: all weights of a `matrix` (as in the baselines of Wanda and SparseGPT), those of one output
         (`row`), or those of the whole `model`.
     """
 

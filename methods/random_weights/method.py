@@ -14,9 +14,12 @@ from prunelab.common.weights.targets import Target, Unit, WeightSignals
 
 @dataclass(frozen=True)
 class RandomWeights(WeightPruner):
-    """Keeps units by lot: weights of each row, or heads, channels, experts, layers or sublayers.
+    """Keeps units by lot; `prune(..., seed=...)` starts the draws. A baseline of no paper.
 
-    `prune(..., seed=...)` starts the draws.
+    Parameters
+    ----------
+    units
+        What is drawn: weights of each row, heads, channels, experts, sublayers or layers.
     """
 
     units: tuple[Unit, ...] = ("linear",)

@@ -51,9 +51,14 @@ def prune_matrix(weight: Tensor, factor: Tensor, budget: Budget, width: int) -> 
 
 @dataclass(frozen=True)
 class SparseGPT(WeightPruner):
-    """One-shot pruning with weight reconstruction, in ratios or patterns.
+    """One-shot pruning with weight reconstruction, in ratios or patterns (arXiv 2301.00774).
 
-    damping: share of the Hessian's mean diagonal added to it. width: columns updated lazily together (128).
+    Parameters
+    ----------
+    damping
+        Share of the Hessian's mean diagonal added to it.
+    width
+        Columns updated lazily together (128).
     """
 
     damping: float = 0.01

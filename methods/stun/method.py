@@ -140,10 +140,16 @@ def cluster_means(parameter: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Owl(WeightPruner):
-    """Wanda under OWL's allocation (Yin et al., ICML 2024): blocks with many outliers keep more of their weights.
+    """Wanda under OWL's allocation (arXiv 2310.05175): blocks with many outliers keep more of their weights.
 
-    outlier: times the block's mean score from which a weight is an outlier (M). spread: half the range of ratios.
     # assumption: M = 5 and 0.08, OWL's own choice for LLaMA; STUN's values for its models are not known.
+
+    Parameters
+    ----------
+    outlier
+        Times the block's mean score from which a weight is an outlier (M).
+    spread
+        Half the range of ratios.
     """
 
     outlier: float = 5.0
@@ -175,13 +181,24 @@ class Owl(WeightPruner):
 
 @dataclass(frozen=True)
 class Stun(Owl):
-    """Experts first, weights second, to one sparsity counted over all parameters of both stages.
+    """Experts first, weights second, to one sparsity counted over all parameters of both stages (arXiv 2409.06211).
 
-    experts: share of all experts that stage one keeps (0.797 for Arctic), more where the budget asks for less.
-    similarity: `router` rows, `coactivation` counts, or `both` (counts times `mix` and rows together).
-    by_norm: router distances over the router's norm, so that layers of unlike norms compare.
-    means_up_to: layers of at most so many clusters get their experts' means instead of representatives.
-    then: stage two. With `none` the budget is the share of experts, and `experts` is not read.
+    Parameters
+    ----------
+    experts
+        Share of all experts that stage one keeps (0.797 for Arctic), more where the budget asks for less.
+    similarity
+        `router` rows, `coactivation` counts, or `both` (counts times `mix` and rows together).
+    mix
+        Weight of the counts.
+    by_norm
+        Router distances over the router's norm, so that layers of unlike norms compare.
+    means_up_to
+        Layers of at most so many clusters get their experts' means instead of representatives.
+    then
+        Stage two. With `none` the budget is the share of experts, and `experts` is not read.
+    outlier, spread
+        Of OWL, see `Owl`.
     """
 
     experts: float = 0.8

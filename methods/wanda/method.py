@@ -41,9 +41,12 @@ def cumulative_mask(scores: Tensor, budget: Budget) -> Tensor:
 
 @dataclass(frozen=True)
 class Wanda(WeightPruner):
-    """Pruning by weights and activations.
+    """Pruning by weights and activations (arXiv 2306.11695).
 
-    variant: rows may lose different shares (see `cumulative_mask`); for ratios only.
+    Parameters
+    ----------
+    variant
+        Rows may lose different shares (see `cumulative_mask`); for ratios only.
     """
 
     variant: bool = False
