@@ -263,7 +263,7 @@ def test_bad_input_says_what_to_do():
     for wrong in ({"experts": 0.0}, {"experts": 1.5}, {"means_up_to": -1}, {"outlier": 0.0}, {"spread": -1.0}):
         with pytest.raises(PrunelabError, match="stun"):
             Stun(**wrong)
-    with pytest.raises(PrunelabError, match="one ratio|for single weights"):
+    with pytest.raises(PrunelabError, match=r"one ratio|for single weights"):
         prune(Stun(), model, "2:4", token_ids(), progress=False)
     with pytest.raises(PrunelabError, match="one ratio"):
         prune(Owl(), language_model(), Budget(7, "count"), token_ids(), progress=False)
