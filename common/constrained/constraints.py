@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser as syntax  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
@@ -146,6 +146,8 @@ class _Nodes:
         self.empty: list[list[int]] = []
 
     def node(self) -> int:
+        if len(self.edges) > 4 * STATES:  # before the work that so many would make
+            raise PrunelabError(f"the pattern needs more than {STATES} states; make it smaller or less deep")
         self.edges.append([])
         self.empty.append([])
         return len(self.edges) - 1
@@ -232,26 +234,30 @@ def _determinise(
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Subset construction: table [S + 1, size + 1] and final states [S + 1], the sink and its class last."""
 
-    def closure(seeds: Collection[int]) -> frozenset[int]:
-        found, left = set(seeds), list(seeds)
+    @cache
+    def closure(node: int) -> int:
+        """The nodes reached without a letter, as bits of a number; what only passes on adds nothing."""
+        found, left = {node}, [node]
         while left:
             fresh = set(empty[left.pop()]) - found
             found |= fresh
             left += fresh
-        return frozenset(n for n in found if edges[n] or n == last)  # what only passes on adds nothing
+        return sum(1 << n for n in found if edges[n] or n == last)
 
-    numbers = {closure([first]): 0}
+    @cache
+    def leads(node: int) -> list[tuple[int, int]]:
+        return [(letter, closure(target)) for letters, target in edges[node] for letter in letters]
+
+    numbers = {closure(first): 0}
     rows: list[dict[int, int]] = []
     queue = list(numbers)
     for state in queue:  # grows on the way
-        targets: dict[int, set[int]] = {}
-        for node in state:
-            for letters, target in edges[node]:
-                for letter in letters:
-                    targets.setdefault(letter, set()).add(target)
+        targets: dict[int, int] = {}
+        for node in _bits(state):
+            for letter, nodes in leads(node):
+                targets[letter] = targets.get(letter, 0) | nodes
         row = {}
-        for letter, seeds in targets.items():
-            following = closure(seeds)
+        for letter, following in targets.items():
             if following not in numbers:
                 numbers[following] = len(numbers)
                 queue.append(following)
@@ -262,16 +268,30 @@ def _determinise(
     table = np.full((len(rows) + 1, size + 1), len(rows), dtype=np.int32)
     for i, row in enumerate(rows):
         table[i, list(row)] = list(row.values())
-    return table, np.array([last in state for state in numbers] + [False])
+    return table, np.array([bool(state >> last & 1) for state in numbers] + [False])
+
+
+def _bits(number: int) -> Iterator[int]:
+    """Places of the ones of a number."""
+    while number:
+        low = number & -number
+        yield low.bit_length() - 1
+        number ^= low
 
 
 def _trim(
     table: NDArray[np.int32], final: NDArray[np.bool_], pattern: str
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Without the states from which no final one can be reached."""
-    alive = final.copy()
-    while (more := alive | alive[table].any(1)).sum() > alive.sum():
-        alive = more
+    alive, left = final.copy(), np.flatnonzero(final).tolist()
+    by_target = table.argsort(axis=None, kind="stable")
+    starts = np.searchsorted(table.ravel()[by_target], np.arange(len(table) + 1))
+    while left:  # each step back is taken once
+        state = left.pop()
+        before = by_target[starts[state] : starts[state + 1]] // table.shape[1]
+        fresh = np.unique(before[~alive[before]])
+        alive[fresh] = True
+        left += fresh.tolist()
     if not alive[0]:
         raise PrunelabError(f"no text over this vocabulary satisfies the pattern {pattern!r}; change the pattern")
     number = np.where(alive, alive.cumsum() - 1, alive.sum()).astype(np.int32)

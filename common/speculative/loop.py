@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,19 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import claimed, overridden, runs
 from prunelab.common.core.learned import PARTS, fitting
-from prunelab.common.speculative.reader import Reader, info
+from prunelab.common.speculative.reader import Reader, info, working_device
 from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import DraftTree
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-    from transformers.generation import GenerateDecoderOnlyOutput
+    from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
+
+# What `generate` hands to its decoding that drafts know of; anything else would be left unread.
+KNOWN = frozenset({"attention_mask", "position_ids", "use_cache", "cache", "past_key_values", "logits_to_keep",
+                   "token_type_ids", "next_sequence_length", "output_attentions", "output_hidden_states"})  # fmt: skip
+# Processors that read the model or remember what they were asked, so that asking about drafts changes the text.
+STATEFUL = frozenset({"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"})
 
 
 @dataclass(frozen=True)
@@ -119,9 +126,11 @@ class DecodingHandle:
     session: Session
     seed: int
     plain: Callable[..., Any]  # the model's `generate` as it was
+    drafts: Mapping[str, Reader] = field(default_factory=dict)  # models among the services
     runs: list[Decoded] = field(default_factory=list)
     _steps: int = 0
     _prompt: int = 0
+    _streamer: BaseStreamer | None = None
 
     def report(self) -> Decoded:
         """All runs together."""
@@ -140,9 +149,11 @@ class DecodingHandle:
             raise PrunelabError(
                 f"{self.session.method.name} decodes by itself; leave custom_generate and assistants out"
             )
-        self._steps, before, start = 0, self.session.drafting, clock(self.model.device)
-        out = self.plain(*args, custom_generate=self.decode, **options)
-        seconds = clock(self.model.device) - start
+        device = working_device(self.model)
+        self._steps, before, start = 0, self.session.drafting, clock(device)
+        self._streamer = options.get("streamer")
+        out = self.plain(*args, custom_generate=self.decode, **stopped_by_words(self.model, options))
+        seconds = clock(device) - start
         sequence = out if isinstance(out, Tensor) else out.sequences
         tokens = sequence[0, self._prompt :]
         self.runs.append(Decoded(tokens, self._steps, seconds, self.session.drafting - before))
@@ -159,33 +170,71 @@ class DecodingHandle:
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What `generate` calls with everything prepared. It ends where plain decoding does: at the exact length, and
         at the first token that a stopping criterion wants, also inside a draft."""
+        self._refuse(generation_config, logits_processor, model_kwargs)
         tokens = self._own(model, input_ids, generation_config, model_kwargs.get("attention_mask"))
         reader = self._reader(model, tokens, model_kwargs)
         sampling = generation_config.do_sample
         session = self.session
-        session.rng = (session.rng or torch.Generator(model.device).manual_seed(self.seed)) if sampling else None
+        session.rng = (session.rng or torch.Generator(tokens.device).manual_seed(self.seed)) if sampling else None
         sequence, done = input_ids, False
+        asked = {name: getattr(generation_config, f"output_{name}") for name in ("scores", "logits")}
+        rows: dict[str, list[Tensor]] = {"scores": [], "logits": []}
+        scores = torch.empty(0)
         session.begin(tokens)
 
         def process(tree: DraftTree, logits: Tensor) -> Tensor:
-            return processed(logits_processor, sequence, tree, logits) if logits_processor else logits
+            nonlocal scores
+            kept = [dict(vars(p)) for p in logits_processor]
+            scores = processed(logits_processor, sequence, tree, logits) if logits_processor else logits
+            refuse_memory(self.session.method.name, logits_processor, kept)
+            return scores
 
         while not done:
             room = int(generation_config.max_length) - sequence.shape[1]
             step = session.step(reader, tokens, room, process, reader.prompting)
             emitted, done = until_stop(stopping_criteria, sequence, step.accepted.tokens)
             self._steps += 1
+            before = torch.cat([step.accepted.nodes.new_zeros(1), step.accepted.nodes + 1])[: len(emitted)]
+            for name, found in (("scores", scores.float()), ("logits", step.logits.float())):
+                rows[name] += found[before].split(1) if asked[name] else ()
+            if self._streamer is not None:
+                for token in emitted.cpu().split(1):
+                    self._streamer.put(token)
             sequence = torch.cat([sequence, emitted.unsqueeze(0)], 1)
             tokens = torch.cat([tokens, emitted])
             # As the authors of Token Recycling have it, a step that ended inside its draft is not learned from.
             if not done or len(emitted) == len(step.accepted.tokens):
                 session.learn(step)
         reader.crop(len(tokens) - 1)
+        if self._streamer is not None:
+            self._streamer.end()
         if not generation_config.return_dict_in_generate:
             return sequence
         from transformers.generation import GenerateDecoderOnlyOutput
 
-        return GenerateDecoderOnlyOutput(sequences=sequence, **seam.with_cache({}, reader.cache))
+        told = {name: tuple(rows[name]) for name in rows if asked[name]}
+        return GenerateDecoderOnlyOutput(sequences=sequence, **told, **seam.with_cache({}, reader.cache))
+
+    def _refuse(self, config: GenerationConfig, processors: LogitsProcessorList, given: Mapping[str, Any]) -> None:
+        """Refuse, before work, what would not be as without drafts."""
+        name = self.session.method.name
+        for output in ("attentions", "hidden_states"):
+            if config.return_dict_in_generate and getattr(config, f"output_{output}"):
+                raise PrunelabError(f"{name} reads many tokens a pass; generate without output_{output}")
+        if stateful := [type(p).__name__ for p in processors if type(p).__name__ in STATEFUL]:
+            raise PrunelabError(
+                f"{name} asks for the scores behind drafts that come to nothing, and {', '.join(stateful)} remembers"
+                " each; generate without it"
+            )
+        others = {key for key, value in given.items() if value is not None} - KNOWN
+        if others:
+            raise PrunelabError(f"{name} reads token ids alone, not {', '.join(sorted(others))}; generate without them")
+        for service, draft in self.drafts.items():
+            if draft.context is not None and draft.context < int(config.max_length):
+                raise PrunelabError(
+                    f"the {service} model has a context of {draft.context} tokens and the text may have"
+                    f" {config.max_length}; take a longer one, or generate less"
+                )
 
     def _own(self, model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, mask: Tensor | None) -> Tensor:
         """The prompt's own tokens [N], without padding on the left."""
@@ -201,6 +250,24 @@ class DecodingHandle:
             raise PrunelabError("a draft is verified with the help of a cache; leave use_cache on")
         whole = runs(model, "cache_pruner")
         return Reader(model, cache, tokens[: cache.get_seq_length()], self.session.method.reads_hidden, whole)
+
+
+def stopped_by_words(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `generate` with its stop strings as a criterion, since it keeps the tokenizer they need to
+    itself when decoding is another's."""
+    from transformers.generation import StoppingCriteriaList, StopStringCriteria
+
+    given = dict(options)
+    config, tokenizer = given.get("generation_config") or model.generation_config, given.pop("tokenizer", None)
+    words = given.pop("stop_strings", None) or config.stop_strings
+    if not words:
+        return given
+    if tokenizer is None:
+        raise PrunelabError("stop strings are found by the model's tokenizer; give tokenizer=... along with them")
+    given["generation_config"] = copy.deepcopy(config)
+    given["generation_config"].stop_strings = None
+    criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=words)
+    return given | {"stopping_criteria": StoppingCriteriaList([*(given.get("stopping_criteria") or ()), criterion])}
 
 
 def refuse_prompt(model: PreTrainedModel, input_ids: Tensor) -> None:
@@ -222,6 +289,17 @@ def until_stop(criteria: StoppingCriteriaList, sequence: Tensor, tokens: Tensor)
         if bool(criteria(longer[:, : sequence.shape[1] + count], None).all()):
             return tokens[:count], True
     return tokens, False
+
+
+def refuse_memory(method: str, processors: LogitsProcessorList, before: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse processors of one's own that changed while they were asked about drafts."""
+    for processor, known in zip(processors, before, strict=True):
+        own = not type(processor).__module__.startswith("transformers.")
+        if own and any(vars(processor)[name] is not value for name, value in known.items() if name in vars(processor)):
+            raise PrunelabError(
+                f"{method} asks {type(processor).__name__} for the scores behind drafts that come to nothing, and it"
+                " remembers each; write it as a function of the tokens and scores it is given"
+            )
 
 
 def processed(processors: LogitsProcessorList, sequence: Tensor, tree: DraftTree, logits: Tensor) -> Tensor:
@@ -271,10 +349,11 @@ def applied(
             learned = fitting(method, info(model), parts, getattr(model, PARTS, None))
             given |= {} if learned is None else {"parts": learned}
             given |= {"output": reader.model.get_output_embeddings()} if method.reads_hidden else {}
-            with torch.inference_mode(False), torch.device(reader.model.device):  # a state may be gone on from anywhere
+            with torch.inference_mode(False), torch.device(reader.device):  # a state may be gone on from anywhere
                 state = method.start(vocabulary, **given)
         budget = budget if isinstance(budget, Budget) else Budget(budget)
-        handle = DecodingHandle(reader.model, Session(method, budget, state), seed, reader.model.generate)
+        drafts = {name: service for name, service in given.items() if isinstance(service, Reader)}
+        handle = DecodingHandle(reader.model, Session(method, budget, state), seed, reader.model.generate, drafts)
         with overridden(model, "generate", handle.generate):
             yield handle
 
@@ -313,6 +392,7 @@ def generate(
 
 def prompt(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Prompt ids [N] or [1, N] as [1, N] on the model's device, refused where they cannot be continued."""
-    ids = torch.as_tensor(ids, device=model.device).reshape(1, -1) if ids.dim() < 2 else ids.to(model.device)
+    ids = torch.as_tensor(ids, device=working_device(model))
+    ids = ids.reshape(1, -1) if ids.dim() < 2 else ids
     refuse_prompt(model, ids)
     return ids

@@ -41,13 +41,19 @@ class Reader:
 
         self.model = model
         self.cache = DynamicCache(config=model.config) if cache is None else cache
-        self.held = torch.empty(0, dtype=torch.long, device=model.device) if held is None else held
+        self.device = working_device(model)
+        self.held = torch.empty(0, dtype=torch.long, device=self.device) if held is None else held
         self.hidden: Tensor | None = None
         self._watch, self._context = watch, getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._whole = whole
         self._tree: DraftTree | None = None
         self._brief = "logits_to_keep" in inspect.signature(model.forward).parameters
         _check(model, self.cache)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model has positions for, where that is known."""
+        return self._context
 
     @property
     def vocabulary(self) -> int:
@@ -91,6 +97,8 @@ class Reader:
         if aside is not None and self._context is not None:
             behind[drafts:].clamp_(max=self._context - 1)
         positions = torch.cat([places, behind[known:]])
+        if self._context is not None:  # what a draft model guesses of tokens behind its context comes to nothing
+            positions.clamp_(max=self._context - 1)
         self.held, self._tree = tokens, tree
         return self._forward(fed, seen, positions, new + (not known), self._watch)
 
@@ -158,6 +166,15 @@ def info(model: PreTrainedModel) -> ModelInfo:
     )
 
 
+def working_device(model: PreTrainedModel) -> torch.device:
+    """Where the model computes, also while its weights are offloaded and stand on the meta device."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "meta"))
+
+
 def vocabulary(model: PreTrainedModel) -> int:
     """Number of tokens that a model gives logits for."""
     head = model.get_output_embeddings()
@@ -176,6 +193,17 @@ def _check(model: PreTrainedModel, cache: Cache) -> None:
         raise PrunelabError(
             f"a tree needs an attention mask, which {attention} does not take;"
             ' call model.set_attn_implementation("sdpa")'
+        )
+    config = model.config
+    if seam.windowed(config.get_text_config()) or "local" in getattr(config, "attention_layers", ()):
+        raise PrunelabError(
+            "a draft may stand anywhere in the cache, which a sliding window does not see through;"
+            " use a model of full attention"
+        )
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        raise PrunelabError(
+            f"a {config.model_type} tells tokens apart by their order in the cache, in which a draft's"
+            " branches stand one behind the other; use a model with rotary or learned positions"
         )
     for layers in (cache.layers, DynamicCache(config=model.config).layers):
         plain = [type(layer) is DynamicLayer or hasattr(layer, "keep_path") for layer in layers]

@@ -422,7 +422,7 @@ def test_what_cannot_be_decoded_is_refused_in_a_line(ids, options, said):
 
 
 def test_caches_without_entries_by_token_are_refused():
-    with pytest.raises(PrunelabError, match="SlidingWindow"):
+    with pytest.raises(PrunelabError, match="sliding window"):
         speculative.generate(Bushy(), language_model("mistral", sliding_window=16), PROMPT, max_new_tokens=5)
     model = model_of()
     offloaded = transformers.DynamicCache(config=model.config)
