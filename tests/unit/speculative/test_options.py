@@ -124,7 +124,7 @@ def test_a_picture_is_not_left_unread():
     given = vlms.prompt("llava", vlms.images("llava", 1))
     with (
         apply(TokenRecycling(), model, 1.0),
-        pytest.raises(PrunelabError, match="reads token ids alone, not (mm_encoder_outputs|pixel_values)"),
+        pytest.raises(PrunelabError, match=r"reads token ids alone, not (mm_encoder_outputs|pixel_values)"),
     ):
         model.generate(**given, **GREEDY)
 
