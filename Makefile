@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: paper_tables test test-faults test-cluster lint lock clean
+.PHONY: paper_tables test test-versions test-faults test-cluster lint lock clean
 
 paper_tables: $(READY)
 	$(BIN)/snakemake paper_tables
 
 test: $(READY) lint
 	$(BIN)/pytest -n 2 --dist loadscope
+
+# What hooks into transformers, on the oldest and the newest release that pyproject.toml allows, or on VERSIONS; an
+# environment for each lies in .venvs. SAMPLE=1 runs the part that continuous integration does.
+test-versions: $(READY)
+	$(BIN)/python -m tests.versions $(if $(SAMPLE),--sample) $(VERSIONS)
 
 # Kills, full disks, damaged files and clocks that jump, against the workflow at smoke scale; a quarter of an hour.
 test-faults: $(READY)
@@ -39,4 +44,4 @@ lock: $(READY)
 	  | sed -E "/^(nvidia-|cuda-|triton==)/ s/$$/ ; sys_platform == 'linux'/" > requirements.lock
 
 clean:
-	rm -rf .venv results .snakemake build *.egg-info
+	rm -rf .venv .venvs results .snakemake build *.egg-info

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import nn
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
 from prunelab.common.core.plan import Gather, Mix
+from prunelab.common.core.versions import warn_outside
 
 Remove = Callable[[], Any]
 _METHODS: WeakKeyDictionary[nn.Module, tuple[Method, ...]] = WeakKeyDictionary()  # at work on a model, outermost first
@@ -40,6 +42,8 @@ def claimed(method: Method, model: nn.Module, services: Mapping[str, Any] | None
 
     Raises where a service is missing, the model is compiled, or the method has no meaning beside one at work.
     """
+    if "transformers" in sys.modules:
+        warn_outside("transformers")
     missing = set(method.services) - set(services or {})
     if missing:
         raise PrunelabError(f"{method.name} needs the services {', '.join(sorted(missing))}; pass services={{...}}")
