@@ -73,11 +73,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class A2SF(OwnAttention):
-    """The paper's method: entries go one by one, while the prompt is read and while the answer is written.
+    """The paper's method (arXiv 2407.20485): entries go one by one, while the prompt is read and the answer written.
 
-    forgetting: alpha; 1 is H2O's sum, 0 the current step alone. sink, recent: first and last tokens that always stay;
-    the paper keeps neither. Every token of the prompt attends only to what is left when it comes, so that reading is as
-    lossy as writing; it goes token by token, because each eviction depends on the one before.
+    Every token of the prompt attends only to what is left when it comes, so that reading is as lossy as writing; it
+    goes token by token, because each eviction depends on the one before.
+
+    Parameters
+    ----------
+    forgetting : float
+        alpha (equation 4); 1 is H2O's sum, 0 the current step alone.
+    sink, recent : int
+        First and last tokens that always stay; the paper keeps neither.
     """
 
     forgetting: float = 0.2  # the paper's best values lie between 0.1 and 0.3
@@ -128,10 +134,16 @@ class A2SF(OwnAttention):
 
 @dataclass(frozen=True)
 class A2SFPrefill(CachePruner):
-    """The later released version: the prompt is read whole and its cache cut once, nothing goes while writing.
+    """The later released version of arXiv 2407.20485: the prompt is read whole and its cache cut once.
 
-    forgetting: alpha; the query q of L weighs alpha^(L - 1 - q). recent: last tokens that always stay. observers: not
-    None makes it the release's other policy, in which that many last queries weigh 1 and the others nothing.
+    Parameters
+    ----------
+    forgetting : float
+        alpha; the query q of L weighs alpha^(L - 1 - q).
+    recent : int
+        Last tokens that always stay.
+    observers : int, optional
+        Makes it the release's other policy, in which that many last queries weigh 1 and the others nothing.
     """
 
     forgetting: float = 0.95

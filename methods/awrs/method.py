@@ -210,15 +210,19 @@ class TokenSampler(ConstrainedSampler):
 
 @dataclass(frozen=True)
 class AWRS(TokenSampler):
-    """Adaptive weighted rejection sampling.
-
-    estimator: of Z. `paper` is the one published; `recursive` and `geometric` are those of the authors' later library,
-        `adaptive` chooses between the two as the library does, and `none` gives every token the weight 1, which is
-        locally constrained decoding.
-    max_accepts: successes that the geometric estimator waits for; more of them vary less and ask more.
+    """Adaptive weighted rejection sampling (arXiv 2504.05410).
 
     Only the estimators of the library stay unbiased when they have to stop early, so that `paper` needs a budget of
     all tokens. It asks about few of them.
+
+    Parameters
+    ----------
+    estimator : {"paper", "adaptive", "recursive", "geometric", "none"}
+        Of Z. `paper` is the one published; `recursive` and `geometric` are those of the authors' later library,
+        `adaptive` chooses between the two as the library does, and `none` gives every token the weight 1, which is
+        locally constrained decoding.
+    max_accepts : int
+        Successes that the geometric estimator waits for; more of them vary less and ask more.
     """
 
     estimator: Literal["paper", "adaptive", "recursive", "geometric", "none"] = "paper"
@@ -255,9 +259,13 @@ class AWRS(TokenSampler):
 
 @dataclass(frozen=True)
 class LocallyConstrained(TokenSampler):
-    """Locally constrained decoding: the constraint masks the whole vocabulary, and what is left is renormalised.
+    """Locally constrained decoding, the baseline of arXiv 2504.05410: the constraint masks the whole vocabulary, and
+    what is left is renormalised.
 
-    proper: weigh by the mass that the mask leaves, instead of by 1 as is usual.
+    Parameters
+    ----------
+    proper : bool
+        Weigh by the mass that the mask leaves, instead of by 1 as is usual.
     """
 
     proper: bool = False
@@ -277,8 +285,8 @@ class LocallyConstrained(TokenSampler):
 
 @dataclass(frozen=True)
 class TokenRejection(TokenSampler):
-    """Plain rejection: draws with replacement until two are allowed, which gives the geometric estimator of Z without
-    its memory. Ends where the budget does, all tokens of it where that is 1.0."""
+    """Plain rejection, a baseline of arXiv 2504.05410: draws with replacement until two are allowed, which gives the
+    geometric estimator of Z without its memory. Ends where the budget does, all tokens of it where that is 1.0."""
 
     name: ClassVar[str] = "token_rejection"
 

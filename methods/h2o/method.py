@@ -15,10 +15,14 @@ from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 @dataclass(frozen=True)
 class H2O(CachePruner):
-    """Heavy hitters by accumulated attention, evicted greedily while decoding; the share `recent` of the budget goes
-    to the last tokens.
+    """Heavy hitters by accumulated attention, evicted greedily while decoding (arXiv 2306.14048).
 
     Heads that share keys and values add up.  # assumption: the paper has no grouped queries
+
+    Parameters
+    ----------
+    recent : float
+        Share of the budget that the last tokens get.
     """
 
     recent: float = 0.5
@@ -50,7 +54,8 @@ def per_observer(received: Tensor, places: Tensor, group: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ObservedAttention(CachePruner):
-    """Mean attention from the queries that see a token, at prefill (a standard of the KVPress library)."""
+    """Mean attention from the queries that see a token, at prefill (a standard of the KVPress library, after
+    arXiv 2306.14048)."""
 
     name: ClassVar[str] = "observed_attention"
 

@@ -48,17 +48,26 @@ def per_channel(x: Tensor, sparsity: float, group: int, released: bool = True) -
 
 @dataclass(frozen=True)
 class Mustafar(ThinsVectors):
-    """Magnitude pruning of keys and values, each token once, when it leaves the window of the last tokens.
+    """Magnitude pruning of keys and values, each token once, when it leaves the last ones (arXiv 2505.22913).
 
-    The budget is the share of the entries of a vector that stays. keys, values: the share that goes of the one or the
-    other instead. window: last tokens that stay as they are. value_groups: `token` compares the entries of one vector,
-    `channel` those of one channel over `window` tokens. released: see `largest`. A token is pruned behind the step
-    in which it leaves the window: that step still sees it whole.
+    The budget is the share of the entries of a vector that stays. A token is pruned behind the step in which it leaves
+    the window: that step still sees it whole.
+
+    Parameters
+    ----------
+    keys, values : float, optional
+        The share that goes of the one or the other, in place of the budget.
+    window_size : int
+        Last tokens that stay as they are.
+    value_groups : {"token", "channel"}
+        Whether the entries of one vector are compared, or those of one channel over `window_size` tokens.
+    released : bool
+        Whether one entry less goes, as in the released code; see `largest`.
     """
 
     keys: float | None = None
     values: float | None = None
-    window: int = 32
+    window_size: int = 32
     value_groups: Literal["token", "channel"] = "token"
     released: bool = True
 
@@ -67,15 +76,15 @@ class Mustafar(ThinsVectors):
     exempt = {"budget": "every entry stays, with fewer numbers"}
 
     def __post_init__(self) -> None:
-        if self.window < 0 or (self.value_groups == "channel" and self.window < 1):
+        if self.window_size < 0 or (self.value_groups == "channel" and self.window_size < 1):
             raise PrunelabError("mustafar: the window must be at least 0, and with groups of channels at least 1")
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})
 
     def frozen(self, entries: int) -> int:
-        done = max(entries - self.window, 0)
-        return done if self.value_groups == "token" else done // self.window * self.window
+        done = max(entries - self.window_size, 0)
+        return done if self.value_groups == "token" else done // self.window_size * self.window_size
 
     def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
         return Plan(Gather(torch.arange(signals.units, device=signals.keys.device).expand(*signals.keys.shape[:2], -1)))
@@ -87,7 +96,7 @@ class Mustafar(ThinsVectors):
             raise PrunelabError(f"mustafar keeps a share of every vector, not {budget}; give a ratio")
         dense = 1 - budget.amounts[0]
         sparse_keys, sparse_values = (dense if given is None else given for given in (self.keys, self.values))
-        end = max(signals.units - self.window, 0)
+        end = max(signals.units - self.window_size, 0)
         start = max(end - signals.queries.shape[2], 0)  # what is before it was pruned when it left the window
         keys = keys.clone()
         keys[:, :, start:end] = per_token(keys[:, :, start:end], sparse_keys, self.released)
@@ -95,6 +104,8 @@ class Mustafar(ThinsVectors):
         if self.value_groups == "token":
             values[:, :, start:end] = per_token(values[:, :, start:end], sparse_values, self.released)
         else:
-            start = start // self.window * self.window  # the group that may now be whole
-            values[:, :, start:end] = per_channel(values[:, :, start:end], sparse_values, self.window, self.released)
+            start = start // self.window_size * self.window_size  # the group that may now be whole
+            values[:, :, start:end] = per_channel(
+                values[:, :, start:end], sparse_values, self.window_size, self.released
+            )
         return keys, values

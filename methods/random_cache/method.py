@@ -14,9 +14,15 @@ from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 @dataclass(frozen=True)
 class RandomCache(CachePruner):
-    """Keeps prompt entries by lot, drawn anew for every layer, head and sample, and the last `window` tokens."""
+    """Keeps prompt entries by lot, drawn anew for every layer, head and sample (a baseline without a paper).
 
-    window: int = 1
+    Parameters
+    ----------
+    window_size : int
+        Last tokens that always stay.
+    """
+
+    window_size: int = 1
 
     name: ClassVar[str] = "random_cache"
     exempt = {"batch": "every sample draws its own lot", "padding": "the lots of real tokens depend on the padding"}
@@ -29,4 +35,4 @@ class RandomCache(CachePruner):
         return torch.rand(signals.places.shape, generator=signals.rng, device=signals.places.device)
 
     def protected(self, capacity: int) -> tuple[int, int]:
-        return 0, min(self.window, capacity)
+        return 0, min(self.window_size, capacity)

@@ -107,12 +107,26 @@ class Memory:
 
 @dataclass(frozen=True)
 class RASD(DraftDecoder):
-    """Fuses a draft model's tree with retrieved continuations.
+    """Fuses a draft model's tree with retrieved continuations (arXiv 2503.03434).
 
-    retrieval: from the `context` (prompt lookup) or from a `store` of tokens, the service of that name (REST).
-    nodes: of the draft model's tree. retrieved: nodes that retrieval may add; the budget scales both. width, depth:
-    of the draft model's tree. longest: tokens of a suffix. length: tokens of a continuation. most: continuations
-    looked at. least: probability under the draft model that a retrieved token needs; 0 prunes nothing.
+    Parameters
+    ----------
+    retrieval : {"context", "store"}
+        From the text so far (prompt lookup), or from a store of tokens, the service of that name (REST).
+    nodes : int
+        Of the draft model's tree.
+    retrieved : int
+        Nodes that retrieval may add; the budget scales both.
+    width, depth : int
+        Of the draft model's tree.
+    longest : int
+        Tokens of a suffix.
+    length : int
+        Tokens of a continuation.
+    most : int
+        Continuations looked at.
+    least : float
+        Probability under the draft model that a retrieved token needs; 0 prunes nothing.
     """
 
     # assumption: all of these sizes; those of the tree are EAGLE-2's, made smaller.

@@ -18,42 +18,49 @@ from prunelab.common.core.plan import Site
 from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 
-def votes(rows: Tensor, kernel: int, pooling: Literal["mean", "max"] = "mean") -> Tensor:
+def votes(rows: Tensor, kernel_size: int, pooling: Literal["mean", "max"] = "mean") -> Tensor:
     """Votes [B, KV, N - W] for the tokens before the window, from the attention [B, KV, G, W, N] of its W queries.
 
-    The mean over queries and the heads of a group, pooled over `kernel` neighbours; neighbours outside count as 0.
+    The mean over queries and the heads of a group, pooled over `kernel_size` neighbours; neighbours outside count as 0.
     """
     observed = rows[..., : -rows.shape[3]].mean(3)  # [B, KV, G, N - W]
     if pooling == "mean":  # commutes with the mean over heads
-        return F.avg_pool1d(observed.mean(2), kernel, 1, kernel // 2)
-    return F.max_pool1d(observed.flatten(1, 2), kernel, 1, kernel // 2).unflatten(1, rows.shape[1:3]).mean(2)
+        return F.avg_pool1d(observed.mean(2), kernel_size, 1, kernel_size // 2)
+    return F.max_pool1d(observed.flatten(1, 2), kernel_size, 1, kernel_size // 2).unflatten(1, rows.shape[1:3]).mean(2)
 
 
 @dataclass(frozen=True)
 class SnapKV(CachePruner):
-    """Prompt compression by an observation window at its end.
+    """Prompt compression by an observation window at its end (arXiv 2404.14469).
 
-    window: tokens that observe, and always stay. kernel: odd width of the pooling. pooling: `mean`, or `max`.
+    Parameters
+    ----------
+    window_size : int
+        Tokens that observe, and always stay.
+    kernel_size : int
+        Odd width of the pooling.
+    pooling : {"mean", "max"}
+        What neighbours become.
     """
 
-    window: int = 32
-    kernel: int = 5
+    window_size: int = 32
+    kernel_size: int = 5
     pooling: Literal["mean", "max"] = "mean"
 
     name: ClassVar[str] = "snapkv"
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise PrunelabError("snapkv needs a window of at least 1 and an odd kernel")
+        if self.window_size < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise PrunelabError("snapkv needs a window_size of at least 1 and an odd kernel_size")
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})
 
     def protected(self, capacity: int) -> tuple[int, int]:
-        return 0, self.window
+        return 0, self.window_size
 
     def score(self, site: Site, signals: CacheSignals) -> Tensor:
-        window = min(self.window, signals.units)  # of a shorter prompt nothing lies before the window
+        window = min(self.window_size, signals.units)  # of a shorter prompt nothing lies before the window
         if window == signals.units:
             return torch.zeros_like(signals.prunable, dtype=torch.float32)
-        return F.pad(votes(signals.rows(window), self.kernel, self.pooling), (0, window))
+        return F.pad(votes(signals.rows(window), self.kernel_size, self.pooling), (0, window))

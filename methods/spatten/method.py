@@ -57,12 +57,21 @@ def fetched(
 
 @dataclass(frozen=True)
 class SpAtten(OwnAttention):
-    """Cascade pruning while a prompt is read and an answer written. The budget is what stays of the tokens behind each
-    layer: one amount for all, or falling amounts, one a layer.
+    """Cascade pruning while a prompt is read and an answer written (HPCA 2021, arXiv 2012.09852).
 
-    heads: share of the heads that stays behind each layer. values: share of the values that a query fetches. msb, lsb:
-    bits of keys (and values) in two parts, 0 for plain numbers; threshold: where a query's largest probability is below
-    it the second part is fetched too. Heads go by the size of their outputs, anew for every pass.
+    The budget is what stays of the tokens behind each layer: one amount for all, or falling amounts, one a layer. Heads
+    go by the size of their outputs, anew for every pass.
+
+    Parameters
+    ----------
+    heads : float
+        Share of the heads that stays behind each layer.
+    values : float
+        Share of the values that a query fetches.
+    msb, lsb : int
+        Bits of keys (and values) in two parts, 0 for plain numbers.
+    threshold : float
+        Where a query's largest probability is below it the second part is fetched too.
     """
 
     heads: float = 1.0
@@ -169,9 +178,15 @@ def chat_positions(logits: Tensor, start: int, important: int, recent: int, comi
 
 @dataclass(frozen=True)
 class SpAttenChat(CachePruner):
-    """The authors' released variant for chats: logits instead of probabilities, of the last pass alone, head by head.
+    """The authors' released variant for chats (beside arXiv 2012.09852): logits instead of probabilities, of the last
+    pass alone, head by head.
 
-    start: first tokens that stay. recent: share of the budget that the last tokens get.
+    Parameters
+    ----------
+    start : int
+        First tokens that stay.
+    recent : float
+        Share of the budget that the last tokens get.
     """
 
     start: int = 4

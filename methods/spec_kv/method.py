@@ -26,27 +26,39 @@ Reduction = Literal["max", "mean"]
 # -- SpecKV ----------------------------------------------------------------------------------------------------------
 
 
-def asked_for(rows: Tensor, kernel: int, reduction: Reduction = "max", pooling: Reduction = "max") -> Tensor:
+def asked_for(rows: Tensor, kernel_size: int, reduction: Reduction = "max", pooling: Reduction = "max") -> Tensor:
     """Scores [B, KV, N - W] of the entries before the window, from the attention [B, KV, G, W, N] of its W queries:
-    reduced over queries and a group's heads, then pooled over `kernel` neighbours."""
+    reduced over queries and a group's heads, then pooled over `kernel_size` neighbours."""
     before = rows[..., : -rows.shape[3]]
     scores = before.amax((2, 3)) if reduction == "max" else before.mean((2, 3))
     pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
-    return pool(scores, kernel, 1, kernel // 2)
+    return pool(scores, kernel_size, 1, kernel_size // 2)
 
 
 @dataclass(frozen=True)
 class SpecKV(ReadsAhead):
-    """Scores a prompt's entries by the queries of the tokens that a draft writes behind it, and of its last ones.
+    """Scores a prompt's entries by the queries of what a draft writes behind it, and of its end (arXiv 2506.08373).
 
-    ahead: tokens the draft writes; the paper lets it write as many as the answer may have. window: last tokens that ask
-    too, and always stay. kernel: odd width of the pooling. The paper's sparse attention while reading is left out: it
-    saves time where attention is a kernel of one's own, and changes what is read.
+    The paper's sparse attention while reading is left out: it saves time where attention is a kernel of one's own, and
+    changes what is read.
+
+    Parameters
+    ----------
+    ahead : int
+        Tokens the draft writes; the paper lets it write as many as the answer may have.
+    window_size : int
+        Last tokens that ask too, and always stay.
+    kernel_size : int
+        Odd width of the pooling.
+    reduction : {"max", "mean"}
+        Over queries and the heads of a group.
+    pooling : {"max", "mean"}
+        Over neighbours.
     """
 
     ahead: int = 32
-    window: int = 32
-    kernel: int = 7
+    window_size: int = 32
+    kernel_size: int = 7
     reduction: Reduction = "max"
     pooling: Reduction = "max"
 
@@ -54,14 +66,14 @@ class SpecKV(ReadsAhead):
     services = ("draft",)
 
     def __post_init__(self) -> None:
-        if self.ahead < 0 or self.window < 1 or self.kernel % 2 == 0:
-            raise PrunelabError(f"{self.name} needs ahead >= 0, a window of at least 1 and an odd kernel")
+        if self.ahead < 0 or self.window_size < 1 or self.kernel_size % 2 == 0:
+            raise PrunelabError(f"{self.name} needs ahead >= 0, a window_size of at least 1 and an odd kernel_size")
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})
 
     def protected(self, capacity: int) -> tuple[int, int]:
-        return 0, self.window
+        return 0, self.window_size
 
     def lookahead(self, tokens: Tensor, valid: Tensor | None, budget: Budget, services: Mapping[str, Any]) -> Tensor:
         if self.ahead == 0 or (budget.unit == "count" and tokens.shape[1] <= min(budget.amounts)):
@@ -69,10 +81,10 @@ class SpecKV(ReadsAhead):
         return services["draft"].continues(tokens, valid, self.ahead)
 
     def score(self, site: Site, signals: CacheSignals) -> Tensor:
-        window = self.window + signals.ahead
+        window = self.window_size + signals.ahead
         if window >= signals.units:
             return torch.zeros_like(signals.prunable, dtype=torch.float32)
-        return F.pad(asked_for(signals.rows(window), self.kernel, self.reduction, self.pooling), (0, window))
+        return F.pad(asked_for(signals.rows(window), self.kernel_size, self.reduction, self.pooling), (0, window))
 
 
 # -- SpecPC ----------------------------------------------------------------------------------------------------------
@@ -94,12 +106,12 @@ def attended(
     return reduced.amax(0) if reduction == "max" else reduced.sum(0)
 
 
-def smooth(scores: Tensor, kernel: int, pooling: Literal["max", "avg", "none"]) -> Tensor:
-    """Scores [B, N] pooled over `kernel` neighbours; outside the prompt they are zero."""
+def smooth(scores: Tensor, kernel_size: int, pooling: Literal["max", "avg", "none"]) -> Tensor:
+    """Scores [B, N] pooled over `kernel_size` neighbours; outside the prompt they are zero."""
     if pooling == "none":
         return scores
-    padded = F.pad(scores, ((kernel - 1) // 2, kernel - 1 - (kernel - 1) // 2)).unsqueeze(1)
-    return (F.max_pool1d if pooling == "max" else F.avg_pool1d)(padded, kernel, 1).squeeze(1)
+    padded = F.pad(scores, ((kernel_size - 1) // 2, kernel_size - 1 - (kernel_size - 1) // 2)).unsqueeze(1)
+    return (F.max_pool1d if pooling == "max" else F.avg_pool1d)(padded, kernel_size, 1).squeeze(1)
 
 
 def first_of_each(index: Tensor) -> Tensor:
@@ -128,16 +140,30 @@ def chosen(scores: Tensor, capacity: int, window: int, neighbours: int) -> Tenso
 
 @dataclass(frozen=True)
 class SpecPC(ShortensPrompt):
-    """Leaves tokens out of the prompt by a draft's attention; the target reads the others as if that were all.
+    """Leaves tokens out of the prompt by a draft's attention; the target reads the others alone (arXiv 2506.08373).
 
-    window: last tokens of the prompt whose attention counts, and which always stay; weighted: rising to the last.
-    kernel, pooling: smoothing of the scores. neighbours: tokens that come along with each, itself among them. steps:
-    tokens that the draft writes and whose attention counts too. first_layer: of the draft, counted from 0; of a draft
-    with fewer layers the last one counts.
+    Parameters
+    ----------
+    window_size : int
+        Last tokens of the prompt whose attention counts, and which always stay.
+    kernel_size : int
+        Width of the smoothing.
+    pooling : {"max", "avg", "none"}
+        Smoothing of the scores.
+    neighbours : int
+        Tokens that come along with each, itself among them.
+    steps : int
+        Tokens that the draft writes and whose attention counts too.
+    first_layer : int
+        First layer of the draft that counts, from 0; of a draft with fewer layers the last one.
+    weighted : bool
+        Whether the window's tokens count the more the later they are.
+    reduction : {"max", "mean"}
+        Over heads, queries, layers and steps.
     """
 
-    window: int = 64
-    kernel: int = 32
+    window_size: int = 64
+    kernel_size: int = 32
     pooling: Literal["max", "avg", "none"] = "max"
     neighbours: int = 32
     steps: int = 1
@@ -162,15 +188,17 @@ class SpecPC(ShortensPrompt):
         if capacities == lengths:
             return None
         layer = min(self.first_layer, draft.model.config.num_hidden_layers - 1)
-        window, later = draft.looks(tokens, valid, min(self.window, tokens.shape[1]), self.steps, layer)
-        scores = smooth(attended(window, later, self.weighted, self.reduction), self.kernel, self.pooling)
+        window, later = draft.looks(tokens, valid, min(self.window_size, tokens.shape[1]), self.steps, layer)
+        scores = smooth(attended(window, later, self.weighted, self.reduction), self.kernel_size, self.pooling)
         total, outputs = tokens.shape[1], max(capacities)
         found = []
         for score, length, capacity in zip(scores, lengths, capacities):  # samples keep different numbers
             if capacity < 1:
                 raise PrunelabError(f"{self.name} would leave nothing of the prompt; raise the budget")
             kept = (
-                total - length + chosen(score[total - length :], capacity, min(self.window, capacity), self.neighbours)
+                total
+                - length
+                + chosen(score[total - length :], capacity, min(self.window_size, capacity), self.neighbours)
             )
             found.append(torch.cat([torch.arange(outputs - len(kept), device=kept.device), kept]))  # padding in front
         return torch.stack(found)
@@ -182,8 +210,17 @@ class SpecPC(ShortensPrompt):
 
 @dataclass(frozen=True)
 class SpecKVPC(ShortensPrompt, SpecKV):
-    """SpecPC down to `prompt` tokens, then SpecKV down to the budget. The draft writes ahead behind the shortened
-    prompt; the paper uses again what it wrote behind the whole one."""
+    """SpecPC down to `prompt` tokens, then SpecKV down to the budget (arXiv 2506.08373).
+
+    The draft writes ahead behind the shortened prompt; the paper uses again what it wrote behind the whole one.
+
+    Parameters
+    ----------
+    prompt : int
+        Tokens that SpecPC leaves.
+    smoothing, neighbours, first_layer : int
+        SpecPC's `kernel_size`, `neighbours` and `first_layer`; the others are SpecKV's.
+    """
 
     prompt: int = 2048
     smoothing: int = 32
@@ -195,5 +232,7 @@ class SpecKVPC(ShortensPrompt, SpecKV):
     def shorten(
         self, tokens: Tensor, valid: Tensor | None, budget: Budget, services: Mapping[str, Any]
     ) -> Tensor | None:
-        pc = SpecPC(kernel=self.smoothing, neighbours=self.neighbours, steps=self.ahead, first_layer=self.first_layer)
+        pc = SpecPC(
+            kernel_size=self.smoothing, neighbours=self.neighbours, steps=self.ahead, first_layer=self.first_layer
+        )
         return pc.shorten(tokens, valid, Budget(self.prompt, "count"), services)

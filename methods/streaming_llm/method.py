@@ -20,10 +20,15 @@ def recency(signals: CacheSignals) -> Tensor:
 
 @dataclass(frozen=True)
 class StreamingLLM(CachePruner):
-    """Keeps `sink` first tokens and as many of the last as the budget has room for.
+    """Keeps the first tokens and as many of the last as the budget has room for (arXiv 2309.17453).
 
     Keys keep the rotations of their own positions; the paper renumbers what is in the cache, so that it can run beyond
     the model's context.
+
+    Parameters
+    ----------
+    sink : int
+        First tokens that always stay.
     """
 
     sink: int = 4
@@ -44,7 +49,7 @@ class StreamingLLM(CachePruner):
 
 @dataclass(frozen=True)
 class Window(CachePruner):
-    """Keeps the last tokens alone: local attention."""
+    """Keeps the last tokens alone: local attention (the baseline of arXiv 2309.17453)."""
 
     name: ClassVar[str] = "window"
     when = "both"

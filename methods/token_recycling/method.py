@@ -57,13 +57,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class TokenRecycling(DraftDecoder):
-    """Drafts from a table of earlier candidates.
+    """Drafts from a table of earlier candidates (arXiv 2408.08696).
 
-    candidates: k, how many are remembered for a token. tree: paths of candidate ranks from the root, shorter ones
-        first; empty stands for the released tree of 80 nodes. The budget takes the first nodes of it.
+    The budget takes the first nodes of the tree. The state is the table: zeros at first, so that an unknown token
+    proposes token 0, and never reset between prompts (hot start).
 
-    The state is the table: zeros at first, so that an unknown token proposes token 0, and never reset between prompts
-    (hot start).
+    Parameters
+    ----------
+    candidates : int
+        k, how many are remembered for a token.
+    tree : tuple of paths
+        Paths of candidate ranks from the root, shorter ones first; empty stands for the released tree of 80 nodes.
     """
 
     candidates: int = 8

@@ -14,7 +14,8 @@ from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 @dataclass(frozen=True)
 class TOVA(CachePruner):
-    """Keeps what the last query attends to, in the mean over all heads of a layer: they all forget the same token."""
+    """Keeps what the last query attends to, in the mean over all heads of a layer, which all forget the same token
+    (arXiv 2401.06104)."""
 
     name: ClassVar[str] = "tova"
     when = "both"

@@ -104,7 +104,7 @@ def test_tokens_and_cache_of_a_picture_in_either_order():
         given = vlms.typed(model, vlms.prompt(family, vlms.images(family, 2)))
         plain = model.generate(**given, **GREEDY)
         own, found = hooks(model), []
-        for order in permutations(((DivPrune(), 0.5), (SnapKV(window=2), 0.5))):
+        for order in permutations(((DivPrune(), 0.5), (SnapKV(window_size=2), 0.5))):
             with stacked(model, order) as handles:
                 found.append(model.generate(**given, **GREEDY))
                 held = handles[[method.name for method, _ in order].index("snapkv")].layers
@@ -112,7 +112,7 @@ def test_tokens_and_cache_of_a_picture_in_either_order():
                 assert read < given["input_ids"].shape[1]  # the decoder never saw the others
                 assert {layer.keys.shape[2] for layer in held} == {read // 2 + GREEDY["max_new_tokens"] - 1}
         assert torch.equal(*found)
-        with stacked(model, ((DivPrune(), 1.0), (SnapKV(window=2), 1.0))):
+        with stacked(model, ((DivPrune(), 1.0), (SnapKV(window_size=2), 1.0))):
             assert torch.equal(model.generate(**given, **GREEDY), plain)
         assert untouched(model, own)
 
@@ -173,7 +173,9 @@ def test_padding_changes_nothing_when_tokens_and_cache_are_pruned():
             assert torch.equal(together[:1, 7:], alone), order
 
 
-@pytest.mark.parametrize("cache_pruner", [ReceivedCache(), SnapKV(window=4), SpecKV(ahead=4, window=4)], ids=str)
+@pytest.mark.parametrize(
+    "cache_pruner", [ReceivedCache(), SnapKV(window_size=4), SpecKV(ahead=4, window_size=4)], ids=str
+)
 @pytest.mark.parametrize("draft", [DRAFTS, (TokenRecycling(), 1.0)], ids=lambda d: d[0].name)
 @torch.no_grad()
 def test_drafts_behind_a_pruned_prompt_give_the_text_of_the_pruned_model(cache_pruner, draft):
@@ -258,7 +260,7 @@ def test_two_models_of_one_configuration_do_not_share_a_method():
     plain = other(tokens).logits
     with apply(H2O(), model, 0.5):
         assert torch.equal(other(tokens).logits, plain)
-        with apply(SnapKV(window=4), other, 0.5) as handle:
+        with apply(SnapKV(window_size=4), other, 0.5) as handle:
             other.generate(tokens, **GREEDY)
             model.generate(tokens, **GREEDY)
             assert handle.report().tokens == 24 + 11
@@ -279,7 +281,7 @@ def test_costs_are_told_with_and_without_a_cache_pruner():
     model, tokens = language_model("llama", max_position_embeddings=128), prompt()
     with apply(NormTokens(), model, 0.5) as handle:
         alone = handle.report().macs
-    with stacked(model, ((NormTokens(), 0.5), (SnapKV(window=4), 0.5))) as (handle, caches), torch.no_grad():
+    with stacked(model, ((NormTokens(), 0.5), (SnapKV(window_size=4), 0.5))) as (handle, caches), torch.no_grad():
         model.generate(tokens, **GREEDY)
         assert handle.report().macs == alone
         assert caches.report().entries == tuple(float(layer.keys.shape[2]) for layer in caches.layers)

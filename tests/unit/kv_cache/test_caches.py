@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 ANYWHERE = [  # methods that prune nothing but whole entries
-    A2SFPrefill(recent=3), ObservedAttention(), RandomCache(), SnapKV(window=4),
+    A2SFPrefill(recent=3), ObservedAttention(), RandomCache(), SnapKV(window_size=4),
     H2O(), StreamingLLM(2), TOVA(), Window(), SpAttenChat(2), A2SF(recent=1),
 ]  # fmt: skip
 every = pytest.mark.parametrize("method", ANYWHERE, ids=lambda m: m.name)
@@ -171,7 +171,7 @@ def test_keep_all_is_the_identity_and_padding_changes_nothing(family):
     padding = torch.ones_like(tokens)
     padding[0, :5] = 0
     plain = [model.generate(tokens, attention_mask=mask, **GREEDY) for mask in (torch.ones_like(tokens), padding)]
-    for method in (Received(), SnapKV(window=4)):
+    for method in (Received(), SnapKV(window_size=4)):
         with applied(method, model, 1.0) as handle:
             assert torch.equal(model.generate(tokens, **GREEDY), plain[0])
             assert handle.report().ratio == 1
@@ -202,7 +202,7 @@ def test_a_turn_read_at_once_equals_the_same_turn_read_token_by_token():
     model, tokens = decoder(), prompt(2, 30)
     logits = []
     for parts in ([20, 10], [20, *[1] * 10], [20, 3, 7]):
-        with torch.no_grad(), applied(SnapKV(window=4), model, 0.5):
+        with torch.no_grad(), applied(SnapKV(window_size=4), model, 0.5):
             cache, found = DynamicCache(), []
             for part in tokens.split(parts, 1):
                 found.append(model(part, past_key_values=cache).logits)
@@ -224,7 +224,7 @@ def test_beams_sampling_and_a_second_turn():
     with applied(H2O(), model, 1.0):
         kept_all = model.generate(tokens, **{**GREEDY, "num_beams": 3})
     assert torch.equal(kept_all, model.generate(tokens, **{**GREEDY, "num_beams": 3}))
-    with applied(SnapKV(window=4), model, 0.5) as handle:
+    with applied(SnapKV(window_size=4), model, 0.5) as handle:
         cache = DynamicCache()
         first = model.generate(tokens, past_key_values=cache, **GREEDY)
         more = torch.cat([first, prompt(2, 5, 9)], 1)
@@ -271,7 +271,7 @@ def test_an_unpruned_cache_is_taken_over_and_given_back():
         plain = model(tokens).logits[:, -1]
         cache = DynamicCache()
         model(tokens[:, :20], past_key_values=cache)
-        with applied(SnapKV(window=4), model, 0.5):
+        with applied(SnapKV(window_size=4), model, 0.5):
             model(tokens[:, 20:23], past_key_values=cache)
         assert isinstance(cache.layers[0], PrunedLayer)
         after = model(tokens[:, 23:], past_key_values=cache).logits[:, -1]  # goes on without hooks
@@ -288,7 +288,7 @@ def test_padding_of_a_cache_that_was_filled_before_stays_padding():
         cache = DynamicCache()
         filled = {"attention_mask": mask[:, :20], "position_ids": places[:, :20]}
         model(tokens[:, :20], past_key_values=cache, **filled)
-        with applied(SnapKV(window=4), model, 0.5):
+        with applied(SnapKV(window_size=4), model, 0.5):
             rest = {"attention_mask": mask, "position_ids": places[:, 20:]}
             later = model(tokens[:, 20:], past_key_values=cache, **rest).logits
     assert torch.allclose(later, plain, atol=1e-5)
@@ -296,7 +296,7 @@ def test_padding_of_a_cache_that_was_filled_before_stays_padding():
 
 def test_crop_takes_back_only_what_came_since():
     model, tokens = decoder(), prompt(2, 24)
-    with torch.no_grad(), applied(SnapKV(window=4), model, 0.5):
+    with torch.no_grad(), applied(SnapKV(window_size=4), model, 0.5):
         cache = DynamicCache()
         model(tokens[:, :20], past_key_values=cache)
         first = model(tokens[:, 20:], past_key_values=cache).logits
@@ -372,7 +372,7 @@ def test_bad_input_is_one_line_that_says_what_to_do():
             model(**{"input_ids": tokens, **call})
         assert hooks(model) == 0
 
-    fails("cannot hold the 6 first and last tokens", SnapKV(window=6), Budget(5, "count"))
+    fails("cannot hold the 6 first and last tokens", SnapKV(window_size=6), Budget(5, "count"))
     fails("cannot hold the 4 first", StreamingLLM(), Budget(0.1))
     fails("the prompt is empty", input_ids=tokens[:, :0])
     fails("65 tokens are more than the model's context of 64", input_ids=prompt(1, 65))

@@ -22,7 +22,7 @@ from tests.unit.kv_cache.test_caches import GREEDY, decoder, prompt
 @torch.no_grad()
 def test_a_prompt_in_chunks_is_refused_and_whole_prompts_go_on():
     model, tokens = decoder(), prompt(1, 40)
-    for method in (H2O(), SnapKV(window=4)):
+    for method in (H2O(), SnapKV(window_size=4)):
         with applied(method, model, 0.5) as handle:
             with pytest.raises(PrunelabError, match="without prefill_chunk_size"):
                 model.generate(tokens, prefill_chunk_size=16, **GREEDY)
@@ -53,10 +53,10 @@ class Adapted(nn.Module):
 @torch.no_grad()
 def test_the_cache_of_a_wrapped_model_is_pruned_and_claimed_once():
     model, tokens = decoder(), prompt()
-    with applied(SnapKV(window=4), model, 0.5) as handle:
+    with applied(SnapKV(window_size=4), model, 0.5) as handle:
         expected, entries = model.generate(tokens, **GREEDY), handle.report().entries
     wrapped = Adapted(model)
-    with applied(SnapKV(window=4), wrapped, 0.5) as handle:
+    with applied(SnapKV(window_size=4), wrapped, 0.5) as handle:
         assert torch.equal(wrapped.generate(tokens, **GREEDY), expected)
         assert handle.report().entries == entries
         with pytest.raises(PrunelabError, match="already runs"), applied(H2O(), model, 0.5):
@@ -91,7 +91,7 @@ def test_behind_the_block_a_cache_goes_on_or_says_why_not():
         logits = []
         for inside in (True, False):
             cache = DynamicCache()
-            with applied(SnapKV(window=4), model, 0.5):
+            with applied(SnapKV(window_size=4), model, 0.5):
                 model(tokens[:, :20], **with_cache({}, cache))
                 if inside:
                     logits.append(model(tokens[:, 20:24], **with_cache({}, cache)).logits[:, -1])
@@ -103,7 +103,7 @@ def test_behind_the_block_a_cache_goes_on_or_says_why_not():
     mask = torch.ones_like(tokens)
     mask[0, :6] = 0
     cache = DynamicCache()
-    with applied(SnapKV(window=4), model, 0.9):
+    with applied(SnapKV(window_size=4), model, 0.9):
         model(tokens[:, :20], attention_mask=mask[:, :20], **with_cache({}, cache))
     with pytest.raises(PrunelabError, match="go on inside the `with` block"):
         model(tokens[:, 20:21], **with_cache({}, cache))
@@ -122,7 +122,7 @@ def test_what_a_pruned_cache_cannot_give_is_refused():
     embedded = model.get_input_embeddings()(tokens)
     services = {"draft": decoder(num_hidden_layers=1)}
     with (
-        applied(SpecPC(window=2), model, 0.5, services=services),
+        applied(SpecPC(window_size=2), model, 0.5, services=services),
         pytest.raises(PrunelabError, match="give input_ids"),
     ):
         model(inputs_embeds=embedded)

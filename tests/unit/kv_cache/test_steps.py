@@ -25,7 +25,7 @@ from tests.contract.caches_references import NewestCache
 from tests.unit.kv_cache.test_caches import decoder, prompt
 
 ALIKE = [H2O(), TOVA(), StreamingLLM(2), Window(), SpAttenChat(2), A2SF(recent=1), NewestCache()]
-FIXED = [*ALIKE, SpAtten(), Mustafar(window=4), SnapKV(window=4), A2SFPrefill(recent=3)]
+FIXED = [*ALIKE, SpAtten(), Mustafar(window_size=4), SnapKV(window_size=4), A2SFPrefill(recent=3)]
 
 
 @pytest.mark.parametrize("method", FIXED, ids=lambda m: m.name)

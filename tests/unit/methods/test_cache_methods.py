@@ -74,7 +74,7 @@ def thinned(model: Any, tokens: Tensor, steps: int, method: Mustafar, dense: flo
     for n, part in enumerate(tokens.split([tokens.shape[1] - steps, *[1] * steps], 1)):
         found.append(model(part, past_key_values=cache).logits[:, -1])
         for layer in cache.layers:
-            end = layer.keys.shape[2] - method.window
+            end = layer.keys.shape[2] - method.window_size
             start = 0 if n == 0 else end - 1
             layer.keys[:, :, start:end] = per_token(layer.keys[:, :, start:end], 1 - dense)
             layer.values[:, :, start:end] = per_token(layer.values[:, :, start:end], 1 - dense)
@@ -82,7 +82,7 @@ def thinned(model: Any, tokens: Tensor, steps: int, method: Mustafar, dense: flo
 
 
 def test_mustafar_prunes_each_token_once_behind_the_step_in_which_it_leaves():
-    model, tokens, method = decoder(hidden_size=64), prompt(2, 30), Mustafar(window=6)
+    model, tokens, method = decoder(hidden_size=64), prompt(2, 30), Mustafar(window_size=6)
     with torch.no_grad():
         want = thinned(model, tokens, 8, method, 0.4)
         with applied(method, model, 0.4) as handle:
@@ -104,7 +104,7 @@ def test_mustafar_prunes_each_token_once_behind_the_step_in_which_it_leaves():
 def test_bitmaps_grow_by_blocks_and_are_made_one(monkeypatch):
     monkeypatch.setattr(layer_module, "BLOCK", 4)
     monkeypatch.setattr(layer_module, "BLOCKS", 3)
-    model, tokens, method = decoder(), prompt(2, 40), Mustafar(window=6)
+    model, tokens, method = decoder(), prompt(2, 40), Mustafar(window_size=6)
     with torch.no_grad():
         want = thinned(model, tokens, 25, method, 0.4)
         with applied(method, model, 0.4) as handle:
@@ -122,7 +122,7 @@ def test_bitmaps_grow_by_blocks_and_are_made_one(monkeypatch):
 def test_a_packed_cache_goes_on_without_hooks():
     model, tokens = decoder(), prompt(2, 30)
     with torch.no_grad():
-        with applied(Mustafar(window=6), model, 0.4):
+        with applied(Mustafar(window_size=6), model, 0.4):
             cache = DynamicCache()
             model(tokens[:, :20], past_key_values=cache)
         assert cache.layers[0].packed
@@ -142,7 +142,7 @@ def test_mustafar_as_the_paper_counts_and_by_channel():
     assert largest(x, 0.7, released=False).sum(-1).unique().tolist() == [3]
     assert not largest(x, 1.0, released=False).any()
     model, tokens = decoder(), prompt(2, 29)
-    method = Mustafar(window=8, value_groups="channel", keys=0.0, values=0.5)
+    method = Mustafar(window_size=8, value_groups="channel", keys=0.0, values=0.5)
     with torch.no_grad(), applied(method, model, 1.0) as handle:
         cache = DynamicCache()
         for part in tokens.split([19, *[1] * 10], 1):
@@ -232,7 +232,7 @@ def test_spec_kv_reads_ahead_without_a_trace():
     model, tokens = decoder(), prompt(2, 24)
     draft = Draft(decoder(num_hidden_layers=1))
     plain = model(tokens).logits
-    with applied(SpecKV(ahead=5, window=3), model, Budget(10, "count"), services={"draft": draft}) as handle:
+    with applied(SpecKV(ahead=5, window_size=3), model, Budget(10, "count"), services={"draft": draft}) as handle:
         out = model(tokens, use_cache=True)
     assert torch.allclose(out.logits, plain, atol=1e-5)
     assert out.past_key_values.get_seq_length() == 24
@@ -246,7 +246,7 @@ def test_spec_kv_with_the_target_as_its_own_draft_keeps_what_the_answer_asks_for
     """The scores are the attention that the answer's queries really pay, where the draft is never wrong."""
     model, tokens = decoder(), prompt(1, 24)
     answer = model.generate(tokens, **{**GREEDY, "max_new_tokens": 6})
-    method = SpecKV(ahead=6, window=1, kernel=1)
+    method = SpecKV(ahead=6, window_size=1, kernel_size=1)
     with applied(method, model, 0.5, services={"draft": decoder()}) as handle:
         model(tokens, use_cache=True)
     model.set_attn_implementation("eager")
@@ -260,7 +260,7 @@ def test_spec_kv_with_the_target_as_its_own_draft_keeps_what_the_answer_asks_for
 def test_spec_pc_is_the_model_on_the_shorter_prompt():
     model, tokens = decoder(), prompt(2, 24)
     services = {"draft": Draft(decoder(num_hidden_layers=2))}
-    method = SpecPC(window=4, kernel=3, neighbours=3, first_layer=1)
+    method = SpecPC(window_size=4, kernel_size=3, neighbours=3, first_layer=1)
     with applied(method, model, 0.5, services=services) as handle:
         kept = method.shorten(tokens, None, Budget(0.5), services)
         got = model.generate(tokens, **GREEDY)
@@ -277,7 +277,7 @@ def test_spec_pc_is_the_model_on_the_shorter_prompt():
 def test_spec_kv_pc_does_one_after_the_other():
     model, tokens = decoder(), prompt(2, 40)
     services = {"draft": Draft(decoder(num_hidden_layers=2))}
-    method = SpecKVPC(ahead=4, window=2, prompt=30, neighbours=3, smoothing=3)
+    method = SpecKVPC(ahead=4, window_size=2, prompt=30, neighbours=3, smoothing=3)
     with applied(method, model, Budget(12, "count"), services=services) as handle:
         model.generate(tokens, **GREEDY)
     assert handle.report().entries == (12 + 7,) * 3

@@ -121,8 +121,8 @@ def test_a_cache_is_pruned_while_the_harness_lets_the_model_write(folder, tasks)
     def right(*pruned, **options):
         return execute(folder, tasks[1:], *pruned, **options)["answers exact_match"]["value"]
 
-    assert right("snapkv", "1.0", {"window": 1}, batch=3) == 50
-    assert right("snapkv", "1count", {"window": 1}) < 50
+    assert right("snapkv", "1.0", {"window_size": 1}, batch=3) == 50
+    assert right("snapkv", "1count", {"window_size": 1}) < 50
 
 
 def test_a_task_of_the_harness_reads_the_folder_that_stands_in_for_its_data(folder, tmp_path):
