@@ -100,7 +100,8 @@ class Gather:
 
     def matrix(self, units: int) -> Tensor:
         """The same reduction as a dense [B, K, N] matrix; rows of invalid entries are zero."""
-        dense = torch.nn.functional.one_hot(self.index, units).float()
+        dense = torch.zeros(*self.index.shape, units, device=self.index.device)
+        dense = dense.scatter(-1, self.index.unsqueeze(-1), 1.0)
         return dense if self.valid is None else dense * self.valid.unsqueeze(-1)
 
     def narrow(self, outputs: int) -> Gather:

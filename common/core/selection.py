@@ -47,11 +47,11 @@ def top_k_units(
 
 def keep_first(order: Tensor, counts: Tensor) -> Gather:
     """The first `counts` [B] entries of each row of `order` [B, N], ascending, padded to the largest count."""
-    outputs = int(counts.max())
+    fewest, outputs = torch.stack(counts.aminmax()).tolist()  # one look for both
     rank = torch.arange(outputs, device=order.device)
     chosen = order[:, :outputs].masked_fill(rank >= counts[:, None], order.shape[1]).sort(-1).values
     valid = chosen < order.shape[1]
-    return Gather(chosen.masked_fill(~valid, 0), None if bool(valid.all()) else valid)
+    return Gather(chosen.masked_fill(~valid, 0), None if fewest == outputs else valid)
 
 
 def compact(kept: Tensor) -> Gather:

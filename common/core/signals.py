@@ -45,6 +45,37 @@ class Reading:
 Signal = str | Reading
 
 
+class Checks:
+    """What has to hold of values on a device, gathered there and looked at once: a look stops the device's queue."""
+
+    def __init__(self) -> None:
+        self._holds: list[Tensor] = []
+        self._messages: list[str] = []
+
+    def expect(self, holds: Tensor, message: str) -> None:
+        """Where `holds`, a bool scalar, turns out False, `read` raises the message."""
+        if holds.device.type == "meta":
+            return
+        if message in self._messages:
+            at = self._messages.index(message)
+            self._holds[at] = self._holds[at] & holds.to(self._holds[at].device)
+        else:
+            self._holds.append(holds)
+            self._messages.append(message)
+
+    def include(self, other: Checks) -> None:
+        """What another has gathered, too."""
+        for holds, message in zip(other._holds, other._messages, strict=True):
+            self.expect(holds, message)
+        other._holds, other._messages = [], []
+
+    def read(self) -> None:
+        """Look, and forget. Raises PrunelabError with the first message whose condition does not hold."""
+        holds, messages, self._holds, self._messages = self._holds, self._messages, [], []
+        if holds and not all(found := torch.stack([h.to(holds[0].device) for h in holds]).tolist()):
+            raise PrunelabError(messages[found.index(False)])
+
+
 class Signals:
     """What a site lets a method see, whatever its units are; each role adds what it knows besides.
 
@@ -66,6 +97,7 @@ class Signals:
         required: frozenset[Any] | None = None,
         services: Mapping[str, Any] | None = None,
         memory: dict[str, Any] | None = None,
+        checks: Checks | None = None,
     ) -> None:
         self._sources = dict(sources)
         self._required = frozenset(sources) if required is None else required
@@ -75,6 +107,7 @@ class Signals:
         self.valid = valid
         self.rng = rng
         self.services = services or {}
+        self._checks = checks
         self.memory: dict[str, Any] = {} if memory is None else memory
         missing = self._required - set(self._sources)
         if missing:
@@ -90,15 +123,16 @@ class Signals:
         return value
 
     def _read(self, name: str | Reading) -> Tensor:
-        value = self._sources[name]()
-        if value.device.type != "meta" and not _bounded(value, name):
-            raise PrunelabError(f"the signal '{name}' holds NaN or infinite values; check the input and the weights")
+        value, checks = self._sources[name](), self._checks or Checks()
+        if value.numel():
+            message = f"the signal '{name}' holds NaN or infinite values; check the input and the weights"
+            checks.expect(_bounded(value.detach(), name), message)
+        if self._checks is None:  # nobody looks later
+            checks.read()
         return value
 
 
-def _bounded(value: Tensor, name: str | Reading) -> bool:
+def _bounded(value: Tensor, name: str | Reading) -> Tensor:
     """No NaN and no infinity, in one pass (extremes carry NaN); logits may be -inf where a column is masked."""
-    if value.numel() == 0:
-        return True
     low, high = value.aminmax()
-    return bool(high < float("inf")) and (name == "attention_logits" or bool(low > float("-inf")))
+    return high < float("inf") if name == "attention_logits" else (high < float("inf")) & (low > float("-inf"))

@@ -191,6 +191,7 @@ def applied(
             if parts is not None:
                 model.add_module(PARTS, parts)
             yield handle
+            handle.adapter.pending.read()
         finally:
             handle.stop()
             if own is not None:

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
@@ -35,7 +34,8 @@ def representatives(confidence: Tensor, label: Tensor, sure: Tensor, classes: in
     earlier token.
     """
     order = selection.descending(confidence.masked_fill(~sure, -1))
-    ranked = one_hot(label.gather(1, order), classes) * sure.gather(1, order).unsqueeze(-1)  # [B, N, C]
+    ordered = label.gather(1, order).unsqueeze(-1) == torch.arange(classes, device=label.device)
+    ranked = (ordered & sure.gather(1, order).unsqueeze(-1)).long()  # [B, N, C]
     rank = (ranked.cumsum(1) * ranked).sum(-1)  # within its class from 1; 0 for tokens that are not sure
     return torch.zeros_like(sure).scatter(1, order, (rank > 0) & (rank <= keep))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -30,7 +31,7 @@ def focus_counts(budget: Budget, valid: Sequence[int]) -> list[int]:
 def layer_count(cascade: float, most: int) -> int:
     """Queries of a layer out of the `most` tokens of any image: a product in single precision, rounded down (released),
     and at least one."""
-    return max(1, int(torch.tensor(cascade, dtype=torch.float32) * most))
+    return max(1, int(np.float32(cascade) * np.float32(most)))
 
 
 def fill_padding(scores: Tensor, valid: Tensor | None) -> Tensor:

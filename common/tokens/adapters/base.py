@@ -18,7 +18,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import padded_first, refuse_checkpointing, refuse_tracing
 from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site, take, unscaled
-from prunelab.common.core.signals import Reading
+from prunelab.common.core.signals import Checks, Reading
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals, View
 
@@ -218,11 +218,14 @@ class Seen:
 class Pass:
     """One forward pass: all that its hooks leave for each other. Every thread has its own, copies of a model have none.
 
-    state: what the method leaves for its later sites. kept: see `Handle.kept`. seen: layers that later sites read.
+    state: what the method leaves for its later sites. kept: see `Handle.kept`. checks: what is looked at when the pass
+    ends. decoding: whether its tokens follow a cached prompt. seen: layers that later sites read.
     aside: what waits behind a layer that it passes by.
     """
 
     tokens: Tokens = field(default_factory=Tokens)
+    checks: Checks = field(default_factory=Checks)
+    decoding: bool = False
     seen: dict[int, Seen] = field(default_factory=dict)
     aside: Any = None
     state: dict[str, Any] = field(default_factory=dict)
@@ -268,6 +271,7 @@ class Adapter(ABC, Generic[P]):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._own = threading.local()  # what each thread that runs the model has for itself
+        self.pending = Checks()  # of steps of decoding
 
     @abstractmethod
     def started(self) -> P:
@@ -316,10 +320,11 @@ class Adapter(ABC, Generic[P]):
         site: Site,
         x: Tensor,
         view: View | None = None,
-        state: dict[str, Any] | None = None,
+        within: Pass | None = None,
         training: bool = False,
     ) -> TokenSignals:
         """What the method may see of the tokens x [B, N, D] at a site."""
+        within = self.running if within is None else within
         view, required = self.view(site, x) if view is None else view, application.method.requires(site)
         read = partial(self.read, site, x) if view.other is None else view.other
         return TokenSignals(
@@ -336,7 +341,8 @@ class Adapter(ABC, Generic[P]):
             required=required,
             services=application.services,
             parts=application.parts,
-            state=self.running.state if state is None else state,
+            state=within.state,
+            checks=within.checks,
             memory=application.memory,
             training=training,
         )
@@ -351,12 +357,22 @@ class Adapter(ABC, Generic[P]):
         site: Site,
         x: Tensor,
         view: View | None = None,
-        state: dict[str, Any] | None = None,
+        within: Pass | None = None,
     ) -> tuple[Plan, TokenSignals]:
         """The method's plan for the tokens x [B, N, D] at a site, and the signals it was made from."""
+        within = self.running if within is None else within
+        try:
+            return self._decide(application, site, x, view, within)
+        except Exception:
+            within.checks.read()  # a signal that is not finite explains what it led to
+            raise
+
+    def _decide(
+        self, application: Application, site: Site, x: Tensor, view: View | None, within: Pass
+    ) -> tuple[Plan, TokenSignals]:
         trace, method, training = application.trace, application.method, self.training(x)
         with trace.scoring(), torch.no_grad(), self.exactly(application, x):
-            signals = self.signals_of(application, site, x, view, state, training)
+            signals = self.signals_of(application, site, x, view, within, training)
             plan = method.plan(site, signals, application.budget.at(site.index))
             self.check_plan(plan)
             if plan.rest != method.rest:
@@ -496,6 +512,13 @@ class SequenceAdapter(Adapter[P]):
         refuse_tracing()
         self.running = self.started()
 
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hook behind the last block: the pass is looked at. Steps of decoding are only at the end of the block."""
+        if self.running.decoding:
+            self.pending.include(self.running.checks)
+        else:
+            self.running.checks.read()
+
     def count(self, application: Application, layer: int, part: str) -> Callable[..., None]:
         """Hook before a layer's `attention` or `mlp`: counts the tokens that each works on."""
 
@@ -535,6 +558,7 @@ class SequenceAdapter(Adapter[P]):
                 services=application.services,
                 parts=application.parts,
                 memory=application.memory,
+                checks=self.running.checks,
             )
             application.method.observe(signals)
 

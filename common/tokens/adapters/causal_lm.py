@@ -58,13 +58,12 @@ _EXAMPLE = 4096  # assumption: tokens of the standard prompt, where the model's 
 
 @dataclass
 class PromptPass(Pass):
-    """cache: what is known of the batch. new: tokens at hand. decoding: whether they follow a prompt. deciding: whether
+    """cache: what is known of the batch. new: tokens at hand. deciding: whether
     sites decide in this pass. Of the segment at work: its number, rows [B, R] that go through it, how many of them are
     of the prompt (counted), and the arguments of its layers (aids)."""
 
     cache: PromptCache = field(init=False)
     new: int = 0
-    decoding: bool = False
     deciding: bool = True
     segment: int = 0
     rows: Entries = field(init=False)
@@ -244,9 +243,14 @@ class CausalLM(SequenceAdapter[PromptPass]):
                 f" {tuple(mask.shape)}"
             )
         real = mask[:, start:].bool()
-        if not bool(real[:, -1].all()):
-            raise PrunelabError("samples must end with a token: pad on the left, and leave no sample empty")
-        return None if bool(real.all()) else real
+        reason = "samples must end with a token: pad on the left, and leave no sample empty"
+        if new == 1:  # while decoding nobody looks before the pass ends
+            self.running.checks.expect(real.all(), reason)
+            return None
+        ends, whole = torch.stack([real[:, -1].all(), real.all()]).tolist()
+        if not ends:
+            raise PrunelabError(reason)
+        return None if whole else real
 
     def _end(self, application: Application, starts: Sequence[int]) -> Callable[..., Any]:
         """Behind the decoder: the method may look, and what came back is not what was asked for."""
@@ -259,6 +263,7 @@ class CausalLM(SequenceAdapter[PromptPass]):
                 if running.cache.real is not None:
                     prunable = prunable & running.cache.real[:, : running.cache.prompt]
                 self.show(application, prunable, functools.partial(self._newest_row, starts))
+            self.end(module, args, output)
             for recorder in self.recorders.values():
                 recorder.clear()
             if running.decoding and output.last_hidden_state.shape[1] > running.new:
@@ -341,8 +346,8 @@ class CausalLM(SequenceAdapter[PromptPass]):
             self.follow(application, site, plan, seen)
         columns, valid = running.tokens.origin, running.tokens.valid
         assert columns is not None
-        if x.device.type != "meta" and not bool((columns[:, -1] == cache.total - 1).all()):
-            raise PrunelabError(f"{application.method.name} left out the newest token, which the model cannot")
+        reason = f"{application.method.name} left out the newest token, which the model cannot"
+        running.checks.expect((columns[:, -1] == cache.total - 1).all(), reason)
         if not running.decoding:
             running.rows = Entries(columns, valid)
             return application.method.refine(site, plan.reduce.apply(x), signals, plan)

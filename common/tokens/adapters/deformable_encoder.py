@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import before, replaced, run_all
+from prunelab.common.core.hooks import after, before, replaced, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
 from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter, Tokens, write_back
 from prunelab.common.tokens.role import TokenPruner
@@ -27,10 +27,19 @@ _FIRST_STAGE = frozenset({"encoder_memory", "proposal_logits"})
 
 @dataclass
 class EncoderPass(Pass):
-    """levels: arguments of the layer at work. worked: [B, K] which of its queries count, None for all."""
+    """levels: arguments of the layer at work. worked: [B, K] which of its queries count, None for all.
+    valid: [B, N] the tokens that are no padding, None for all."""
 
     levels: dict[str, Any] = field(default_factory=dict)
+    valid: Tensor | None = None
     worked: Tensor | None = None
+
+
+def real(mask: Tensor | None) -> Tensor | None:
+    """The mask [B, N] of what is no padding; None where all is, or where values are not known."""
+    if mask is None or mask.device.type == "meta" or bool(mask.all()):
+        return None
+    return mask.bool()
 
 
 class DeformableEncoder(SequenceAdapter[EncoderPass]):
@@ -119,6 +128,7 @@ class DeformableEncoder(SequenceAdapter[EncoderPass]):
                 removers.append(before(block.mlp, self._count_layer(application, layer)))
             for site in application.sites:
                 removers.append(self._install_site(application, site))
+            removers.append(after(self.blocks[-1], self.end))
         except BaseException:
             run_all(removers)
             raise
@@ -173,9 +183,9 @@ class DeformableEncoder(SequenceAdapter[EncoderPass]):
             }
             running = self.running
             running.levels = {**levels, "positions": positions}
-            padded = attention_mask is not None and attention_mask.device.type != "meta"
-            valid = attention_mask.bool() if attention_mask is not None and padded else None
-            running.tokens = Tokens(valid=None if valid is None or bool(valid.all()) else valid)
+            if site.index == 0:
+                running.valid = real(attention_mask)
+            running.tokens = Tokens(valid=running.valid)
             plan, signals = self.decide(application, site, hidden_states)
             assert isinstance(plan.reduce, Gather)  # as check_plan saw to
             index, kept = plan.reduce.index, plan.reduce.valid

@@ -108,6 +108,7 @@ class TimmViT(SequenceAdapter[Any]):
             if getattr(self.model, "global_pool", "token") != "token" or getattr(self.model, "attn_pool", None):
                 norm: Any = self.model.norm
                 removers.append(after(norm, self._weigh_for_pooling))
+            removers.append(after(self.blocks[-1], self.end))
         except BaseException:
             run_all(removers)
             raise
@@ -253,9 +254,9 @@ class TimmViT(SequenceAdapter[Any]):
         site: Site,
         x: Tensor,
         view: View | None = None,
-        state: dict[str, Any] | None = None,
+        within: Pass | None = None,
     ) -> tuple[Plan, TokenSignals]:
-        decided = super().decide(application, site, x, view, state)
+        decided = super().decide(application, site, x, view, within)
         self.running.qkv.pop(site.layer, None)
         return decided
 

@@ -82,6 +82,7 @@ class _VisionMamba(SequenceAdapter[MambaPass]):
                 if site.where == "block_output":
                     leave = self._leave(application, site)
                     removers.append(after(self.blocks[site.layer], leave))
+            removers.append(after(self.blocks[-1], self.end))
             removers.append(self.install_head())
         except BaseException:
             run_all(removers)
@@ -142,9 +143,9 @@ class _VisionMamba(SequenceAdapter[MambaPass]):
         site: Site,
         x: Tensor,
         view: View | None = None,
-        state: dict[str, Any] | None = None,
+        within: Pass | None = None,
     ) -> tuple[Plan, TokenSignals]:
-        decided = super().decide(application, site, x, view, state)
+        decided = super().decide(application, site, x, view, within)
         self.running.scanned.pop(site.layer, None)
         return decided
 
@@ -169,10 +170,11 @@ class _VisionMamba(SequenceAdapter[MambaPass]):
         running.indices, running.align = indices.gather(1, owner), plan.positions
         if running.class_at is not None:
             running.class_at = self._find(owner == running.class_at.unsqueeze(1))
-        if self.in_order() and x.device.type != "meta" and bool((running.indices.diff(dim=1) <= 0).any()):
-            raise PrunelabError(
+        if self.in_order():
+            running.checks.expect(
+                (running.indices.diff(dim=1) > 0).all(),
                 f"{application.method.name} puts tokens out of order or at one place, which {self.family} cannot scan"
-                f" with positions={plan.positions}; keep them in ascending order, each at a place of its own"
+                f" with positions={plan.positions}; keep them in ascending order, each at a place of its own",
             )
 
     def in_order(self) -> bool:
@@ -181,8 +183,8 @@ class _VisionMamba(SequenceAdapter[MambaPass]):
 
     def _find(self, match: Tensor) -> Tensor:
         """Where in match [B, K] the class token is; of several copies the one nearest the middle."""
-        if match.device.type != "meta" and not bool(match.any(1).all()):
-            raise PrunelabError(f"the plan takes away the class token, which the head of {self.family} reads")
+        reason = f"the plan takes away the class token, which the head of {self.family} reads"
+        self.running.checks.expect(match.any(1).all(), reason)
         middle = (match.shape[1] - 1) / 2
         distance = (torch.arange(match.shape[1], device=match.device) - middle).abs()
         return torch.where(match, distance, torch.inf).argmin(1)

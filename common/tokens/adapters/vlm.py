@@ -246,6 +246,7 @@ class VisionLanguage(VisionSide):
             # before what prunes the cache of the tokens that are left
             removers.append(before(self.decoder, self._enter(application), kwargs=True, first=True))
             removers.append(after(self.decoder, self._observe(application)))
+            removers.append(after(self.decoder, self.end))
             for layer, block in enumerate(self.blocks):
                 removers.append(before(block, self._layer(application, layer), kwargs=True))
                 if application.method.rest == "bypass" and any(site.layer == layer for site in application.sites):
@@ -320,12 +321,23 @@ class VisionLanguage(VisionSide):
 
     # -- prefill -------------------------------------------------------------------------------------------------
 
+    def _counts(self) -> list[int]:
+        """How many visual tokens each sample of the prompt has; `modality` is said on the way."""
+        running = self.running
+        if len(running.anywhere) == 1 and len(self.encoded) == 1:  # the model has seen to it that these are as many
+            (running.modality, encoded), *_ = self.encoded.items()
+            return [sum(encoded.lengths)]
+        counts = torch.stack([visual.sum(1) for visual in running.visual.values()]).tolist()
+        shown = [modality for modality, found in zip(running.visual, counts, strict=True) if any(found)]
+        running.modality = shown[0] if len(shown) == 1 else None
+        return [sum(found) for found in zip(*counts, strict=True)]
+
     def _prefill(self, application: Application, sites: Sequence[Site], given: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments after everything that happens before its first layer."""
         x, mask, positions = given["inputs_embeds"], given.get("attention_mask"), given.get("position_ids")
         running = self.running
         visual = running.anywhere
-        counts = visual.sum(1).tolist()
+        counts = self._counts()
         if not any(counts):
             raise disagreement(0, 0)
         valid = None if mask is None or x.device.type == "meta" or bool(mask.all()) else mask.bool()
@@ -344,6 +356,7 @@ class VisionLanguage(VisionSide):
         application.trace.attribution = running.attribution = Attribution(running.encoded, running.visual, [])
         for encoded in running.encoded.values():
             running.state.update(encoded.seen.state)
+            running.checks.include(encoded.seen.checks)
             running.kept += encoded.seen.kept
         if running.kept:
             application.trace.kept = running.kept
@@ -498,6 +511,7 @@ class VisionLanguage(VisionSide):
         if positions is None or running.cached.renumbers:
             positions = running.cached.end.unsqueeze(-1) + torch.arange(later - x.shape[1], later, device=x.device)
         running.now = positions
+        running.whole = mask is None or (first.valid is None and x.shape[1] == 1 and bool(running.later.all()))
         if mask is not None or first.valid is not None:
             mask = torch.cat([self._real(first).to(running.later.dtype), running.later], 1)
         aids = {"attention_mask": mask, "position_ids": positions - first.shift.unsqueeze(-1)}
@@ -508,7 +522,7 @@ class VisionLanguage(VisionSide):
         running, first, held = self.running, self.running.cached.at(0), self.running.cached.at(layer)
         if held is first and held.bias is None:
             return {}
-        full = held.valid is None and held.bias is None and x.shape[1] == 1 and bool(running.later.all())
+        full = held.valid is None and held.bias is None and x.shape[1] == 1 and running.whole
         valid = None if full else torch.cat([self._real(held), running.later.bool()], 1)
         bias = None if held.bias is None else nn.functional.pad(held.bias, (0, running.later.shape[1]))
         aids: dict[str, Any] = {"attention_mask": self._mask(valid, x, bias)}
@@ -543,12 +557,11 @@ class VisionLanguage(VisionSide):
 
     def view(self, site: Site, x: Tensor) -> View:
         running = self.running
-        shown = [modality for modality, visual in running.visual.items() if visual.any()]
         return replace(
             super().view(site, x),
             prunable=running.prunable,
             units=x.shape[1] - running.text if running.tokens.valid is None else int(running.prunable.sum(1).max()),
-            modality=shown[0] if len(shown) == 1 else None,
+            modality=running.modality,
         )
 
     def grids(self) -> tuple[tuple[int, int], ...]:

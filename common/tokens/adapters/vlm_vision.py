@@ -49,7 +49,8 @@ class Prefill(Pass):
     the prompt that are not visual. Of the tokens at hand: prunable [B, N] bool, source [B, N] the index in the prompt,
     positions [..., B, N] the position ids; shift [..., B] by how much later tokens are numbered lower than the model
     would number them. cached: what the layers hold. left: whether padding stands in front. changed: whether
-    tokens left for good. indexed: whether `source` is
+    tokens left for good. modality: of the visual tokens, None where they are of several. whole:
+    while decoding, whether no token behind the prompt is padding. indexed: whether `source` is
     where each token was packed. later, now: while decoding, [B, M] which tokens behind the prompt
     count, and the position ids of the newest.
     """
@@ -64,9 +65,10 @@ class Prefill(Pass):
     cached: CachedPrompt = field(init=False)
     attribution: Attribution = field(init=False)
     indexed: bool = True
-    decoding: bool = False
     left: bool = True
     changed: bool = False
+    modality: str | None = None
+    whole: bool = True
     later: Tensor = field(init=False)
     now: Tensor = field(init=False)
 
@@ -210,14 +212,17 @@ class VisionSide(SequenceAdapter[Prefill]):
 
         @functools.wraps(original)
         def match(*args: Any, **kwargs: Any) -> Any:
-            given = arguments(self.body, name, args, kwargs)
-            ids = given.get("input_ids")
-            for modality, token in self.tokens.items():
-                features = given.get(f"{modality}_features")
-                placeholders = None if ids is None else int((ids == getattr(self.config, token)).sum())
-                if features is not None and placeholders is not None and placeholders != len(features):
-                    raise disagreement(placeholders, len(features))
-            return original(*args, **kwargs)
+            try:
+                return original(*args, **kwargs)
+            except (ValueError, RuntimeError):  # the model counts them itself; so as to look once, we ask only now
+                given = arguments(self.body, name, args, kwargs)
+                ids = given.get("input_ids")
+                for modality, token in self.tokens.items():
+                    features = given.get(f"{modality}_features")
+                    placeholders = None if ids is None else int((ids == getattr(self.config, token)).sum())
+                    if features is not None and placeholders is not None and placeholders != len(features):
+                        raise disagreement(placeholders, len(features)) from None
+                raise
 
         return replaced(self.body, name, match)
 
@@ -280,7 +285,7 @@ class VisionSide(SequenceAdapter[Prefill]):
             x, encoding = args[0], self.encoding
             if site.index == 0:
                 encoding.kept = []
-            plan, signals = self.decide(application, site, x, self._inside(site, x), encoding.state)
+            plan, signals = self.decide(application, site, x, self._inside(site, x), encoding)
             if not isinstance(plan.reduce, Gather) or plan.reduce.valid is not None:
                 raise PrunelabError(
                     f"{application.method.name}: inside an image encoder as many tokens of every crop go on, unmerged"
