@@ -8,6 +8,7 @@ attention never runs. Models that share a configuration share the function, not 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -33,8 +34,9 @@ _ATTEND: WeakKeyDictionary[nn.Module, Attend] = WeakKeyDictionary()
 _SWITCHED: dict[int, tuple[Any, str, int]] = {}  # by id: a configuration, its own implementation, and its users
 
 
-class Recorder:
-    """What one attention layer last worked on: queries [B, H, N, d], keys [B, H, M, d] (grouped ones repeated)."""
+class Recorder(threading.local):
+    """What one attention layer last worked on, in each thread: queries [B, H, N, d], keys [B, H, M, d] (grouped ones
+    repeated)."""
 
     def __init__(self, causal: bool) -> None:
         self.causal = causal
@@ -46,6 +48,12 @@ class Recorder:
         self._keys: Tensor | None = None
         self.mask: Tensor | None = None
         self.scale = 1.0
+
+    def taken(self) -> Recorder:
+        """The same for later, whatever the layer works on next."""
+        copy = Recorder(self.causal)
+        copy.queries, copy._keys, copy.mask, copy.scale = self.queries, self._keys, self.mask, self.scale
+        return copy
 
     def see(self, queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float | None) -> None:
         """Called by the attention function."""

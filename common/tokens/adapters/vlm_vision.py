@@ -3,7 +3,6 @@ features before they are packed (site `projected`)."""
 
 from __future__ import annotations
 
-import copy
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -195,7 +194,7 @@ class VisionSide(SequenceAdapter[Prefill]):
             self._own.features, self._own.encoding = None, TowerPass(modality=modality)
             output = original(*args, **kwargs)
             pack, seen = self.packing(modality, given), self.encoding
-            seen.recorders = {layer: copy.copy(recorder) for layer, recorder in self.tower_recorders.items()}
+            seen.recorders = {layer: recorder.taken() for layer, recorder in self.tower_recorders.items()}
             features = self.crops(modality, given, output)
             lengths = [len(tokens) for tokens in output.pooler_output]
             grids, first = self.crop_grids(modality, given, features), output.pooler_output[0]

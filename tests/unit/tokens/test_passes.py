@@ -14,6 +14,7 @@ from prunelab.common.apply import apply
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.methods.divprune.method import DivPrune
+from prunelab.methods.fastervlm.method import FasterVLM
 from prunelab.methods.fastv.method import FastV
 from prunelab.methods.tome.method import ToMe
 from prunelab.methods.zero_tprune.method import ZeroTPrune
@@ -25,17 +26,27 @@ MERGES = (ToMe(), Budget(1, "removed"))
 RANKS = (ZeroTPrune((1, 2, 3)), Budget(0.5))
 
 
-def test_threads_get_what_each_gets_alone():
-    model, inputs = vit(), [images(2) * (1 + k) for k in range(4)]
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("vit", RANKS[0]), ("llava", FastV(2)), ("llava", FasterVLM()), ("llava", DivPrune())],
+    ids=str,
+)
+def test_threads_get_what_each_gets_alone(family, method):
+    model = vit() if family == "vit" else vlm(family)
+    inputs = [images(2) * (1 + k) if family == "vit" else prompt(family, photos(family, 2, seed=k)) for k in range(4)]
     wrong: list[Any] = []
-    with torch.no_grad(), apply(RANKS[0], model, RANKS[1]) as handle:
-        alone = [model(x) for x in inputs]
+
+    def run(x: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(x) if family == "vit" else model(**x).logits
+
+    with apply(method, model, RANKS[1]) as handle:
+        alone = [run(x) for x in inputs]
         single = [n / 8 for n in handle.application.trace.mlp]
 
         def work(k: int) -> None:
             try:
-                with torch.no_grad():
-                    wrong.extend(k for _ in range(15) if not torch.equal(model(inputs[k]), alone[k]))
+                wrong.extend(k for _ in range(10) if not torch.equal(run(inputs[k]), alone[k]))
             except Exception as error:
                 wrong.append(error)
 
