@@ -55,6 +55,13 @@ class InputNorm(InputAccumulator):
         return self.state if self.reached else torch.ones_like(self.state)
 
 
+class TokenCount(InputAccumulator):
+    """Tokens that a target read, over all sequences: none where its expert was never chosen."""
+
+    def take(self, x: Tensor) -> None:
+        self.state = self.state + len(x)
+
+
 class InputMean(InputAccumulator):
     """Mean [C] over a sequence's tokens, averaged over sequences."""
 

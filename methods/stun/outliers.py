@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.weights.statistics import InputNorm
+from prunelab.common.weights.statistics import InputNorm, TokenCount
 from prunelab.common.weights.targets import Probe, Target, WeightSignals
 
 
@@ -52,11 +52,13 @@ def owl_budgets(linears: Sequence[tuple[Target, WeightSignals]], keep: float, sp
 
 def outlier_shares(probe: Probe, linears: Sequence[Target], times: float) -> dict[str, dict[str, Tensor]]:
     """By linear the outlier share of its block, from the dense model's stream."""
-    norms = probe.statistics({"linear": {"norm": InputNorm}})
+    norms = probe.statistics({"linear": {"norm": InputNorm, "tokens": TokenCount}})
     found: dict[str, dict[str, Tensor]] = {}
     for _, block in groupby(linears, key=lambda target: target.block):
         targets = list(block)
-        scores = [importance(probe.weights(t)["weight"], norms[t.name]["norm"]) for t in targets]
+        # Of an expert that no token reached nothing is known, outliers neither.
+        seen = [t for t in targets if int(norms[t.name]["tokens"]) > 0]
+        scores = [importance(probe.weights(t)["weight"], norms[t.name]["norm"]) for t in seen]
         share = torch.tensor(outlier_share(scores, times))
         found |= {target.name: {"outliers": share} for target in targets}
     return found

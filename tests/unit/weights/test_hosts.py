@@ -230,3 +230,20 @@ def test_dare_covers_attention_and_mlp_of_every_family(family):
         elif "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
             assert changed == 1, f"{name} lies in no layer"
     assert {t.part for t in plan.targets if t.unit == "linear"} and all(t.part for t in plan.targets)
+
+
+def test_experts_without_tokens_say_nothing_of_a_blocks_outliers():
+    from prunelab.common.weights.probe import ModelProbe
+    from prunelab.common.weights.statistics import InputNorm
+    from prunelab.methods.stun.outliers import importance, outlier_share, outlier_shares
+
+    ids, model = token_ids(2, 6), many_experts()
+    alone = set(unreached(model, ids)[0])
+    adapter = weight_adapter(model)
+    targets = [t for t in adapter.targets("linear") if t.block == 0]
+    probe = ModelProbe(adapter, targets, list(ids))
+    norms = probe.statistics({"linear": {"norm": InputNorm}})
+    scores = [importance(adapter.weights(t)["weight"], norms[t.name]["norm"]) for t in targets if t.expert not in alone]
+    found = outlier_shares(probe, targets, 5.0)
+    assert alone and len(scores) < len(targets)
+    assert {float(share["outliers"]) for share in found.values()} == {pytest.approx(outlier_share(scores, 5.0))}
