@@ -301,7 +301,7 @@ class Probe(TokenPruner):
     [
         (Probe(), "tokens can drop, those of deformable_encoder can only bypass"),
         (Probe("bypass", mix=True), "Gather plans only"),
-        (Probe("bypass", layers=(0, 0)), "one site a layer"),
+        (Probe("bypass", layers=(0, 0)), "layer 0 behind layer 0"),
         (Probe("bypass", layers=(2,)), "layers 0 to 1"),
         (Probe("bypass", where="block_output"), "has only input"),
     ],
