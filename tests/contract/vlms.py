@@ -25,14 +25,16 @@ VLMS = ("llava", "llava_next", "llava_onevision", "llava_video", "qwen2_5_vl")
 _SIDES = {"llava_onevision": 24, "llava_video": 40}  # pixels of a crop: 3 x 3 and 5 x 5 patches; the others' 32: 4 x 4
 
 
-def vlm(family: str, **text: Any) -> Any:
-    """A tiny random model of a family, with weights large enough for attention to be uneven."""
+def vlm(family: str, *, tower: int = 3, **text: Any) -> Any:
+    """A tiny random model of a family, with weights large enough for attention to be uneven. tower: layers of its CLIP
+    or SigLIP."""
     import transformers as t
 
     torch.manual_seed(0)
-    clip = t.CLIPVisionConfig(**_VISION, image_size=32, patch_size=8)
+    small = _VISION | {"num_hidden_layers": tower}
+    clip = t.CLIPVisionConfig(**small, image_size=32, patch_size=8)
     side = _SIDES.get(family, 32)
-    siglip = t.SiglipVisionConfig(**_VISION, image_size=side, patch_size=8, vision_use_head=False)
+    siglip = t.SiglipVisionConfig(**small, image_size=side, patch_size=8, vision_use_head=False)
     options = _TEXT | text
     model: nn.Module
     if family == "llava":

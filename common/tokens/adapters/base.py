@@ -417,7 +417,7 @@ class Adapter(ABC, Generic[P]):
                 raise PrunelabError(
                     f"{method.name} prunes at '{site.where}', but {self.family} has only {', '.join(self.signals)}"
                 )
-            if not 0 <= site.layer < info.depth:
+            if site.where != "tower" and not 0 <= site.layer < info.depth:
                 raise PrunelabError(
                     f"{method.name} prunes at layer {site.layer}, but this model has layers 0 to {info.depth - 1};"
                     " set the method's layers"

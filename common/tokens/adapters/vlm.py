@@ -198,7 +198,7 @@ class VisionLanguage(VisionSide):
         places = {site.where for site in sites}
         if "tower" in places:
             depth = len(self.tower())
-            if any(site.where == "tower" and site.layer >= depth for site in sites):
+            if any(site.where == "tower" and not 0 <= site.layer < depth for site in sites):
                 raise PrunelabError(f"{method.name}: this model's encoder has {depth} layers before its features")
             if "projected" in places:
                 raise PrunelabError(f"{method.name} prunes inside the encoder and right behind it; do one of them")

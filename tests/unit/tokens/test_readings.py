@@ -64,8 +64,8 @@ def test_every_layer_of_the_tower_can_be_read(where):
     tower = eager.model.vision_tower
     output = tower(given["pixel_values"], output_attentions=True, output_hidden_states=True)
     spots = slice(3, 19) if where == "packed" else slice(None)
-    for layer in (0, -2, -1):  # three layers, of which the features leave out the last
-        number = layer % 2
+    for layer in (0, -2, -1):
+        number = layer % (len(tower.encoder.layers) - 1)  # features leave out the last layer
         maps, block = output.attentions[number], tower.encoder.layers[number].self_attn
 
         def got(name: str, layer: int = layer) -> Tensor:
@@ -182,7 +182,7 @@ def test_tokens_leave_inside_the_tower(family):
     x = tower.encoder.layers[0](x, None)
     prefix = torch.zeros(len(kept), special, dtype=torch.long)
     x = torch.stack([row[i] for row, i in zip(x, torch.cat([prefix, kept + special], 1), strict=True)])
-    for layer in tower.encoder.layers[1 : 2 if special else 3]:
+    for layer in tower.encoder.layers[1 : -1 if special else None]:
         x = layer(x, None)
     want = model.model.multi_modal_projector(x[:, special:])
     left = torch.cat(features)
@@ -193,6 +193,14 @@ def test_tokens_leave_inside_the_tower(family):
     assert tokens < dense
     if family == "llava":
         assert tokens == dense - 8
+
+
+@torch.no_grad()
+def test_an_encoder_may_be_deeper_than_its_decoder():
+    model, given = vlm("llava", tower=6), prompt("llava", images("llava", 2))
+    with apply(InTower((4,)), model, 0.5) as handle:
+        model(**given)
+    assert [site for site, _ in handle.kept()] == [Site(4, "tower")]
 
 
 @torch.no_grad()
