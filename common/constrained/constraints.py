@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from re import _constants as op  # type: ignore[attr-defined]
@@ -76,27 +76,27 @@ class Predicate(Constraint):
 
 @dataclass(frozen=True)
 class Automaton:
-    """A deterministic finite automaton over classes of characters.
+    """A deterministic finite automaton over the bytes of UTF-8, so that a token may end within a character.
 
     table: [S + 1, C + 1] int32 next states. State 0 is the start and the last one the sink, from where nothing is
-    accepted; every other state can still reach a final one. classes: of the characters, all others fall into the last
-    class, which leads to the sink. final: [S + 1] bool.
+    accepted; every other state can still reach a final one. classes: of the 256 bytes; those that do not exist fall
+    into the last class, which leads to the sink. final: [S + 1] bool.
     """
 
     table: NDArray[np.int32]
     final: NDArray[np.bool_]
-    classes: Mapping[str, int] = field(repr=False)
+    classes: tuple[int, ...] = field(repr=False)
 
     @property
     def sink(self) -> int:
         return len(self.table) - 1
 
-    def codes(self, text: str) -> list[int]:
-        """The classes of a text's characters."""
-        return [self.classes.get(c, self.table.shape[1] - 1) for c in text]
+    def codes(self, text: str | bytes) -> list[int]:
+        """The classes of a text's bytes."""
+        return [self.classes[byte] for byte in encoded(text)]
 
     def walk(self, state: int, codes: Sequence[int]) -> int:
-        """The state behind some characters, given as their classes."""
+        """The state behind some bytes, given as their classes."""
         for code in codes:
             state = self._rows[state][code]
         return state
@@ -110,13 +110,13 @@ class Automaton:
         return self.table.tolist()  # a third of the time of reading single entries from an array
 
     @classmethod
-    def of(cls, pattern: str, alphabet: Sequence[str]) -> Automaton:
-        """The texts over an alphabet that a regular expression, in Python's syntax, matches as a whole.
+    def of(cls, pattern: str, alphabet: Iterable[str | bytes]) -> Automaton:
+        """The texts that a regular expression, in Python's syntax, matches as a whole, of the bytes in an alphabet.
 
         Raises on what is not regular (look-around, back-references, anchors) and where there is no such text.
         """
-        letters = np.array(sorted({ord(c) for c in alphabet}), dtype=np.int64)
-        nodes = _Nodes(letters)
+        letters = sorted({byte for part in alphabet for byte in encoded(part)})
+        nodes = _Nodes(frozenset(letters))
         try:
             tree = syntax.parse(pattern)
         except re.error as error:
@@ -124,25 +124,91 @@ class Automaton:
         if tree.state.flags & ~re.UNICODE:
             raise PrunelabError(f"the pattern {pattern!r} sets flags; write it without them")
         first, last = nodes.sequence(tree)
-        # Characters that no part of the pattern tells apart are one class.
-        sets = np.array([s for edges in nodes.edges for s, _ in edges], dtype=bool).reshape(-1, len(letters))
-        members, classes = np.unique(sets, axis=1, return_inverse=True)
-        keys = iter(members)
-        edges = [[(np.flatnonzero(next(keys)).tolist(), target) for _, target in out] for out in nodes.edges]
+        # Bytes that no part of the pattern tells apart are one class.
+        ranges = np.array([r for edges in nodes.edges for r, _ in edges], dtype=np.int64).reshape(-1, 2)
+        order = np.array(letters, dtype=np.int64)
+        sets, which = np.unique(ranges, axis=0, return_inverse=True)
+        inside = (order >= sets[:, :1]) & (order <= sets[:, 1:])
+        members, classes = np.unique(inside, axis=1, return_inverse=True)
+        found, keys = [np.flatnonzero(row).tolist() for row in members], iter(which.ravel().tolist())
+        edges = [[(found[next(keys)], target) for _, target in out] for out in nodes.edges]
         table, final = _determinise(edges, nodes.empty, first, last, members.shape[1])
-        named = {chr(c): k for c, k in zip(letters.tolist(), classes.ravel().tolist(), strict=True)}
-        return cls(*_trim(table, final, pattern), named)
+        named = dict(zip(letters, classes.ravel().tolist(), strict=True))
+        return cls(*_trim(table, final, pattern), tuple(named.get(byte, table.shape[1] - 1) for byte in range(256)))
+
+
+def encoded(text: str | bytes) -> bytes:
+    """The bytes of a text in UTF-8."""
+    return text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+
+
+# -- sets of characters ------------------------------------------------------------------------------------------------
+
+Ranges = tuple[tuple[int, int], ...]  # code points, both ends included, ascending and apart
+LAST = 0x10FFFF
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """The same code points as ranges that are apart."""
+    out: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if out and low <= out[-1][1] + 1:
+            out[-1] = out[-1][0], max(out[-1][1], high)
+        else:
+            out.append((low, high))
+    return tuple(out)
+
+
+def others(ranges: Ranges) -> Ranges:
+    """All other code points."""
+    edges = [-1, *(edge for low, high in ranges for edge in (low - 1, high)), LAST]
+    return tuple((low + 1, high) for low, high in zip(edges[::2], edges[1::2]) if low < high)
+
+
+@cache
+def category(name: str) -> Ranges:
+    """The code points of a category of Python's `re`: digit, space or word."""
+    inside = {"digit": str.isdecimal, "space": str.isspace, "word": lambda c: c.isalnum() or c == "_"}[name]
+    flags = np.fromiter(map(inside, map(chr, range(LAST + 1))), dtype=np.int8, count=LAST + 1)
+    steps = np.flatnonzero(np.diff(flags, prepend=0, append=0))
+    return tuple(zip(steps[::2].tolist(), (steps[1::2] - 1).tolist()))
+
+
+@cache
+def byte_ranges(ranges: Ranges) -> tuple[Ranges, ...]:
+    """Sequences of byte ranges that UTF-8 writes code points as, each the product of its ranges."""
+
+    def split(low: int, high: int) -> Iterator[Ranges]:
+        for tail in (0x3F, 0xFFF, 0x3FFFF):  # of 1, 2 and 3 bytes behind the first
+            if low & ~tail != high & ~tail and (low & tail or high & tail != tail):
+                cut = low | tail if low & tail else (high & ~tail) - 1
+                yield from split(low, cut)
+                yield from split(cut + 1, high)
+                return
+        yield tuple(zip(chr(low).encode(), chr(high).encode()))
+
+    whole = ((0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, LAST))  # of one length each
+    return tuple(
+        sequence
+        for low, high in ranges
+        for first, last in whole
+        if max(low, first) <= min(high, last)
+        for sequence in split(max(low, first), min(high, last))
+    )
+
+
+# -- from patterns to automata -----------------------------------------------------------------------------------------
 
 
 class _Nodes:
-    """A non-deterministic automaton grown from a pattern's syntax tree (Thompson 1968).
+    """A non-deterministic automaton grown from a pattern's syntax tree (Thompson 1968), over bytes.
 
-    edges: of every node, sets of letters [A] with the node they lead to. empty: nodes reached without a letter.
+    edges: of every node, ranges of bytes with the node they lead to. empty: nodes reached without a byte.
     """
 
-    def __init__(self, letters: NDArray[np.int64]) -> None:
+    def __init__(self, letters: frozenset[int]) -> None:
         self.letters = letters
-        self.edges: list[list[tuple[NDArray[np.bool_], int]]] = []
+        self.edges: list[list[tuple[tuple[int, int], int]]] = []
         self.empty: list[list[int]] = []
 
     def node(self) -> int:
@@ -168,8 +234,20 @@ class _Nodes:
             return self.either([self.sequence(branch) for branch in value[1]])
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT):  # greedy or not, the language is the same
             return self.repeat(*value)
+        return self.character(self.characters(kind, value))
+
+    def character(self, ranges: Ranges) -> tuple[int, int]:
+        """One character of a set, byte by byte; what begins alike shares its nodes."""
         begin, end = self.node(), self.node()
-        self.edges[begin].append((self.letter_set(kind, value), end))
+        known: dict[tuple[tuple[int, int], ...], int] = {(): begin}
+        for sequence in byte_ranges(ranges):
+            if not all(any(low <= letter <= high for letter in self.letters) for low, high in sequence):
+                continue  # no token has the bytes
+            for i in range(len(sequence) - 1):
+                if sequence[: i + 1] not in known:
+                    known[sequence[: i + 1]] = self.node()
+                    self.edges[known[sequence[:i]]].append((sequence[i], known[sequence[: i + 1]]))
+            self.edges[known[sequence[:-1]]].append((sequence[-1], end))
         return begin, end
 
     def either(self, parts: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -194,35 +272,25 @@ class _Nodes:
         self.empty[last].append(end)
         return begin, end
 
-    def letter_set(self, kind: Any, value: Any) -> NDArray[np.bool_]:
-        """Which letters [A] one position of the pattern matches."""
+    def characters(self, kind: Any, value: Any) -> Ranges:
+        """Which characters one position of the pattern matches."""
         if kind is op.ANY:
-            return self.letters != ord("\n")
+            return others(((10, 10),))  # all but a newline
         if kind is op.LITERAL:
-            return self.letters == value
+            return ((value, value),)
         if kind is op.NOT_LITERAL:
-            return self.letters != value
+            return others(((value, value),))
         if kind is op.RANGE:
-            return (self.letters >= value[0]) & (self.letters <= value[1])
+            return (value,)
         if kind is op.CATEGORY:
-            return np.array([_CATEGORIES[value](chr(c)) for c in self.letters.tolist()], dtype=bool)
+            name = str(value).lower().removeprefix("category_")
+            ranges = category(name.removeprefix("not_"))
+            return others(ranges) if name.startswith("not_") else ranges
         if kind is op.IN:
             negated = value[0][0] is op.NEGATE
-            found = np.zeros(len(self.letters), dtype=bool)
-            for part in value[negated:]:
-                found |= self.letter_set(*part)
-            return ~found if negated else found
+            ranges = joined(r for part in value[negated:] for r in self.characters(*part))
+            return others(ranges) if negated else ranges
         raise PrunelabError(f"a pattern with {str(kind).lower()} is not a plain regular expression; write it without")
-
-
-_CATEGORIES: Mapping[Any, Callable[[str], bool]] = {
-    op.CATEGORY_DIGIT: str.isdecimal,
-    op.CATEGORY_NOT_DIGIT: lambda c: not c.isdecimal(),
-    op.CATEGORY_SPACE: str.isspace,
-    op.CATEGORY_NOT_SPACE: lambda c: not c.isspace(),
-    op.CATEGORY_WORD: lambda c: c.isalnum() or c == "_",
-    op.CATEGORY_NOT_WORD: lambda c: not (c.isalnum() or c == "_"),
-}
 
 
 def _determinise(
@@ -303,18 +371,18 @@ def _trim(
 class Regular(Constraint):
     """A regular language over a tokenizer's vocabulary; the states are those of the automaton.
 
-    texts: [V] what each token adds to a text; one that adds nothing, or no whole characters, is never allowed.
+    texts: [V] what each token adds to a text, as bytes where these are parts of characters; one that adds nothing is
+    never allowed.
     """
 
     automaton: Automaton
-    texts: tuple[str | None, ...] = field(repr=False)
+    texts: tuple[str | bytes | None, ...] = field(repr=False)
     end: int | None = None
 
     @classmethod
-    def of(cls, pattern: str, texts: Sequence[str | None], end: int | None = None) -> Regular:
-        """From a regular expression; characters that no token has do not exist for it."""
-        alphabet = sorted({c for text in texts if text for c in text})
-        return cls(Automaton.of(pattern, alphabet), tuple(texts), end)
+    def of(cls, pattern: str, texts: Sequence[str | bytes | None], end: int | None = None) -> Regular:
+        """From a regular expression; bytes that no token has do not exist for it."""
+        return cls(Automaton.of(pattern, [text for text in texts if text]), tuple(texts), end)
 
     def start(self) -> int:
         return 0
@@ -335,8 +403,12 @@ class Regular(Constraint):
     def closed(self, state: int) -> bool:
         return self.complete(state) and bool((self.automaton.table[state] == self.automaton.sink).all())
 
+    def written(self, tokens: Iterable[int]) -> str:
+        """The text that tokens write, with a sign of replacement where it ends within a character."""
+        return b"".join(encoded(self.texts[token] or "") for token in tokens).decode(errors="replace")
+
     def mask(self, state: int) -> NDArray[np.bool_]:
-        """Every token [V] at once: all walk the automaton side by side, a character at a time."""
+        """Every token [V] at once: all walk the automaton side by side, a byte at a time."""
         at = np.full(len(self.texts), state, dtype=np.int32)
         for codes in self._columns:
             at = np.where(codes < 0, at, self.automaton.table[at, codes])
@@ -347,20 +419,20 @@ class Regular(Constraint):
 
     @cached_property
     def _codes(self) -> list[list[int]]:
-        """The character classes of every token, none for one that is never allowed."""
+        """The classes of every token's bytes, none for one that is never allowed."""
         return [self.automaton.codes(text or "") for text in self.texts]
 
     @cached_property
     def _columns(self) -> NDArray[np.int32]:
-        """The same side by side [L, V], -1 behind the last character."""
+        """The same side by side [L, V], -1 behind the last byte."""
         columns = np.full((max(map(len, self._codes), default=0), len(self._codes)), -1, dtype=np.int32)
         for token, codes in enumerate(self._codes):
             columns[: len(codes), token] = codes
         return columns
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
-    """What every token [V] adds to a text, None for special tokens and for parts of a character.
+def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str | bytes | None]:
+    """What every token [V] adds to a text, as bytes where that is no whole characters; None for special tokens.
 
     Tokens are read behind another one, since some tokenizers leave out a blank before the first.
     """
@@ -369,8 +441,28 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
         raise PrunelabError("this tokenizer has no token for the letter a; a constraint cannot read its vocabulary")
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     texts = tokenizer.batch_decode([[anchor, i] for i in range(len(tokenizer))], **options)
-    # assumption: a token that is no whole character is left out, so that non-ASCII text needs tokens of its own
-    return [None if "\ufffd" in text or len(text) == 1 else text[1:] for text in texts]
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return [
+        _bytes(piece) if "\ufffd" in text else None if len(text) == 1 else text[1:]
+        for text, piece in zip(texts, pieces, strict=True)
+    ]
+
+
+def _bytes(piece: str) -> bytes | None:
+    """The bytes that a piece of a vocabulary stands for: one letter each in byte-level vocabularies, `<0xE2>` in those
+    that fall back on bytes; None where it is written in no such way."""
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    letters = _byte_letters()
+    return bytes(letters[c] for c in piece) if all(c in letters for c in piece) else None
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """The letter that byte-level vocabularies write each byte as: itself where it is printable, else one behind 255."""
+    plain = [byte for byte in range(256) if chr(byte).isprintable() and byte not in (0x20, 0xA0, 0xAD)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}
 
 
 def json_pattern(depth: int) -> str:

@@ -131,7 +131,7 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def written(constraint: constraints.Regular, result: smc.Particles) -> list[str]:
     """The texts of all particles."""
-    return ["".join(constraint.texts[token] or "" for token in particle) for particle in result.tokens]
+    return [constraint.written(particle) for particle in result.tokens]
 
 
 def weight(result: smc.Particles, where: Sequence[bool]) -> float:

@@ -76,14 +76,12 @@ def test_json_is_accepted_up_to_its_depth(json_automaton, value, tight):
 
 
 def test_what_the_json_automaton_writes_is_json(json_automaton):
-    draws, known = random.Random(1), sorted(json_automaton.classes)
+    draws, known = random.Random(1), string.printable + "é"
     whole = 0
     for _ in range(300):
         state, text = 0, ""
         while len(text) < 60 and not json_automaton.final[state]:
-            allowed = [
-                c for c in known if json_automaton.table[state, json_automaton.classes[c]] != json_automaton.sink
-            ]
+            allowed = [c for c in known if json_automaton.walk(state, json_automaton.codes(c)) != json_automaton.sink]
             text += draws.choice([c for c in allowed if c in '[]{}":,0'] or allowed)
             state = json_automaton.walk(0, json_automaton.codes(text))
         if json_automaton.final[state]:
@@ -166,7 +164,39 @@ def test_token_texts_are_what_tokens_add(tokenizer):
     ids = tokenizer(TEXT)["input_ids"]
     assert "".join(texts[i] for i in ids if texts[i]) == TEXT
     assert texts[tokenizer.eos_token_id] is None and len(texts) == len(tokenizer)
-    assert None in [texts[i] for i in tokenizer("€")["input_ids"]]  # three bytes, none of them a character
+    parts = [texts[i] for i in tokenizer("😀")["input_ids"]]  # four bytes, none of them a character
+    assert all(isinstance(part, bytes) for part in parts) and b"".join(parts).decode() == "😀"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"\w+", r"[^a-z]", r"[а-я]{2}", r"é|€", r".", r"[一-龥]+", r"[😀-😂]", r"\W\d*", r"[\u07fe-\u0802]", r"\D"],
+)
+def test_characters_are_told_apart_byte_by_byte_as_python_does(pattern):
+    automaton, draws = Automaton.of(pattern, [bytes(range(256))]), random.Random(0)
+    pool = "aZ0 _\n.éß€😀😂一龥中жЯ७\u0300\u07ff\u0800\u0801\ud7ff\ue000\uffff\U00010000\U0010ffff"
+    accepted = 0
+    for _ in range(2000):
+        text = "".join(draws.choice(pool) for _ in range(draws.choice((1, 1, 2, 3))))
+        accepted += automaton.accepts(text)
+        assert automaton.accepts(text) == bool(re.fullmatch(pattern, text)), text
+    assert accepted
+    assert not any(
+        automaton.final[automaton.walk(0, automaton.codes(part))] for part in (b"\xff", b"\xc3", b"\xed\xa0\x80")
+    )
+
+
+def test_a_character_is_written_in_parts(tokenizer):
+    regular = Regular.of("[€😀]{2}", token_texts(tokenizer), tokenizer.eos_token_id)
+    for text in ("€😀", "😀😀"):
+        state = regular.start()
+        for token in tokenizer(text)["input_ids"]:
+            assert not regular.complete(state) and regular.allows(state, token)
+            assert regular.mask(state).tolist() == [regular.allows(state, t) for t in range(len(regular.texts))]
+            state = regular.step(state, token)
+        assert regular.closed(state)
+    (first, *_) = tokenizer("中")["input_ids"]
+    assert not regular.allows(regular.start(), first)  # begins other characters alone
 
 
 def test_token_texts_keep_leading_blanks_of_metaspace_tokenizers():
