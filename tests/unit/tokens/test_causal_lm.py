@@ -365,7 +365,7 @@ def test_with_all_back_before_the_last_layer_the_next_word_is_the_dense_one(fami
             model(tokens, past_key_values=cache, attention_mask=mask, position_ids=places[:, :-1])
             assert len(cache.layers[5].keys[0, 0]) == 8
             last = model(longer[:, -1:], past_key_values=cache, attention_mask=seen, position_ids=places[:, -1:]).logits
-        assert torch.allclose(last, dense, atol=1e-5) == same
+        assert torch.allclose(last, dense, atol=1e-4) == same
 
 
 @torch.no_grad()
