@@ -73,7 +73,7 @@ def run(
     shown = Table("column", "reported", "scale", "value", "status")
     for cell in wanted:
         for scale, job in cell.runs.items():
-            value, status = "", f"needs {job if isinstance(job, str) else job.needs}"
+            value, status = "", f"needs {job if isinstance(job, str) else job.needs}".removeprefix("needs nothing: ")
             if isinstance(job, Run) and not job.needs:
                 path = job.path(Path(values["results"]))
                 provenance.reject_damaged(path)

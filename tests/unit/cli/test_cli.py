@@ -195,6 +195,8 @@ def test_run_one_row(cli, tmp_path):
     made = record.stat().st_mtime_ns
     assert cli(*arguments)[1] == out
     assert record.stat().st_mtime_ns == made, "a record at hand is read, not made again"
+    lacking = cli("run", "fastv", "T1", "LLaVA-1.5-7B baseline", "--column", "MMMU")[1]
+    assert "not run at testbed" in lacking and "nothing" not in lacking
 
 
 MISTAKES = [
