@@ -23,6 +23,9 @@ METHODS = ROOT / "methods"
 BOARDS = ROOT / "configs" / "boards"
 BENCHMARKS = ROOT / "configs" / "benchmarks.yaml"
 
+COLUMNS = ("table", "row", "column", "value", "unit", "source", "quality")  # of reported.csv
+QUALITIES = ("primary", "secondary", "by-eye")
+
 # The axes of the pruning survey, as most papers of a role have them; a paper says where it differs.
 TAXONOMY: Mapping[str, list[str]] = {
     "target": ["tokens"], "speedup": ["structured"], "when": ["run_time"], "criterion": ["sensitivity_or_saliency"],
@@ -320,24 +323,33 @@ def load(slug: str) -> Paper:
 
 @cache
 def reported(slug: str) -> tuple[Reported, ...]:
-    """Every number of reported.csv, in file order."""
+    """Every number of reported.csv, in file order. Raises PrunelabError with the first line that is none."""
+    found: dict[tuple[str, str, str], Reported] = {}
     path = METHODS / slug / "reported.csv"
+    if not path.exists():
+        raise PrunelabError(f"methods/{slug} has no reported.csv; write the numbers that the paper reports there")
     with path.open(newline="", encoding="utf-8") as file:
-        try:
-            return tuple(
-                Reported(
-                    r["table"],
-                    r["row"],
-                    r["column"],
-                    float(r["value"]),
-                    r["value"],
-                    r["unit"],
-                    r["source"],
-                    r["quality"],
-                )
-                for r in csv.DictReader(file)
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise PrunelabError(
-                f"methods/{slug}/reported.csv: every line needs a number under 'value' ({error})"
-            ) from None
+        lines = csv.DictReader(file)
+        for line in lines:
+            try:
+                number = _number(line)
+                if found.setdefault((number.table, number.row, number.column), number) is not number:
+                    raise ValueError("an earlier line has the same table, row and column")
+            except ValueError as error:
+                raise PrunelabError(f"methods/{slug}/reported.csv, line {lines.line_num}: {error}") from None
+    return tuple(found.values())
+
+
+def _number(line: Mapping[str, str]) -> Reported:
+    """One line of reported.csv. Raises ValueError where it says too little, or what nobody understands."""
+    if tuple(line) != COLUMNS or None in line.values():
+        raise ValueError(f"write {','.join(COLUMNS)}")
+    table, row, column, text, unit, source, quality = line.values()
+    if quality not in QUALITIES:
+        raise ValueError(f"its quality is one of {', '.join(QUALITIES)}, not '{quality}'")
+    if not source:
+        raise ValueError("a number needs its source")
+    try:
+        return Reported(table, row, column, float(text), text, unit, source, quality)
+    except ValueError:
+        raise ValueError(f"'{text}' is no number") from None

@@ -169,6 +169,31 @@ def test_a_broken_paper_is_named(tmp_path, monkeypatch, text, message):
         papers.load("broken")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("T,a,top1,many,%,page 3,primary", "line 3: 'many' is no number"),
+        ("T,a,top1,71.5,%,page 3,certain", "line 3: its quality is one of primary, secondary, by-eye, not 'certain'"),
+        ("T,a,top1,71.5,%,,primary", "line 3: a number needs its source"),
+        ("T,a,top1,71.5,%,primary", "line 3: write table,row,column,value"),
+        ("T,a,top1,71.5,%,page 3,primary,really", "line 3: write table,row,column,value"),
+        ("T,b,top1,71.5,%,page 3,primary", "line 3: an earlier line has the same table, row and column"),
+    ],
+)
+def test_a_broken_number_is_named(tmp_path, monkeypatch, line, message):
+    monkeypatch.setattr(papers, "METHODS", Path(tmp_path))
+    head = "table,row,column,value,unit,source,quality\nT,b,top1,70,%,page 3,primary\n"
+    for folder, text in ((tmp_path / "broken", head + line), (tmp_path / "whole", head)):
+        folder.mkdir()
+        (folder / "reported.csv").write_text(text)
+    with pytest.raises(PrunelabError, match=message):
+        papers.reported("broken")
+    assert [number.text for number in papers.reported("whole")] == ["70"]
+    papers.reported.cache_clear()
+    with pytest.raises(PrunelabError, match=r"no reported\.csv"):
+        papers.reported("absent")
+
+
 def test_missing_pieces_are_named():
     with pytest.raises(PrunelabError, match="no paper 'nobody'"):
         papers.load("nobody")

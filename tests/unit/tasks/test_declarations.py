@@ -10,7 +10,7 @@ import pytest
 
 from prunelab.common import tasks
 from prunelab.common.catalogue import lookup
-from prunelab.common.core import index
+from prunelab.common.core import index, registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 from prunelab.common.experiments import papers, planning
@@ -134,6 +134,9 @@ def test_a_paper_without_mistakes_passes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("slug", papers.slugs())
 def test_every_paper_passes(slug):
     planning.check(slug)
+    for configuration in papers.load(slug).configurations.values():
+        if configuration.method is not None:  # planning knows the names of options, the class what they may be
+            registry.create(configuration.method, **configuration.options)
 
 
 def test_the_guide_has_the_tables_that_the_code_has():
