@@ -113,7 +113,7 @@ def accumulated(
     """
     (batch, heads, rows, _), total = queries.shape, keys.shape[2]
     if rows == 1 and weights is None and asking is None:
-        return causal_rows(queries, keys, scale, valid).sum((2, 3))
+        return causal_rows(queries, keys, scale, valid).squeeze(3).sum(2)
     out = torch.zeros(*keys.shape[:3], device=keys.device)
     share = torch.ones(rows, device=keys.device) if weights is None else weights.float()
     size = max(1, min(rows, BLOCK // max(1, batch * heads * total)))

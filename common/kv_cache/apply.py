@@ -115,9 +115,10 @@ class CacheHandle:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any] | None:
         """Before the decoder: take over its cache, see to padding, and let the method change the prompt."""
-        given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments) if args else kwargs
-        given = {**given, **given.get("kwargs", {})}
-        given.pop("kwargs", None)
+        given = kwargs
+        if args:
+            given = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
+            given |= given.pop("kwargs", {})
         tokens, embedded = given.get("input_ids"), given.get("inputs_embeds")
         read: Any = embedded if tokens is None else tokens
         if read is None or read.shape[1] == 0:
@@ -292,7 +293,7 @@ class CacheHandle:
                 prefill=False,
                 ends=stack.ends,
                 info=self.info,
-                rng=self._rng(stack.pairs.device),
+                rng=self._rng(stack.places.device),
                 required=self._read,
                 services=self.services,
                 memory=state.memory,

@@ -73,23 +73,22 @@ class AllButOne(Gather):
 class Stack:
     """The entries of all layers side by side, so that what a step decides is carried out at once.
 
-    pairs: [L, B, KV, K + 1, 2 d], each entry's key and value one behind the other, the last place free for the next
-    token; there are two of it, as a step copies what stays from the one to the other. places and marks:
-    [L, B, KV, K + 1], as if the next token had come. ends: how many of the first and of the last tokens are known to be
-    the first and last entries of every head.
+    held: keys and values [L, B, KV, K + 1, d], the last place free for the next token; there are two of each, as a step
+    copies what stays from the one to the other. places and marks: [L, B, KV, K + 1], as if the next token had come.
+    ends: how many of the first and of the last tokens are known to be the first and last entries of every head.
     """
 
     def __init__(self, layers: Sequence[PrunedLayer], ends: tuple[int, int]) -> None:
         self.layers, self.ends = layers, ends
         first = layers[0]
-        self.entries, self.width = first.keys.shape[2:]
-        self.pairs = self._stacked([torch.cat([layer.keys, layer.values], -1) for layer in layers])
+        self.entries = first.keys.shape[2]
+        self.held = self._stacked([layer.keys for layer in layers]), self._stacked([layer.values for layer in layers])
         self.places = self._stacked([layer.places for layer in layers])
         self.places[..., -1] = first.seen
         self.marks = {name: self._stacked([layer.marks[name] for layer in layers]) for name in first.marks}
-        self._spare = torch.empty_like(self.pairs)
-        self._views, self._others = self._by_layer(self.pairs), self._by_layer(self._spare)
-        device, shape = self.pairs.device, self.places.shape
+        self._spare = torch.empty_like(self.held[0]), torch.empty_like(self.held[1])
+        self._views, self._others = self._by_layer(*self.held), self._by_layer(*self._spare)
+        device, shape = self.places.device, self.places.shape
         self._order = torch.arange(shape[3], device=device)
         self._order[-1] = -1  # the free place is behind what leaves
         self._rows = torch.arange(self.places.numel(), device=device).view(-1, *shape[2:])
@@ -104,19 +103,20 @@ class Stack:
         held = torch.stack(parts)
         return torch.cat([held, torch.zeros_like(held[:, :, :, :1])], 3)
 
-    def _by_layer(self, pairs: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Keys and values of each layer, and the free place for both."""
-        return [(own[..., : self.width], own[..., self.width :], own[:, :, -1:]) for own in pairs]
+    @staticmethod
+    def _by_layer(keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Keys and values of each layer, and the free place of each."""
+        return [(k, v, k[:, :, -1:], v[:, :, -1:]) for k, v in zip(keys, values)]
 
     @property
     def keys(self) -> Tensor:
         """[L B, KV, K + 1, d]."""
-        return self.pairs[..., : self.width].flatten(0, 1)
+        return self.held[0].flatten(0, 1)
 
     @property
     def values(self) -> Tensor:
         """[L B, KV, K + 1, d]."""
-        return self.pairs[..., self.width :].flatten(0, 1)
+        return self.held[1].flatten(0, 1)
 
     def begin(self) -> None:
         """A step begins, in which no layer has written yet."""
@@ -126,8 +126,9 @@ class Stack:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put one token's keys and values [B, KV, 1, d] into the free place; all entries of the layer."""
-        all_keys, all_values, free = self._views[layer]
-        torch.cat([keys, values], -1, out=free)
+        all_keys, all_values, key, value = self._views[layer]
+        key.copy_(keys)
+        value.copy_(values)
         return all_keys, all_values
 
     def keep(self, kept: Gather, marks: dict[str, Tensor]) -> bool:
@@ -139,9 +140,11 @@ class Stack:
             rows = (self._rows + (self._order >= kept.worst)).flatten()
         else:
             rows = (self._rows[..., :1] + torch.nn.functional.pad(kept.index, (0, 1))).flatten()
-        flat, shape = (len(rows), self.pairs.shape[-1]), self.places.shape
-        torch.index_select(self.pairs.view(flat), 0, rows, out=self._spare.view(flat))
-        self.pairs, self._spare = self._spare, self.pairs
+        shape = self.places.shape
+        for source, target in zip(self.held, self._spare):
+            flat = (len(rows), source.shape[-1])
+            torch.index_select(source.view(flat), 0, rows, out=target.view(flat))
+        self.held, self._spare = self._spare, self.held
         self._views, self._others = self._others, self._views
         self.places = self.places.flatten().index_select(0, rows).view(shape)
         self.places[..., -1] = self.layers[0].seen
@@ -154,7 +157,7 @@ class Stack:
         """Give the layers back what they hold: K entries, and one more where the step at hand has written it."""
         for i, layer in enumerate(self.layers):
             held = self.entries + (layer.added if layer.state.running else 0)
-            keys, values, _ = self._views[i]
+            keys, values, _, _ = self._views[i]
             layer.fill(
                 [part[:, :, :held].clone() for part in (keys, values, self.places[i])],
                 {name: mark[i, :, :, :held].clone() for name, mark in self.marks.items()},
