@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +57,12 @@ def test_every_folder_is_complete_and_every_method_has_a_paper():
 
 
 def test_methods_stay_small():
+    """What is to be read as code; documentation may be as long as it has to."""
     for path in papers.METHODS.glob("*/method.py"):
-        assert len(path.read_text().splitlines()) <= 300, path
+        text = path.read_text()
+        owners = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        documented = [n.body[0] for n in owners if ast.get_docstring(n) is not None]
+        assert len(text.splitlines()) - sum(d.end_lineno - d.lineno + 1 for d in documented) <= 260, path
 
 
 def run(slug: str = "zero_tprune") -> Run:
