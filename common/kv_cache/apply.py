@@ -199,10 +199,10 @@ class CacheHandle:
             ahead = method.lookahead(tokens, valid, self.budget, self.services)
             state.ahead = ahead.shape[1]
             tokens = torch.cat([tokens, ahead], 1)
-            places = given.get("position_ids")
-            if places is not None and state.ahead:
-                more = torch.arange(1, state.ahead + 1, device=places.device)
-                given["position_ids"] = torch.cat([places, places[:, -1:] + more], 1)
+            indices = given.get("position_ids")
+            if indices is not None and state.ahead:
+                more = torch.arange(1, state.ahead + 1, device=indices.device)
+                given["position_ids"] = torch.cat([indices, indices[:, -1:] + more], 1)
             if valid is not None:
                 valid = torch.cat([valid, torch.ones_like(ahead, dtype=torch.bool)], 1)
         given["input_ids"] = tokens
@@ -260,16 +260,16 @@ class CacheHandle:
         """Whether the pass at hand is a step that the stack knows: one token each, without padding."""
         assert state.stack is not None
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return plain and new == 1 and self._alike and modes == (False, state.stack.places.is_inference())
+        return plain and new == 1 and self._alike and modes == (False, state.stack.indices.is_inference())
 
     def _ends(self, layers: list[PrunedLayer]) -> tuple[int, int]:
         """The first and last tokens that the method protects, where every head holds them all; else none."""
         held, seen = layers[0].keys.shape[2], layers[0].seen
         sink, window = self.method.protected(held)
-        places = torch.stack([layer.places for layer in layers])
-        order = torch.arange(held, device=places.device)
-        wanted = torch.where(order < sink, order, torch.where(order >= held - window, order + seen - held, places))
-        return (sink, window) if bool((places == wanted).all()) else (0, 0)
+        indices = torch.stack([layer.indices for layer in layers])
+        order = torch.arange(held, device=indices.device)
+        wanted = torch.where(order < sink, order, torch.where(order >= held - window, order + seen - held, indices))
+        return (sink, window) if bool((indices == wanted).all()) else (0, 0)
 
     def _step(self, state: CacheState) -> None:
         """Decide for all layers of a decoding step at once, as if they were samples of a batch."""
@@ -286,14 +286,14 @@ class CacheHandle:
             signals = CacheSignals(
                 sources,
                 scale=stack.scale,
-                places=stack.places.flatten(0, 1),
+                indices=stack.indices.flatten(0, 1),
                 prompt=layers[0].prompt * len(layers),
                 seen=layers[0].seen,
                 marks={name: mark.flatten(0, 1) for name, mark in stack.marks.items()},
                 prefill=False,
                 ends=stack.ends,
                 info=self.info,
-                rng=self._rng(stack.places.device),
+                rng=self._rng(stack.indices.device),
                 required=self._read,
                 services=self.services,
                 memory=state.memory,
@@ -396,7 +396,7 @@ class CacheHandle:
         """What the method may see of a layer now."""
         valid, ahead = layer.valid, layer.state.ahead if prefill else 0
         if ahead:
-            valid = torch.ones_like(layer.places, dtype=torch.bool) if valid is None else valid.clone()
+            valid = torch.ones_like(layer.indices, dtype=torch.bool) if valid is None else valid.clone()
             valid[..., -ahead:] = False
         given: dict[str, Callable[[], Tensor]] = {
             "keys": lambda: layer.keys,
@@ -407,7 +407,7 @@ class CacheHandle:
         signals = CacheSignals(
             given,
             scale=scale,
-            places=layer.places,
+            indices=layer.indices,
             prompt=tuple(length - ahead for length in layer.prompt),
             seen=layer.seen,
             marks=layer.marks,

@@ -54,14 +54,14 @@ class Draft:
                 found.append(attention.causal_rows(query[:, :, -last:], key, scale, real).flatten(1, 2))
             allowed = None
             if not bool(fresh.all()):
-                places = torch.arange(key.shape[2], device=key.device)
-                own = places[-query.shape[2] :, None]
-                allowed = (places <= own) & (fresh[:, None, None] | (places == own))
+                indices = torch.arange(key.shape[2], device=key.device)
+                own = indices[-query.shape[2] :, None]
+                allowed = (indices <= own) & (fresh[:, None, None] | (indices == own))
             return seam.sdpa(module, query, key, value, allowed, scale)
 
         later: list[list[Tensor]] = []
         with torch.inference_mode(), seam.replaced(seam.attention_layers(self.decoder), attend):
-            out = self.model(input_ids=tokens, attention_mask=mask, position_ids=_places(mask), use_cache=True)
+            out = self.model(input_ids=tokens, attention_mask=mask, position_ids=_indices(mask), use_cache=True)
             window = [rows.clone() for rows in found]
             for _ in range(steps):
                 found.clear()
@@ -70,7 +70,7 @@ class Draft:
                 out = self.model(
                     input_ids=written,
                     attention_mask=mask,
-                    position_ids=_places(mask)[:, -1:],
+                    position_ids=_indices(mask)[:, -1:],
                     use_cache=True,
                     **seam.with_cache({}, seam.cache_in(out)),
                 )
@@ -78,6 +78,6 @@ class Draft:
         return window, later
 
 
-def _places(mask: Tensor) -> Tensor:
+def _indices(mask: Tensor) -> Tensor:
     """Position [B, N] of every token among the real ones of its sample."""
     return (mask.cumsum(1) - 1).clamp_min(0)

@@ -74,7 +74,7 @@ class Stack:
     """The entries of all layers side by side, so that what a step decides is carried out at once.
 
     held: keys and values [L, B, KV, K + 1, d], the last place free for the next token; there are two of each, as a step
-    copies what stays from the one to the other. places and marks: [L, B, KV, K + 1], as if the next token had come.
+    copies what stays from the one to the other. indices and marks: [L, B, KV, K + 1], as if the next token had come.
     ends: how many of the first and of the last tokens are known to be the first and last entries of every head.
     """
 
@@ -83,15 +83,15 @@ class Stack:
         first = layers[0]
         self.entries = first.keys.shape[2]
         self.held = self._stacked([layer.keys for layer in layers]), self._stacked([layer.values for layer in layers])
-        self.places = self._stacked([layer.places for layer in layers])
-        self.places[..., -1] = first.seen
+        self.indices = self._stacked([layer.indices for layer in layers])
+        self.indices[..., -1] = first.seen
         self.marks = {name: self._stacked([layer.marks[name] for layer in layers]) for name in first.marks}
         self._spare = torch.empty_like(self.held[0]), torch.empty_like(self.held[1])
         self._views, self._others = self._by_layer(*self.held), self._by_layer(*self._spare)
-        device, shape = self.places.device, self.places.shape
+        device, shape = self.indices.device, self.indices.shape
         self._order = torch.arange(shape[3], device=device)
         self._order[-1] = -1  # the free place is behind what leaves
-        self._rows = torch.arange(self.places.numel(), device=device).view(-1, *shape[2:])
+        self._rows = torch.arange(self.indices.numel(), device=device).view(-1, *shape[2:])
         self.queries: list[Tensor] = []  # of the step at hand, a layer each
         self.scale = 1.0
         for layer in layers:
@@ -140,14 +140,14 @@ class Stack:
             rows = (self._rows + (self._order >= kept.worst)).flatten()
         else:
             rows = (self._rows[..., :1] + torch.nn.functional.pad(kept.index, (0, 1))).flatten()
-        shape = self.places.shape
+        shape = self.indices.shape
         for source, target in zip(self.held, self._spare):
             flat = (len(rows), source.shape[-1])
             torch.index_select(source.view(flat), 0, rows, out=target.view(flat))
         self.held, self._spare = self._spare, self.held
         self._views, self._others = self._others, self._views
-        self.places = self.places.flatten().index_select(0, rows).view(shape)
-        self.places[..., -1] = self.layers[0].seen
+        self.indices = self.indices.flatten().index_select(0, rows).view(shape)
+        self.indices[..., -1] = self.layers[0].seen
         self.marks = {name: mark.flatten().index_select(0, rows).view(shape) for name, mark in marks.items()}
         for mark in self.marks.values():
             mark[..., -1] = 0
@@ -159,7 +159,7 @@ class Stack:
             held = self.entries + (layer.added if layer.state.running else 0)
             keys, values, _, _ = self._views[i]
             layer.fill(
-                [part[:, :, :held].clone() for part in (keys, values, self.places[i])],
+                [part[:, :, :held].clone() for part in (keys, values, self.indices[i])],
                 {name: mark[i, :, :, :held].clone() for name, mark in self.marks.items()},
             )
 
@@ -184,7 +184,7 @@ class PrunedLayer(DynamicLayer):
         self.pads: Tensor | None = None
         self.prompt: tuple[int, ...] = ()
         self._marks: dict[str, Tensor] = {}
-        self._places: Tensor  # of the entries but for the newest ones, whose tokens are the last `_loose` seen
+        self._indices: Tensor  # of the entries but for the newest ones, whose tokens are the last `_loose` seen
         self._loose = 0
 
     # -- the entries, which a stack may hold for the layer ---------------------------------------------------------
@@ -220,25 +220,25 @@ class PrunedLayer(DynamicLayer):
         self._marks = marks
 
     @property
-    def places(self) -> Tensor:
+    def indices(self) -> Tensor:
         """Number [B, KV, N] of each entry's token among those of its sample."""
         self.state.unstack()
         if self._loose:
             newest = torch.arange(self.seen - self._loose, self.seen, device=self.device)
-            self._places = torch.cat([self._places, newest.expand(*self._places.shape[:2], -1)], -1)
+            self._indices = torch.cat([self._indices, newest.expand(*self._indices.shape[:2], -1)], -1)
             self._loose = 0
-        return self._places
+        return self._indices
 
     def empty(self) -> None:
         """Hand the entries over to a stack."""
-        self._keys, self._values, self._places, self._marks = (
-            *(t[:, :, :0] for t in (self.keys, self.values, self.places)),
+        self._keys, self._values, self._indices, self._marks = (
+            *(t[:, :, :0] for t in (self.keys, self.values, self.indices)),
             {},
         )
 
     def fill(self, entries: Iterable[Tensor], marks: dict[str, Tensor]) -> None:
-        """Take keys, values and places back from a stack."""
-        (self._keys, self._values, self._places), self._marks = entries, marks
+        """Take keys, values and indices back from a stack."""
+        (self._keys, self._values, self._indices), self._marks = entries, marks
 
     @property
     def counts(self) -> Tensor | int:
@@ -250,7 +250,7 @@ class PrunedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self._places = torch.zeros(*key_states.shape[:2], 0, dtype=torch.long, device=self.device)
+        self._indices = torch.zeros(*key_states.shape[:2], 0, dtype=torch.long, device=self.device)
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
@@ -300,11 +300,11 @@ class PrunedLayer(DynamicLayer):
         else:
             real = torch.ones(batch, new, dtype=torch.bool, device=self.device) if fresh is None else fresh
             counts = self.counts if self.pads is None else self.counts.unsqueeze(1)  # type: ignore[union-attr]
-            places = (counts + real.long().cumsum(1) - 1).clamp_min(0)
+            indices = (counts + real.long().cumsum(1) - 1).clamp_min(0)
             if self.valid is not None or fresh is not None:
-                before = torch.ones_like(self.places, dtype=torch.bool) if self.valid is None else self.valid
+                before = torch.ones_like(self.indices, dtype=torch.bool) if self.valid is None else self.valid
                 self.valid = torch.cat([before, real.unsqueeze(1).expand(-1, heads, -1)], -1)
-            self._places = torch.cat([self.places, places.unsqueeze(1).expand(-1, heads, -1)], -1)
+            self._indices = torch.cat([self.indices, indices.unsqueeze(1).expand(-1, heads, -1)], -1)
             if fresh is not None:
                 pads = (~fresh).sum(1)
                 self.pads = pads if self.pads is None else self.pads + pads
@@ -327,7 +327,7 @@ class PrunedLayer(DynamicLayer):
         gone = self.keys.shape[2] - left
         if self.valid is not None and self.pads is not None:
             self.pads = self.pads - (~self.valid[:, 0, left:]).sum(-1)
-        self._places = self.places[:, :, :left]
+        self._indices = self.indices[:, :, :left]
         self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
         self.valid = None if self.valid is None else self.valid[:, :, :left]
         self.marks = {name: mark[:, :, :left] for name, mark in self.marks.items()}
@@ -361,7 +361,7 @@ class PrunedLayer(DynamicLayer):
         self.unpack()
         if len(set(self.prompt)) > 1:
             self.prompt = tuple(move(torch.tensor(self.prompt, device=self.device)).tolist())
-        self.keys, self.values, self._places = move(self.keys), move(self.values), move(self.places)
+        self.keys, self.values, self._indices = move(self.keys), move(self.values), move(self.indices)
         self.prompt = self.prompt if len(self.prompt) == len(self.keys) else self.prompt[:1] * len(self.keys)
         self.valid = None if self.valid is None else move(self.valid)
         self.pads = None if self.pads is None else move(self.pads)
@@ -394,14 +394,14 @@ class PrunedLayer(DynamicLayer):
             return
         self._unpacked = []  # made anew from what stays
         self.keys, self.values = kept.apply(self.keys), kept.apply(self.values)
-        self._places = kept.apply(self.places)
+        self._indices = kept.apply(self.indices)
         self.marks = {name: kept.apply(mark) for name, mark in self.marks.items()}
         self.valid = kept.valid
         self.shared, self.tail = False, 0
 
     def forget(self, ahead: int) -> None:
         """The newest `ahead` tokens, which the method has let go, were never part of the sequence."""
-        self._places = self.places
+        self._indices = self.indices
         self.seen = self.seen - ahead
         self.prompt = tuple(length - ahead for length in self.prompt)
 
@@ -427,7 +427,7 @@ class PrunedLayer(DynamicLayer):
     def nbytes(self) -> tuple[int, int]:
         """Bytes of keys and values as they are stored, and of what keeps book of them."""
         packed = [tensor for pair in self.packed for bitmap in pair for tensor in bitmap.tensors]
-        book = (self.places, self.valid, *self.marks.values())
+        book = (self.indices, self.valid, *self.marks.values())
         return storage_bytes((self.keys, self.values, *packed)), storage_bytes(book)
 
     def dense_bytes(self) -> int:
@@ -440,4 +440,4 @@ class PrunedLayer(DynamicLayer):
         """Mean number of entries of a head and sample that count."""
         if self.valid is not None:
             return float(self.valid.sum(-1).float().mean())
-        return float(self.places.shape[-1])
+        return float(self.indices.shape[-1])

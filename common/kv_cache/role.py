@@ -26,7 +26,7 @@ class CacheSignals(Signals):
     (not before it attends), `received` [B, KV, N] (`accumulated` with all weights 1). What shall read rows requires
     `queries` and `keys`.
 
-    places [B, KV, N]: number of each entry's token among the sample's own; valid [B, KV, N] or None: entries that
+    indices [B, KV, N]: number of each entry's token among the sample's own; valid [B, KV, N] or None: entries that
     count. seen: tokens so far, padding among them. prompt: tokens each sample began with, which ratios count from.
     marks: tensors [B, KV, N] by name that the method leaves at a layer; they follow the entries from step to step, new
     entries bring zeros. memory: what the method leaves for all layers while the cache lives. prefill: whether the cache
@@ -40,7 +40,7 @@ class CacheSignals(Signals):
         sources: Mapping[str, Callable[[], Tensor]],
         *,
         scale: float,
-        places: Tensor,
+        indices: Tensor,
         prompt: tuple[int, ...],
         seen: int,
         marks: dict[str, Tensor],
@@ -54,16 +54,16 @@ class CacheSignals(Signals):
     ) -> None:
         if required and "received" in required:
             required |= {"queries", "keys"}
-        super().__init__(sources, prunable=places, units=places.shape[-1], valid=valid, required=required, **rest)
+        super().__init__(sources, prunable=indices, units=indices.shape[-1], valid=valid, required=required, **rest)
         del self.prunable  # made when it is read
-        self.places, self.scale, self.prompt, self.seen = places, scale, prompt, seen
+        self.indices, self.scale, self.prompt, self.seen = indices, scale, prompt, seen
         self.marks, self.prefill, self.ahead = marks, prefill, ahead
         self.asking, self.ends = asking, ends
 
     def __getattr__(self, name: str) -> Tensor:
         # Not looked at: what is not finite here is not finite behind the model, where the handle sees it once a pass.
         if name == "prunable":
-            value = torch.ones_like(self.places, dtype=torch.bool) if self.valid is None else self.valid
+            value = torch.ones_like(self.indices, dtype=torch.bool) if self.valid is None else self.valid
         elif name.startswith("_") or name not in self._sources or name not in self._required:
             raise AttributeError(f"signal '{name}' was not required at this site; name it in requires()")
         else:
@@ -136,15 +136,14 @@ class CachePruner(Method):
             return self._evenly(scores, signals, count, *self.protected(count))
         counts = self.capacity(budget, signals.prompt)
         ends = [self.protected(n) for n in counts]
-        assert signals.places is not None
         limits = torch.tensor(counts, device=scores.device).unsqueeze(1)
         available = signals.prunable.sum(-1)  # [B, KV]
         sink, window = (torch.tensor(part, device=scores.device).view(-1, 1, 1) for part in zip(*ends))
         least = (sink + window).squeeze(-1)
         if bool(((limits < available) & (limits < least)).any()):
             raise self._too_small(min(counts), max(map(sum, ends)))
-        newest = signals.places.masked_fill(~signals.prunable, -1).amax(-1, keepdim=True)
-        kept = (signals.places < sink) | (signals.places > newest - window)
+        newest = signals.indices.masked_fill(~signals.prunable, -1).amax(-1, keepdim=True)
+        kept = (signals.indices < sink) | (signals.indices > newest - window)
         ranked = scores.float().masked_fill(kept, float("inf")).masked_fill(~signals.prunable, float("-inf"))
         best = selection.keep_first(selection.descending(ranked).flatten(0, 1), limits.clamp(max=available).flatten())
         shape = (*scores.shape[:2], -1)
@@ -162,7 +161,7 @@ class CachePruner(Method):
         if entries - count == 1 and signals.ends == (sink, window):
             ranked = ranked[..., sink : entries - window]
         elif sink or window:
-            ends = (signals.places < sink) | (signals.places >= signals.seen - window)
+            ends = (signals.indices < sink) | (signals.indices >= signals.seen - window)
             ranked = ranked.masked_fill(ends, float("inf"))
         if entries - count == 1:  # the last of the worst of each head leaves, for which nothing needs sorting
             last = ranked.shape[-1] - 1 + (sink if ranked.shape[-1] < entries else 0)

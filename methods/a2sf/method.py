@@ -40,15 +40,15 @@ def query_weights(age: Tensor, forgetting: float, observers: int | None = None) 
 class Reading:
     """The scores and the evictions of each head while a text [B, N] is read token by token.
 
-    scores: [B, KV, N]. evicted: [B, KV, N] bool, in the beginning whatever is no token. places: [B, KV, N] of the
+    scores: [B, KV, N]. evicted: [B, KV, N] bool, in the beginning whatever is no token. indices: [B, KV, N] of the
     tokens in their samples. capacity: [B, 1, 1] entries of a head; sink, recent: first and last tokens that always
     stay.
     """
 
     def __init__(
-        self, evicted: Tensor, places: Tensor, capacity: Tensor, sink: int, recent: int, forgetting: float
+        self, evicted: Tensor, indices: Tensor, capacity: Tensor, sink: int, recent: int, forgetting: float
     ) -> None:
-        self.evicted, self.places, self.capacity = evicted.clone(), places, capacity
+        self.evicted, self.indices, self.capacity = evicted.clone(), indices, capacity
         self.sink, self.recent, self.forgetting = sink, recent, forgetting
         self.real = ~evicted
         self.scores = torch.zeros(evicted.shape, device=evicted.device)
@@ -62,8 +62,8 @@ class Reading:
         row = surviving(row, gone)
         asks = self.real[..., n, None]  # padding asks nothing
         scores = step(self.scores[..., : n + 1], row * asks.unsqueeze(-1), self.forgetting)
-        place = self.places[..., n, None]
-        free = (self.places[..., : n + 1] >= self.sink) & (self.places[..., : n + 1] <= place - self.recent)
+        place = self.indices[..., n, None]
+        free = (self.indices[..., : n + 1] >= self.sink) & (self.indices[..., : n + 1] <= place - self.recent)
         free &= ~gone & asks & (place >= self.capacity)
         worst = scores.masked_fill(~free, float("inf")).argmin(-1, keepdim=True)
         self.evicted[..., : n + 1] |= torch.zeros_like(free).scatter(-1, worst, True) & free
@@ -111,8 +111,7 @@ class A2SF(OwnAttention):
         capacity = torch.tensor(self.capacity(budget, signals.prompt), device=keys.device).view(-1, 1, 1)
         if bool((capacity < self.sink + self.recent).any()):
             return None  # `select` says what is wrong
-        assert signals.places is not None
-        text = Reading(~signals.prunable, signals.places, capacity, self.sink, self.recent, self.forgetting)
+        text = Reading(~signals.prunable, signals.indices, capacity, self.sink, self.recent, self.forgetting)
         outputs = []
         for n in range(keys.shape[2]):  # a recurrence: what a token sees depends on what the last one evicted
             row = attention.causal_rows(queries[:, :, n, None], keys[:, :, : n + 1], signals.scale).squeeze(3)

@@ -45,10 +45,10 @@ class H2O(CachePruner):
         return 0, int(round(self.recent * capacity, 6))
 
 
-def per_observer(received: Tensor, places: Tensor, group: int) -> Tensor:
+def per_observer(received: Tensor, indices: Tensor, group: int) -> Tensor:
     """Attention received [B, KV, N], summed over queries and a group's heads, as the mean over the heads and over the
     queries that could see the token at all: those not before its place [B, KV, N]."""
-    observers = places.amax(-1, keepdim=True) - places + 1
+    observers = indices.amax(-1, keepdim=True) - indices + 1
     return received / observers / group
 
 
@@ -63,6 +63,5 @@ class ObservedAttention(CachePruner):
         return frozenset({"queries", "keys"})
 
     def score(self, site: Site, signals: CacheSignals) -> Tensor:
-        assert signals.places is not None
         group = grouped(signals.queries, signals.keys.shape[1]).shape[2]
-        return per_observer(signals.accumulated(), signals.places, group)
+        return per_observer(signals.accumulated(), signals.indices, group)

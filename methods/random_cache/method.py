@@ -31,8 +31,7 @@ class RandomCache(CachePruner):
         return frozenset()
 
     def score(self, site: Site, signals: CacheSignals) -> Tensor:
-        assert signals.places is not None
-        return torch.rand(signals.places.shape, generator=signals.rng, device=signals.places.device)
+        return torch.rand(signals.indices.shape, generator=signals.rng, device=signals.indices.device)
 
     def protected(self, capacity: int) -> tuple[int, int]:
         return 0, min(self.window_size, capacity)

@@ -95,22 +95,22 @@ class SpAtten(OwnAttention):
 
     def attend(self, site: Site, signals: CacheSignals, budget: Budget) -> Tensor | None:
         queries, new = signals.queries, signals.queries.shape[2]
-        places, carry = signals.places, signals.memory
+        indices, carry = signals.indices, signals.memory
         batch, heads = queries.shape[:2]
         tokens = signals.seen
         if site.layer == 0:  # a new pass: the cascade starts again, importance goes on
-            there = torch.zeros(batch, tokens, dtype=torch.long, device=places.device)
-            carry["tokens"] = there.scatter_add(1, places[:, 0], signals.prunable[:, 0].long()).bool()
-            carry["heads"] = torch.ones(batch, heads, dtype=torch.bool, device=places.device)
-            before = carry.get("importance", torch.zeros(batch, 0, device=places.device))
+            there = torch.zeros(batch, tokens, dtype=torch.long, device=indices.device)
+            carry["tokens"] = there.scatter_add(1, indices[:, 0], signals.prunable[:, 0].long()).bool()
+            carry["heads"] = torch.ones(batch, heads, dtype=torch.bool, device=indices.device)
+            before = carry.get("importance", torch.zeros(batch, 0, device=indices.device))
             carry["importance"] = torch.nn.functional.pad(before, (0, tokens - before.shape[1]))
-            carry.setdefault("head_importance", torch.zeros(batch, heads, device=places.device))
-        alive = carry["tokens"].gather(1, places[:, 0]).unsqueeze(1) & signals.prunable  # [B, KV, N]
+            carry.setdefault("head_importance", torch.zeros(batch, heads, device=indices.device))
+        alive = carry["tokens"].gather(1, indices[:, 0]).unsqueeze(1) & signals.prunable  # [B, KV, N]
         asking = alive[:, 0, -new:]
         output, received, refetched = self._attend(signals, alive, asking)
         output = output * carry["heads"][:, :, None, None]
         carry["refetched"] = refetched
-        carry["importance"] = carry["importance"].scatter_add(1, places[:, 0], received * alive[:, 0])
+        carry["importance"] = carry["importance"].scatter_add(1, indices[:, 0], received * alive[:, 0])
         size = (output.abs() * asking[:, None, :, None]).sum((2, 3))
         carry["head_importance"] = carry["head_importance"] + size
         return output
@@ -141,13 +141,13 @@ class SpAtten(OwnAttention):
 
     def score(self, site: Site, signals: CacheSignals) -> Tensor:
         """Cumulative importance [B, KV, N] of the tokens; what an earlier layer pruned is out."""
-        importance = signals.memory["importance"].gather(1, signals.places[:, 0])
-        importance = importance.masked_fill(~signals.memory["tokens"].gather(1, signals.places[:, 0]), -1)
+        importance = signals.memory["importance"].gather(1, signals.indices[:, 0])
+        importance = importance.masked_fill(~signals.memory["tokens"].gather(1, signals.indices[:, 0]), -1)
         return importance.unsqueeze(1).expand_as(signals.prunable)
 
     def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
         kept = self.select(self.score(site, signals), signals, budget)
-        stays = kept.apply(signals.places)[:, 0]
+        stays = kept.apply(signals.indices)[:, 0]
         counts = torch.ones_like(stays, dtype=torch.bool) if kept.valid is None else kept.valid[:, 0]
         carry = signals.memory
         left = torch.zeros(*carry["tokens"].shape, dtype=torch.long, device=stays.device)

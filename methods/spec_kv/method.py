@@ -117,8 +117,8 @@ def smooth(scores: Tensor, kernel_size: int, pooling: Literal["max", "avg", "non
 def first_of_each(index: Tensor) -> Tensor:
     """The distinct values of index [n], in the order of their first appearance."""
     values, inverse = index.unique(return_inverse=True)
-    places = torch.full((len(values),), len(index), device=index.device)
-    first = places.scatter_reduce(0, inverse, torch.arange(len(index), device=index.device), "amin")
+    positions = torch.full((len(values),), len(index), device=index.device)
+    first = positions.scatter_reduce(0, inverse, torch.arange(len(index), device=index.device), "amin")
     return index[first.sort().values]
 
 
@@ -128,14 +128,14 @@ def chosen(scores: Tensor, capacity: int, window: int, neighbours: int) -> Tenso
     The last `window` first of all, then the best-scored ones in turn, each with `neighbours` around it.
     """
     total = len(scores)
-    places = torch.arange(total, device=scores.device)
-    best = scores.topk(capacity).indices if capacity < total else places
+    positions = torch.arange(total, device=scores.device)
+    best = scores.topk(capacity).indices if capacity < total else positions
     if neighbours > 1:
         low = -((neighbours - 1) // 2)
         around = torch.arange(low, low + neighbours, device=scores.device)
         around = around[around.abs().argsort(stable=True)]  # the nearest first
         best = (best.unsqueeze(1) + around).clamp(0, total - 1).flatten()
-    return first_of_each(torch.cat([places[-window:], best]))[:capacity].sort().values
+    return first_of_each(torch.cat([positions[-window:], best]))[:capacity].sort().values
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
 def recency(signals: CacheSignals) -> Tensor:
     """Scores [B, KV, N] by which later tokens are better."""
-    assert signals.places is not None
-    return signals.places.float()
+    return signals.indices.float()
 
 
 @dataclass(frozen=True)

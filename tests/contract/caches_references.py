@@ -26,8 +26,7 @@ class NewestCache(CachePruner):
         return frozenset()
 
     def score(self, site: Site, signals: CacheSignals) -> Tensor:
-        assert signals.places is not None
-        return signals.places.float()
+        return signals.indices.float()
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def test_budget_is_met_and_order_kept(method, budget):
         assert handle.prompt.entries == (budget.count(LENGTH),) * 3
         assert handle.report().entries == (budget.count(LENGTH) + extra,) * 3
     for layer in handle.layers:
-        assert bool((layer.places.diff(dim=-1) > 0).all())
+        assert bool((layer.indices.diff(dim=-1) > 0).all())
 
 
 @every
@@ -128,7 +128,7 @@ def test_any_size_is_planned_or_refused(method, entries, ratio, new):
             "received": lambda: found.accumulated(),
         },
         scale=0.5,
-        places=torch.arange(entries).expand(2, 2, -1),
+        indices=torch.arange(entries).expand(2, 2, -1),
         prompt=(entries, entries),
         seen=entries,
         marks={},

@@ -149,7 +149,7 @@ def test_tokens_then_cache_equal_a_full_pass_that_hides_both(cache_pruner):
             masks[layer] &= ~gone[:, None, None, :] | torch.eye(27, dtype=torch.bool)
         for n in range(start, 27):
             for layer, mask in masks.items():
-                held = known[layer].unsqueeze(1).expand(-1, 2, -1).gather(2, caches.layers[layer].places)
+                held = known[layer].unsqueeze(1).expand(-1, 2, -1).gather(2, caches.layers[layer].indices)
                 mask[:, :, n] = torch.zeros(2, 2, 27, dtype=torch.bool).scatter(2, held, True)
                 mask[:, :, n, n] = True
             steps.append(model(tokens[:, n : n + 1], **with_cache({}, cache)).logits[:, 0])

@@ -50,7 +50,7 @@ def prefill(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     signals = CacheSignals(
         {"queries": lambda: queries, "keys": lambda: keys},
         scale=keys.shape[-1] ** -0.5,
-        places=torch.arange(length).expand(keys.shape[:3]),
+        indices=torch.arange(length).expand(keys.shape[:3]),
         prompt=(length,) * len(keys),
         seen=length,
         marks={},

@@ -120,7 +120,7 @@ def test_pruned_steps_equal_a_full_pass_that_hides_what_left(method):
         model(tokens[:, :start], past_key_values=cache)
         for n in range(start, 27):
             for layer, mask in masks.items():
-                held = handle.layers[layer].places
+                held = handle.layers[layer].indices
                 mask[:, :, n] = torch.zeros(2, 2, 27, dtype=torch.bool).scatter(2, held, True)
                 mask[:, :, n, n] = True
             steps.append(model(tokens[:, n : n + 1], past_key_values=cache).logits[:, 0])

@@ -59,7 +59,7 @@ def test_layers_that_decide_at_once_decide_as_each_alone(method, family):
             cache.reorder_cache(torch.tensor([1, 0]))
             logits.append(model(tokens[[1, 0], :1], **with_cache({}, cache)).logits[:, -1])
             assert handle.report().entries == (9.0,) * 3
-        places = [layer.places for layer in cache.layers]
+        places = [layer.indices for layer in cache.layers]
         logits.append(model(tokens[:, :1], **with_cache({}, cache)).logits[:, -1])  # behind the block, without pruning
         found.append([torch.stack(logits), *places, *(layer.keys for layer in cache.layers)])
     for one, other in zip(*found, strict=True):

@@ -40,7 +40,7 @@ def test_forgetting_nothing_while_writing_is_h2o():
             cache = DynamicCache()
             for part in torch.cat([tokens, prompt(2, 6, 5)], 1).split([12, *[1] * 6], 1):
                 model(part, past_key_values=cache)
-            held.append(torch.stack([layer.places for layer in handle.layers]))
+            held.append(torch.stack([layer.indices for layer in handle.layers]))
     assert torch.equal(*held)
 
 
@@ -50,7 +50,7 @@ def test_a_low_factor_prefers_what_came_lately():
     for forgetting in (0.1, 1.0):
         with torch.no_grad(), applied(A2SF(forgetting), model, 0.3) as handle:
             model(tokens, use_cache=True)
-        age[forgetting] = torch.stack([39 - layer.places for layer in handle.layers]).float().mean()
+        age[forgetting] = torch.stack([39 - layer.indices for layer in handle.layers]).float().mean()
     assert age[0.1] < age[1.0]
     assert query_weights(torch.tensor([2, 1, 0]), 0.5).tolist() == [0.25, 0.5, 1.0]
 
@@ -61,7 +61,7 @@ def test_streaming_keeps_the_first_and_the_last():
         cache = DynamicCache()
         for part in prompt(1, 20).split([17, 1, 1, 1], 1):
             model(part, past_key_values=cache)
-    assert handle.layers[0].places[0, 0].tolist() == [0, 1, 16, 17, 18, 19]
+    assert handle.layers[0].indices[0, 0].tolist() == [0, 1, 16, 17, 18, 19]
 
 
 # -- Mustafar --------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_spatten_equals_a_model_in_which_pruned_tokens_are_gone():
         got = model(tokens, use_cache=True).logits[:, -1]
     assert torch.allclose(got, want, atol=1e-5)
     for layer, places in zip(handle.layers, left, strict=True):
-        assert layer.places[0, 0].tolist() == layer.places[0, 1].tolist() == places
+        assert layer.indices[0, 0].tolist() == layer.indices[0, 1].tolist() == places
 
 
 @torch.no_grad()
@@ -237,8 +237,8 @@ def test_spec_kv_reads_ahead_without_a_trace():
     assert torch.allclose(out.logits, plain, atol=1e-5)
     assert out.past_key_values.get_seq_length() == 24
     assert handle.report().entries == (10,) * 3
-    assert all(layer.places.max() == 23 for layer in handle.layers)
-    assert bool((handle.layers[0].places[..., -3:] == torch.tensor([21, 22, 23])).all())
+    assert all(layer.indices.max() == 23 for layer in handle.layers)
+    assert bool((handle.layers[0].indices[..., -3:] == torch.tensor([21, 22, 23])).all())
 
 
 @torch.no_grad()
@@ -253,7 +253,7 @@ def test_spec_kv_with_the_target_as_its_own_draft_keeps_what_the_answer_asks_for
     rows = model(answer, output_attentions=True).attentions[0][0, :, 23:, :23]  # [H, 7, 23]
     model.set_attn_implementation("sdpa")
     best = rows.unflatten(0, (2, 2)).amax((1, 2)).topk(11).indices.sort().values
-    assert torch.equal(handle.layers[0].places[0, :, :-1], best)
+    assert torch.equal(handle.layers[0].indices[0, :, :-1], best)
 
 
 @torch.no_grad()
