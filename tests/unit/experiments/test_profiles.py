@@ -82,7 +82,7 @@ def test_the_workflow_s_command_claims_what_its_runs_take(tmp_path, monkeypatch)
     """Each record is made by one plain command, which takes its GPUs before the first run and fails in one line."""
     held = []
     monkeypatch.setattr(
-        planning, "jobs", lambda config: {"a": Run("latency", "paper", gpus=2), "b": Run("latency", "paper")}
+        planning, "planned", lambda config: {"a": Run("latency", "paper", gpus=2), "b": Run("latency", "paper")}
     )
     monkeypatch.setattr(devices, "_smi", lambda *query: ["0, GPU-aa", "1, GPU-bb", "2, GPU-cc"])
     monkeypatch.setattr(devices.tempfile, "gettempdir", lambda: str(tmp_path))
