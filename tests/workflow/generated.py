@@ -60,7 +60,7 @@ def generate(methods: Path, cells: int) -> None:
     for path in methods.glob("*/paper.yaml"):
         path.unlink()
     columns = {name: f"{{task: macs, metric: {name}}}" for name in COSTS}
-    columns |= {name: f"{{task: classify, data: imagenet, metric: {name}}}" for name in ("top1", "saving")}
+    columns |= {name: f"{{task: classify, data: imagenet, metric: {name}}}" for name in ("top1", "drop")}
     columns["speed"] = "{task: latency, metric: images_per_second, scales: [paper], settings: {batch: 64}}"
     columns["tuned"] = '{needs: "a checkpoint that nobody has"}'
     for number in range(cells // CELLS):
@@ -88,7 +88,7 @@ def write_records(results: Path) -> int:
 
     runs = planning.jobs(lookup.settings({"results": str(results)}))
     for run in runs.values():
-        names = COSTS if run.task == "macs" else ("top1", "gmacs", "saving")
+        names = COSTS if run.task == "macs" else ("top1", "drop", "gmacs", "saving")
         record = {
             "identity": run.identity,
             "sources": run.sources,
