@@ -41,10 +41,11 @@ def listed(folder: Path) -> list[dict[str, Any]]:
     path = folder / "catalogue.json"
     try:
         entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf8"))
+        entries = [entry for entry in entries if "sha256" in entry]  # others tell of what a package brings
         for entry in entries:
             str(entry["name"]), str(entry["sha256"]), [(f["path"], f["bytes"], f["sha256"]) for f in entry["files"]]
     except OSError:
-        raise PrunelabError(f"{folder} holds no lookup.json; give --config assets=DIR an assets folder") from None
+        raise PrunelabError(f"{folder} holds no catalogue.json; give --config assets=DIR an assets folder") from None
     except (ValueError, KeyError, TypeError):
         raise PrunelabError(f"{path} is damaged; fetch the assets folder again") from None
     return entries

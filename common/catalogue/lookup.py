@@ -231,6 +231,8 @@ def _assets_catalogue(folder: str) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        return {str(entry["name"]): str(entry["sha256"]) for entry in json.loads(path.read_text(encoding="utf8"))}
+        entries = json.loads(path.read_text(encoding="utf8"))
+        # An entry without a checksum tells of what a package brings; its files do not lie in the folder.
+        return {str(entry["name"]): str(entry["sha256"]) for entry in entries if entry["name"] and "sha256" in entry}
     except (ValueError, KeyError, TypeError):
         raise PrunelabError(f"{path} is damaged; fetch the assets folder again") from None

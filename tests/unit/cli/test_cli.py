@@ -24,6 +24,12 @@ ROOT = Path(__file__).resolve().parents[3]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
+@pytest.fixture(autouse=True)
+def no_assets(monkeypatch):
+    """What is shown here does not depend on a folder of the user's."""
+    monkeypatch.delenv("PRUNELAB_ASSETS", raising=False)
+
+
 @pytest.fixture
 def cli(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
