@@ -40,7 +40,7 @@ def test_words_decide_nothing_and_code_does():
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, Run]:
-    return planning.jobs(lookup.settings({}))
+    return planning.jobs({**lookup.settings({}), "assets": ""})
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_what_builds_a_model_is_in_the_address_of_its_runs_alone(edited, runs, f
 
 
 def test_jobs_read_the_plan_that_the_workflow_wrote(tmp_path, runs):
-    config = {**lookup.settings({}), "results": str(tmp_path)}
+    config = {**lookup.settings({}), "assets": "", "results": str(tmp_path)}
     few = dict(list(runs.items())[::40])
     planning.save(few, tmp_path / planning.PLAN)
     assert planning.planned(config) == few
