@@ -41,7 +41,7 @@ def listed(folder: Path) -> list[dict[str, Any]]:
     path = folder / "catalogue.json"
     try:
         entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf8"))
-        entries = [
+        entries = [entry for entry in entries if entry["name"] and "sha256" in entry]  # others come with a package
             entry for entry in entries if entry["name"] and "sha256" in entry
         ]  # others tell of what a package brings
         for entry in entries:
