@@ -42,8 +42,6 @@ def listed(folder: Path) -> list[dict[str, Any]]:
     try:
         entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf8"))
         entries = [entry for entry in entries if entry["name"] and "sha256" in entry]  # others come with a package
-            entry for entry in entries if entry["name"] and "sha256" in entry
-        ]  # others tell of what a package brings
         for entry in entries:
             str(entry["name"]), str(entry["sha256"]), [(f["path"], f["bytes"], f["sha256"]) for f in entry["files"]]
     except OSError:
