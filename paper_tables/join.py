@@ -76,6 +76,7 @@ class Line:
     within: bool | None  # inside the tolerance; None where nothing was reproduced
     tolerance: Tolerance | None  # None where nothing here can make the number
     others: Mapping[str, Value]  # one entry for every other scale asked for
+    reason: str = ""  # why nothing here can run it, of `papers.REASONS`
 
     @property
     def outcome(self) -> Outcome:
@@ -219,7 +220,7 @@ def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[Paper
             difference = reproduced.value - cell.reported.value
             within = allowed.allows(difference)
         lines.setdefault(cell.reported.table, []).append(
-            Line(cell.reported, reproduced, difference, within, allowed, others)
+            Line(cell.reported, reproduced, difference, within, allowed, others, cell.reason)
         )
     described = {table.name: table for table in paper.tables}
     return [PaperTable(n, described[n].caption, described[n].note, tuple(rows)) for n, rows in lines.items()]

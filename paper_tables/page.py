@@ -268,9 +268,14 @@ class Site:
             total=total,
             lacking=lacking.most_common(12),
             more=max(len(lacking) - 12, 0),
+            reasons=[(papers.REASONS[r], n) for r, n in self.reasons().most_common()],
             families=sorted({s.paper.family for s in self.sections}),
             targets=sorted({tag for s in self.sections for tag in s.paper.taxonomy.get("target", [])}),
         )
+
+    def reasons(self) -> Counter[str]:
+        """How many numbers nothing here can run, by the reason."""
+        return Counter(line.reason for section in self.sections for line in section.lines if line.reason)
 
     def boards(self) -> str:
         """Methods of all papers side by side."""

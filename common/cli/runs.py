@@ -31,6 +31,10 @@ def plan(
     table.add_row("in all", "", *map(str, totals))
     console.print(table)
     console.print(f"\n{found.made} of {found.reported} reported numbers come from these runs")
+    if found.reasons:
+        console.print(f"{found.reasons.total()} are none that anything here can run; they take")
+        for reason, count in found.reasons.most_common():
+            console.print(f"{count:5d}  {papers.REASONS[reason]}", markup=False)
     if found.lacking:
         shown = found.lacking.most_common(None if everything else REASONS)
         console.print(f"{found.lacking.total()} lack something; what most of them lack:")

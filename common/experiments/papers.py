@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from prunelab.common import tasks
 from prunelab.common.core import index
@@ -39,6 +39,22 @@ OF_ROLES: Mapping[str, Mapping[str, list[str]]] = {
     "ranker": {"target": ["sentences"]},
 }
 
+# Why nothing here can run a number, by the key under which paper.yaml says so.
+REASONS: Mapping[str, str] = {
+    "judge": "a judge that has to be paid",
+    "server": "an evaluation server",
+    "licence": "data or weights under a licence, for which there is no public substitute",
+    "setting": "a setting, checkpoint or text that no public source gives",
+    "hardware": "hardware that is not a common GPU, or the authors' own",
+    "robot": "a robot",
+    "unbuilt": "what could be built here and is not",
+}
+Needs = Annotated[  # one reason, with what exactly
+    dict[Literal["judge", "server", "licence", "setting", "hardware", "robot", "unbuilt"], str],
+    Field(min_length=1, max_length=1),
+    BeforeValidator(lambda given: {"unbuilt": given} if isinstance(given, str) else given),
+]
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,11 +78,11 @@ class Tolerance(_Strict):
 
 
 class Column(_Strict):
-    """How the cells of a column are made: the task, its data set, and the metric to show; `needs` says what it
-    takes where nothing here can make them."""
+    """How the cells of a column are made: the task, its data set, and the metric to show; `needs` says why nothing
+    here can make them: `{reason: what exactly}`."""
 
     task: str = ""
-    needs: str | None = None
+    needs: Needs | None = None
     metric: str = ""
     data: str | None = None
     model: str | None = None  # where columns are models; else that of the row or table
@@ -78,12 +94,12 @@ class Column(_Strict):
 
 
 class Row(_Strict):
-    """What a row of a table runs; `needs` says what it takes where nothing here can run it."""
+    """What a row of a table runs; `needs` says why nothing here can run it: `{reason: what exactly}`."""
 
     configuration: str | None = None
     model: str | None = None
     budget: str | None = None
-    needs: str | None = None
+    needs: Needs | None = None
     columns: dict[str, Column] = Field(default_factory=dict)
 
 
@@ -96,7 +112,7 @@ class Table(_Strict):
     model: str | None = None
     columns: dict[str, Column] = Field(default_factory=dict)
     rows: dict[str, Row | str] = Field(default_factory=dict)
-    needs: str | None = None
+    needs: Needs | None = None
     smoke: bool = False
 
     def row(self, name: str) -> Row:

@@ -29,7 +29,8 @@ PLAN = "plan.json"  # in the results folder
 
 @dataclass(frozen=True)
 class Cell:
-    """A papers.reported number and, per scale, the run that reproduces it, or what that run would need."""
+    """A reported number and, per scale, the run that reproduces it, or what that run would need. reason: one of
+    `papers.REASONS` where nothing here can run it."""
 
     reported: papers.Reported
     metric: str
@@ -37,6 +38,7 @@ class Cell:
     column: papers.Column | None  # how it is made; None where nothing here can make it
     runs: Mapping[str, Run | str]
     count: Run | None = None  # our own count of a cost that the paper's formula gives
+    reason: str = ""
 
 
 def entries(
@@ -219,7 +221,8 @@ def _cell(slug: str, table: papers.Table, number: papers.Reported, config: Mappi
     column = row.columns.get(number.column) or table.columns.get(number.column) or table.columns.get("*")
     needs = row.needs or (column.needs if column else table.needs)
     if needs is not None:
-        return Cell(number, "", "measured", None, {"paper": needs})
+        ((reason, text),) = needs.items()
+        return Cell(number, "", "measured", None, {"paper": text}, reason=reason)
     if column is None:
         raise PrunelabError("nothing says how it is run; add it, or say under `needs` what it takes")
     task, chosen = tasks.get(column.task), column.configuration or row.configuration

@@ -343,7 +343,9 @@ def test_the_index_tells_the_status_of_every_paper(config: dict[str, Any]) -> No
     assert said in text and f'href="{SLUG}/index.html"' in text and f'id="{SLUG}"' in text
     reasons = Counter(p for line in found if line.within is None for p in set(line.reproduced.needs.split("; ")))
     assert len(reasons) > 3
-    for reason, number in reasons.most_common(3):
+    kinds = Counter(papers.REASONS[line.reason] for line in found if line.reason)
+    assert f"can run {kinds.total()} of {len(found)} numbers" in text
+    for reason, number in (*reasons.most_common(3), *kinds.items()):
         assert f'<span class="count">{number} ×</span> {Markup.escape(reason)}</li>' in text
 
 

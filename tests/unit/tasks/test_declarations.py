@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -89,7 +90,7 @@ PLACE = "methods/wrong/paper.yaml, table 'T1', row 'r', column 'top-1': "
 
 def written(folder: Path, monkeypatch, **changes: str) -> None:
     text = SOURCE
-    for key, value in (GOOD | changes).items():
+    for key, value in (changes | {key: value for key, value in GOOD.items() if key not in changes}).items():
         text = text.replace(key, value)
     (folder / "wrong").mkdir()
     (folder / "wrong" / "paper.yaml").write_text(text)
@@ -116,6 +117,8 @@ def written(folder: Path, monkeypatch, **changes: str) -> None:
             "configuration 'half': no task .* has a setting 'seeds'; did you mean 'seed'",
         ),
         ({"BOARD": "top5"}, "methods/wrong/paper.yaml, board 'b': the task classify gives no metric 'top5'"),
+        ({"rows: {r: half}": "needs: {judges: a judge}"}, "tables.0.needs.judges.*: Input should be 'judge', 'server'"),
+        ({"rows: {r: half}": "needs: {}"}, "methods/wrong/paper.yaml, tables.0.needs: .* at least 1 item"),
         ({"method: tome": "method: tom"}, PLACE + "there is no method 'tom'; did you mean"),
         ({"method: tome": "method: wanda"}, PLACE + "wanda has no option|" + PLACE + "the task classify is run under"),
     ],
@@ -129,6 +132,13 @@ def test_a_misspelt_name_is_an_error_on_a_laptop(tmp_path, monkeypatch, change, 
 def test_a_paper_without_mistakes_passes(tmp_path, monkeypatch):
     written(tmp_path, monkeypatch)
     planning.check("wrong")
+
+
+def test_what_nothing_here_can_run_says_so_by_one_of_a_few_reasons(tmp_path, monkeypatch):
+    written(tmp_path, monkeypatch, **{"rows: {r: half}": "needs: {judge: a judge of answers}"})
+    (cell,) = planning.cells("wrong", lookup.settings({}))
+    assert cell.reason == "judge" and cell.runs == {"paper": "a judge of answers"}
+    assert set(papers.REASONS) == set(get_args(get_args(get_args(papers.Needs)[0])[0]))
 
 
 @pytest.mark.parametrize("slug", papers.slugs())
