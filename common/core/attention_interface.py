@@ -40,6 +40,7 @@ class Recorder(threading.local):
 
     def __init__(self, causal: bool) -> None:
         self.causal = causal
+        self.ahead = False  # whether the layer is asked for queries and keys alone, before its turn
         self.clear()
 
     def clear(self) -> None:
@@ -59,6 +60,15 @@ class Recorder(threading.local):
         """Called by the attention function."""
         self.queries, self._keys, self.mask = queries, keys, mask
         self.scale = queries.shape[-1] ** -0.5 if scale is None else scale
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Inside the block the layer makes queries and keys for this recorder alone, and attends to nothing."""
+        self.ahead = True
+        try:
+            yield
+        finally:
+            self.ahead = False
 
     def shown(self) -> Tensor:
         """The queries [B, H, N, d] of the last forward pass."""
@@ -125,8 +135,12 @@ def _register() -> None:
     def seam(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Any:
-        for recorder in _RECORDERS.get(module, ()):
+        recorders = _RECORDERS.get(module, ())
+        asking = [recorder for recorder in recorders if recorder.ahead]
+        for recorder in asking or recorders:
             recorder.see(query, key, attention_mask, options.get("scaling"))
+        if asking:
+            return torch.zeros_like(query.transpose(1, 2)), None
         attend = _ATTEND.get(module)
         if attend is not None and query.device.type != "meta":  # costs are counted on the model's own attention
             output = attend(module, query, key, value, attention_mask, options["scaling"])

@@ -113,6 +113,7 @@ def build(
         "attention": lambda: logits.softmax(-1),
         "cls_row": lambda: logits.softmax(-1)[:, :, 0],
         "last_row": lambda: logits.softmax(-1)[:, :, total - 1 if valid is None else int(valid[0].sum()) - 1],
+        "coming_row": lambda: (2 * logits).softmax(-1)[:, :, total - 1 if valid is None else int(valid[0].sum()) - 1],
         "received": lambda: (logits.softmax(-1) * rows).sum(-2),
         "sizes": lambda: torch.ones(batch, total),
         "scans": lambda: torch.stack([hidden, hidden.flip(-1) - 1], 1),

@@ -68,6 +68,7 @@ from prunelab.common.tokens.signals import View
 
 _ALWAYS = frozenset({"hidden", "sizes"})
 _DECODER = frozenset({"queries", "keys", "attention_logits", "attention", "last_row", "received"})
+_AHEAD = frozenset({"coming_row"})
 _EARLIER = (ALONE - {"cls_row"}) | {"attention"}
 
 
@@ -82,7 +83,7 @@ class VisionLanguage(VisionSide):
         "tower": _ALWAYS | _INSIDE,
         "projected": _ALWAYS | FEATURES,
         "packed": _ALWAYS | FEATURES,
-        "input": _ALWAYS | _DECODER,
+        "input": _ALWAYS | _DECODER | _AHEAD,
     }
 
     def __init__(self, model: nn.Module) -> None:
@@ -233,6 +234,8 @@ class VisionLanguage(VisionSide):
             for site in application.sites:
                 if site.where == "input" and application.method.requires(site) & _DECODER:
                     wanted.setdefault(site.layer - 1, set())
+                if application.method.requires(site) & _AHEAD:
+                    wanted.setdefault(site.layer, set())
             for layer, names in wanted.items():
                 self._record(layer, names, removers)
             projector = getattr(self.body, "multi_modal_projector", None)
@@ -568,14 +571,17 @@ class VisionLanguage(VisionSide):
         return ()  # the sequence has text between its visual tokens, and newlines among them
 
     def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
+        ahead = {"coming_row": functools.partial(self._coming_row, site.layer, x)} if site.where == "input" else {}
         if site.where == "packed" or site.layer == 0:
-            return {name: functools.partial(self._from_tower, Reading(name, -1, "tower"), x) for name in FEATURES}
+            tower = {name: functools.partial(self._from_tower, Reading(name, -1, "tower"), x) for name in FEATURES}
+            return {**tower, **ahead}
         recorder = self.recorders.get(site.layer - 1)
         if recorder is None:
-            return {}
+            return ahead
         seen, valid = recorder, self.running.tokens.valid
 
         return {
+            **ahead,
             "queries": seen.shown,
             "keys": lambda: seen.keys,
             "attention_logits": seen.logits,
@@ -583,3 +589,15 @@ class VisionLanguage(VisionSide):
             "last_row": lambda: row(seen, last_index(x, valid)),
             "received": lambda: received(seen, valid),
         }
+
+    def _coming_row(self, layer: int, x: Tensor) -> Tensor:
+        """[B, H, N] the attention that a layer will pay for the last of the tokens x [B, N, D] which are about to enter
+        it."""
+        block, recorder, tokens = self.blocks[layer], self.recorders[layer], self.running.tokens
+        with recorder.asking():
+            block.self_attn(
+                block.input_layernorm(x),
+                position_embeddings=self.decoder.rotary_emb(x, self.axes(self.running.positions)),
+                attention_mask=self._mask(tokens.valid, x, tokens.bias),
+            )
+        return row(recorder, last_index(x, tokens.valid))

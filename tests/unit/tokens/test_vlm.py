@@ -248,6 +248,22 @@ def test_decoder_signals_are_the_eager_attention(family):
     assert torch.allclose(reader.read["hidden"][mask], output.hidden_states[2][mask], atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_the_coming_row_is_what_the_layer_then_attends_to(family):
+    model, eager = vlm(family), vlm(family)
+    eager.set_attn_implementation("eager")
+    given = pair(family, model)
+    mask = given["attention_mask"].bool()
+    with torch.no_grad():
+        want = eager(**given, output_attentions=True)
+        for layer in (0, 2):
+            reader = Reader(Site(layer, "input"), "coming_row")
+            with apply(reader, model, 1.0):
+                output = model(**given)
+            assert torch.allclose(reader.read["coming_row"], want.attentions[layer][:, :, -1], atol=1e-5)
+            assert torch.allclose(output.logits[mask], want.logits[mask], atol=1e-4), "the cache and the pass are whole"
+
+
 @pytest.mark.parametrize("where", ["packed", "projected"])
 def test_tower_signals_are_the_eager_attention_of_the_layer_that_gives_features(where):
     model, eager = vlm("llava"), vlm("llava")
