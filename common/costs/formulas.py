@@ -2,8 +2,9 @@
 
 FastV (ECCV 2024) counts a layer with n tokens, width d and MLP width m as 4nd^2 + 2n^2d + 2ndm, and later papers do
 as it does. It is a count of multiply-accumulates for four square projections, the two products of attention without
-causality, and an MLP of two matrices. The decoders in question have three (a gate too), share keys and values among
-heads in part, and have an output layer: `prunelab.common.costs.meter` counts those, and so the two counts differ.
+causality, and an MLP of two matrices; some (PyramidDrop, CATP) count the gate as a third, 3ndm. The decoders in
+question share keys and values among heads in part, and have an output layer: `prunelab.common.costs.meter` counts
+those, and so the two counts differ.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ LLAVA_13B = Decoder(5120, 13824, 40)
 ONEVISION_7B = Decoder(3584, 18944, 28)
 
 
-def layer_flops(tokens: float, decoder: Decoder) -> float:
-    """4nd^2 + 2n^2d + 2ndm of one layer with n tokens."""
+def layer_flops(tokens: float, decoder: Decoder, matrices: int = 2) -> float:
+    """4nd^2 + 2n^2d + 2ndm of one layer with n tokens; `matrices` of the MLP are counted."""
     n, d, m = tokens, decoder.width, decoder.inner
-    return 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
+    return 4 * n * d**2 + 2 * n**2 * d + matrices * n * d * m
 
 
-def prefill_flops(decoder: Decoder, stages: Sequence[tuple[int, float]]) -> float:
+def prefill_flops(decoder: Decoder, stages: Sequence[tuple[int, float]], matrices: int = 2) -> float:
     """Of the whole decoder: `stages` are (first layer, tokens from there on), the first one starting at layer 0."""
     starts = [start for start, _ in stages]
     ends = [*starts[1:], decoder.layers]
     parts = zip(starts, ends, stages, strict=True)
-    return sum((end - start) * layer_flops(tokens, decoder) for start, end, (_, tokens) in parts)
+    return sum((end - start) * layer_flops(tokens, decoder, matrices) for start, end, (_, tokens) in parts)
