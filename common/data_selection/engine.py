@@ -100,7 +100,7 @@ def select(
     *,
     model: nn.Module | None = None,
     tokenizer: Any = None,
-    target: Iterable[str] | None = None,
+    target: Iterable[str] | Mapping[str, Iterable[str]] | None = None,
     services: Mapping[str, Any] | None = None,
     forward: Forward = signals.logits_of,
     seed: int = 0,
@@ -117,7 +117,7 @@ def select(
     model, tokenizer
         The model whose signals the method reads, and what turns texts into its tokens.
     target
-        Texts that the data should come to resemble.
+        Texts that the data should come to resemble; several corpora by name.
     services
         Second models: `reference`, `history`.
     forward
@@ -144,13 +144,11 @@ def select(
     size = len(columns["labels" if "labels" in columns else next(iter(columns))]) if columns else _count(texts)
     if not size:
         raise PrunelabError("there is no document to choose from; give at least one")
-    aim = None
-    if target is not None:
-        target_texts = checked_texts(target)
-        aim = Examples(_count(target_texts), {"text": lambda: target_texts}, frozenset(("text",)))
+    corpora = target.values() if isinstance(target, Mapping) else () if target is None else (target,)
+    aims = [_corpus(texts) for texts in corpora]
     examples = Examples(
         size, read, required, tokens=columns.get("input_ids"), labels=columns.get("labels"),
-        valid=columns.get("attention_mask"), target=aim, services=services,
+        valid=columns.get("attention_mask"), targets=aims, services=services,
         rng=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     plan = selector.plan(examples, budget)
@@ -187,6 +185,14 @@ def _texts(data: Iterable[Any]) -> tuple[Iterable[str] | None, Iterable[Any] | N
     if not isinstance(data, Sequence | Tensor) or not len(data):
         raise PrunelabError("training data are a list of texts or samples that is not empty, or a JsonLines file")
     return None, data
+
+
+def _corpus(texts: Iterable[str]) -> Examples:
+    checked = checked_texts(texts)
+    size = _count(checked)
+    if not size:
+        raise PrunelabError("a target corpus holds no document; give at least one")
+    return Examples(size, {"text": lambda: checked}, frozenset(("text",)))
 
 
 def _count(texts: Iterable[str] | None) -> int:

@@ -27,10 +27,10 @@ SIGNALS = (
 class Examples:
     """Training data: its size, its tokens and labels, and the signals that a method named in `requires`.
 
-    Always at hand: `ids` of the n samples, `rng` for methods that draw, `services`, and `target`, the corpus that the
-    data should come to resemble, where one was given. Of tokenised data also `tokens` and `labels` [n, N] (labels [n]
-    of a classification), `counted` [n, N], the tokens that enter the loss, and `prompt` [n, N], those that do not,
-    padding apart.
+    Always at hand: `ids` of the n samples, `rng` for methods that draw, `services`, and `targets`, the corpora that the
+    data should come to resemble, where some were given; `target` is the first. Of tokenised data also `tokens` and
+    `labels` [n, N] (labels [n] of a classification), `counted` [n, N], the tokens that enter the loss, and `prompt`
+    [n, N], those that do not, padding apart.
 
     Signals by name, aligned with the tokens, 0 where a token enters no loss: `loss` and `entropy` [n, N] under the
     model that is trained and its `logits` [n, N, V] (or [n, V]); `reference_loss` and `history_loss` [n, N] under the
@@ -48,7 +48,7 @@ class Examples:
         tokens: Tensor | None = None,
         labels: Tensor | None = None,
         valid: Tensor | None = None,
-        target: Examples | None = None,
+        targets: Sequence[Examples] = (),
         services: Mapping[str, Any] | None = None,
         rng: torch.Generator | None = None,
     ) -> None:
@@ -60,13 +60,18 @@ class Examples:
         self.size = size
         self.ids = range(size) if ids is None else ids
         self.tokens, self.labels, self.valid = tokens, labels, valid
-        self.target = target
+        self.targets = tuple(targets)
         self.services = services or {}
         self.rng = rng or torch.Generator().manual_seed(0)
         self.broken: Tensor | None = None  # whether a signal held NaN, on the device
 
     def __len__(self) -> int:
         return self.size
+
+    @property
+    def target(self) -> Examples | None:
+        """The one corpus that the data should come to resemble, or the first of several."""
+        return self.targets[0] if self.targets else None
 
     @property
     def counted(self) -> Tensor:

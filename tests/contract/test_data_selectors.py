@@ -24,6 +24,8 @@ each = pytest.mark.parametrize("method", EACH, ids=lambda m: m.name)
 
 TEXTS = tuple(f"{a} {b} {c}" for a in ("red", "blue") for b in ("fox", "whale", "hen") for c in ("ran", "swam", "sat"))
 
+LONG = tuple(" ".join([text] * 40) for text in TEXTS)  # for methods that leave short documents out
+
 
 def tokenizer(text: str) -> dict[str, list[int]]:
     return {"input_ids": [sum(word.encode()) % 60 + 1 for word in text.split()] * 2}
@@ -47,7 +49,8 @@ def chosen(method: DataSelector, budget: Budget, seed: int = 0) -> Any:
         return select(method, data, budget, model=classifier(), forward=lambda m, b: m(b["x"]), **options)
     if method.requires() - {"text"}:
         options |= {"model": language_model(), "tokenizer": tokenizer}
-    return select(method, TEXTS, budget, target=TEXTS[:3], **options)
+        return select(method, TEXTS, budget, **options)
+    return select(method, LONG, budget, target=LONG[:3], **options)
 
 
 def amounts(method: DataSelector, ratio: float) -> Budget:

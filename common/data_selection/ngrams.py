@@ -1,0 +1,104 @@
+"""Texts as bags of hashed n-grams, and how far apart two corpora are by them.
+
+Shape letters: n documents, M n-grams of all of them, B buckets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+
+from prunelab.common.core.errors import PrunelabError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_WORD = re.compile(r"\w+|[^\w\s]+")  # letters and digits, or signs, in a row
+_REMEMBERED = 1 << 20  # n-grams whose buckets are kept at hand, about 0.2 GB
+
+
+def tokens(text: str) -> list[str]:
+    """Lower-case words and runs of signs."""
+    return _WORD.findall(text.lower())
+
+
+def bucket_of(ngram: str, buckets: int) -> int:
+    """The bucket of an n-gram: its SHA-256, as a number, modulo `buckets`."""
+    return int.from_bytes(sha256(ngram.encode("utf-8", "surrogatepass")).digest(), "big") % buckets
+
+
+class _Buckets(dict[str, int]):
+    """The bucket of every n-gram met so far; forgets all of them where they become too many."""
+
+    def __init__(self, buckets: int) -> None:
+        super().__init__()
+        self.buckets = buckets
+
+    def __missing__(self, ngram: str) -> int:
+        if len(self) >= _REMEMBERED:
+            self.clear()
+        bucket = self[ngram] = bucket_of(ngram, self.buckets)
+        return bucket
+
+
+@cache
+def _remembered(buckets: int) -> _Buckets:
+    return _Buckets(buckets)
+
+
+@dataclass(frozen=True)
+class HashedNgrams:
+    """Words and n-grams of up to `n` of them, joined by blanks, each in the one of `buckets` that its SHA-256 names."""
+
+    n: int = 2
+    buckets: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.buckets < 1:
+            raise PrunelabError("n-grams have at least one word, and need at least one bucket")
+
+    def places(self, text: str) -> list[int]:
+        """The bucket of every n-gram of a text."""
+        bucket, words = _remembered(self.buckets).__getitem__, tokens(text)
+        found = list(map(bucket, words))
+        if self.n >= 2:
+            found += map(bucket, map(" ".join, pairwise(words)))
+        for size in range(3, self.n + 1):
+            found += map(bucket, map(" ".join, zip(*(islice(words, start, None) for start in range(size)))))
+        return found
+
+    def bags(self, texts: Sequence[str]) -> tuple[Array, Array]:
+        """Buckets [M] of all n-grams of the documents, one document after the other, and how many each has [n]."""
+        each = [self.places(text) for text in texts]
+        sizes = np.fromiter(map(len, each), np.int64, len(each))
+        return np.fromiter((place for places in each for place in places), np.int64, int(sizes.sum())), sizes
+
+    def counts(self, texts: Iterable[str]) -> Array:
+        """Counts [B] of a corpus."""
+        total = np.zeros(self.buckets, np.int64)
+        stream = iter(texts)
+        while chunk := list(islice(stream, 1000)):
+            total += np.bincount(self.bags(chunk)[0], minlength=self.buckets)
+        return total
+
+    def words(self, sizes: Array) -> Array:
+        """Words [n] of documents by how many n-grams each has (of one with fewer than n words, an estimate)."""
+        return (sizes + self.n * (self.n - 1) // 2) // self.n
+
+
+def divergence(p: Array, q: Array, epsilon: float = 1e-8) -> float:
+    """KL(p || q) in nats of two distributions [B], `epsilon` added to every probability."""
+    return float((p * (np.log(p + epsilon) - np.log(q + epsilon))).sum())
+
+
+def kl_reduction(target: Array, chosen: Array, drawn: Array, epsilon: float = 1e-8) -> float:
+    """How much closer a selection comes to a target than a random draw of equal size, from counts [B] of each: the
+    fall of KL(target || .) in nats."""
+    p, q, r = (counts / max(counts.sum(), 1) for counts in (target, chosen, drawn))
+    return divergence(p, r, epsilon) - divergence(p, q, epsilon)
