@@ -55,12 +55,14 @@ def apply(
     Token pruners prune the tokens of every pass, expert pruners the experts that each chose; cache pruners
     (`kv_cache.applied`) and draft decoders (`speculative.applied`) go with the model's `generate`. Methods of several
     roles work on one model at once, in nested blocks of any order that has a meaning. The model's weights and forward
-    stay as they are: hooks go in, and all come out at the end, also after an exception. `seed` starts the draws of
-    random methods. `services` are second models by the names that the method gives them. `parts` are the method's
-    learned parts (`method.build`); inside the block they belong to the model, so that one optimiser and one device
-    serve both. A model that was trained with the method carries them already, as `model.pruning_parts`. Raises
-    PrunelabError, before any work, where the model has no adapter, a site or signal cannot be had there, a service or
-    learned part is missing, or the model runs a method already that this one has no meaning beside.
+    stay as they are: hooks go in, and all come out at the end, also after an exception. A copy made inside (deepcopy,
+    pickle, `torch.save`, `save_pretrained`) is the model as it was, runs no method and shares nothing. Threads may
+    share a model at work; texts that are drafted take turns. `seed` starts the draws of random methods. `services` are
+    second models by the names that the method gives them. `parts` are the method's learned parts (`method.build`);
+    inside the block they belong to the model, so that one optimiser and one device serve both. A model that was trained
+    with the method carries them already, as `model.pruning_parts`. Raises PrunelabError, before any work, where the
+    model has no adapter, a site or signal cannot be had there, a service or learned part is missing, or the model runs
+    a method already that this one has no meaning beside.
     """
     if isinstance(method, type):
         raise PrunelabError(f"{method.__name__} is a class; give a method with its options: {method.__name__}()")

@@ -126,6 +126,23 @@ class Recorder(threading.local):
         return self.logits(rows).float().softmax(-1).to(self.shown().dtype)
 
 
+class _Switched(str):
+    """The seam's name in a configuration. A copy of it, and what is saved of it, name the implementation before."""
+
+    before: str
+
+    def __new__(cls, before: str) -> _Switched:
+        name = super().__new__(cls, NAME)
+        name.before = before
+        return name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str:
+        return self.before
+
+    def __reduce__(self) -> Any:
+        return str, (self.before,)
+
+
 @cache
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -156,8 +173,8 @@ def _switch(config: Any) -> Callable[[], None]:
     """Send the attention of a configuration's models through the seam, until every such call is taken back."""
     _register()
     _, before, users = _SWITCHED.get(id(config), (config, config._attn_implementation, 0))
-    _SWITCHED[id(config)] = (config, "sdpa" if before == NAME else before, users + 1)  # a copy made in a block has NAME
-    config._attn_implementation = NAME
+    _SWITCHED[id(config)] = (config, before, users + 1)
+    config._attn_implementation = _Switched(before)
 
     def back() -> None:
         _, before, users = _SWITCHED.pop(id(config))

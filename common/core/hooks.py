@@ -76,20 +76,6 @@ def _bare(model: nn.Module) -> nn.Module:
     return model if inner is None else inner()
 
 
-@contextmanager
-def overridden(model: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Give the instance an attribute inside the block; one of its own is put back."""
-    own, before = name in vars(model), vars(model).get(name)
-    object.__setattr__(model, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            object.__setattr__(model, name, before)
-        else:
-            object.__delattr__(model, name)
-
-
 def run_all(removers: list[Remove]) -> None:
     """Call every function of the list, the last first, and empty it."""
     while removers:

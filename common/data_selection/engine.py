@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import unwritable
-from prunelab.common.core.hooks import claimed, run_all
+from prunelab.common.core.hooks import after, before, claimed, run_all
 from prunelab.common.core.method import Method
 from prunelab.common.data_selection import signals
 from prunelab.common.data_selection.examples import Examples, JsonLines, checked_texts, collate
@@ -300,6 +301,13 @@ class Handle:
             )
 
 
+class _Now(threading.local):
+    """The pass at hand of a thread: whether it is one for signals alone, and what its loss is to be weighed with."""
+
+    busy = False
+    weight: tuple[Tensor, Tensor] | None = None
+
+
 @contextmanager
 def applied(
     method: Method,
@@ -322,33 +330,32 @@ def applied(
     handle = Handle(selector, budget)
     names = list(inspect.signature(model.forward).parameters)
     removers: list[Any] = []
-    state: dict[str, Any] = {"busy": False, "weight": None}
+    now = _Now()
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if state["busy"] or not (model.training and torch.is_grad_enabled()):
+    def choose(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if now.busy or not (model.training and torch.is_grad_enabled()):
             return None
         batch = dict(zip(names, args)) | kwargs
         if batch.get("labels") is None:
             handle.unseen += 1
             return None
-        state["busy"] = True
+        now.busy = True
         try:
             rng = torch.Generator().manual_seed(seed + int(torch.randint(2**31, ())))
             left = _chosen(handle, batch, model, seconds, forward, rng)
         finally:
-            state["busy"] = False
-        state["weight"] = (left.pop(WEIGHT), left["labels"]) if WEIGHT in left else None
+            now.busy = False
+        now.weight = (left.pop(WEIGHT), left["labels"]) if WEIGHT in left else None
         return (), left
 
-    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if state["weight"] is not None and not state["busy"]:
-            weight, labels = state["weight"]
+    def weigh(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if now.weight is not None and not now.busy:
+            weight, labels = now.weight
             output.loss = weighted_loss(output.logits, labels, weight)
-            state["weight"] = None
+            now.weight = None
 
     with claimed(selector, model, seconds):
-        removers.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        removers.append(model.register_forward_hook(after, with_kwargs=True).remove)
+        removers += [before(model, choose, kwargs=True), after(model, weigh)]
         try:
             yield handle
         finally:

@@ -7,6 +7,7 @@ that batch all experts compute them and add nothing.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,16 @@ from prunelab.common.core import attention_interface as seam
 from prunelab.common.core.attention_interface import Recorder
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import claimed, run_all
+from prunelab.common.core.hooks import before, claimed, run_all
 from prunelab.common.core.plan import ModelInfo, Site
 from prunelab.common.experts.role import ExpertPruner, ExpertSignals
+
+
+class _Now(threading.local):
+    """The pass at hand of a thread: its tokens [B, N] bool that are no padding, and whether it began the text."""
+
+    real: Tensor | None = None
+    prefill = True
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,8 @@ class ExpertHandle:
         self.eager = config._experts_implementation == "eager"
         self.sites = [Site(layer, "after_attention", index) for index, layer in enumerate(self.blocks)]
         self.recorders: dict[int, Recorder] = {}  # by layer
-        self._real: Tensor | None = None  # [B, N] bool of the pass at hand
-        self._prefill = True
+        self._now = _Now()
+        self._counting = threading.Lock()
         self._ran: dict[int, Tensor] = {}  # by layer: choices that ran [1], and tokens [1]
         self._seed = seed
         self._rngs: dict[torch.device, torch.Generator] = {}
@@ -79,8 +87,8 @@ class ExpertHandle:
         read: Any = kwargs.get("inputs_embeds")
         read = kwargs.get("input_ids", args[0] if args else None) if read is None else read
         mask, held = kwargs.get("attention_mask"), seam.cache_in(kwargs)
-        self._real = None if mask is None or mask.dim() != 2 else mask[:, -read.shape[1] :].bool()
-        self._prefill = held is None or held.get_seq_length() == 0
+        self._now.real = None if mask is None or mask.dim() != 2 else mask[:, -read.shape[1] :].bool()
+        self._now.prefill = held is None or held.get_seq_length() == 0
 
     def layer(self, layer: int) -> Callable[..., Any]:
         """The hook before the experts of a layer."""
@@ -107,11 +115,12 @@ class ExpertHandle:
 
     def _count(self, layer: int, kept: Tensor) -> None:
         """Note on the device what ran, for the report alone."""
-        real = None if self._real is None else self._real.reshape(-1)
+        real = None if self._now.real is None else self._now.real.reshape(-1)
         ran = kept.sum(-1) if real is None else kept.sum(-1) * real
         tokens = torch.tensor(len(kept), device=kept.device) if real is None else real.sum()
         new = torch.stack([ran.sum(), tokens])
-        self._ran[layer] = new + self._ran[layer] if layer in self._ran else new
+        with self._counting:
+            self._ran[layer] = new + self._ran[layer] if layer in self._ran else new
 
     def signals(self, site: Site, hidden: Tensor, experts: Tensor, weights: Tensor) -> ExpertSignals:
         """What the method may see of a layer now."""
@@ -121,13 +130,13 @@ class ExpertHandle:
         }
         recorder = self.recorders.get(site.layer)
         if recorder is not None:
-            sources["received"] = lambda: received(recorder, self._real)
+            sources["received"] = lambda: received(recorder, self._now.real)
         return ExpertSignals(
             sources,
             weights=weights,
             experts=experts,
-            prefill=self._prefill,
-            valid=self._real,
+            prefill=self._now.prefill,
+            valid=self._now.real,
             info=self.info,
             rng=self._rng(hidden.device),
             required=self.method.requires(site),
@@ -200,9 +209,8 @@ def applied(
                 if "received" in method.requires(site):
                     handle.recorders[site.layer], stop = seam.record(decoder.layers[site.layer].self_attn)
                     removers.append(stop)
-                experts = handle.blocks[site.layer].experts
-                removers.append(experts.register_forward_pre_hook(handle.layer(site.layer)).remove)
-            removers.append(decoder.register_forward_pre_hook(handle.begin, with_kwargs=True).remove)
+                removers.append(before(handle.blocks[site.layer].experts, handle.layer(site.layer)))
+            removers.append(before(decoder, handle.begin, kwargs=True))
             yield handle
         finally:
             run_all(removers)

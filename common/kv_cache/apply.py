@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prunelab.common.core import attention_interface as seam
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import claimed, overridden, run_all, runs
+from prunelab.common.core.hooks import after, before, claimed, replaced, run_all, runs
 from prunelab.common.core.plan import Gather, ModelInfo, Site
 from prunelab.common.kv_cache.draft import Draft
 from prunelab.common.kv_cache.layer import CacheState, PrunedLayer, Stack
@@ -104,12 +104,6 @@ class CacheHandle:
             sum(layer.dense_bytes() for layer in self.layers),
             self.layers[0].seen + self.layers[0].state.closed_up,
         )
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise PrunelabError(f"{self.method.name} is at work on this model; copy it outside the `with` block")
-
-    def __reduce__(self) -> Any:
-        raise PrunelabError(f"{self.method.name} is at work on this model; save it outside the `with` block")
 
     # -- around the model ------------------------------------------------------------------------------------------
 
@@ -476,11 +470,11 @@ def applied(
         stack.callback(run_all, removers)
         stack.callback(handle.leave)
         stack.enter_context(seam.replaced(layers, handle.attend))
-        stack.enter_context(overridden(model, "generate", handle.generate))
-        removers.append(handle.decoder.register_forward_pre_hook(handle.begin, with_kwargs=True).remove)
-        removers.append(handle.decoder.register_forward_hook(handle.end).remove)
+        removers.append(replaced(model, "generate", handle.generate))
+        removers.append(before(handle.decoder, handle.begin, kwargs=True))
+        removers.append(after(handle.decoder, handle.end))
         if any("hidden" in method.requires(Site(i, index=i)) for i in range(handle.depth)):
-            removers += [m.register_forward_pre_hook(handle.note, with_kwargs=True).remove for m in layers]
+            removers += [before(layer, handle.note, kwargs=True) for layer in layers]
         yield handle
         handle._look()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from prunelab.common.core import attention_interface as seam
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import claimed, overridden, runs
+from prunelab.common.core.hooks import claimed, replaced, runs
 from prunelab.common.core.learned import PARTS, fitting
 from prunelab.common.speculative.reader import Reader, info, working_device
 from prunelab.common.speculative.role import DraftDecoder, Step
@@ -120,7 +121,8 @@ def clock(device: torch.device) -> float:
 
 @dataclass
 class DecodingHandle:
-    """A method applied to a model; `runs` holds what every call of `generate` gave."""
+    """A method applied to a model; `runs` holds what every call of `generate` gave. Threads take turns, since a method
+    learns from one text for the next."""
 
     model: PreTrainedModel
     session: Session
@@ -131,6 +133,7 @@ class DecodingHandle:
     _steps: int = 0
     _prompt: int = 0
     _streamer: BaseStreamer | None = None
+    _turn: threading.RLock = field(default_factory=threading.RLock)
 
     def report(self) -> Decoded:
         """All runs together."""
@@ -149,6 +152,10 @@ class DecodingHandle:
             raise PrunelabError(
                 f"{self.session.method.name} decodes by itself; leave custom_generate and assistants out"
             )
+        with self._turn:
+            return self._generate(*args, **options)
+
+    def _generate(self, *args: Any, **options: Any) -> Any:
         device = working_device(self.model)
         self._steps, before, start = 0, self.session.drafting, clock(device)
         self._streamer = options.get("streamer")
@@ -354,8 +361,11 @@ def applied(
         budget = budget if isinstance(budget, Budget) else Budget(budget)
         drafts = {name: service for name, service in given.items() if isinstance(service, Reader)}
         handle = DecodingHandle(reader.model, Session(method, budget, state), seed, reader.model.generate, drafts)
-        with overridden(model, "generate", handle.generate):
+        restore = replaced(model, "generate", handle.generate)
+        try:
             yield handle
+        finally:
+            restore()
 
 
 def _service(name: str, value: Any, vocabulary: int) -> Any:

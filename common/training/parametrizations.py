@@ -257,19 +257,9 @@ def _put_on(adapter: WeightAdapter, attachment: Attachment, removers: list[Calla
         owner = adapter.model.get_submodule(target.name.removesuffix(".weight"))
         if not target.loose or not hasattr(owner, "weight"):
             raise PrunelabError(f"activations are mapped at layers with a weight, and {target.name} is none")
-        hook: Any
-        if attachment.at == "input":
-            hook = owner.register_forward_pre_hook(lambda _, args: (module(args[0]), *args[1:]))
-        else:
-            hook = owner.register_forward_hook(lambda _, args, output: module(output))
-        removers.append(_beside(owner, module, hook))
+        removers.append(_beside(owner, module, attachment.at))
     elif target.unit == "layers":
-        owner, bypass = adapter.model.get_submodule(target.name), _Bypass(module)
-        hook = owner.register_forward_hook(
-            lambda _, args, kwargs, output: bypass(args[0] if args else kwargs["hidden_states"], output),
-            with_kwargs=True,
-        )
-        removers.append(_beside(owner, bypass, hook))
+        removers.append(_beside(adapter.model.get_submodule(target.name), _Bypass(module), "past"))
     else:
         for owner, name, mapping in parametrized(adapter, attachment):
             mapping = mapping.to(getattr(owner, name).device)
@@ -282,10 +272,35 @@ def _put_on(adapter: WeightAdapter, attachment: Attachment, removers: list[Calla
             parametrize.register_parametrization(owner, name, mapping)
 
 
-def _beside(owner: nn.Module, module: nn.Module, hook: Any) -> Callable[[bool], None]:
-    """Register a module with its owner, so that it is trained and kept with it; what takes both off again."""
+@dataclass(frozen=True)
+class _Hooks:
+    """Hooks of a module that is registered with its owner by that name: a copy of the owner goes by its own."""
+
+    name: str
+
+    def input(self, owner: Any, args: Any) -> Any:
+        return owner._modules[self.name](args[0]), *args[1:]
+
+    def output(self, owner: Any, args: Any, output: Any) -> Any:
+        return owner._modules[self.name](output)
+
+    def gate(self, owner: Any, args: Any) -> Any:
+        return owner._modules[self.name].inputs(args[0]), *args[1:]
+
+    def past(self, owner: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        return owner._modules[self.name](args[0] if args else kwargs["hidden_states"], output)
+
+
+def _beside(owner: nn.Module, module: nn.Module, at: str) -> Callable[[bool], None]:
+    """Register a module with its owner, so that it is trained and kept with it, and let it work at the owner's input or
+    output, as a gate of the input, or past the owner; what takes it off again."""
     name = f"_prunelab_{sum(key.startswith('_prunelab_') for key in owner._modules)}"
     owner.add_module(name, module)
+    call = getattr(_Hooks(name), at)
+    if at in ("input", "gate"):
+        hook = owner.register_forward_pre_hook(call)
+    else:
+        hook = owner.register_forward_hook(call, with_kwargs=at == "past")
 
     def remove(keep: bool) -> None:
         hook.remove()
@@ -297,8 +312,7 @@ def _beside(owner: nn.Module, module: nn.Module, hook: Any) -> Callable[[bool], 
 def _at_inputs(owner: Any, gate: _Readers) -> Callable[[bool], None]:
     """A gate at a layer that `peft` gave factors, which read the units as well: at what it reads, and in the end on
     all that reads it."""
-    hook = owner.register_forward_pre_hook(lambda _, args: (gate.inputs(args[0]), *args[1:]))
-    beside = _beside(owner, gate, hook)
+    beside = _beside(owner, gate, "gate")
 
     def remove(keep: bool) -> None:
         beside(keep)
@@ -315,6 +329,9 @@ def _off(owner: nn.Module, name: str) -> Callable[[bool], None]:
 
     def remove(keep: bool) -> None:
         if parametrize.is_parametrized(owner, name):
+            cls = type(owner)  # which copies of the model share, and torch takes the parametrization off the class
+            own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+            owner.__class__ = type(cls.__name__, cls.__bases__, own)
             parametrize.remove_parametrizations(owner, name, leave_parametrized=keep)
             for key in order:  # the parameter comes back as the last one
                 if key in owner._parameters:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import permutations
@@ -29,8 +31,9 @@ from prunelab.methods.mustafar.method import Mustafar
 from prunelab.methods.snapkv.method import SnapKV
 from prunelab.methods.spec_kv.method import SpecKV, SpecPC
 from prunelab.methods.token_recycling.method import TokenRecycling
+from prunelab.methods.tova.method import TOVA
 from tests.contract import vlms
-from tests.contract.caches_references import NewestCache
+from tests.contract.caches_references import NewestCache, WeakestExperts
 from tests.contract.references import BigramDrafts, MagnitudeWeights, NormTokens, ReceivedCache, language_model
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -268,13 +271,75 @@ def test_two_models_of_one_configuration_do_not_share_a_method():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_at_work_is_neither_copied_nor_compiled():
+BLOCKS: dict[str, tuple[str, list[Applied]]] = {
+    "cache": ("llama", [(H2O(), 0.5)]),
+    "drafts": ("llama", [DRAFTS]),
+    "experts": ("mixtral", [(WeakestExperts(), 0.6)]),
+    "cache and drafts": ("llama", [(SnapKV(window_size=4), 0.5), DRAFTS]),
+    "tokens and cache": ("llama", [(NormTokens(), 0.5), (TOVA(), 0.5)]),
+    "experts, drafts and cache": ("mixtral", [(WeakestExperts(), 0.6), DRAFTS, (ReceivedCache(), 0.5)]),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_copy_made_inside_is_the_model_as_it_was(block, implementation, tmp_path):
+    family, methods = BLOCKS[block]
+    model, tokens = language_model(family, max_position_embeddings=128), prompt(1)
+    model.set_attn_implementation(implementation)
+    asked = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    plain, saved = torch.cat(model.generate(tokens, **asked).logits), io.BytesIO()
+    with stacked(model, methods):
+        pruned = torch.cat(model.generate(tokens, **asked).logits)
+        twin = copy.deepcopy(model)
+        torch.save(model, saved)
+        model.save_pretrained(tmp_path)
+        for parameter in twin.parameters():
+            parameter.add_(0.01)  # its own weights, not the model's
+        twin.generate(tokens, **GREEDY)
+        again = torch.cat(model.generate(tokens, **asked).logits)
+        assert torch.allclose(again, pruned, atol=1e-5)
+        for parameter in twin.parameters():
+            parameter.sub_(0.01)
+    assert untouched(model) and model.config._attn_implementation == implementation
+    saved.seek(0)
+    for copied in (twin, torch.load(saved, weights_only=False), type(model).from_pretrained(tmp_path)):
+        assert copied.config._attn_implementation in (implementation, "sdpa") and not at_work(copied)
+        assert torch.allclose(torch.cat(copied.generate(tokens, **asked).logits), plain, atol=1e-3)
+        with stacked(copied, methods):
+            assert torch.allclose(torch.cat(copied.generate(tokens, **asked).logits), pruned, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [name for name in BLOCKS if name != "cache"])
+@torch.no_grad()
+def test_threads_share_a_model_at_work(block):
+    family, methods = BLOCKS[block]
+    model, wrong = language_model(family, max_position_embeddings=128), []
+    prompts = [prompt(1, length, seed) for seed, length in enumerate((14, 18, 22))]
+    with stacked(model, methods):
+        alone = [model.generate(tokens, **GREEDY) for tokens in prompts]
+
+        def work(number: int) -> None:
+            try:
+                with torch.no_grad():
+                    texts = [model.generate(prompts[number], **GREEDY) for _ in range(4)]
+                wrong.extend(number for text in texts if not torch.equal(text, alone[number]))
+            except Exception as error:
+                wrong.append(error)
+
+        workers = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert not wrong
+
+
+def test_a_compiled_model_is_refused():
     model = language_model("llama")
-    with apply(H2O(), model, 0.5), pytest.raises(PrunelabError, match="copy it outside"):
-        copy.deepcopy(model)
     with pytest.raises(PrunelabError, match=r"before torch\.compile"), apply(H2O(), torch.compile(model), 0.5):
         pass
-    copy.deepcopy(model)
 
 
 def test_costs_are_told_with_and_without_a_cache_pruner():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -14,6 +15,7 @@ from prunelab.common.core.attention_interface import with_cache
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.kv_cache import applied
 from prunelab.methods.h2o.method import H2O
+from prunelab.methods.mustafar.method import Mustafar
 from prunelab.methods.snapkv.method import SnapKV
 from prunelab.methods.spec_kv.method import SpecPC
 from tests.unit.kv_cache.test_caches import GREEDY, decoder, prompt
@@ -107,6 +109,29 @@ def test_behind_the_block_a_cache_goes_on_or_says_why_not():
         model(tokens[:, :20], attention_mask=mask[:, :20], **with_cache({}, cache))
     with pytest.raises(PrunelabError, match="go on inside the `with` block"):
         model(tokens[:, 20:21], **with_cache({}, cache))
+
+
+@pytest.mark.parametrize("method", [H2O(), SnapKV(window_size=4), Mustafar(window_size=4)], ids=lambda m: m.name)
+@torch.no_grad()
+def test_a_copied_cache_goes_on_by_itself(method):
+    """As people do who read a long beginning once and ask several questions behind it."""
+    model, tokens = decoder(), prompt(1, 40)
+    with applied(method, model, 0.5):
+        cache = DynamicCache()
+        model(tokens[:, :20], **with_cache({}, cache))
+        model(tokens[:, 20:21], **with_cache({}, cache))
+        twin = copy.deepcopy(cache)
+        first, other = (
+            [model(part, **with_cache({}, one)).logits for part in (tokens[:, 21:22], tokens[:, 22:23])]
+            for one in (cache, twin)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+        model(tokens[:, 30:31], **with_cache({}, twin))
+        assert cache.get_seq_length() == 23 and twin.get_seq_length() == 24
+        third = copy.deepcopy(cache)
+    for one in (cache, third):  # and behind the block
+        first.append(model(tokens[:, 23:24], **with_cache({}, one)).logits)
+    assert torch.equal(*first[-2:])
 
 
 def test_what_a_pruned_cache_cannot_give_is_refused():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import timm
 import torch
@@ -104,6 +107,42 @@ def test_a_gate_on_a_layer_lets_it_pass_or_not():
     adapter.write(target, Decision(torch.tensor([False])))
     adapter.finish()
     assert torch.allclose(logits(model), closed, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("unit", "at", "module"),
+    [
+        ("layers", "units", lambda target: Gate(1, 0.0)),
+        ("heads", "units", lambda target: Gate(target.units, 0.0)),
+        ("linear", "input", lambda target: nn.LayerNorm(target.shape[1])),
+        ("linear", "output", lambda target: nn.LayerNorm(target.shape[0])),
+        ("linear", "weight", lambda target: LowRank(target.shape, 2, 3.0)),
+    ],
+)
+def test_a_copy_made_while_training_has_parts_of_its_own(unit, at, module):
+    """As averaged weights are kept: what is put on goes with the copy, and follows the copy's values alone."""
+    model = language_model()
+    adapter = weight_adapter(model)
+    target = adapter.targets(unit)[0]
+    attachment = Attachment(target, module(target), at)
+    take_off, saved = put_on(adapter, [attachment]), io.BytesIO()
+    before = logits(model)
+    twins = [copy.deepcopy(model)]
+    if at != "weight" and unit != "heads":  # torch saves no parametrized modules whole
+        torch.save(model, saved)
+        saved.seek(0)
+        twins.append(torch.load(saved, weights_only=False))
+    with torch.no_grad():
+        for parameter in attachment.module.parameters():
+            parameter.add_(0.7)
+    changed = logits(model)
+    assert not torch.equal(changed, before)
+    for twin in twins:
+        assert torch.equal(logits(twin), before)
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(logits(twin), changed)
+    take_off(False)
+    assert torch.equal(logits(twins[0]), changed)
 
 
 def test_channels_of_a_convolutional_network_are_masked_wherever_they_are_read():
