@@ -197,6 +197,7 @@ TRANSFORMERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("DeepseekV2ForCausalLM", {**_DEEPSEEK, "q_lora_rank": None}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", {**_DEEPSEEK, "n_group": 2, "topk_group": 1, "num_mtp_layers": 0}),
     "qwen3_moe_mixed": ("Qwen3MoeForCausalLM", {**_LM, **_QWEN, "num_key_value_heads": 2, "mlp_only_layers": [1]}),
+    "opt": ("OPTForCausalLM", {**_LM, "ffn_dim": 40, "word_embed_proj_dim": 32}),
     "bert": ("BertForMaskedLM", _LM),
     "t5": ("T5ForConditionalGeneration", _T5),
     "t5_gated": ("T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),

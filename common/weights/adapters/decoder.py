@@ -210,3 +210,20 @@ class GPT2(Decoder):
         if self.model.config.scale_attn_by_inverse_layer_idx:
             return []  # what a block computes depends on its place, which would change
         return super()._layers(block)
+
+
+class OPT(Decoder):
+    """OPT, whose MLP lies in the block itself, and whose positions are learned."""
+
+    family = "opt"
+    model_classes = _classes(opt="OPT")
+    layers = "model.decoder.layers"
+    norm = "model.decoder.final_layer_norm"
+    sublayers = {"attention": ("self_attn", "self_attn_layer_norm")}
+    heads = {**{role: f"self_attn.{role}_proj" for role in "qkv"}, "o": "self_attn.out_proj"}
+    mlp = {"up": "fc1", "down": "fc2"}
+    inner = "ffn_dim"
+
+    def resize(self, block: int) -> None:
+        attention = self._part(block, self.attention)
+        attention.num_heads = length(attention.out_proj, IN) // attention.head_dim

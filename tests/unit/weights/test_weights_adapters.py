@@ -463,7 +463,7 @@ def test_pruned_transformers_come_back_from_disk(family, unit, budget, tmp_path)
     model: Any = build(family)
     plan = prune(RandomWeights((unit,)), model, Budget(budget), progress=False)
     uniform = isinstance(budget, float) or len(weight_adapter(model).targets(unit)) == 1
-    without_head_size = unit == "heads" and family in ("gpt_neox", "gpt2", "bert")
+    without_head_size = unit == "heads" and family in ("gpt_neox", "gpt2", "opt", "bert")
     assert plan.header["stock"] is (uniform and not without_head_size)
     save_pruned(model, plan, tmp_path)
     assert torch.equal(answer(load_pruned(tmp_path), family), answer(model, family))
