@@ -86,15 +86,19 @@ def reads_text(method: WeightPruner) -> bool:
 def sizes(model: nn.Module, report: WeightReport | None = None) -> dict[str, Any]:
     """`gparameters` that the model holds and `nonzero_gparameters` among them, in G (1e9); after pruning also
     `saving` and `nonzero_saving`, the percent of all parameters that are gone, or gone or zero, and `sparsity`, the
-    percent of the prunable ones that are gone, zero, or again what they were before fine-tuning."""
+    percent of the prunable ones that are gone, zero, or again what they were before fine-tuning. `gbytes` are what the
+    weights take, and `bits` a prunable one that is left where some became codes."""
     held = sum(p.numel() for p in model.parameters())
     nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
-    out = {"gparameters": held / 1e9, "nonzero_gparameters": nonzero / 1e9}
+    stored = sum(p.numel() * p.element_size() for p in model.parameters()) if report is None else report.bytes
+    out = {"gparameters": held / 1e9, "nonzero_gparameters": nonzero / 1e9, "gbytes": stored / 1e9}
     if report is not None:
         dense = report.dense_parameters
         out |= {"saving": 100 * (1 - held / dense), "nonzero_saving": 100 * (1 - nonzero / dense)}
         out["sparsity"] = 100 * report.sparsity
-    return {name: {"value": round(value, 9 if name.endswith("gparameters") else 3)} for name, value in out.items()}
+        out |= {"bits": report.bits} if report.bits else {}
+    billions = ("gparameters", "nonzero_gparameters", "gbytes")
+    return {name: {"value": round(value, 9 if name in billions else 3)} for name, value in out.items()}
 
 
 def predicted(model: nn.Module, test: Sequence[Tensor]) -> dict[str, dict[str, Any]]:

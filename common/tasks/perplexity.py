@@ -13,6 +13,8 @@ SIZES: Mapping[str, Metric] = {
     "nonzero_gparameters": Metric("parameters that are not zero", "G", cost="nonzero parameters"),
     "saving": Metric("parameters gone", "%", higher_is_better=True),
     "nonzero_saving": Metric("parameters gone or zero", "%", higher_is_better=True),
+    "gbytes": Metric("bytes of weights, codes packed", "G", cost="bytes of weights"),
+    "bits": Metric("bits of a prunable weight that is left, scales and zeros included", "bits", higher_is_better=False),
     "sparsity": Metric(
         "prunable parameters gone, zero, or what they were before fine-tuning", "%", higher_is_better=True
     ),

@@ -99,7 +99,8 @@ class Engine:
 
     def steps(self, block: int) -> Iterator[list[Target]]:
         """The targets of a block in the order they are decided: its structures, and when these are gone (by the time
-        the next step is asked for) the weights that were left, which are then measured without them."""
+        the next step is asked for) the weights that were left, which are then measured without them, all at once or in
+        turn."""
         weights = [target for target in self.at(block) if target.loose]
         structures = [target for target in self.at(block) if not target.loose]
         if structures:
@@ -109,8 +110,13 @@ class Engine:
             lost = {target.name for target in weights} - left
             self.targets[:] = [target for target in self.targets if target.name not in lost]
             weights = [target for target in weights if target.name in left]
-        if weights:
-            yield weights
+        if not self.method.in_turn:
+            yield from [weights] if weights else []
+            return
+        turns: dict[str, list[Target]] = {}
+        for target in weights:  # experts of a block take each turn together
+            turns.setdefault((target.source or target.name).replace(f".{target.expert}.", "."), []).append(target)
+        yield from turns.values()
 
     def budgets(self, precomputed: Mapping[str, Statistics]) -> dict[str, Budget]:
         """The budget of every target."""

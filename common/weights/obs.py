@@ -7,28 +7,42 @@ Shapes: weight [R, C] of R outputs and C inputs; the Hessian [C, C] of half the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.statistics import SecondMoment
-from prunelab.common.weights.targets import Target
+from prunelab.common.weights.targets import Accumulator, Observation, Target
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor [C, C] of the inverse of the damped Hessian. Channels never used count as independent."""
+def inverse_factor(hessian: Tensor, damping: float, tries: int = 1) -> Tensor:
+    """Upper Cholesky factor [C, C] of the inverse of the damped Hessian. Channels never used count as independent.
+    tries: times that the damping is added before a Hessian counts as singular."""
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    factor, failed = torch.linalg.cholesky_ex(hessian)
-    if not bool(failed):
-        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-    if bool(failed) or not bool(torch.isfinite(factor).all()):
-        raise PrunelabError("a Hessian is singular; give more calibration data or raise the damping")
-    return factor
+    damp = damping * diagonal.mean()
+    for _ in range(tries):
+        diagonal += damp
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not bool(failed):
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        if not bool(failed) and bool(torch.isfinite(factor).all()):
+            return factor
+    raise PrunelabError("a Hessian is singular; give more calibration data or raise the damping")
+
+
+def falling(diagonal: Tensor) -> Tensor:
+    """The columns [C] by falling diagonal of the Hessian, the order in which GPTQ's `act-order` takes them. Channels
+    never used count as 1, as in the factor."""
+    return diagonal.masked_fill(diagonal == 0, 1).argsort(descending=True, stable=True)
+
+
+def dead(diagonal: Tensor) -> Tensor:
+    """Channels [C] that no calibration token used, where any token came: no evidence is none of zero."""
+    return (diagonal == 0) & (diagonal != 0).any()
 
 
 class Columns(Protocol):
@@ -67,14 +81,46 @@ def sweep(weight: Tensor, factor: Tensor, width: int, columns: Columns) -> Tenso
 
 
 class InverseFactor(SecondMoment):
-    """The factor of the Hessian of a layer's inputs, made once for all layers that read them."""
+    """The factor of the Hessian of a layer's inputs, made once for all layers that read them; ordered: with its columns
+    in the order `falling`."""
 
-    def __init__(self, target: Target, damping: float) -> None:
+    def __init__(self, target: Target, damping: float, tries: int = 1, ordered: bool = False) -> None:
         super().__init__(target)
-        self.damping = damping
+        self.damping, self.tries, self.ordered = damping, tries, ordered
 
     def value(self) -> Tensor:
-        return inverse_factor(self.state, self.damping)
+        hessian = self.state
+        if self.ordered:
+            order = falling(hessian.diagonal())
+            hessian = hessian[order][:, order]
+        return inverse_factor(hessian, self.damping, self.tries)
+
+
+class Diagonal(Accumulator):
+    """The diagonal [C] of the Hessian that another accumulator gathers."""
+
+    shared: ClassVar[bool] = True
+
+    def __init__(self, of: SecondMoment) -> None:
+        self.of = of
+
+    def update(self, observed: Observation) -> None:
+        """The other one takes it in."""
+
+    def value(self) -> Tensor:
+        return self.of.state.diagonal().clone()
+
+
+def factors(make: Callable[[Target], InverseFactor]) -> dict[str, Callable[[Target], Accumulator]]:
+    """The statistics `factor` and `diagonal` of one Hessian, for `WeightPruner.statistics`."""
+    made: dict[str, InverseFactor] = {}
+
+    def factor(target: Target) -> InverseFactor:
+        if target.name not in made:
+            made[target.name] = make(target)
+        return made[target.name]
+
+    return {"factor": factor, "diagonal": lambda target: Diagonal(factor(target))}
 
 
 def inverse_factors(damping: float) -> Callable[[Target], InverseFactor]:

@@ -101,7 +101,7 @@ class Tally:
             self.code_bytes += decision.code.bytes
 
 
-CODE = ("codes", "scale", "zero", "form")  # a quantised weight's tensors
+CODE = ("codes", "scale", "zero", "form", "index")  # a quantised weight's tensors
 SILENT = "silent"  # marks structures that stay, with zeros where they are read
 
 
@@ -116,7 +116,8 @@ def packed(decision: Decision) -> dict[str, Tensor]:
     if (code := decision.code) is not None:
         form = torch.tensor([code.bits, code.group, int(code.symmetric)])
         codes = packed_codes(code.codes.cpu(), code.bits)
-        found |= dict(zip(CODE, (codes, code.scale.cpu(), code.zero.cpu(), form), strict=True))
+        stored = {"codes": codes, "scale": code.scale, "zero": code.zero, "form": form, "index": code.index}
+        found |= {role: tensor.cpu() for role, tensor in stored.items() if tensor is not None}
     return found if decision.remove else {**found, SILENT: torch.ones(1, dtype=torch.bool)}
 
 
@@ -132,7 +133,8 @@ def unpacked(target: Target, tensors: Mapping[str, Tensor]) -> Decision:
     if "codes" in tensors:
         width, group, symmetric = tensors["form"].tolist()
         codes = unpacked_codes(tensors["codes"], width, target.shape)
-        code = Quantised(codes, tensors["scale"], tensors["zero"], width, group, bool(symmetric))
+        index = tensors.get("index")
+        code = Quantised(codes, tensors["scale"], tensors["zero"], width, group, bool(symmetric), index)
     return Decision(mask, values, whole, SILENT not in tensors, code)
 
 

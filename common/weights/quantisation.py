@@ -6,7 +6,7 @@ Shapes: weight [R, C]; grids [R, 1] or one a group of columns [R, G].
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,13 +25,15 @@ class Quantiser:
     Parameters
     ----------
     bits : int
-        Bits of a code, 1 to 8. One bit is a sign times the mean magnitude.
+        Bits of a code, 1 to 8.
     symmetric : bool
         The grid is as wide below zero as above, for rows that have a negative value.
     group : int
         Consecutive columns that share a grid; 0 for whole rows.
     search : bool
-        Shrink the range to where the error |q - x|^2.4 of the row is least (`steps` shares down to 1 - `shrink`).
+        Shrink the range to where the error |q - x|^`power` of the row is least (`steps` shares down to 1 - `shrink`).
+    sign : bool
+        One bit is a sign times the mean magnitude; otherwise it has the two levels of any other grid.
     """
 
     bits: int
@@ -41,15 +43,23 @@ class Quantiser:
     steps: int = 100
     shrink: float = 0.8
     power: float = 2.4
+    sign: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MOST or self.bits != int(self.bits) or self.group < 0:
             raise PrunelabError(f"codes have 1 to {MOST} whole bits and groups 0 or more columns, not {self}")
+        if self.steps < 1 or not 0 < self.shrink <= 1 or self.power <= 0:
+            raise PrunelabError(f"a grid is searched in 1 or more steps, down by a share above 0 to 1, not as {self}")
+
+    @property
+    def signs(self) -> bool:
+        """Whether codes are signs."""
+        return self.bits == 1 and self.sign
 
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero [R, 1] for the values [R, n]. Zero is on every grid; that of a row of zeros is [-1, 1]'s."""
         x = x.float()
-        if self.bits == 1:
+        if self.signs:
             scale = 2 * x.abs().mean(-1, keepdim=True)
             return scale, torch.full_like(scale, 0.5)
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
@@ -81,7 +91,7 @@ class Quantiser:
 
     def codes(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The nearest codes of values, still as floating-point numbers; halves round to even."""
-        if self.bits == 1:
+        if self.signs:
             return (x >= 0).to(scale.dtype)
         return ((x / scale).round() + zero).clamp(0, 2**self.bits - 1)
 
@@ -90,62 +100,106 @@ class Quantiser:
         return self.group or columns
 
 
+def grids(weight: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [R, G] of the groups of a weight's columns."""
+    found = [quantiser.grid(group) for group in weight.float().split(quantiser.width(weight.shape[1]), 1)]
+    scale, zero = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return scale, zero
+
+
 def rounded(weight: Tensor, quantiser: Quantiser) -> Quantised:
     """Nearest rounding (RTN)."""
-    weight, width = weight.float(), quantiser.width(weight.shape[1])
-    groups = weight.split(width, 1)
-    grids = [quantiser.grid(group) for group in groups]
-    codes = torch.cat([quantiser.codes(g, *grid) for g, grid in zip(groups, grids, strict=True)], 1)
-    scale, zero = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
+    (scale, zero), width = grids(weight, quantiser), quantiser.width(weight.shape[1])
+    group = torch.arange(weight.shape[1], device=weight.device) // width
+    codes = quantiser.codes(weight.float(), scale[:, group], zero[:, group])
     return Quantised(codes.to(torch.uint8), scale, zero, quantiser.bits, width, quantiser.symmetric)
 
 
-@dataclass
-class _Rounding:
-    """Columns on their way to codes. As published, the grid of a group is laid when the block of columns in which it
-    begins is reached, over the weights as earlier blocks have left them, unless it is given."""
+class Rounding:
+    """Columns on their way to codes.
 
-    quantiser: Quantiser
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    fixed: Tensor | None = None  # group of each column, where the grids are laid beforehand
-    width: int = field(init=False)
+    scale, zero [R, G] are filled where they are not `laid` beforehand: as published, when the block of columns is
+    reached in which a group begins, over the weights as earlier blocks have left them; `updated`: when the group's
+    first column is reached, over the weights as all earlier columns have left them, those of later blocks excepted.
+    """
 
-    def __post_init__(self) -> None:
-        self.width = self.quantiser.width(self.codes.shape[1])
+    def __init__(
+        self, quantiser: Quantiser, scale: Tensor, zero: Tensor, group: Tensor, laid: bool, updated: bool
+    ) -> None:
+        self.quantiser, self.scale, self.zero = quantiser, scale, zero
+        self.group, self.laid, self.updated = group, laid, updated
+        self.width = quantiser.width(len(group))
+        self.codes = scale.new_zeros(len(scale), len(group))
+        self.weight = self.codes
+        self.at_column: tuple[Tensor, Tensor] = (scale, zero)  # of the columns [R, width] of the block at hand
+
+    def lay(self, start: int, weight: Tensor) -> None:
+        """The grid of the group that begins at a column."""
+        at = start // self.width
+        scale, zero = self.quantiser.grid(weight)
+        self.scale[:, at : at + 1], self.zero[:, at : at + 1] = scale, zero
 
     def enter(self, columns: slice, weight: Tensor, diagonal: Tensor) -> None:
-        if self.fixed is None:
+        if not self.laid:
             for start in range(-(-columns.start // self.width) * self.width, columns.stop, self.width):
-                at = slice(start // self.width, start // self.width + 1)
-                self.scale[:, at], self.zero[:, at] = self.quantiser.grid(weight[:, start : start + self.width])
+                self.lay(start, weight[:, start : start + self.width])
+        self.weight = weight[:, columns.stop :]
+        self.look(columns)
+
+    def look(self, columns: slice) -> None:
+        """Grids of the columns of a block."""
+        group = self.group[columns]
+        self.at_column = self.scale[:, group], self.zero[:, group]
 
     def settle(self, column: int, block: Tensor, diagonal: Tensor, at: int) -> Tensor:
-        group = column // self.width if self.fixed is None else self.fixed[column]
-        scale, zero = self.scale[:, group], self.zero[:, group]
+        if self.updated and not self.laid and column % self.width == 0:
+            here = block[:, at : at + self.width]
+            self.lay(column, torch.cat([here, self.weight[:, : self.width - here.shape[1]]], 1))
+            self.look(slice(column - at, column - at + block.shape[1]))
+        scale, zero = (part[:, at] for part in self.at_column)
         codes = self.codes[:, column] = self.quantiser.codes(block[:, at], scale, zero)
         return scale * (codes - zero)
 
 
 def gptq(
-    weight: Tensor, factor: Tensor, quantiser: Quantiser, width: int = 128, order: Tensor | None = None
+    weight: Tensor,
+    factor: Tensor,
+    quantiser: Quantiser,
+    width: int = 128,
+    order: Tensor | None = None,
+    *,
+    dead: Tensor | None = None,
+    static: bool = False,
+    updated: bool = False,
 ) -> Quantised:
-    """Rounding column by column under compensation.
+    """Rounding column by column under compensation (algorithm 1).
 
     factor [C, C]: from `prunelab.common.weights.obs.inverse_factor`; columns are updated lazily, in blocks of `width`.
-    order [C]: the columns are taken in this order, and the factor is that of the Hessian in it (`act-order`); grids are
-    then laid beforehand over the groups of the original columns. Columns that no input uses must be zero.
+    order [C]: the columns are taken in this order, and the factor is that of the Hessian in it (`act-order`). dead [C]:
+    channels that no input uses, which become zero after the grids of whole rows are laid. static: grids of groups are
+    laid beforehand, over the groups of the original columns; otherwise on the way (see `Rounding`), of columns in the
+    order they are taken.
     """
-    weight = weight.float()
-    start = rounded(weight, quantiser)
-    scale, zero = start.scale.clone(), start.zero.clone()
-    if order is None:
-        columns = _Rounding(quantiser, torch.zeros_like(weight), scale, zero)
-        sweep(weight, factor, width, columns)
-        codes = columns.codes
-    else:
-        columns = _Rounding(quantiser, torch.zeros_like(weight), scale, zero, order // start.group)
-        sweep(weight[:, order], factor, width, columns)
-        codes = columns.codes[:, order.argsort()]
-    return Quantised(codes.to(torch.uint8), scale, zero, quantiser.bits, start.group, quantiser.symmetric)
+    weight, columns = weight.float(), weight.shape[1]
+    alive = weight if dead is None else weight.masked_fill(dead, 0)
+    laid, size = static or not quantiser.group, quantiser.width(columns)
+    scale, zero = grids(alive if quantiser.group else weight, quantiser)
+    place = torch.arange(columns, device=weight.device)
+    group = (place if order is None or not static else order) // size
+    rounding = Rounding(quantiser, scale, zero, group, laid, updated)
+    sweep(alive if order is None else alive[:, order], factor, width, rounding)
+    codes, index = rounding.codes, None
+    if order is not None:
+        back = order.argsort()
+        codes, index = codes[:, back], None if laid else group[back].int()
+    return Quantised(
+        codes.to(torch.uint8), rounding.scale, rounding.zero, quantiser.bits, size, quantiser.symmetric, index
+    )
+
+
+def proxy_loss(weight: Tensor, dense: Tensor, factor: Tensor) -> float:
+    """Half the squared error of a layer's outputs, damping included, that the solver has made in its rounded weight
+    [R, C]: sum (w - q)^2 / U_ii^2 / 2 over the columns as they were reached."""
+    wide = (weight.double() - dense.double()).T
+    errors = torch.linalg.solve_triangular(factor.double().T, wide, upper=False)
+    return float(errors.square().sum() / 2)

@@ -33,6 +33,12 @@ class WeightPruner(Method):
         return True
 
     @property
+    def in_turn(self) -> bool:
+        """Whether the weights of a block that read different inputs are decided one after the other, each measured on
+        the block as those before have left it."""
+        return False
+
+    @property
     def units(self) -> Sequence[Unit]:
         """What the method prunes."""
         return ("linear",)

@@ -194,7 +194,8 @@ class Quantised:
     a row.
 
     codes: [R, C] uint8, below 2^bits; scale, zero: [R, G] float32, G groups of columns the last maybe shorter.
-    symmetric: zero follows from bits and is not stored.
+    symmetric: zero follows from bits and is not stored. index: [C] int32, the group of every column where groups are
+    not consecutive columns.
     """
 
     codes: Tensor
@@ -203,17 +204,22 @@ class Quantised:
     bits: int
     group: int
     symmetric: bool = False
+    index: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The weight [R, C] that the codes stand for, in float32."""
-        of_column = torch.arange(self.codes.shape[1], device=self.codes.device) // self.group
+        of_column = self.index
+        if of_column is None:
+            of_column = torch.arange(self.codes.shape[1], device=self.codes.device) // self.group
         return self.scale[:, of_column] * (self.codes.float() - self.zero[:, of_column])
 
     @property
     def bytes(self) -> int:
-        """What it takes: packed codes, a half-precision scale a group, and a zero as wide as a code."""
+        """What it takes: packed codes, a half-precision scale a group, a zero as wide as a code, and where groups are
+        not consecutive columns the group of every column in 32 bits."""
         stored = self.bits * self.codes.numel() + 16 * self.scale.numel()
-        return math.ceil((stored + (0 if self.symmetric else self.bits * self.zero.numel())) / 8)
+        stored += 0 if self.symmetric else self.bits * self.zero.numel()
+        return math.ceil((stored + (0 if self.index is None else 32 * self.index.numel())) / 8)
 
 
 @dataclass(frozen=True)
