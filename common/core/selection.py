@@ -22,6 +22,14 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, None]:
     return descending(scores)[..., :k].sort(-1).values, None
 
 
+def top_k_of_parts(scores: Tensor, parts: int, k: int) -> Tensor:
+    """Ascending positions [B, parts * K] of the k best of each part, for scores [B, parts * N] that hold one part after
+    the other: every crop of a large image, or frame of a video, keeps as many."""
+    chosen, _ = top_k(scores.unflatten(1, (parts, -1)), k)  # [B, parts, K]
+    start = torch.arange(parts, device=scores.device).unsqueeze(1) * (scores.shape[1] // parts)
+    return (chosen + start).flatten(1)
+
+
 def top_k_units(
     scores: Tensor, prunable: Tensor, units: int, budget: Budget | Sequence[int], valid: Tensor | None = None
 ) -> Gather:

@@ -111,7 +111,7 @@ FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
     "segmenter": _segmenter,
     "dino": _dino,
     "deformable_detr": _deformable_detr,
-    **{name: partial(vlms.vlm, name, tower=6) for name in vlms.VLMS},  # methods read its last layers
+    **{name: partial(vlms.vlm, name, tower=12) for name in vlms.VLMS},  # methods read its ninth and its last layers
     "causal_lm": _causal_lm,
 }
 

@@ -116,6 +116,7 @@ def build(
         "coming_row": lambda: (2 * logits).softmax(-1)[:, :, total - 1 if valid is None else int(valid[0].sum()) - 1],
         "received": lambda: (logits.softmax(-1) * rows).sum(-2),
         "sizes": lambda: torch.ones(batch, total),
+        "text": lambda: hidden[:, 0],
         "scans": lambda: torch.stack([hidden, hidden.flip(-1) - 1], 1),
         "class_confidence": lambda: (4 * hidden[..., :4]).sigmoid() + 0 * hidden[..., :4],  # bad values stay bad
         "positions": lambda: torch.zeros_like(hidden),

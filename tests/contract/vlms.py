@@ -27,7 +27,7 @@ _SIDES = {"llava_onevision": 24, "llava_video": 40}  # pixels of a crop: 3 x 3 a
 
 def vlm(family: str, *, tower: int = 3, **text: Any) -> Any:
     """A tiny random model of a family, with weights large enough for attention to be uneven. tower: layers of its CLIP
-    or SigLIP."""
+    or SigLIP; Qwen's encoder has one less, as many as CLIP's up to its features."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def vlm(family: str, *, tower: int = 3, **text: Any) -> Any:
             model = t.LlavaOnevisionForConditionalGeneration(t.LlavaOnevisionConfig(**sizes))
     else:
         vision = {
-            "depth": 2,
+            "depth": tower - 1,
             "hidden_size": 24,
             "intermediate_size": 32,
             "num_heads": 2,

@@ -79,9 +79,10 @@ class VisionLanguage(VisionSide):
     rest = frozenset({"drop", "bypass"})
     gates = True
     decodes = True
+    tower_reads = READ
     signals = {
         "tower": _ALWAYS | _INSIDE,
-        "projected": _ALWAYS | FEATURES,
+        "projected": _ALWAYS | FEATURES | {"text"},
         "packed": _ALWAYS | FEATURES,
         "input": _ALWAYS | _DECODER | _AHEAD,
     }
@@ -178,8 +179,8 @@ class VisionLanguage(VisionSide):
         depth = len(self.tower())
         if not depth:
             return "this model's encoder gives no signals"
-        if site.where == "tower" or reading.name not in READ:
-            return f"sites behind the encoder read {', '.join(sorted(READ))} of its layers"
+        if site.where == "tower" or reading.name not in self.tower_reads:
+            return f"sites behind the encoder read {', '.join(sorted(self.tower_reads))} of its layers"
         if reading.name == "cls_row" and not self.class_token:
             return "its encoder has no class token"
         if not -depth <= reading.layer < depth:

@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunelab.common.core.hooks import arguments, replaced, run_all
-from prunelab.common.tokens.adapters.base import Application
+from prunelab.common.core import attention
+from prunelab.common.core.hooks import after, arguments, before, replaced, run_all
+from prunelab.common.core.signals import Reading
+from prunelab.common.tokens.adapters.base import Application, Seen, Tokens
+from prunelab.common.tokens.adapters.recorded import keeper
 from prunelab.common.tokens.adapters.vlm import VisionLanguage
-from prunelab.common.tokens.adapters.vlm_prompt import Prompt, disagreement
+from prunelab.common.tokens.adapters.vlm_prompt import Encoded, Prompt, disagreement
+
+
+def rotated(pairs: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys [T, N, 2, H, d] with their positions' rotation, [T, N, 1, d], each [T, N, H, d]."""
+    pairs, cos, sin = pairs.float(), cos.float().unsqueeze(2), sin.float().unsqueeze(2)
+    first, second = pairs.chunk(2, -1)
+    turned = pairs * cos + torch.cat([-second, first], -1) * sin
+    queries, keys = turned.unbind(2)
+    return queries, keys
+
+
+def received(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention [T, H, N] that each patch receives from all of its frame, for queries and keys [T, H, N, d]."""
+    scale, shape = queries.shape[-1] ** -0.5, (queries.shape[0], queries.shape[1], queries.shape[2])
+    return attention.received(lambda start, stop: attention.weights(queries[:, :, start:stop], keys, scale), shape)
 
 
 class Qwen25VL(VisionLanguage):
     """Qwen2.5-VL: two by two patches of the encoder make one token; a token's position has a time, a row and a column.
 
-    Its encoder attends within windows and has no class token, so it gives no attention signals.
+    Its encoder has no class token, and most of its layers attend within windows. What a token receives in one of them
+    is the mean over its patches of what they would receive if every patch of the frame attended to every other, as
+    methods for this model have it.
     """
 
     family = "qwen2_5_vl"
     model_classes = ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLForConditionalGeneration",)
     tokens = {"image": "image_token_id", "video": "video_token_id"}
+    tower_reads = frozenset({"received"})
+    signals = {where: known for where, known in VisionLanguage.signals.items() if where != "tower"}
 
     def pixels(self) -> dict[str, Any]:
         return self._pixels("image", torch.tensor([[1, *self.grid()]]))
@@ -48,8 +70,54 @@ class Qwen25VL(VisionLanguage):
     def grid(self) -> tuple[int, int]:
         return 32, 32  # assumption: an image of 448 pixels, since there is no standard size
 
+    # -- the encoder ---------------------------------------------------------------------------------------------
+
     def tower(self) -> Sequence[Any]:
-        return []
+        blocks: Sequence[Any] = self.body.visual.blocks
+        return blocks
+
+    @property
+    def tower_info(self) -> None:
+        """No token leaves before its end."""
+
+    @property
+    def tower_head(self) -> int:
+        size: int = self.tower()[0].attn.head_dim
+        return size
+
+    def _watch_tower_layer(self, layer: int, names: set[str]) -> Iterator[Callable[[], Any]]:
+        """Keeps queries and keys of all patches before windows part them, and how they are turned."""
+        attention = self.tower()[layer].attn
+
+        def turned(module: Any, args: Any, given: dict[str, Any]) -> None:
+            seen = self.encoding.seen[layer] = Seen(Tokens())
+            seen.kept["cos"], seen.kept["sin"] = given["position_embeddings"]
+
+        yield before(attention, turned, kwargs=True)
+        yield after(attention.qkv, keeper(functools.partial(self._seen, layer), "qkv"))
+
+    def _of_patches(self, reading: Reading, encoded: Encoded) -> list[Tensor]:
+        """[frames, tokens, heads] what each token of each image receives."""
+        seen, head = encoded.seen.seen[reading.layer % len(self.tower())], self.tower_head
+        merge = self.config.vision_config.spatial_merge_size**2
+        sizes = [merge * features.shape[0] * features.shape[1] for features in encoded.features]
+        parts = zip(*(seen.kept[name].split(sizes) for name in ("qkv", "cos", "sin")), strict=True)
+        found = []
+        for (qkv, cos, sin), grid, features in zip(parts, encoded.grids, encoded.features, strict=True):
+            frames = qkv.view(len(features), -1, 3, qkv.shape[1] // 3 // head, head)  # [T, patches, 3, H, d]
+            angles = (x.view(len(features), -1, 1, head) for x in (cos, sin))
+            queries, keys = (x.transpose(1, 2) for x in rotated(frames[:, :, :2], *angles))
+            mass = received(queries, keys).unflatten(2, (-1, merge)).mean(3).transpose(1, 2)  # [T, tokens, H]
+            found.append(mass[:, self._windows(grid).argsort().to(mass.device)])
+        return found
+
+    def _windows(self, grid: tuple[int, int]) -> Tensor:
+        """The tokens [N] of a frame in the order in which the encoder has them: window by window."""
+        vision = self.config.vision_config
+        side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+        rows, columns = torch.arange(grid[0]).unsqueeze(1), torch.arange(grid[1])
+        window = rows // side * -(-grid[1] // side) + columns // side
+        return window.flatten().argsort(stable=True)
 
     @property
     def class_token(self) -> bool:

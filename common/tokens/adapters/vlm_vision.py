@@ -242,7 +242,7 @@ class VisionSide(SequenceAdapter[Prefill]):
 
     def _watch_tower(self, application: Application) -> Iterator[Callable[[], Any]]:
         """Hooks on the layers of the tower that are read, and that tokens leave before."""
-        layers, wanted = self.tower(), application.readings("tower")
+        layers, wanted, read = self.tower(), application.readings("tower"), dict[int, set[str]]()
         for site in application.sites:
             required = application.method.requires(site)
             if site.where == "tower":
@@ -251,20 +251,25 @@ class VisionSide(SequenceAdapter[Prefill]):
             elif required & FEATURES and (site.where != "input" or not site.layer):
                 wanted.setdefault(len(layers) - 1, set())
         for number, names in wanted.items():
-            layer = number % len(layers)
-            attention = layers[layer].self_attn
-            self.tower_recorders[layer], stop = record(attention)
-            yield stop
-            yield before(layers[layer], self._see_tower(layer))
-            if "hidden" in names:
-                yield after(layers[layer], keeper(functools.partial(self._seen, layer), "hidden"))
-            if "values" in names:
-                yield after(attention.v_proj, keeper(functools.partial(self._seen, layer), "values"))
+            read.setdefault(number % len(layers), set()).update(names)
+        for layer, names in read.items():
+            yield from self._watch_tower_layer(layer, names)
         sites = [site for site in application.sites if site.where == "tower"]
         if sites:
             yield before(layers[0], self._begin_tower, first=True)
         for site in sites:
             yield before(layers[site.layer], self._cut_tower(application, site))
+
+    def _watch_tower_layer(self, layer: int, names: set[str]) -> Iterator[Callable[[], Any]]:
+        """Hooks that keep what these signals of a layer are made from."""
+        block = self.tower()[layer]
+        self.tower_recorders[layer], stop = record(block.self_attn)
+        yield stop
+        yield before(block, self._see_tower(layer))
+        if "hidden" in names:
+            yield after(block, keeper(functools.partial(self._seen, layer), "hidden"))
+        if "values" in names:
+            yield after(block.self_attn.v_proj, keeper(functools.partial(self._seen, layer), "values"))
 
     def _seen(self, layer: int) -> Seen:
         return self.encoding.seen[layer]
@@ -328,11 +333,17 @@ class VisionSide(SequenceAdapter[Prefill]):
 
     # -- what the encoder says, at later sites -------------------------------------------------------------------
 
-    def _of_patches(self, reading: Reading, encoded: Encoded) -> Tensor:
-        """[crops, patches, channels] a signal of a layer of the tower."""
-        layers = self.tower()
-        head, special = layers[0].self_attn.head_dim, int(self.class_token)
-        return encoded.seen.signal(reading.name, reading.layer % len(layers), head, special)
+    def _of_patches(self, reading: Reading, encoded: Encoded) -> list[Tensor]:
+        """A signal of a layer of the tower, [crops, patches, channels] of each image."""
+        layer, special = reading.layer % len(self.tower()), int(self.class_token)
+        whole = encoded.seen.signal(reading.name, layer, self.tower_head, special)
+        return list(whole.split([len(features) for features in encoded.features]))
+
+    @property
+    def tower_head(self) -> int:
+        """Channels of a head of the tower."""
+        size: int = self.tower()[0].self_attn.head_dim
+        return size
 
     def _from_tower(self, reading: Reading, x: Tensor) -> Tensor:
         """The same for what became each token of the sequence, in the shape of a site's signal: it is packed as
@@ -345,8 +356,7 @@ class VisionSide(SequenceAdapter[Prefill]):
         out: Tensor | None = None
         for modality, encoded in running.encoded.items():
             visual = running.visual[modality]
-            counts = [len(features) for features in encoded.features]
-            images = encoded.pack(self._of_patches(reading, encoded).split(counts))
+            images = encoded.pack(self._of_patches(reading, encoded))
             owners = encoded.owners(visual.sum(1).tolist())
             if out is None:
                 out = x.new_zeros(*visual.shape, images[0].shape[-1])
@@ -355,7 +365,7 @@ class VisionSide(SequenceAdapter[Prefill]):
                     spots = places.nonzero().squeeze(1).to(out.device)
                     out[row] = out[row].index_copy(0, spots, torch.cat([images[i] for i in own]).to(out))
         assert out is not None
-        return shaped(take(out, running.source), reading.name, self.tower()[0].self_attn.head_dim)
+        return shaped(take(out, running.source), reading.name, self.tower_head)
 
     # -- plans before packing ------------------------------------------------------------------------------------
 
@@ -399,7 +409,7 @@ class VisionSide(SequenceAdapter[Prefill]):
             if encoded is None or not encoded.features:
                 raise PrunelabError("the model was given packed features; give it pixels to prune what is projected")
             fresh = []
-            images, numbering = self._project_images(application, site, modality, decided)
+            images, numbering = self._project_images(application, site, modality, decided, x)
             for image in images:
                 pool.append(image.tokens.to(x))
                 fresh.append((torch.arange(size, size + len(image.tokens), device=x.device), image.source_index))
@@ -453,8 +463,9 @@ class VisionSide(SequenceAdapter[Prefill]):
         site: Site,
         modality: str,
         decided: Callable[[str, Sequence[int]], tuple[Tensor, Plan]] | None,
+        sequence: Tensor,
     ) -> tuple[list[Fresh], Positions]:
-        """What the method's plans make of each image, and how they number it."""
+        """What the method's plans make of each image of the sequence [B, N, D], and how they number it."""
         encoded, numbering = self.running.encoded[modality], application.method.positions
         shapes = [features.shape for features in encoded.features]
         made: dict[int, Fresh] = {}
@@ -463,7 +474,7 @@ class VisionSide(SequenceAdapter[Prefill]):
         for group in dict.fromkeys(keys):
             images = [i for i, key in enumerate(keys) if key == group]
             if decided is None:
-                x, view = self.projected(modality, images)
+                x, view = self.projected(modality, images, sequence)
                 plan, signals = self.decide(application, site, x, view)
                 tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
             else:
@@ -502,30 +513,40 @@ class VisionSide(SequenceAdapter[Prefill]):
                 made[image] = Fresh(own[turn], source_index, back)
         return [made[image] for image in range(len(shapes))], numbering
 
-    def projected(self, modality: str, images: Sequence[int]) -> tuple[Tensor, View]:
-        """Features [G, crops * patches, D] of images of one shape, as a `projected` site sees them."""
+    def projected(self, modality: str, images: Sequence[int], sequence: Tensor | None = None) -> tuple[Tensor, View]:
+        """Features [G, crops * patches, D] of images of one shape, as a `projected` site sees them; with the sequence
+        [B, N, D] that they stand in the words around them, too."""
         encoded = self.running.encoded[modality]
-        shapes = [features.shape for features in encoded.features]
-        bounds = encoded.bounds()
         x = torch.stack([encoded.features[i].flatten(0, 1) for i in images])
-        crops = torch.cat([torch.arange(bounds[i], bounds[i] + shapes[i][0]) for i in images])
 
         def tower(reading: Reading) -> Tensor:
-            patches = self._of_patches(reading, encoded)[crops]  # [G * crops, patches, channels]
-            return shaped(patches.reshape(len(x), x.shape[1], -1), reading.name, self.tower()[0].self_attn.head_dim)
+            patches = self._of_patches(reading, encoded)
+            return shaped(torch.stack([patches[i].flatten(0, 1) for i in images]), reading.name, self.tower_head)
 
         view = View(
             {
                 "hidden": lambda: x,
                 "sizes": lambda: x.new_ones(x.shape[:2], dtype=torch.float32),
+                **({} if sequence is None else {"text": lambda: self._text(modality, images, sequence)}),
                 **{name: functools.partial(tower, Reading(name, -1, "tower")) for name in FEATURES},
             },
             prunable=torch.ones(x.shape[:2], dtype=torch.bool, device=x.device),
             units=x.shape[1],
             other=tower,
             indices=torch.arange(x.shape[1], device=x.device).expand(len(x), -1),
-            grids=(encoded.grids[images[0]],) * shapes[images[0]][0],
+            grids=(encoded.grids[images[0]],) * len(encoded.features[images[0]]),
             modality=modality,
             packed=encoded.read()[images[0]],
         )
         return x, view
+
+    def _text(self, modality: str, images: Sequence[int], sequence: Tensor) -> Tensor:
+        """[G, D] the mean embedding of the words in the prompts [B, N, D] that the images belong to."""
+        running = self.running
+        words = ~running.anywhere.to(sequence.device)
+        if running.tokens.valid is not None:
+            words = words & running.tokens.valid
+        mean = (sequence * words.unsqueeze(-1)).sum(1) / words.sum(1, keepdim=True).clamp_min(1)
+        owners = running.encoded[modality].owners(running.visual[modality].sum(1).tolist())
+        rows = {image: row for row, own in reversed(list(enumerate(owners))) for image in own}
+        return mean[[rows[image] for image in images]]

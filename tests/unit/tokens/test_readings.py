@@ -20,7 +20,7 @@ from prunelab.common.tokens.role import TokenPruner
 from tests.contract.references import images as pictures
 from tests.contract.references import vit
 from tests.contract.tokens_references import EarlierLayers, InTower, TextAttention, TowerAttention
-from tests.contract.vlms import film, images, prompt, vlm
+from tests.contract.vlms import film, images, prompt, typed, vlm
 from tests.unit.tokens.test_vlm import pair
 
 
@@ -150,7 +150,7 @@ def test_what_cannot_be_read_is_named_before_work():
         (Reader(Site(0, "packed"), (Reading("hidden", 2, "tower"),)), "llava", "come from layer 1"),
         (Reader(Site(0, "packed"), (Reading("beauty", 0, "tower"),)), "llava", "read cls_row, hidden"),
         (Reader(Site(0, "packed"), (Reading("cls_row", 0, "tower"),)), "llava_onevision", "no class token"),
-        (Reader(Site(0, "packed"), (Reading("hidden", 0, "tower"),)), "qwen2_5_vl", "gives no signals"),
+        (Reader(Site(0, "packed"), (Reading("hidden", 0, "tower"),)), "qwen2_5_vl", "read received of its layers"),
         (InTower((2,)), "llava", "has 2 layers before its features"),
     ]
     for method, family, message in wrong:
@@ -270,3 +270,42 @@ def test_no_square_of_attention_is_made_where_rows_or_sums_are_read(family, meth
     tokens, heads = (145, 3) if family == "vit" else (79, 4)
     assert seen.numel < heads * tokens * tokens or family != "vit"
     assert seen.numel <= max(heads * tokens * tokens - 1, *(p.numel() for p in model.parameters()), x.numel())
+
+
+@pytest.mark.parametrize("frames", [0, 4])
+def test_received_within_qwens_encoder_is_of_whole_frames_whose_windows_are_undone(frames: int) -> None:
+    from transformers import AttentionInterface
+
+    model = vlm("qwen2_5_vl", tower=4)
+    model.config.vision_config.window_size = model.model.visual.window_size = 24  # three tokens wide, of four
+    seen: dict[Any, list[Tensor]] = {}
+    merged: list[Tensor] = []
+
+    def spy(module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, **options: Any) -> Any:
+        weights = (query @ key.mT * scaling).softmax(-1)
+        seen.setdefault(module, []).append(weights.sum(2)[0])
+        return (weights @ value).transpose(1, 2), None
+
+    AttentionInterface.register("spy", spy)
+    given = film("qwen2_5_vl", frames, (4, 4)) if frames else prompt("qwen2_5_vl", images("qwen2_5_vl", 2))
+    given = typed(model, given)
+    method = TowerAttention(2, "received")
+    with torch.no_grad(), apply(method, model, 0.5) as handle:
+        model(**given)
+        adapter = handle.adapter
+        (encoded,) = adapter.encoded.values()
+        found = {layer: adapter._of_patches(Reading("received", layer, "tower"), encoded) for layer in (1, 2)}
+    model.model.visual.config._attn_implementation = "spy"
+    model.model.visual.merger.register_forward_hook(lambda module, args, out: merged.append(out))
+    with torch.no_grad():
+        encode = model.model.get_video_features if frames else model.model.get_image_features
+        names = [name for name in given if "pixel" in name or "thw" in name]
+        tokens = torch.cat(list(encode(**{name: given[name] for name in names}).pooler_output))
+    order = adapter._windows((4, 4))
+    assert order.tolist() != list(range(16)), "windows part the tiny picture"
+    assert torch.equal(merged[0].unflatten(0, (-1, 16))[:, order.argsort()].flatten(0, 1), tokens)
+    full = seen[model.model.visual.blocks[1].attn]  # a layer of full attention: one call a frame
+    want = torch.stack(full).unflatten(2, (16, 4)).mean(3)[:, :, order.argsort()].mT
+    assert torch.allclose(torch.cat(found[1]), want, atol=1e-5)
+    assert len(seen[model.model.visual.blocks[2].attn]) > len(full), "the next one attends within windows"
+    assert torch.allclose(torch.cat(found[2]).sum(1), torch.tensor(16.0), atol=1e-3), "64 rows over 4 patches a token"

@@ -113,7 +113,7 @@ def test_signals_that_a_site_cannot_give():
             "llava_video",
             FasterVLM("packed"),
         ): "fastervlm reads cls_row, not to be had at packed; this model has no class",
-        ("qwen2_5_vl", HoliTom()): "holitom reads received, not to be had at projected",
+        ("qwen2_5_vl", FasterVLM()): "fastervlm reads cls_row, not to be had at projected",
         ("llava", FastV(0)): "fastv reads last_row, not to be had at input",
         ("llava", FastV(4)): "prunes at layer 4, but this model has layers 0 to 3; set the method's layers",
         ("llava", Reader(Site(0, "packed"), "keys")): "reader reads keys, not to be had at packed",
