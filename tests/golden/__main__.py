@@ -1,7 +1,8 @@
 """`python -m tests.golden DIR [slug ...]`: replay stored cases of the authors' code and compare every output.
 
 DIR holds `<slug>/*.npz`. Arrays named `(^|_)out_` or `^true_` are outputs, all others but `note` are inputs. Each
-`tests/golden/<slug>/replay.py` has `replay(case, inputs, wanted) -> outputs`, and may set `TOLERANCE` (name pattern ->
+`tests/golden/<slug>/replay.py` has `replay(case, inputs, wanted) -> outputs`, `wanted` being the names of the outputs
+with their shapes, which say how far a case goes (how many words are written), and may set `TOLERANCE` (name pattern ->
 (atol, rtol), the first that matches counts), `NOT_APPLICABLE` (name pattern -> reason) and `RANKED_BY` (name pattern of
 an order -> name of the stored scores that it sorts: orders agree where they put equal scores in the same places, since
 the order of ties is chance).
@@ -77,7 +78,7 @@ def check(path: Path) -> Verdict:
     problems: list[str] = []
     worst, compared = 0.0, 0
     try:
-        got = module.replay(case, inputs, [n for n in outputs if n not in excused])
+        got = module.replay(case, inputs, {n: a.shape for n, a in outputs.items() if n not in excused})
     except Exception as error:  # a case that cannot be replayed is a finding, not the end of the run
         return Verdict(slug, case, 0, 0.0, (f"replay failed: {type(error).__name__}: {error}",), ())
     skipped = {n: r for n, r in excused.items() if n not in got}  # what one case lacks another may have
