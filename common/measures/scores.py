@@ -21,8 +21,10 @@ CAPTIONS = frozenset({"coco_CIDEr", "flickr_CIDEr", "nocaps_CIDEr"})
 # Other scores that papers print, as the library has them.
 OTHERS = frozenset({
     "mme_perception_score", "mme_cognition_score", "gpt_eval_score", "mvbench_accuracy", "mlvu_percetion_score",
-    "videomme_perception_score",
+    "videomme_perception_score", "mme_total_score",
 })  # fmt: skip
+# Sums of two scores that papers print as one.
+SUMS = {"mme_total_score": ("mme_perception_score", "mme_cognition_score")}
 # Means of questions that count 0 or 1, whose standard error the library gives between 0 and 1 under a name of its own.
 COUNTED = frozenset({"pope_accuracy", "mvbench_accuracy"})
 

@@ -13,7 +13,7 @@ from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.kv_cache.role import CachePruner
 from prunelab.common.measures.bench import Bench
-from prunelab.common.measures.scores import CAPTIONS, COUNTED, SHARES, average
+from prunelab.common.measures.scores import CAPTIONS, COUNTED, SHARES, SUMS, average
 from prunelab.common.models import devices, loading
 from prunelab.common.tokens.role import TokenPruner
 
@@ -153,6 +153,10 @@ def percentages(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, i
                 found[name]["stderr"] = round(factor * float(error), 4)
             if metric in CAPTIONS:
                 found[f"{name} x100"] = {**found[name], "value": round(100 * float(value), 4)}
+        for metric, parts in SUMS.items():
+            if all(f"{task} {part}" in found for part in parts):
+                total = sum(float(found[f"{task} {part}"]["value"]) for part in parts)
+                found[f"{task} {metric}"] = {"value": round(total, 4), "samples": counts[task]}
     return found
 
 

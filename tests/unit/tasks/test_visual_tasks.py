@@ -16,6 +16,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import papers, runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import visual_tasks
+from prunelab.common.measures.scores import SUMS
 from tests.contract.vlms import IMAGE, VIDEO, VOCABULARY, vlm
 
 TEMPLATE = (
@@ -268,7 +269,8 @@ def test_every_task_that_a_paper_names_is_one_of_the_librarys(tasks):
                 index[read["task"][0]]["yaml_path"], mode="full"
             )  # fmt: skip
             metrics = {entry["metric"].strip() for entry in leaf["metric_list"]}
-            assert {m.split(" ")[1].split(",")[0] for m in asked(column) if m.split(" ")[0] == name} <= metrics, name
+            shown = {m.split(" ")[1].split(",")[0] for m in asked(column) if m.split(" ")[0] == name}
+            assert {part for metric in shown for part in SUMS.get(metric, (metric,))} <= metrics, name
             (data,) = lookup.of_tasks([name])
             assert lookup.dataset(data)["paper"]["hub"] == leaf["dataset_path"], name
 
@@ -279,7 +281,8 @@ RESULTS = {  # as the library gives them: a name of the task among metrics, erro
     "gqa": {"alias": "gqa", "exact_match,none": 0.625, "exact_match_stderr,none": 0.02},
     "pope": {"pope_f1_score,none": 0.75, "pope_f1_score_stderr,none": "N/A", "pope_f1_score_stderr_clt,none": 0.1,
              "pope_accuracy,none": 0.5, "pope_accuracy_stderr,none": "N/A", "pope_accuracy_stderr_clt,none": 0.1},
-    "mme": {"mme_perception_score,none": 1500.5, "mme_perception_score_stderr,none": "N/A"},
+    "mme": {"mme_perception_score,none": 1500.5, "mme_perception_score_stderr,none": "N/A",
+            "mme_cognition_score,none": 300.25},
     "egoschema": {"submission,none": "/some/file.json", "submission_stderr,none": "N/A"},
     "nocaps_val": {"nocaps_CIDEr,none": 1.055, "nocaps_CIDEr_stderr,none": "N/A"},
     "videomme": {"videomme_perception_score,none": 58.25, "videomme_perception_score_stderr,none": "N/A"},
@@ -293,7 +296,8 @@ def test_shares_are_told_as_percent_and_points_as_points():
     assert found["pope pope_accuracy"] == {"value": 50.0, "samples": 100, "stderr": 10.0}
     assert found["mme mme_perception_score"]["value"] == 1500.5
     assert found["videomme videomme_perception_score"]["value"] == 58.25
-    assert len(found) == 7
+    assert found["mme mme_total_score"] == {"value": 1800.75, "samples": 100}
+    assert len(found) == 9
     assert found["nocaps_val nocaps_CIDEr"]["value"] == 1.055
     assert found["nocaps_val nocaps_CIDEr x100"]["value"] == 105.5
 
