@@ -24,14 +24,6 @@ def class_attention(cls_row: Tensor) -> Tensor:
     return cls_row.mean(1)
 
 
-def top_per_crop(scores: Tensor, crops: int, keep: int) -> Tensor:
-    """Ascending positions [B, crops * keep] of the best patches of each crop, for scores [B, crops * N] that hold one
-    crop after the other: every crop of a large image keeps as many."""
-    chosen, _ = selection.top_k(scores.unflatten(1, (crops, -1)), keep)  # [B, crops, keep]
-    start = torch.arange(crops, device=scores.device).unsqueeze(1) * (scores.shape[1] // crops)
-    return (chosen + start).flatten(1)
-
-
 @dataclass(frozen=True)
 class FasterVLM(TokenPruner):
     """FasterVLM (arXiv 2412.01818, version 1): keeps the patches that the encoder's class token attends to most, in the
@@ -66,7 +58,7 @@ class FasterVLM(TokenPruner):
     def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         scores, crops = self.score(site, signals), len(signals.grids)
         if self.where == "projected" and crops > 1:
-            kept = Gather(top_per_crop(scores, crops, budget.count(scores.shape[1] // crops)))
+            kept = Gather(selection.top_k_of_parts(scores, crops, budget.count(scores.shape[1] // crops)))
         else:
             kept = signals.keep(budget, scores=scores)
         # places are values, which the meta device has none of

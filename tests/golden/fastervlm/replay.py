@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from prunelab.common.core.plan import take
-from prunelab.methods.fastervlm.method import class_attention, top_per_crop
+from prunelab.common.core.selection import top_k_of_parts
+from prunelab.methods.fastervlm.method import class_attention
 
 TOLERANCE = {"score": (1e-6, 0.0), "": (0.0, 0.0)}
 
@@ -17,7 +18,7 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     if "in_features" in inputs:
         return {"out_visual_embeds": anyres(inputs)}
     scores = class_attention(torch.from_numpy(inputs["in_cls_attn_rows"])[..., 1:])
-    index = top_per_crop(scores, 1, int(inputs["in_keep"]))
+    index = top_k_of_parts(scores, 1, int(inputs["in_keep"]))
     return {
         "out_cls_score": scores.numpy(),
         "out_index_mask": torch.zeros(scores.shape, dtype=torch.bool).scatter(1, index, True).numpy(),
@@ -32,7 +33,7 @@ def anyres(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     crops, patches, _ = features.shape
     side, (width, height) = int(inputs["in_side"]), inputs["in_grid_wh"].tolist()
     scores = class_attention(torch.from_numpy(inputs["in_cls_attn"])).view(1, -1)
-    index = top_per_crop(scores, crops, int(inputs["in_keep_per_crop"]))
+    index = top_k_of_parts(scores, crops, int(inputs["in_keep_per_crop"]))
     kept = torch.zeros(1, crops * patches, dtype=torch.bool).scatter(1, index, True).view(crops, patches)
 
     def stitched(x: torch.Tensor) -> torch.Tensor:

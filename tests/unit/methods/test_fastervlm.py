@@ -8,14 +8,15 @@ import torch
 from prunelab.common.apply import apply
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.methods.fastervlm.method import FasterVLM, class_attention, top_per_crop
+from prunelab.common.core.selection import top_k_of_parts
+from prunelab.methods.fastervlm.method import FasterVLM, class_attention
 from tests.contract.vlms import images, prompt, vlm
 
 
 def test_every_crop_keeps_its_best():
     scores = torch.tensor([[0.1, 0.9, 0.5, 0.2, 9.0, 8.0, 7.0, 6.0]])
-    assert top_per_crop(scores, 2, 2).tolist() == [[1, 2, 4, 5]]
-    assert top_per_crop(scores, 1, 2).tolist() == [[4, 5]]
+    assert top_k_of_parts(scores, 2, 2).tolist() == [[1, 2, 4, 5]]
+    assert top_k_of_parts(scores, 1, 2).tolist() == [[4, 5]]
     assert class_attention(torch.tensor([[[0.2, 0.4], [0.6, 0.0]]])).tolist() == [
         [pytest.approx(0.4), pytest.approx(0.2)]
     ]
