@@ -6,10 +6,16 @@ Shape letters: n samples, N tokens of the longest, V words of the vocabulary.
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import importlib
+import io
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +125,8 @@ _REMEDY = {
 
 @dataclass(frozen=True)
 class JsonLines:
-    """Documents of a JSON-lines file (or one that is gzipped), read anew each time and one at a time.
+    """Documents of a JSON-lines file (plain, or compressed as .gz, .bz2, .xz or .zst), read anew each time and one at a
+    time.
 
     Parameters
     ----------
@@ -132,15 +139,22 @@ class JsonLines:
     path: Path | str
     field: str = "text"
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The lines, each checked: valid UTF-8 and JSON, with a text that is not empty."""
+    def rows(self, skip: int = 0) -> Iterator[dict[str, Any]]:
+        """The lines behind the first `skip`, each checked: valid UTF-8 and JSON, with a text that is not empty."""
+        return (self.row(line, number) for number, line in enumerate(self.lines(skip), skip + 1))
+
+    def lines(self, skip: int = 0) -> Iterator[bytes]:
+        """The lines as they are, behind the first `skip`."""
         path = Path(self.path)
         try:
-            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    yield self._row(line, f"{path}, line {number}")
-        except (OSError, EOFError) as error:
+            with _opened(path) as file:
+                yield from islice(file, skip, None)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise PrunelabError(f"cannot read {path} ({error}); check the path") from None
+
+    def row(self, line: bytes, number: int) -> dict[str, Any]:
+        """What the line of a number holds, checked."""
+        return self._row(line, f"{self.path}, line {number}")
 
     def _row(self, line: bytes, where: str) -> dict[str, Any]:
         try:
@@ -149,6 +163,9 @@ class JsonLines:
             raise PrunelabError(f"{where} is not UTF-8; convert the file first") from None
         except ValueError:
             raise PrunelabError(f"{where} is not JSON; write one object a line") from None
+        return self._checked(row, where)
+
+    def _checked(self, row: Any, where: str) -> dict[str, Any]:
         if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
             raise PrunelabError(f"{where} has no text in its field '{self.field}'; name the field that has")
         if not row[self.field].strip():
@@ -157,6 +174,40 @@ class JsonLines:
 
     def __iter__(self) -> Iterator[str]:
         return (row[self.field] for row in self.rows())
+
+
+@dataclass(frozen=True)
+class Parquet(JsonLines):
+    """Documents of a Parquet file, as those of JSON lines; reads with pyarrow, which is not among the requirements."""
+
+    def lines(self, skip: int = 0) -> Iterator[bytes]:
+        library = _optional("pyarrow.parquet", "Parquet")
+        try:
+            batches = library.ParquetFile(self.path).iter_batches()
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from (json.dumps(row, default=str).encode() + b"\n" for row in islice(rows, skip, None))
+        except (OSError, ValueError) as error:
+            raise PrunelabError(f"cannot read {self.path} ({error}); check the path") from None
+
+
+def corpus(path: Path | str, field: str = "text") -> JsonLines:
+    """The documents of a file, by its ending."""
+    return (Parquet if Path(path).suffix == ".parquet" else JsonLines)(path, field)
+
+
+def _opened(path: Path) -> Any:
+    if path.suffix == ".zst":
+        return io.BufferedReader(_optional("zstandard", "Zstandard").open(path, "rb"))  # it gives no lines by itself
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(path.suffix, Path.open)(path, "rb")
+
+
+def _optional(module: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise PrunelabError(f"{what} is read with {package}; install it (pip install {package})") from None
 
 
 def checked_texts(texts: Iterable[str]) -> Iterable[str]:

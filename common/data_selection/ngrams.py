@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -34,22 +34,34 @@ def bucket_of(ngram: str, buckets: int) -> int:
 
 
 class _Buckets(dict[str, int]):
-    """The bucket of every n-gram met so far; forgets all of them where they become too many."""
+    """The bucket of every n-gram met so far."""
 
     def __init__(self, buckets: int) -> None:
         super().__init__()
         self.buckets = buckets
 
-    def __missing__(self, ngram: str) -> int:
-        if len(self) >= _REMEMBERED:
-            self.clear()
-        bucket = self[ngram] = bucket_of(ngram, self.buckets)
-        return bucket
+    def __missing__(self, ngram: str) -> int:  # as `bucket_of`: a call for every new n-gram would be felt
+        place = int.from_bytes(sha256(ngram.encode("utf-8", "surrogatepass")).digest(), "big") % self.buckets
+        self[ngram] = place
+        return place
 
 
 @cache
 def _remembered(buckets: int) -> _Buckets:
     return _Buckets(buckets)
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Documents as bags: the buckets [M] of all their n-grams, one document after the other, and how many each has
+    [n]."""
+
+    places: Array
+    sizes: Array
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.places.nbytes + self.sizes.nbytes)
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,10 @@ class HashedNgrams:
 
     def places(self, text: str) -> list[int]:
         """The bucket of every n-gram of a text."""
-        bucket, words = _remembered(self.buckets).__getitem__, tokens(text)
+        known, words = _remembered(self.buckets), tokens(text)
+        if len(known) > _REMEMBERED:
+            known.clear()
+        bucket = known.__getitem__
         found = list(map(bucket, words))
         if self.n >= 2:
             found += map(bucket, map(" ".join, pairwise(words)))
@@ -73,18 +88,19 @@ class HashedNgrams:
             found += map(bucket, map(" ".join, zip(*(islice(words, start, None) for start in range(size)))))
         return found
 
-    def bags(self, texts: Sequence[str]) -> tuple[Array, Array]:
-        """Buckets [M] of all n-grams of the documents, one document after the other, and how many each has [n]."""
+    def bags(self, texts: Sequence[str]) -> Bags:
+        """The bags of documents."""
         each = [self.places(text) for text in texts]
         sizes = np.fromiter(map(len, each), np.int64, len(each))
-        return np.fromiter((place for places in each for place in places), np.int64, int(sizes.sum())), sizes
+        kind = np.min_scalar_type(self.buckets - 1)
+        return Bags(np.fromiter(chain.from_iterable(each), kind, int(sizes.sum())), sizes)
 
     def counts(self, texts: Iterable[str]) -> Array:
         """Counts [B] of a corpus."""
         total = np.zeros(self.buckets, np.int64)
         stream = iter(texts)
         while chunk := list(islice(stream, 1000)):
-            total += np.bincount(self.bags(chunk)[0], minlength=self.buckets)
+            total += np.bincount(self.bags(chunk).places, minlength=self.buckets)
         return total
 
     def words(self, sizes: Array) -> Array:

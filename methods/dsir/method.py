@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data_selection.ngrams import Array, HashedNgrams, tokens
+from prunelab.common.data_selection.ngrams import Array, Bags, HashedNgrams, divergence, tokens
 from prunelab.common.data_selection.streaming import StreamSelector
 
 
@@ -34,10 +34,10 @@ def log_ratio(target: Array, raw: Array, epsilon: float = 1e-8) -> Array:
     return np.log(target + epsilon) - np.log(raw + epsilon)
 
 
-def log_weights(places: Array, sizes: Array, ratios: Array) -> Array:
+def log_weights(bags: Bags, ratios: Array) -> Array:
     """Log importance weights [n, T]: for each target its ratios [T, B] summed over the n-grams of every document."""
-    document = np.repeat(np.arange(len(sizes)), sizes)
-    return np.stack([np.bincount(document, ratio[places], len(sizes)) for ratio in ratios], 1)
+    document = np.repeat(np.arange(len(bags.sizes)), bags.sizes)
+    return np.stack([np.bincount(document, ratio[bags.places], len(bags.sizes)) for ratio in ratios], 1)
 
 
 def gumbel_top_k(scores: Array, k: int, noise: Array | None) -> Array:
@@ -80,7 +80,19 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class DSIR(StreamSelector):
+class Documents:
+    """Documents as DSIR reads them: their bags, and which may be chosen [n]."""
+
+    bags: Bags
+    usable: Array
+
+    @property
+    def nbytes(self) -> int:
+        return self.bags.nbytes + int(self.usable.nbytes)
+
+
+@dataclass(frozen=True)
+class DSIR(StreamSelector[Documents]):
     """DSIR (arXiv 2302.03169). The target is one corpus or several; several are pooled unless they choose `separate`ly.
 
     Parameters
@@ -123,11 +135,17 @@ class DSIR(StreamSelector):
     def room(self) -> int:
         return 100_000 * self.buckets if self.fitted is None else self.fitted
 
-    def count(self, texts: Sequence[str], room: int | None = None) -> Array:
-        places, sizes = self.features.bags(texts)
-        if room is not None:  # the document that goes beyond it still counts
-            places = places[: int(sizes[: np.searchsorted(sizes.cumsum(), room, side="right") + 1].sum())]
-        return np.bincount(places, minlength=self.buckets)
+    def read(self, texts: Sequence[str]) -> Documents:
+        bags = self.features.bags(texts)
+        usable = self.features.words(bags.sizes) >= self.min_length
+        if self.quality:
+            usable &= np.array([Quality().passes(text) for text in texts], dtype=bool)
+        return Documents(bags, usable)
+
+    def count(self, features: Documents, room: int | None = None) -> Array:
+        bags = features.bags
+        last = len(bags.sizes) if room is None else int(np.searchsorted(bags.sizes.cumsum(), room, side="right")) + 1
+        return np.bincount(bags.places[: int(bags.sizes[:last].sum())], minlength=self.buckets)
 
     def fit(self, raw: Array, targets: Sequence[Array]) -> Array:
         apart = targets if self.separate else [np.sum(targets, axis=0)]
@@ -139,15 +157,11 @@ class DSIR(StreamSelector):
         q = distribution(raw)
         return np.stack([log_ratio(distribution(target, self.smoothing), q, self.epsilon) for target in apart])
 
-    def scores(self, texts: Sequence[str], fitted: Array) -> Array:
-        places, sizes = self.features.bags(texts)
-        usable = self.features.words(sizes) >= self.min_length
-        if self.quality:
-            usable &= np.array([Quality().passes(text) for text in texts], dtype=bool)
-        return np.where(usable[:, None], log_weights(places, sizes, fitted), -np.inf)
+    def scores(self, features: Documents, fitted: Array) -> Array:
+        return np.where(features.usable[:, None], log_weights(features.bags, fitted), -np.inf)
 
     def choose(self, scores: Array, budget: Budget, rng: np.random.RandomState, targets: Sequence[Array]) -> Array:
-        k, left = budget.count(len(scores)), np.flatnonzero(np.isfinite(scores[:, 0]))
+        k, left = self.budgets(budget)[0].count(len(scores)), np.flatnonzero(np.isfinite(scores[:, 0]))
         if k > len(left):
             raise PrunelabError(
                 f"dsir may choose among {len(left)} of {len(scores)} documents, the others being shorter than"
@@ -160,6 +174,11 @@ class DSIR(StreamSelector):
             chosen.append(left[picked])
             left = np.delete(left, picked)
         return np.sort(np.concatenate(chosen))
+
+    def report(self, raw: Array, targets: Sequence[Array], chosen: Array) -> dict[str, float]:
+        target = distribution(np.sum(targets, axis=0))
+        before, after = (divergence(target, distribution(counts), self.epsilon) for counts in (raw, chosen))
+        return {"KL of the target to the raw corpus, nats": before, "KL of the target to what was chosen, nats": after}
 
     def _proportions(self, targets: Sequence[Array]) -> Sequence[float]:
         if not self.separate:

@@ -9,7 +9,7 @@ import numpy as np
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.data_selection.ngrams import HashedNgrams, bucket_of, tokens
-from prunelab.methods.dsir.method import DSIR, distribution, gumbel_top_k, log_ratio
+from prunelab.methods.dsir.method import DSIR, distribution, gumbel_top_k, log_ratio, log_weights
 
 TOLERANCE = {"out_": (1e-6, 1e-6)}
 
@@ -45,7 +45,7 @@ def selected(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     apart = counts if method.separate else [np.sum(counts, axis=0)]
     p = np.stack([distribution(target, method.smoothing) for target in apart])
     assert np.allclose(log_ratio(p, distribution(q)), fitted)
-    scores, k = method.scores(raw, fitted), int(inputs["in_num_to_sample"])
+    scores, k = method.scores(method.read(raw), fitted), int(inputs["in_num_to_sample"])
     rng = np.random.RandomState(int(inputs["in_seed"]))
     chosen = method.choose(scores, Budget(k, "count"), rng, counts)
     valid = np.isfinite(scores[:, 0])
@@ -53,11 +53,11 @@ def selected(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if noise.size:  # the stored noise says the same as the seed
         best = gumbel_top_k(scores[valid, 0], k, noise[0])
         assert np.array_equal(np.flatnonzero(valid)[best], chosen)
-    weights = DSIR(method.ngrams, method.buckets, 0).scores(raw, fitted)
+    weights = log_weights(method.features.bags(raw), fitted)
     squeeze = (lambda a: a) if method.separate else (lambda a: a.squeeze())
     return {
         "out_raw_probs": distribution(q), "out_target_probs": squeeze(p), "out_log_diff": squeeze(fitted),
         "out_log_weights": squeeze(weights), "out_valid": valid, "out_selected": np.isin(np.arange(len(raw)), chosen),
-        "out_length": method.features.words(method.features.bags(raw)[1]).astype(np.float32),
+        "out_length": method.features.words(method.features.bags(raw).sizes).astype(np.float32),
         "out_target_proportions": np.array(proportions),
     }  # fmt: skip

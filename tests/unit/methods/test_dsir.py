@@ -43,16 +43,19 @@ def test_draws_without_replacement_follow_the_weights():
     assert gumbel_top_k(np.zeros(4), 2, None).tolist() == [0, 1], "equal ones: the earlier"
 
 
+@pytest.mark.parametrize("at_hand", [0, 700, 1 << 20])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_the_choice_does_not_depend_on_chunks(monkeypatch, chunk):
+def test_the_choice_does_not_depend_on_chunks_or_on_what_is_kept_of_them(monkeypatch, chunk, at_hand):
     monkeypatch.setattr(streaming, "CHUNK", chunk)
+    monkeypatch.setattr(streaming, "AT_HAND", at_hand)
     monkeypatch.setattr(streaming.chunks, "__defaults__", (chunk,))
     method = DSIR(min_length=5, fitted=100)
     assert (
         select(method, RAW, "5count", target=NEWS[:2], seed=3).indices
         == select(DSIR(min_length=5, fitted=100), RAW, "5count", target=NEWS[:2], seed=3).indices
     )
-    raw = streaming.total(map(method.count, streaming.chunks(RAW)), 100, method.count, lambda: streaming.chunks(RAW))
+    parts = [method.read(texts) for texts in streaming.chunks(RAW)]
+    raw = streaming.total(map(method.count, parts), 100, method.again(parts))
     per = len(HashedNgrams().places(RAW[0])), len(HashedNgrams().places(RAW[1]))
     assert raw.sum() == 2 * sum(per), "to the end of the document that goes beyond 100"
 
