@@ -44,14 +44,14 @@ class TokenSignals(Signals):
     unless the method enables them), and two dictionaries for what the method leaves: `state` lives for one forward
     pass and is for its later sites, `memory` outlives it (it is the handle's, which resets it).
 
-    Signals by name: `hidden` [B, N, D], `queries` / `keys` / `values` [B, H, N, d] (keys as attention uses them),
-    `attention_logits` [B, H, N, N] (scaled, with biases; padding columns at -inf), `attention` (their softmax),
-    `cls_row` [B, H, N] (attention of the class token), `last_row` (of the last token), `coming_row` (of the last token
-    in the layer that the site stands before, where the others are of the one behind it), `received` [B, H, N] (column
-    sums of attention), `sizes` [B, N] (original units each unit stands for), `text` [B, D] (at a `projected` site: the
-    mean embedding of the words around the picture). Some families have more: `scans`
-    [B, S, N, E] (a vision Mamba's scan outputs in token order), `class_confidence` [B, N, C] (a segmenter's head),
-    `positions`, `encoded`, `class_logits` ... (a deformable encoder's); each adapter says what it gives.
+    Signals by name: `hidden` [B, N, D], `normed` (the same under a decoder's last norm), `queries` / `keys` / `values`
+    [B, H, N, d] (keys as attention uses them), `attention_logits` [B, H, N, N] (scaled, with biases; padding columns at
+    -inf), `attention` (their softmax), `cls_row` [B, H, N] (attention of the class token), `last_row` (of the last
+    token), `coming_row` (of the last token in the layer that the site stands before, where the others are of the one
+    behind it), `received` [B, H, N] (column sums of attention), `sizes` [B, N] (original units each unit stands for),
+    `text` [B, D] (at a `projected` site: the mean embedding of the words around the picture). Some families have more:
+    `scans` [B, S, N, E] (a vision Mamba's scan outputs in token order), `class_confidence` [B, N, C] (a segmenter's
+    head), `positions`, `encoded`, `class_logits` ... (a deformable encoder's); each adapter says what it gives.
     """
 
     def __init__(

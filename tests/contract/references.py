@@ -106,6 +106,7 @@ def build(
     rows = 1 if valid is None else valid[:, None, :, None]
     sources: dict[str, Callable[[], Tensor]] = {
         "hidden": lambda: hidden,
+        "normed": lambda: nn.functional.rms_norm(hidden, hidden.shape[-1:]),
         "queries": lambda: q,
         "keys": lambda: k,
         "values": lambda: v,

@@ -69,6 +69,7 @@ from prunelab.common.tokens.signals import View
 _ALWAYS = frozenset({"hidden", "sizes"})
 _DECODER = frozenset({"queries", "keys", "attention_logits", "attention", "last_row", "received"})
 _AHEAD = frozenset({"coming_row"})
+_ANYWHERE = _AHEAD | {"normed"}  # in the decoder, before its first layer, too
 _EARLIER = (ALONE - {"cls_row"}) | {"attention"}
 
 
@@ -84,7 +85,7 @@ class VisionLanguage(VisionSide):
         "tower": _ALWAYS | _INSIDE,
         "projected": _ALWAYS | FEATURES | {"text"},
         "packed": _ALWAYS | FEATURES,
-        "input": _ALWAYS | _DECODER | _AHEAD,
+        "input": _ALWAYS | _DECODER | _ANYWHERE,
     }
 
     def __init__(self, model: nn.Module) -> None:
@@ -572,7 +573,12 @@ class VisionLanguage(VisionSide):
         return ()  # the sequence has text between its visual tokens, and newlines among them
 
     def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
-        ahead = {"coming_row": functools.partial(self._coming_row, site.layer, x)} if site.where == "input" else {}
+        ahead: dict[str, Callable[[], Tensor]] = {}
+        if site.where == "input":
+            ahead = {
+                "coming_row": functools.partial(self._coming_row, site.layer, x),
+                "normed": lambda: self.decoder.norm(x),
+            }
         if site.where == "packed" or site.layer == 0:
             tower = {name: functools.partial(self._from_tower, Reading(name, -1, "tower"), x) for name in FEATURES}
             return {**tower, **ahead}

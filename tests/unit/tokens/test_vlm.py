@@ -257,9 +257,11 @@ def test_the_coming_row_is_what_the_layer_then_attends_to(family):
     with torch.no_grad():
         want = eager(**given, output_attentions=True)
         for layer in (0, 2):
-            reader = Reader(Site(layer, "input"), "coming_row")
+            reader = Reader(Site(layer, "input"), "coming_row", "normed", "hidden")
             with apply(reader, model, 1.0):
                 output = model(**given)
+            normed = model.model.language_model.norm(reader.read["hidden"])
+            assert torch.equal(reader.read["normed"], normed)
             assert torch.allclose(reader.read["coming_row"], want.attentions[layer][:, :, -1], atol=1e-5)
             assert torch.allclose(output.logits[mask], want.logits[mask], atol=1e-4), "the cache and the pass are whole"
 
