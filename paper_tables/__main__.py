@@ -16,7 +16,7 @@ from typing import Any
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import write_text
-from prunelab.common.experiments import papers, planning, provenance
+from prunelab.common.experiments import papers, plans, provenance
 from prunelab.paper_tables import cite, cross, figures, grids, join, page, tables
 
 
@@ -25,7 +25,8 @@ def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
     so does all it links to."""
     results = Path(config["results"])
     folder, records = results / "paper_tables", join.Records(results)
-    sections = [_section(slug, config, records) for slug in planning.selected(config)]
+    plan = plans.of(config)
+    sections = [_section(slug, plan, records) for slug in plan.slugs]
     contests = cross.contests(((s.paper.slug, board) for s in sections for board in s.boards), records)
     made = provenance.environment()
     site = page.Site(sections, contests, config, records, folder, made)
@@ -57,10 +58,10 @@ def _downloads(place: str, name: str, values: str, grid: grids.Grid) -> dict[str
     }
 
 
-def _section(slug: str, config: Mapping[str, Any], records: join.Records) -> page.Section:
-    found, boards = join.tables(slug, config, records), join.boards(slug, config, records)
+def _section(slug: str, plan: plans.Plan, records: join.Records) -> page.Section:
+    found, boards = join.tables(slug, plan, records), join.boards(slug, plan, records)
     lines = [line for table in found for line in table.lines]
-    drawn, made = figures.of(slug, config, lines, boards, records)
+    drawn, made = figures.of(slug, plan, lines, boards, records)
     return page.Section(papers.load(slug), found, boards, tables.file_names(found, boards), drawn, made)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from prunelab.common.drawing import svg
 from prunelab.common.drawing.figures import Context, Curves, Figure
-from prunelab.common.experiments import papers, planning
+from prunelab.common.experiments import papers
+from prunelab.common.experiments.plans import Plan
 from prunelab.common.experiments.run import Run
 from prunelab.paper_tables import tables
 from prunelab.paper_tables.join import BoardTable, Line, Records
@@ -23,15 +24,15 @@ def hook(slug: str) -> ModuleType | None:
 
 
 def of(
-    slug: str, config: Mapping[str, Any], lines: Sequence[Line], boards: Sequence[BoardTable], records: Records
+    slug: str, plan: Plan, lines: Sequence[Line], boards: Sequence[BoardTable], records: Records
 ) -> tuple[list[Figure], list[str]]:
     """A paper's figures, and the addresses of the runs that were made for figures alone."""
-    runs = list(planning.figures(slug, config))
+    runs = plan.figures(slug)
 
     def record(run: Run | str) -> Mapping[str, Any] | None:
         return None if isinstance(run, str) else records.get(run)[0]
 
-    context = Context(slug, config, lines, boards, runs, record)
+    context = Context(slug, plan.config, lines, boards, runs, record)
     own = hook(slug)
     curves: Mapping[str, Curves] = own.curves(context) if own and hasattr(own, "curves") else {}
     found = trade_off(boards, curves)

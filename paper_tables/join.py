@@ -15,6 +15,7 @@ from typing import Any, Literal
 from prunelab.common import tasks
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import papers, planning, provenance
+from prunelab.common.experiments.plans import Plan
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
 from prunelab.paper_tables import tolerance
@@ -196,11 +197,11 @@ class Records:
         return Value(status, found["value"], found.get("stderr"), found.get("n"), address, self.count(run), protocol)
 
 
-def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[PaperTable]:
+def tables(slug: str, plan: Plan, records: Records) -> list[PaperTable]:
     """Every reported table of a paper, line by line."""
-    paper = papers.load(slug)
+    config, paper = plan.config, papers.load(slug)
     lines: dict[str, list[Line]] = {}
-    for cell in planning.cells(slug, config):
+    for cell in plan.cells(slug):
         runs = dict(cell.runs)
         at_paper_scale = runs.pop("paper", ON_REQUEST)
         reproduced = records.value(at_paper_scale, cell.metric, cell.status)
@@ -226,10 +227,10 @@ def tables(slug: str, config: Mapping[str, Any], records: Records) -> list[Paper
     return [PaperTable(n, described[n].caption, described[n].note, tuple(rows)) for n, rows in lines.items()]
 
 
-def boards(slug: str, config: Mapping[str, Any], records: Records) -> list[BoardTable]:
+def boards(slug: str, plan: Plan, records: Records) -> list[BoardTable]:
     """Every board of a paper at every scale that ran."""
     groups: dict[tuple[str, str], list[planning.BoardPoint]] = {}
-    for point in planning.points(slug, config):
+    for point in plan.points(slug):
         groups.setdefault((point.board.name, point.scale), []).append(point)
     return [_board(points, records) for points in groups.values()]
 

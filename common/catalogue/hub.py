@@ -180,6 +180,23 @@ def identity(entry: Mapping[str, Any], kind: Kind, config: Mapping[str, Any]) ->
     return {"revision": commit} if commit else {}
 
 
+def listing(folder: Path) -> list[tuple[str, int, int]]:
+    """The files below a folder with size and time of change, which tell whether it was touched."""
+    found = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [(path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+
+
+def surroundings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is here of the hub: each repository's receipt and revisions in the hub client's cache, and every file of the
+    user's folder, whose content stands in for what was published."""
+    root = _default_cache()
+    kept = {
+        folder.name: [receipts(folder), sorted(path.name for path in folder.glob("snapshots/*"))]
+        for folder in sorted(root.glob("*s--*--*"))
+    }
+    return {"cache": [str(root), kept], "own": listing(Path(config["hub"])) if config.get("hub") else []}
+
+
 @cache
 def fingerprint(folder: Path, kind: Kind) -> str:
     """A hash of a folder's files: names, sizes, and their first and last MB, as a whole checkpoint takes minutes."""

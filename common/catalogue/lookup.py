@@ -182,6 +182,17 @@ def _data(entry: Mapping[str, Any], scale: str, config: Mapping[str, Any]) -> di
     return found
 
 
+def surroundings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What lies outside this project and decides what is here or what it is: repositories of the hub, files of the
+    user's folders, and versions of the packages that data are cut from."""
+    entries = [entry for name in datasets() for entry in dataset(name).values()]
+    return {
+        "hub": hub.surroundings(config),
+        "folders": {key: hub.listing(Path(config[key])) for key in ("assets", "checkpoints") if config[key]},
+        "versions": {package: _version(package) for entry in entries for package in entry.get("packages", ())},
+    }
+
+
 def moved(ids: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Whether weights or data that an identity names by their content are others today, or are not here."""
     if "testbed" in ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from prunelab.common.cli.app import Settings, app, console, settings
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import overview, papers, planning, provenance
+from prunelab.common.experiments import overview, papers, planning, plans, provenance
 from prunelab.common.experiments.run import Run
 
 REASONS = 12  # that `plan` shows unless it is asked for all
@@ -19,11 +20,21 @@ REASONS = 12  # that `plan` shows unless it is asked for all
 @app.command()
 def plan(
     everything: Annotated[bool, typer.Option("--all", help="every reason, in full")] = False,
+    only: Annotated[str, typer.Option("--papers", help="of these alone, such as fastv,tome")] = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="how many numbers there are, how many a run can make, and why not the others")
+    ] = False,
     config: Settings = None,
 ) -> None:
     """Tell how many runs the tables need, how many are there, and what the other numbers lack. Runs nothing."""
     values = settings(config)
+    if only:
+        values["papers"] = only
     found = overview.overview(values)
+    if as_json:
+        told = {"numbers": found.reported, "executable": found.executable, "reasons": dict(found.reasons.most_common())}
+        print(json.dumps(told, indent=1))
+        return
     table = Table("runs", "scale", "needed", "there", box=None, pad_edge=False)
     for (kind, scale), (needed, there) in found.runs.items():
         table.add_row(kind, scale or "any", str(needed), str(there))
@@ -31,8 +42,9 @@ def plan(
     table.add_row("in all", "", *map(str, totals))
     console.print(table)
     console.print(f"\n{found.made} of {found.reported} reported numbers come from these runs")
+    console.print(f"{found.executable} have a run, here or where its data and a GPU are")
     if found.reasons:
-        console.print(f"{found.reasons.total()} are none that anything here can run; they take")
+        console.print(f"{found.reasons.total()} have none; they take")
         for reason, count in found.reasons.most_common():
             console.print(f"{count:5d}  {papers.REASONS[reason]}", markup=False)
     if found.lacking:
@@ -101,7 +113,7 @@ def run_records(addresses: list[str], config: Settings = None) -> None:
     from prunelab.common.models import devices
 
     values = settings(config)
-    jobs = planning.planned(values)
+    jobs = plans.of(values).runs
     failures: dict[str, list[str]] = {}  # what went wrong -> in which runs
     unknown = [address for address in addresses if address not in jobs]
     if unknown:

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunelab.common.experiments import planning
-from prunelab.common.experiments.run import Run
+from prunelab.common.experiments import plans
 
 
 @dataclass(frozen=True)
 class Overview:
     """runs: by kind and scale, how many are needed and how many have a record. reported: how many numbers the papers
-    report, made: how many of them the runs make. lacking: what the others need, with how many numbers need it.
-    reasons: why nothing here can run some of them, of `papers.REASONS`."""
+    report, executable: how many of them have a run at paper scale or one that needs no scale, whatever it lacks here;
+    reasons: why the others have none, of `papers.REASONS`. made: how many the runs make. lacking: what the others need,
+    with how many numbers need it."""
 
     runs: Mapping[tuple[str, str], tuple[int, int]]
     reported: int
+    executable: int
     made: int
     lacking: Counter[str]
     reasons: Counter[str]
@@ -27,20 +28,24 @@ class Overview:
 
 def overview(config: Mapping[str, Any]) -> Overview:
     """Of the papers and scales of a configuration. Reads which records are there, and runs nothing."""
-    jobs, results = planning.jobs(config), Path(config["results"])
-    needed: Counter[tuple[str, str]] = Counter((run.task, run.scale) for run in jobs.values())
-    there = Counter((run.task, run.scale) for run in jobs.values() if run.path(results).exists())
-    reported = made = 0
+    plan = plans.of(config)
+    jobs = plan.jobs()
+    records = {path.stem for path in (Path(config["results"]) / "records").glob("*.json")}
+    needed = Counter((run.task, run.scale) for run in jobs.values())
+    made = Counter((run.task, run.scale) for address, run in jobs.items() if address in records)
+    numbers = list(plan.outcomes())
     lacking: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    for slug in planning.selected(config):
-        for cell in planning.cells(slug, config):
-            reported += 1
-            reasons.update([cell.reason] if cell.reason else [])
-            if any(isinstance(run, Run) and run.address in jobs for run in cell.runs.values()):
-                made += 1
-            else:
-                run = cell.runs["paper"]
-                needs = run if isinstance(run, str) else run.needs
-                lacking[needs or "its record made anew: only the code has changed since"] += 1
-    return Overview({key: (needed[key], there[key]) for key in sorted(needed)}, reported, made, lacking, reasons)
+    for number in numbers:
+        if jobs.keys().isdisjoint(number.runs.values()):
+            at = number.runs["paper"]
+            needs = plan.runs[at].needs if at in plan.runs else at
+            lacking[needs or "its record made anew: only the code has changed since"] += 1
+    ready = [number.runs["paper"] in plan.runs for number in numbers]
+    return Overview(
+        {key: (needed[key], made[key]) for key in sorted(needed)},
+        len(numbers),
+        sum(ready),
+        len(numbers) - lacking.total(),
+        lacking,
+        Counter(number.reason or "unbuilt" for number, there in zip(numbers, ready, strict=True) if not there),
+    )

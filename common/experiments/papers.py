@@ -122,6 +122,11 @@ class Table(_Strict):
             return Row(needs=self.needs) if self.needs else Row()
         return Row(configuration=entry) if isinstance(entry, str) else entry
 
+    def column(self, number: Reported) -> Column | None:
+        """How a reported number is made: by its row's own column, else by the table's, `*` for all not named."""
+        own = self.row(number.row).columns.get(number.column)
+        return own or self.columns.get(number.column) or self.columns.get("*")
+
 
 class Board(_Strict):
     """A comparison of our own: several configurations under several budgets on one model, shown as table and curve."""

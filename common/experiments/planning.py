@@ -6,16 +6,15 @@ different papers are one. Imports no torch, so that a workflow can be planned in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from prunelab.common import tasks
 from prunelab.common.catalogue import hub, lookup
-from prunelab.common.core import files, registry
+from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 from prunelab.common.experiments import papers, provenance
@@ -24,7 +23,6 @@ from prunelab.common.tasks.base import Task, nearest
 
 GPU = "a CUDA GPU (--profile configs/profiles/gpu)"
 SMOKE_SAMPLES = 32
-PLAN = "plan.json"  # in the results folder
 
 
 @dataclass(frozen=True)
@@ -218,7 +216,7 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
 
 def _cell(slug: str, table: papers.Table, number: papers.Reported, config: Mapping[str, Any]) -> Cell:
     paper, row = papers.load(slug), table.row(number.row)
-    column = row.columns.get(number.column) or table.columns.get(number.column) or table.columns.get("*")
+    column = table.column(number)
     needs = row.needs or (column.needs if column else table.needs)
     if needs is not None:
         ((reason, text),) = needs.items()
@@ -347,51 +345,6 @@ def selected(config: Mapping[str, Any]) -> list[str]:
     for name in names:
         papers.load(name)
     return names
-
-
-def jobs(config: Mapping[str, Any]) -> dict[str, Run]:
-    """Every run that the tables need at the scales asked for, by address."""
-    wanted = scales(config)
-    found: dict[str, Run] = {}
-    for slug in selected(config):
-        for cell in cells(slug, config):
-            for scale, run in cell.runs.items():
-                if isinstance(run, Run) and (scale in wanted or run.scale == ""):
-                    found[run.address] = run
-            if cell.count:
-                found[cell.count.address] = cell.count
-        for point in points(slug, config):
-            if isinstance(point.run, Run):
-                found[point.run.address] = point.run
-        for figure in figures(slug, config):
-            if isinstance(figure.run, Run):
-                found[figure.run.address] = figure.run
-    results = Path(config["results"])
-    # A paper-scale record that only the code has left behind is shown as stale, and made anew on request alone.
-    made = {path.stem.partition("-")[0] for path in (results / "records").glob("*.json")}
-    old = {a for a, r in found.items() if r.scale == "paper" and not r.path(results).exists() and r.identity in made}
-    return {a: r for a, r in found.items() if a not in old and not r.needs}
-
-
-def save(runs: Mapping[str, Run], path: Path) -> None:
-    """Write down what was planned, so that jobs need not plan again."""
-    files.write_text(path, json.dumps({address: asdict(run) for address, run in runs.items()}, sort_keys=True) + "\n")
-
-
-def planned(config: Mapping[str, Any]) -> dict[str, Run]:
-    """The runs of a workflow by address: as it planned them, or planned anew where its results folder has no plan (a
-    folder of one's own, or a storage's copy of a part of it)."""
-    path = Path(config["results"]) / PLAN
-    if not path.exists():
-        return jobs(config)
-    runs = {}
-    try:
-        for address, entry in json.loads(path.read_text(encoding="utf-8")).items():
-            names = tuple((kind, name) for kind, name in entry["names"])
-            runs[address] = Run(**{**entry, "entries": tuple(entry["entries"]), "names": names})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise PrunelabError(f"{path} is damaged; delete it, and the workflow plans anew") from None
-    return {address: run for address, run in runs.items() if run.address == address}  # others' sources changed since
 
 
 def batches(runs: Mapping[str, Run], results: Path, size: int) -> list[list[str]]:

@@ -24,7 +24,7 @@ from prunelab.common.catalogue import hub, lookup
 from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import file_digest, inside
-from prunelab.common.experiments import planning
+from prunelab.common.experiments import plans
 from prunelab.common.experiments.run import Run
 
 if TYPE_CHECKING:
@@ -90,11 +90,12 @@ def items(config: Mapping[str, Any]) -> list[Item]:
 def _paper_runs(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Run]]:
     """Every run at paper scale of the chosen papers, with the paper and table that show it."""
     config = {**config, "scale": "paper", "assets": ""}
-    for slug in planning.selected(config):
+    plan = plans.of(config)
+    for slug in plan.slugs:
         shown: list[tuple[str, Run | str | None]] = [
-            *((cell.reported.table, cell.runs.get("paper")) for cell in planning.cells(slug, config)),
-            *((point.board.name, point.run) for point in planning.points(slug, config)),
-            *((figure.figure.name, figure.run) for figure in planning.figures(slug, config)),
+            *((cell.reported.table, cell.runs.get("paper")) for cell in plan.cells(slug)),
+            *((point.board.name, point.run) for point in plan.points(slug)),
+            *((figure.figure.name, figure.run) for figure in plan.figures(slug)),
         ]
         for table, run in shown:
             if isinstance(run, Run):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prunelab.common.catalogue import lookup
-from prunelab.common.experiments import planning, provenance
+from prunelab.common.experiments import plans, provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ("snakemake_executor_plugin_kubernetes", "snakemake_storage_plugin_fs")
@@ -36,7 +36,7 @@ def test_a_dry_run_plans_a_pod_for_every_record():
     done = snakemake("records", "-n", "--profile", "configs/profiles/kubernetes", *image, "--config", *SMALL)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
-    wanted = planning.jobs(lookup.settings({"scale": "smoke", "papers": "lexrank"}))
+    wanted = plans.made(lookup.settings({"scale": "smoke", "papers": "lexrank"})).jobs()
     assert re.search(rf"(?m)^ *record +{len(wanted)} *$", output), output
 
 
@@ -47,5 +47,5 @@ def test_records_reach_the_storage(tmp_path):
     done = snakemake("records", "--cores", "2", *volume, *local, "--config", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     made = list((tmp_path / "volume" / "results" / "records").glob("*.json"))
-    assert {p.stem for p in made} == set(planning.jobs(lookup.settings({"scale": "smoke", "papers": "lexrank"})))
+    assert {p.stem for p in made} == set(plans.made(lookup.settings({"scale": "smoke", "papers": "lexrank"})).jobs())
     assert all(provenance.read(p)["metrics"] for p in made)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from prunelab.common.catalogue import lookup
-from prunelab.common.experiments import planning
+from prunelab.common.experiments import plans
 from tests.cluster.slurm import GPUS, Cluster, lacking
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +110,7 @@ def test_the_tables_are_those_of_a_local_run(cluster, tmp_path):
 def test_a_run_at_paper_scale_is_given_a_gpu(cluster, tmp_path):
     """It then says that there is none, as the node's are a pretence; what Slurm was asked for is what counts."""
     settings = lookup.settings({"scale": "paper", "gpu": 1, "results": str(tmp_path), "papers": "zero_tprune"})
-    run = next(run for run in planning.jobs(settings).values() if run.task == "latency")
+    run = next(run for run in plans.made(settings).jobs().values() if run.task == "latency")
     command = on_slurm(tmp_path, "papers=zero_tprune", target=str(run.path(tmp_path)), retries=0)
     process = start(command, cluster)
     output = process.communicate(timeout=LIMIT)[0]

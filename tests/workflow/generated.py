@@ -84,9 +84,9 @@ def generate(methods: Path, cells: int) -> None:
 def write_records(results: Path) -> int:
     """Every record the generated papers ask for; how many there are."""
     from prunelab.common.catalogue import lookup
-    from prunelab.common.experiments import planning, provenance
+    from prunelab.common.experiments import plans, provenance
 
-    runs = planning.jobs(lookup.settings({"results": str(results)}))
+    runs = plans.made(lookup.settings({"results": str(results)})).jobs()
     for run in runs.values():
         names = COSTS if run.task == "macs" else ("top1", "drop", "gmacs", "saving")
         record = {

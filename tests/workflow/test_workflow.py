@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from prunelab.common.catalogue import lookup
-from prunelab.common.experiments import planning
+from prunelab.common.experiments import plans
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +51,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def test_every_record_and_table_is_there(undisturbed):
-    wanted = planning.jobs(lookup.settings({"scale": "smoke", "results": str(undisturbed)}))
+    wanted = plans.made(lookup.settings({"scale": "smoke", "results": str(undisturbed)})).jobs()
     assert {p.stem for p in (undisturbed / "records").glob("*.json")} == set(wanted)
     made = tables(undisturbed)
     assert "index.html" in made

@@ -104,6 +104,9 @@ def test_plan_counts_runs_and_what_is_lacking(cli, tmp_path):
     assert re.search(r"in all +\d+ +0 *\n", out) and "snakemake paper_tables" in out
     needed = re.search(r"(\d+) of (\d+) reported numbers", out)
     assert needed and 0 < int(needed[1]) < int(needed[2])
+    told = json.loads(cli("plan", "--json", "--papers", "lexrank,wanda", "--config", f"results={tmp_path}")[1])
+    assert told["numbers"] == int(needed[2]) == told["executable"] + sum(told["reasons"].values())
+    assert told["executable"] > 0 and told["reasons"].keys() <= papers.REASONS.keys() and told["reasons"]["licence"]
     cli("run", "lexrank", "T1", "d4s1", "--config", f"results={tmp_path}")
     assert re.search(r"function +any +\d+ +1 *\n", cli(*arguments)[1])
     shown, everything = (

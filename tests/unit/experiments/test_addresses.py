@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -11,7 +12,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
-from prunelab.common.experiments import planning, provenance
+from prunelab.common.experiments import planning, plans, provenance
 from prunelab.common.experiments.run import Run
 
 CODE = '''"""What it is."""
@@ -40,7 +41,7 @@ def test_words_decide_nothing_and_code_does():
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, Run]:
-    return planning.jobs({**lookup.settings({}), "assets": ""})
+    return plans.made({**lookup.settings({}), "assets": ""}).jobs()
 
 
 @pytest.fixture
@@ -100,17 +101,50 @@ def test_what_builds_a_model_is_in_the_address_of_its_runs_alone(edited, runs, f
     assert changed == [run for run in runs.values() if test(run)] and changed
 
 
-def test_jobs_read_the_plan_that_the_workflow_wrote(tmp_path, runs):
-    config = {**lookup.settings({}), "assets": "", "results": str(tmp_path)}
-    few = dict(list(runs.items())[::40])
-    planning.save(few, tmp_path / planning.PLAN)
-    assert planning.planned(config) == few
-    plan = json.loads((tmp_path / planning.PLAN).read_text())
-    (tmp_path / planning.PLAN).write_text(json.dumps({f"{'0' * 20}-{'0' * 12}": next(iter(plan.values()))}))
-    assert planning.planned(config) == {}, "sources have changed since"
-    (tmp_path / planning.PLAN).write_text("{")
-    with pytest.raises(PrunelabError, match="damaged"):
-        planning.planned(config)
+def test_a_plan_is_made_once_and_anew_where_something_changed(tmp_path, monkeypatch):
+    config = {**lookup.settings({"papers": "zero_tprune,lexrank"}), "assets": "", "results": str(tmp_path)}
+    first = plans.of(config)
+    assert first.slugs == ["zero_tprune", "lexrank"] and first.jobs()
+    (path,) = (tmp_path / plans.FOLDER).iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "cells", None)  # nothing plans: the stored one is read
+        again = plans.of(config)
+    assert again.runs == first.runs and again.jobs() == first.jobs()
+    assert all(run.address == address == replace(run).address for address, run in again.runs.items())
+    for slug in again.slugs:
+        assert again.cells(slug) == first.cells(slug) == list(planning.cells(slug, config))
+        assert again.points(slug) == first.points(slug) == list(planning.points(slug, config))
+        assert again.figures(slug) == first.figures(slug) == list(planning.figures(slug, config))
+    made = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "made", lambda config: made.append(config) or first)
+        for change in (
+            lambda: path.write_text("{"),
+            lambda: path.write_text(path.read_text().replace("top1", "top5")),
+            lambda: patch.setattr(lookup, "surroundings", lambda config: "another checkpoint is here"),
+            lambda: patch.setattr(plans, "_read", lambda: "another method.py"),
+        ):
+            change()
+            plans.of(config)
+            plans.of(config)
+    assert len(made) == 4, "once a change"
+    assert plans.of({**config, "papers": "lexrank"}).slugs == ["lexrank"] and plans.of(config).runs == first.runs
+
+
+def test_what_is_at_hand_enters_the_plan(tmp_path):
+    config = {**lookup.settings({}), "hub": str(tmp_path), "assets": str(tmp_path)}
+    known = [lookup.surroundings(config)]
+    for name in ("acme/model/weights.safetensors", "catalogue.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("[]")
+        known.append(lookup.surroundings(config))
+    assert all(a != b for a, b in pairwise(known))
+
+
+def test_a_folder_that_can_only_be_read_needs_no_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(plans.files, "write_text", lambda *_: (_ for _ in ()).throw(PrunelabError("read-only")))
+    config = {**lookup.settings({"papers": "lexrank"}), "results": str(tmp_path)}
+    assert plans.of(config).jobs() == plans.made(config).jobs()
 
 
 TOKENS = {"answer", "classify", "detect", "gallery", "looks", "macs", "prompt_macs", "segment"}

@@ -12,7 +12,7 @@ import pytest
 from prunelab.common.catalogue import hub, lookup
 from prunelab.common.core import files, registry
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers, planning, provenance
+from prunelab.common.experiments import papers, planning, plans, provenance
 from prunelab.common.experiments.run import Run
 
 SETTINGS = lookup.settings({})
@@ -89,8 +89,8 @@ def test_planning_needs_no_torch():
     import sys
 
     code = (
-        "import sys; from prunelab.common.experiments import planning; from prunelab.common.catalogue import lookup; "
-        "planning.jobs(lookup.settings({})); "
+        "import sys; from prunelab.common.experiments import plans; from prunelab.common.catalogue import lookup; "
+        "plans.made(lookup.settings({})).jobs(); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=files.ROOT, check=False).returncode == 0
@@ -142,12 +142,12 @@ def test_paper_records_of_older_sources_are_stale_and_not_rerun(tmp_path, monkey
     monkeypatch.setitem(lookup._read("datasets.yaml")["imagenet"]["paper"], "setting", "results")  # at hand
     downloaded("timm/deit_small_patch16_224.fb_in1k", tmp_path, monkeypatch)
     config = {**SETTINGS, "scale": "paper", "results": str(tmp_path)}
-    wanted = {a: r for a, r in planning.jobs(config).items() if r.scale == "paper"}
+    wanted = {a: r for a, r in plans.made(config).jobs().items() if r.scale == "paper"}
     assert wanted
     job = next(iter(wanted.values()))
     old = tmp_path / "records" / f"{job.identity}-{'0' * 12}.json"
     provenance.write(old, {"identity": job.identity, "sources": "0" * 12, "metrics": {"top1": {"value": 50.0}}})
-    assert job.address not in planning.jobs(config)
+    assert job.address not in plans.made(config).jobs()
     from prunelab.paper_tables.join import Records
 
     value = Records(tmp_path).value(job, "top1", "measured")
@@ -210,11 +210,11 @@ def test_missing_pieces_are_named():
 
 def test_paper_scale_runs_the_whole_set_and_only_pinned_checkpoints(tmp_path, monkeypatch):
     config = {**SETTINGS, "scale": "paper", "imagenet": str(tmp_path), "assets": ""}
-    assert not [r for r in planning.jobs(config).values() if r.task == "classify"]
+    assert not [r for r in plans.made(config).jobs().values() if r.task == "classify"]
     needs = [getattr(c.runs["paper"], "needs", "") for c in planning.cells("zero_tprune", config)]
     assert any("a pinned revision of timm/deit_small" in reason for reason in needs)
     downloaded("timm/deit_small_patch16_224.fb_in1k", tmp_path, monkeypatch)
-    (job, *_) = [r for r in planning.jobs(config).values() if r.task == "classify"]
+    (job, *_) = [r for r in plans.made(config).jobs().values() if r.task == "classify"]
     assert job.ids["model"]["revision"] == "0" * 40
     assert "samples" not in job.settings
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ import yaml
 from prunelab.common.catalogue import lookup
 from prunelab.common.cli import runs
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import planning, runner
+from prunelab.common.experiments import planning, plans, runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.models import devices
 
@@ -59,7 +60,7 @@ def test_the_gpu_profile_plans_a_gpu_for_each_run_of_the_paper_scale(tmp_path, m
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     settings = lookup.settings({"scale": "paper", "gpu": 1, "papers": "zero_tprune", "results": str(tmp_path)})
-    runs = planning.jobs(settings).values()
+    runs = plans.made(settings).jobs().values()
     asked = re.findall(r"(?m)^ +resources: .*\bgpu=(\d)", done.stdout + done.stderr)
     assert any(run.task == "latency" for run in runs)
     assert asked.count("1") == sum(run.scale == "paper" for run in runs)
@@ -81,9 +82,8 @@ def test_the_catalogue_says_how_many_gpus_a_model_takes():
 def test_the_workflow_s_command_claims_what_its_runs_take(tmp_path, monkeypatch):
     """Each record is made by one plain command, which takes its GPUs before the first run and fails in one line."""
     held = []
-    monkeypatch.setattr(
-        planning, "planned", lambda config: {"a": Run("latency", "paper", gpus=2), "b": Run("latency", "paper")}
-    )
+    jobs = {"a": Run("latency", "paper", gpus=2), "b": Run("latency", "paper")}
+    monkeypatch.setattr(plans, "of", lambda config: SimpleNamespace(runs=jobs))
     monkeypatch.setattr(devices, "_smi", lambda *query: ["0, GPU-aa", "1, GPU-bb", "2, GPU-cc"])
     monkeypatch.setattr(devices.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

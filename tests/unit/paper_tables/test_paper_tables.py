@@ -25,7 +25,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.drawing import sheets, svg
-from prunelab.common.experiments import papers, planning, provenance
+from prunelab.common.experiments import papers, planning, plans, provenance
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
 from prunelab.paper_tables import __main__ as command
@@ -106,7 +106,7 @@ def rows(config: dict[str, Any], name: str) -> list[dict[str, str]]:
 
 
 def lines(config: dict[str, Any]) -> list[join.Line]:
-    found = join.tables(SLUG, config, join.Records(Path(config["results"])))
+    found = join.tables(SLUG, plans.made(config), join.Records(Path(config["results"])))
     return [line for table in found for line in table.lines]
 
 
@@ -170,7 +170,9 @@ def test_a_formulas_figure_stands_beside_our_own_count(bare: dict[str, Any]) -> 
     counted = next(c.count for c in cells if c.count and c.count.budget == "0.25")
     figures = {"decoder_macs": {"value": 1348.18, "protocol": "35 text tokens"}, "scoring_macs": {"value": 0.0025}}
     write(counted, figures | {"cache_mib": {"value": 103.0}}, config)
-    found = next(t for t in join.tables("fastv", config, join.Records(Path(config["results"]))) if t.name == "T1")
+    found = next(
+        t for t in join.tables("fastv", plans.made(config), join.Records(Path(config["results"]))) if t.name == "T1"
+    )
     own = {v.reported.row: v.reproduced.ours for v in found.lines if v.reported.column == "relative FLOPs"}
     assert own["LLaVA-1.5-7B K=2 R=75%"] == join.Count(1348.18, 0.0025, counted.address, 103.0, "35 text tokens")
     assert own["LLaVA-1.5-7B baseline"] is None
@@ -193,11 +195,13 @@ def test_what_ran_on_a_folder_of_ones_own_is_no_reproduction(bare: dict[str, Any
     command.build(config)
     written = next(r for r in rows(config, "deit-s-main") if (r["row"], r["column"]) == ("DeiT-S", "top-1"))
     assert written["own folder"] == "90" and written["own folder_status"] == "stand-in" and not written["reproduced"]
-    assert {b.scale for b in join.boards(SLUG, config, join.Records(Path(config["results"])))} >= {join.FOLDER}
+    assert {b.scale for b in join.boards(SLUG, plans.made(config), join.Records(Path(config["results"])))} >= {
+        join.FOLDER
+    }
 
 
 def test_differences_on_boards_are_paired(config: dict[str, Any]) -> None:
-    (board,) = join.boards(SLUG, config, join.Records(Path(config["results"])))
+    (board,) = join.boards(SLUG, plans.made(config), join.Records(Path(config["results"])))
     base, point = board.points[0], board.points[1]
     assert base.budget is None and base.difference is None
     expected = uncertainty.mean([100.0 * (a - b) for a, b in zip(PRUNED, DENSE, strict=True)])
@@ -322,7 +326,7 @@ def test_every_table_has_its_four_files(config: dict[str, Any]) -> None:
 
 def join_of(config: dict[str, Any]) -> tuple[list[join.PaperTable], list[join.BoardTable]]:
     records = join.Records(Path(config["results"]))
-    return join.tables(SLUG, config, records), join.boards(SLUG, config, records)
+    return join.tables(SLUG, plans.made(config), records), join.boards(SLUG, plans.made(config), records)
 
 
 def test_page_shows_how_each_number_was_obtained(config: dict[str, Any]) -> None:
@@ -548,8 +552,8 @@ def test_citation_file_is_whole() -> None:
 
 
 def contests(config: dict[str, Any], slugs: tuple[str, ...] = (SLUG,)) -> list[cross.Contest]:
-    records = join.Records(Path(config["results"]))
-    return cross.contests(((slug, board) for slug in slugs for board in join.boards(slug, config, records)), records)
+    records, plan = join.Records(Path(config["results"])), plans.made(config)
+    return cross.contests(((slug, board) for slug in slugs for board in join.boards(slug, plan, records)), records)
 
 
 def test_methods_stand_in_order_beside_the_unpruned_model(config: dict[str, Any]) -> None:
@@ -574,17 +578,17 @@ def test_what_differs_in_settings_alone_is_told_apart(config: dict[str, Any], mo
         assert isinstance(point.run, Run)
         other = replace(point.run, settings={**point.run.settings, "samples": 7})
         write(other, classified(PRUNED, 1.0) if point.budget else classified(DENSE, 2.0), config)
-    real = planning.points
+    real = plans.Plan.points
 
-    def both(slug: str, config_: Any) -> Any:
-        for point in real(slug, config_):
+    def both(plan: plans.Plan, slug: str) -> Any:
+        for point in real(plan, slug):
             yield point
             more = {**point.run.settings, "samples": 7}
             yield replace(
                 point, board=point.board.model_copy(update={"name": "b"}), run=replace(point.run, settings=more)
             )
 
-    monkeypatch.setattr(planning, "points", both)
+    monkeypatch.setattr(plans.Plan, "points", both)
     found = contests(config)
     assert len(found) == 2 and found[1].name == f"{found[0].name}-2" and found[0].settings != found[1].settings
 
@@ -656,7 +660,7 @@ def test_gallery_records_what_stays_at_each_site(bare: dict[str, Any], monkeypat
     )
     monkeypatch.setattr(loading, "load", lambda identity, config: (model.eval(), None))
     (job,) = planning.figures(SLUG, bare)
-    assert isinstance(job.run, Run) and job.run.address in planning.jobs(bare)
+    assert isinstance(job.run, Run) and job.run.address in plans.made(bare).jobs()
     scenes = runner.measure(replace(job.run, settings={"samples": 2}, budget="0.5"), bare)["scenes"]
     assert scenes["value"] == len(scenes["items"]) == 2 and scenes["grid"] == [10, 10]
     for item in scenes["items"]:

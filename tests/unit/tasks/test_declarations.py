@@ -14,7 +14,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core import index, registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
-from prunelab.common.experiments import papers, planning
+from prunelab.common.experiments import papers, planning, plans
 from tests import guide
 
 ROLES = {entry.role for entry in index.entries().values()}
@@ -158,6 +158,6 @@ def test_a_folder_without_a_paper_yet_breaks_nothing(tmp_path, monkeypatch):
     (tmp_path / "fastv").mkdir()  # a method whose paper.yaml is still to be written
     monkeypatch.setattr(papers, "METHODS", tmp_path)
     papers.load.cache_clear()
-    assert papers.slugs() == [] and planning.jobs(lookup.settings({"papers": "all"})) == {}
+    assert papers.slugs() == [] and plans.made(lookup.settings({"papers": "all"})).jobs() == {}
     with pytest.raises(PrunelabError, match="there is no paper 'fastv'"):
         papers.load("fastv")
