@@ -18,6 +18,7 @@ from prunelab.common.core import index
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT, read_yaml
 from prunelab.common.core.registry import choose
+from prunelab.common.tasks.base import nearest
 
 METHODS = ROOT / "methods"
 BOARDS = ROOT / "configs" / "boards"
@@ -26,7 +27,20 @@ BENCHMARKS = ROOT / "configs" / "benchmarks.yaml"
 COLUMNS = ("table", "row", "column", "value", "unit", "source", "quality")  # of reported.csv
 QUALITIES = ("primary", "secondary", "by-eye")
 
-# The axes of the pruning survey, as most papers of a role have them; a paper says where it differs.
+FAMILIES = ("convnet", "detr", "diffusion", "llm", "text", "vision_mamba", "vit", "vla", "vlm")  # of what is pruned
+# The axes of the pruning survey with its terms.
+AXES: Mapping[str, tuple[str, ...]] = {
+    "target": ("weights", "experts", "layers", "tokens", "kv_cache", "training_samples", "training_tokens", "sentences",
+               "peft_layers"),
+    "speedup": ("unstructured", "structured", "semi_structured", "none"),
+    "when": ("before_training", "during_training", "after_training", "run_time"),
+    "criterion": ("magnitude", "lp_norm", "sensitivity_or_saliency", "loss_change", "none"),
+    "learn_to_prune": ("sparsity_regularization", "meta_learning", "graph_neural_network", "reinforcement_learning",
+                       "none"),
+    "fusion": ("quantization", "tensor_decomposition", "nas", "knowledge_distillation", "none"),
+    "data": ("data_free", "data_driven"),
+}  # fmt: skip
+# As most papers of a role have them; a paper says where it differs.
 TAXONOMY: Mapping[str, list[str]] = {
     "target": ["tokens"], "speedup": ["structured"], "when": ["run_time"], "criterion": ["sensitivity_or_saliency"],
     "learn_to_prune": ["none"], "fusion": ["none"], "data": ["data_free"],
@@ -207,6 +221,17 @@ class Paper(_Strict):
     tables: list[Table] = Field(default_factory=list)
     boards: list[Board] = Field(default_factory=list)
     figures: list[FigureTask] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _terms_exist(self) -> Paper:
+        known = {"family": FAMILIES, "taxonomy": tuple(AXES), **{f"taxonomy, {axis}": AXES[axis] for axis in AXES}}
+        said = {"family": [self.family], "taxonomy": list(self.taxonomy)}
+        said |= {f"taxonomy, {axis}": values for axis, values in self.taxonomy.items() if axis in AXES}
+        for where, names in said.items():
+            for name in names:
+                if name not in known[where]:
+                    raise ValueError(f"{where}: there is no '{name}'{nearest(name, known[where])}")
+        return self
 
     @model_validator(mode="after")
     def _configurations_exist(self) -> Paper:

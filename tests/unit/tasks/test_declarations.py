@@ -117,6 +117,12 @@ def written(folder: Path, monkeypatch, **changes: str) -> None:
             "configuration 'half': no task .* has a setting 'seeds'; did you mean 'seed'",
         ),
         ({"BOARD": "top5"}, "methods/wrong/paper.yaml, board 'b': the task classify gives no metric 'top5'"),
+        ({"family: vit": "family: vti"}, "methods/wrong/paper.yaml, .*family: there is no 'vti'; did you mean 'vit'"),
+        ({"taxonomy: {}": "taxonomy: {targets: [tokens]}"}, "taxonomy: there is no 'targets'; did you mean 'target'"),
+        (
+            {"taxonomy: {}": "taxonomy: {target: [token]}"},
+            "taxonomy, target: there is no 'token'; did you mean 'tokens'",
+        ),
         ({"rows: {r: half}": "needs: {judges: a judge}"}, "tables.0.needs.judges.*: Input should be 'judge', 'server'"),
         ({"rows: {r: half}": "needs: {}"}, "methods/wrong/paper.yaml, tables.0.needs: .* at least 1 item"),
         ({"method: tome": "method: tom"}, PLACE + "there is no method 'tom'; did you mean"),
