@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Stream:
         self.samples = samples
         self.calls: dict[Any, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # by length: what each block is given
         self.hidden = list(hidden)
+        self.memos: list[dict[str, Tensor]] = [{} for _ in samples]  # of the block at hand
         own = self.chain.adapter
         for sample in samples:
             if own.call(sample) not in self.calls:
@@ -79,11 +80,27 @@ class Stream:
                     )
                 if visit is not None:
                     given = dict(seen)
-                    attend = cache(partial(self.adapter.received, block, partial(module, before, *args, **kwargs)))
-                    visit(lambda t: replace(self.adapter.observe(t, given, before, after, sample), attend=attend))  # noqa: B023
+                    own: dict[str, Any] = {
+                        "attend": cache(
+                            partial(self.adapter.received, block, partial(module, before, *args, **kwargs))
+                        ),
+                        "count": partial(self.counted, sample) if isinstance(sample, Tensor) else None,
+                        "memo": self.memos[i],
+                    }
+                    visit(lambda t: replace(self.adapter.observe(t, given, before, after, sample), **own))  # noqa: B023
                 seen.clear()
                 if keep:
-                    self.hidden[i] = after
+                    self.hidden[i], self.memos[i] = after, {}
+
+    @cached_property
+    def _frequencies(self) -> Tensor:
+        return torch.cat(list(self.samples)).bincount()
+
+    def counted(self, sample: Tensor) -> Tensor:
+        """How often the calibration set holds each token of a sequence [T]."""
+        if sample.is_floating_point():
+            raise PrunelabError("this calibration set is no text, whose tokens could be counted")
+        return self._frequencies[sample]
 
     def _culprit(self, block: int, sequence: int) -> str:
         """The first module that gives a sequence values that are not finite, found by running the block again."""

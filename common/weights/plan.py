@@ -114,7 +114,7 @@ def packed(decision: Decision) -> dict[str, Tensor]:
         value = value.detach().cpu()
         found[role] = value[mask] if role == "weight" and not decision.whole else value.contiguous()
     if (code := decision.code) is not None:
-        form = torch.tensor([code.bits, code.group, int(code.symmetric)])
+        form = torch.tensor([code.bits, code.group, int(code.symmetric), code.turned])
         codes = packed_codes(code.codes.cpu(), code.bits)
         stored = {"codes": codes, "scale": code.scale, "zero": code.zero, "form": form, "index": code.index}
         found |= {role: tensor.cpu() for role, tensor in stored.items() if tensor is not None}
@@ -131,10 +131,10 @@ def unpacked(target: Target, tensors: Mapping[str, Tensor]) -> Decision:
         values["weight"] = values["weight"].new_zeros(target.shape).masked_scatter_(mask, values["weight"])
     code = None
     if "codes" in tensors:
-        width, group, symmetric = tensors["form"].tolist()
+        width, group, symmetric, turned = tensors["form"].tolist()
         codes = unpacked_codes(tensors["codes"], width, target.shape)
         index = tensors.get("index")
-        code = Quantised(codes, tensors["scale"], tensors["zero"], width, group, bool(symmetric), index)
+        code = Quantised(codes, tensors["scale"], tensors["zero"], width, group, bool(symmetric), index, turned)
     return Decision(mask, values, whole, SILENT not in tensors, code)
 
 

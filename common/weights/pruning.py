@@ -276,6 +276,7 @@ def _calibration(
     streams = {name: found[name].sequences if name in found else [] for name in chains}
     if not several:
         streams = {"": [sequence for part in found.values() for sequence in part.sequences]}
+    streams = {name: method.prepared(samples) for name, samples in streams.items()}
     for name, samples in streams.items():
         for sample in samples:
             chains[name].check_sample(sample)

@@ -34,6 +34,9 @@ class Quantiser:
         Shrink the range to where the error |q - x|^`power` of the row is least (`steps` shares down to 1 - `shrink`).
     sign : bool
         One bit is a sign times the mean magnitude; otherwise it has the two levels of any other grid.
+    centred : bool
+        A symmetric grid of 2^(b-1) - 1 steps up to the greatest magnitude, and one step further down (QuaRot's), for
+        all rows, in place of 2^b - 1 steps over the whole range (GPTQ's).
     """
 
     bits: int
@@ -44,12 +47,15 @@ class Quantiser:
     shrink: float = 0.8
     power: float = 2.4
     sign: bool = True
+    centred: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= MOST or self.bits != int(self.bits) or self.group < 0:
             raise PrunelabError(f"codes have 1 to {MOST} whole bits and groups 0 or more columns, not {self}")
         if self.steps < 1 or not 0 < self.shrink <= 1 or self.power <= 0:
             raise PrunelabError(f"a grid is searched in 1 or more steps, down by a share above 0 to 1, not as {self}")
+        if self.centred and (not self.symmetric or self.bits < 2):
+            raise PrunelabError("a centred grid is symmetric and has 2 or more bits")
 
     @property
     def signs(self) -> bool:
@@ -63,7 +69,10 @@ class Quantiser:
             scale = 2 * x.abs().mean(-1, keepdim=True)
             return scale, torch.full_like(scale, 0.5)
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        if self.symmetric:
+        if self.centred:
+            high = torch.maximum(low.abs(), high).clamp_min(1e-5)
+            low = -high
+        elif self.symmetric:
             high = torch.maximum(low.abs(), high)
             low = torch.where(low < 0, -high, low)
         empty = (low == 0) & (high == 0)
@@ -73,6 +82,8 @@ class Quantiser:
 
     def _laid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         top = 2**self.bits - 1
+        if self.centred:
+            return high / (top // 2), torch.full_like(high, top // 2 + 1)
         scale = (high - low) / top
         zero = torch.full_like(scale, (top + 1) / 2) if self.symmetric else (-low / scale).round()
         return scale, zero

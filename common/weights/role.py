@@ -53,6 +53,10 @@ class WeightPruner(Method):
         in `Probe.learned`. It is stored with the plan, and serves other models with targets of the same shapes."""
         return None
 
+    def prepared(self, samples: list[Any]) -> list[Any]:
+        """The sequences that stream through the blocks, made of those that the calibration set holds."""
+        return samples
+
     def covers(self, target: Target) -> bool:
         """Whether the method touches a target of its units."""
         return True

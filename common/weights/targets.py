@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.hadamard import turn
 
 Unit = Literal["linear", "heads", "channels", "experts", "layers", "sublayers", "tensor"]
 Statistics = Mapping[str, Tensor]
@@ -38,7 +39,8 @@ class Target:
             structures;
     shape:  shape of scores and mask: that of the weight, [out, in], or [units];
     size:   parameters one unit holds;
-    span:   consecutive input channels one unit covers (head size times query heads of a group; 1 for channels);
+    span:   consecutive input channels one unit covers (head size times query heads of a group; 1 for channels); of a
+            linear that reads heads, those of a head;
     source: targets of equal source read the same input;
     expert: index of the expert a `linear` target belongs to, -1 for none;
     least:  units the model cannot do without (of experts, as many as a token is sent to);
@@ -113,7 +115,8 @@ class Observation:
     projection's, for experts the mixture's normed input, for layers the block's. Linears of an expert read only the
     tokens sent to it, so that T may be 0; `rows` are then their places in the sequence. before and after [T, D]: the
     block's hidden states. tokens: the sequence itself, as it was given. weights as in `WeightSignals`. attend: see
-    `received`.
+    `attention`. count: see `frequencies`. memo: one of this sequence at this block, from the first pass that measures
+    the block to the last, for what must not change with the decisions between them.
     """
 
     inputs: Tensor
@@ -124,15 +127,28 @@ class Observation:
     routing: Routing | None = None
     rows: Tensor | None = None
     attend: Callable[[], Tensor] | None = field(default=None, repr=False)
+    count: Callable[[], Tensor] | None = field(default=None, repr=False)
+    memo: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def received(self) -> Tensor:
-        """Attention [T] that each of the inputs' tokens receives in this block, summed over queries and heads. It is
-        computed when it is first read, once a sequence for all targets of the block."""
+    @property
+    def attention(self) -> Tensor:
+        """Attention that each token of the sequence receives in this block, summed over queries and heads. It is
+        computed when it is first read, once a sequence and pass for all targets of the block."""
         if self.attend is None:
             raise PrunelabError("these blocks show no attention; use a method that weighs no tokens by it")
-        received = self.attend()
-        return received if self.rows is None else received[self.rows]
+        return self.attend()
+
+    @property
+    def received(self) -> Tensor:
+        """That attention [T] of the inputs' tokens alone."""
+        return self.attention if self.rows is None else self.attention[self.rows]
+
+    @property
+    def frequencies(self) -> Tensor:
+        """How often the calibration set holds each token of the sequence."""
+        if self.count is None:
+            raise PrunelabError("this calibration set is no text, whose tokens could be counted")
+        return self.count()
 
 
 class Accumulator(ABC):
@@ -195,7 +211,8 @@ class Quantised:
 
     codes: [R, C] uint8, below 2^bits; scale, zero: [R, G] float32, G groups of columns the last maybe shorter.
     symmetric: zero follows from bits and is not stored. index: [C] int32, the group of every column where groups are
-    not consecutive columns.
+    not consecutive columns. turned: the codes are of the weight behind a Hadamard rotation of its columns, taken so
+    many columns apart (`prunelab.common.weights.hadamard.turn`); 0 for none. Who computes with codes turns the inputs.
     """
 
     codes: Tensor
@@ -205,13 +222,15 @@ class Quantised:
     group: int
     symmetric: bool = False
     index: Tensor | None = None
+    turned: int = 0
 
     def dense(self) -> Tensor:
         """The weight [R, C] that the codes stand for, in float32."""
         of_column = self.index
         if of_column is None:
             of_column = torch.arange(self.codes.shape[1], device=self.codes.device) // self.group
-        return self.scale[:, of_column] * (self.codes.float() - self.zero[:, of_column])
+        weight = self.scale[:, of_column] * (self.codes.float() - self.zero[:, of_column])
+        return turn(weight, self.turned, back=True) if self.turned else weight
 
     @property
     def bytes(self) -> int:

@@ -265,13 +265,17 @@ class WeightAdapter(ABC):
             if self.is_linear(module) and path.rpartition(".")[2] not in self.skip:
                 shape = tuple(oriented(module, module.weight).shape)
                 source = self.path(block, self._source(path))
-                name, part = self.path(block, path), self._part_of(path)
-                found.append(Target("linear", name, block, path, shape, source=source, part=part))
+                name, part, span = self.path(block, path), self._part_of(path), self._span(block, path)
+                found.append(Target("linear", name, block, path, shape, span=span, source=source, part=part))
         return found
 
     def _part_of(self, path: str) -> str:
         """The part of a block in which a path lies."""
         return ".".join(path.split(".")[: self.part_depth])
+
+    def _span(self, block: int, path: str) -> int:
+        """Input channels of a linear that are one head's, 1 where it reads none."""
+        return 1
 
     def _source(self, path: str) -> str:
         """The first of the linears that read one input with the linear at `path`."""

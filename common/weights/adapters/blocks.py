@@ -91,6 +91,12 @@ class Blocks(WeightAdapter):
                 found.append(Target("sublayers", self.path(block, path), block, role, (1,), size))
         return found
 
+    def _span(self, block: int, path: str) -> int:
+        if path != self.heads.get("o"):
+            return 1
+        attention = self._part(block, self.attention)
+        return int(getattr(attention, "v_head_dim", None) or getattr(attention, self.head_size))
+
     # -- where the units of structures lie ---------------------------------------------------------------------------
 
     def projections(self, target: Target) -> dict[str, Projection]:

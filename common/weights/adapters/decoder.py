@@ -213,13 +213,13 @@ class GPT2(Decoder):
 
 
 class OPT(Decoder):
-    """OPT, whose MLP lies in the block itself, and whose positions are learned."""
+    """OPT, whose MLP is no module of its own but two linears of the block, so that no sublayers can leave."""
 
     family = "opt"
     model_classes = _classes(opt="OPT")
     layers = "model.decoder.layers"
     norm = "model.decoder.final_layer_norm"
-    sublayers = {"attention": ("self_attn", "self_attn_layer_norm")}
+    sublayers = {}
     heads = {**{role: f"self_attn.{role}_proj" for role in "qkv"}, "o": "self_attn.out_proj"}
     mlp = {"up": "fc1", "down": "fc2"}
     inner = "ffn_dim"

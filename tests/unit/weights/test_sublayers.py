@@ -17,6 +17,7 @@ from tests.contract.families import TRANSFORMERS, WEIGHT_FAMILIES, answer
 from tests.contract.references import language_model, token_ids
 
 DECODERS = ["llama"] + [name for name, (cls, _) in TRANSFORMERS.items() if cls.endswith(("CausalLM", "LMHeadModel"))]
+DECODERS.remove("opt")  # whose MLP is no module of its own
 decoders = pytest.mark.parametrize("family", DECODERS)
 GONE = Decision(torch.zeros(1, dtype=torch.bool))
 
@@ -61,6 +62,10 @@ def test_every_decoder_has_two_sublayers_a_layer_whose_sizes_add_up(family):
     for block, layer in enumerate(adapter.targets("layers")):
         shared = parameters(adapter.blocks[block].input_layernorm) if family == "phi" else 0
         assert sum(t.size for t in targets if t.block == block) == layer.size - shared
+
+
+def test_opt_has_no_sublayers():
+    assert weight_adapter(build("opt")).targets("sublayers") == []
 
 
 @decoders
