@@ -57,12 +57,12 @@ def target_of(weight: torch.Tensor) -> Target:
 
 
 def measured(
-    method: WeightPruner, weight: torch.Tensor, inputs: torch.Tensor
+    method: WeightPruner, weight: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The method's statistics of sequences [N, T, C], and the Hessian behind them."""
+    """The method's statistics of sequences [N, T, C] of tokens [N, T], and the Hessian behind them."""
     target = target_of(weight)
     accumulators = Accumulators(method, [target])
-    for x in inputs:
-        accumulators.visit(lambda _, x=x: Observation(x, {"weight": weight}, x, x, x))
+    for x, ids in zip(inputs, inputs if tokens is None else tokens, strict=True):
+        accumulators.visit(lambda _, x=x, ids=ids: Observation(x, {"weight": weight}, x, x, ids))
     (hessian,) = (a.state for a in accumulators.made["layer"].values() if isinstance(a, SecondMoment))
     return accumulators.values(target), hessian

@@ -1,0 +1,248 @@
+"""RSQ (Sung et al., 2025): rotate, scale, then quantise: GPTQ in which the tokens that matter count more.
+
+The model is rotated by Hadamard matrices, which takes outliers away and leaves what it computes as it is (QuaRot). Each
+token of the calibration set gets a weight by its importance, by default the attention it receives in the layer, and
+enters the layer's Hessian H = 2 sum_t w_t x_t x_t^T with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.hadamard import hadamard, random_hadamard, turn
+from prunelab.common.weights.obs import InverseFactor, dead, factors, falling
+from prunelab.common.weights.quantisation import Quantiser, gptq
+from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.targets import Accumulator, Decision, Observation, Target, Unit, WeightSignals
+
+Importance = Literal["attention", "parts", "norm", "change", "frequency", "distance", "alike"]
+INNER = ("down_proj", "down")  # linears that read what an activation function gave, which no rotation passes
+
+# -- importance ------------------------------------------------------------------------------------------------------
+
+
+def parts(length: int, chosen: tuple[int, ...], of: int) -> Tensor:
+    """1 [L] in some of `of` equal parts of a sequence, 0 elsewhere; (0,) of 8 is the first eighth."""
+    each = length // of
+    place = torch.arange(length)
+    return torch.stack([(place >= part * each) & (place < (part + 1) * each) for part in chosen]).any(0).float()
+
+
+def distance(x: Tensor) -> Tensor:
+    """Mean squared distance [L] of a token's state to all tokens' [L, D], itself included."""
+    x = x.float()
+    square = x.square().sum(-1)
+    return square + square.mean() - 2 * (x @ x.mean(0))
+
+
+def per_query(received: Tensor, root: bool = False) -> Tensor:
+    """What a token received, over the number [L] of queries that can see it, or over its root."""
+    later = torch.arange(len(received), 0, -1, device=received.device)
+    return received / (later.sqrt() if root else later)
+
+
+def stretched(scores: Tensor, low: float, high: float, quantile: float = 1.0) -> Tensor:
+    """Scores [L] from their least to their greatest value stretched to `low` to `high`; with a quantile from its
+    complement to it, and what lies outside at the ends. Equal scores all count `high`."""
+    ends = scores.new_tensor([1 - quantile, quantile]).sort().values
+    least, most = torch.quantile(scores, ends) if quantile < 1 else scores.aminmax()
+    if float(most - least) == 0:
+        return torch.full_like(scores, high)
+    return ((scores - least) / (most - least) * (high - low) + low).clamp(low, high)
+
+
+def binned(scores: Tensor, low: float, high: float, bins: int) -> Tensor:
+    """Equal steps from `low` to `high` by the quantile [L] in which a score lies."""
+    inner = torch.linspace(0, 1, bins + 1, device=scores.device)[1:-1]
+    return torch.linspace(low, high, bins, device=scores.device)[torch.bucketize(scores, scores.quantile(inner))]
+
+
+def without_lowest(weights: Tensor, share: float, ones: bool) -> Tensor:
+    """The lowest share of weights [L] becomes 0; `ones`: and the others 1."""
+    lowest = weights.topk(int(len(weights) * share), largest=False).indices
+    return (torch.ones_like(weights) if ones else weights).scatter(0, lowest, 0)
+
+
+def mean_one(weights: Tensor) -> Tensor:
+    """Weights [L] over their mean, so that damping means what it did."""
+    return weights / weights.sum() * len(weights)
+
+
+class WeighedFactor(InverseFactor):
+    """The factor of the Hessian of weighed tokens, behind a rotation of the inputs where the target has one."""
+
+    def __init__(self, target: Target, method: RSQ) -> None:
+        super().__init__(target, method.damping, method.tries, method.act_order)
+        self.method, self.turned = method, method.turned(target)
+
+    def weigh(self, observed: Observation) -> Tensor | None:
+        if "weights" not in observed.memo:  # those of the layer before any of it was quantised
+            observed.memo["weights"] = mean_one(self.method.weights(observed))
+        weights = observed.memo["weights"]
+        return weights if observed.rows is None else weights[observed.rows]
+
+    def take(self, x: Tensor) -> None:
+        super().take(turn(x, self.turned) if self.turned else x)
+
+
+# -- the method ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RSQ(WeightPruner):
+    """Rotates, weighs tokens, and rounds column by column under compensation (arXiv 2503.01820).
+
+    Parameters
+    ----------
+    importance
+        Of a token: `attention` it receives, `parts` of the sequence, `norm` of the layer's input, minus how far the
+        layer moves it (`change`), minus its `frequency` in the calibration set, mean squared `distance` to the other
+        tokens; `alike` counts all the same.
+    low, high
+        Weights of the least and the most important token.
+    normalise
+        Attention over the `queries` that can see the token, over their `root`, or as it is.
+    scale
+        Scores first `square`d, or their `root`.
+    quantile, masked, truncate, bins
+        Instead of the plain stretch: between these quantiles; ones but for the lowest share; zero for it; equal steps.
+    parts, of
+        Which parts of the sequence count, for `parts`: (0, 31) of 32 are the first and the last.
+    expand
+        Every sequence is also used cyclically shifted, so many times in all (8 in the paper's expansion).
+    rotation
+        Of the model: randomised `hadamard` matrices, any `random` ones, or `none`.
+    online
+        Also rotate what reads an activation function or heads, which whoever computes with the codes has to do, too.
+    symmetric, group, search, steps, shrink, power, act_order, damping, tries, width
+        Of the grids and the solver, as in GPTQ.
+    """
+
+    importance: Importance = "attention"
+    low: float = 0.005
+    high: float = 1.0
+    normalise: Literal["none", "queries", "root"] = "none"
+    scale: Literal["none", "square", "root"] = "none"
+    quantile: float = 1.0
+    masked: float = 0.0
+    truncate: float = 0.0
+    bins: int = 0
+    parts: tuple[int, ...] = (0,)
+    of: int = 8
+    expand: int = 1
+    rotation: Literal["hadamard", "random", "none"] = "hadamard"
+    online: bool = True
+    symmetric: bool = True
+    group: int = 0
+    search: bool = True
+    steps: int = 100
+    shrink: float = 0.8
+    power: float = 2.4
+    act_order: bool = False
+    damping: float = 0.01
+    tries: int = 49
+    width: int = 128
+
+    name: ClassVar[str] = "rsq"
+    quantises = True
+    in_turn = True
+    exempt = {"keep_all": "no number of bits is the identity", "budget": "weights become codes, and all stay"}
+
+    def __post_init__(self) -> None:
+        self.quantiser(Budget(8, "bits"))
+        if not 0 <= self.low <= self.high or self.high <= 0:
+            raise PrunelabError("rsq: weights of tokens go from low, at least 0, up to high")
+        if not (0.5 < self.quantile <= 1 and 0 <= self.masked < 1 and 0 <= self.truncate < 1) or self.bins == 1:
+            raise PrunelabError("rsq: quantile is above 0.5 and at most 1, masked and truncate below 1, bins 2 or more")
+        if not self.parts or not all(0 <= part < self.of for part in self.parts):
+            raise PrunelabError(f"rsq: parts are numbers below of ({self.of})")
+        if self.damping < 0 or min(self.expand, self.tries, self.width) < 1:
+            raise PrunelabError("rsq: damping is at least 0, and expand, tries and width are at least 1")
+
+    def quantiser(self, budget: Budget) -> Quantiser:
+        """The grids under a budget of whole bits."""
+        grid = (self.symmetric, self.group, self.search, self.steps, self.shrink, self.power)
+        return Quantiser(int(budget.amounts[0]), *grid, sign=False, centred=self.symmetric)
+
+    # rotate
+
+    def rotations(self, widths: Mapping[str, int], rng: torch.Generator) -> Mapping[str, Tensor]:
+        if self.rotation == "none":
+            return {}
+        if "residual" not in widths:
+            raise PrunelabError("rsq: no rotation of this model leaves what it computes as it is; give rotation='none'")
+        if self.rotation == "random":
+            return {n: torch.linalg.qr(torch.randn(c, c, generator=rng)).Q for n, c in sorted(widths.items())}
+        found = {"residual": random_hadamard(widths["residual"], rng)}
+        return {**found, "values": hadamard(widths["values"])} if "values" in widths else found
+
+    def turned(self, target: Target) -> int:
+        """How far apart the columns lie that a linear's own rotation mixes; 0 where it has none."""
+        if self.rotation != "hadamard" or not self.online:
+            return 0
+        return 1 if target.role.rpartition(".")[2] in INNER else target.span if 1 < target.span < target.shape[1] else 0
+
+    # scale
+
+    def prepared(self, samples: list[Any]) -> list[Any]:
+        if self.expand > 1 and any(not isinstance(s, Tensor) or s.dim() != 1 for s in samples):
+            raise PrunelabError("rsq: only sequences of tokens can be shifted; leave expand out")
+        return [s.roll(len(s) // self.expand * m) if m else s for m in range(self.expand) for s in samples]
+
+    def weights(self, observed: Observation) -> Tensor:
+        """The weights [L] of a sequence's tokens in a layer."""
+        scores = self.scores(observed)
+        return scores if self.importance in ("parts", "alike") else self.shaped(scores)
+
+    def scores(self, observed: Observation) -> Tensor:
+        """The importance [L] of a sequence's tokens in a layer."""
+        before, after = observed.before.float(), observed.after.float()
+        if self.importance == "attention":
+            received = observed.attention
+            return received if self.normalise == "none" else per_query(received, self.normalise == "root")
+        if self.importance == "frequency":
+            return -observed.frequencies.float()
+        if self.importance == "parts":
+            return parts(len(before), self.parts, self.of).to(before.device)
+        if self.importance == "alike":
+            return torch.ones(len(before), device=before.device)
+        if self.importance == "distance":
+            return distance(before)
+        return before.norm(dim=-1) if self.importance == "norm" else -(before - after).norm(dim=-1)
+
+    def shaped(self, scores: Tensor) -> Tensor:
+        """Weights [L] of scores."""
+        scores = {"none": scores, "square": scores.square(), "root": scores.clamp_min(0).sqrt()}[self.scale]
+        weights = stretched(scores, self.low, self.high, self.quantile)
+        if self.masked or self.truncate:
+            return without_lowest(weights, self.masked or self.truncate, bool(self.masked))
+        return binned(weights, self.low, self.high, self.bins) if self.bins else weights
+
+    # quantise
+
+    def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
+        return factors(lambda target: WeighedFactor(target, self))
+
+    def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
+        budgets = super().allocate(targets, signals, budget)
+        for each in {*budgets}:
+            self.quantiser(each)  # refuses a single bit, which has no symmetric grid
+        return budgets
+
+    def score(self, target: Target, signals: WeightSignals) -> Tensor:
+        """|w|: what rounding may err by grows with it."""
+        return signals.weight.float().abs()
+
+    def solve(self, target: Target, signals: WeightSignals, budget: Budget) -> Decision:
+        apart, diagonal = self.turned(target), signals["diagonal"]
+        weight = turn(signals.weight.float(), apart) if apart else signals.weight
+        order = falling(diagonal) if self.act_order else None
+        code = gptq(weight, signals["factor"], self.quantiser(budget), self.width, order, dead=dead(diagonal))
+        return Decision(torch.ones(target.shape, dtype=torch.bool), code=replace(code, turned=apart))
