@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Where = Literal["input", "after_attention", "block_output", "tower", "projected", "packed"]
+Where = Literal["input", "after_attention", "block_output", "tower", "encoded", "projected", "packed"]
 
 
 Rest = Literal["drop", "bypass", "halt", "defer"]
@@ -26,13 +26,16 @@ class Site:
 
     where: `input` sees what enters the layer, `after_attention` the residual stream between attention and MLP,
     `block_output` the finished block with that block's attention at hand, `tower` what enters a layer of the image
-    encoder before a language model, `projected` visual tokens before pooling and packing, `packed` the sequence a
-    language model is about to read.
+    encoder before a language model, `encoded` the features of its patches before the projector, `projected` visual
+    tokens behind it, before pooling and packing, `packed` the sequence a language model is about to read. class_token:
+    at `encoded`, whether the encoder's class token stands before the patches of every crop and, where it stays, is read
+    by the language model; like all special tokens it is protected.
     """
 
     layer: int
     where: Where = "block_output"
     index: int = 0
+    class_token: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,23 +23,25 @@ class Reading:
         The signal as it is right behind that layer: `hidden`, `queries`, `keys`, `values`, `cls_row`, `last_row`,
         `received`, or `attention` of some `rows`.
     layer : int
-        Counted from 0. In the image encoder negative numbers count backwards from the layer that gives the features,
-        which is -1.
+        Counted from 0. In the image encoder negative numbers count backwards. For `hidden` of a decoder, -1 is what
+        enters its first layer.
     where : str
-        `layer` of the model (or decoder) itself, before the site, or of the image encoder's `tower`.
+        `layer` of the model (or decoder) itself, before the site; of the image encoder, `tower` counts the layers up to
+        the one that gives the features, which is -1, and `encoder` all of them, also those behind.
     rows : str, optional
         Whose attention `attention` is: that of the `text` tokens behind the visual ones, [B, H, R, N]; samples with
-        fewer have rows of zeros in front.
+        fewer have rows of zeros in front. Of other signals of the image encoder, `class` are those of the class tokens
+        in place of the patches', one a crop.
     """
 
     name: str
     layer: int
-    where: Literal["layer", "tower"] = "layer"
-    rows: Literal["text"] | None = None
+    where: Literal["layer", "tower", "encoder"] = "layer"
+    rows: Literal["text", "class"] | None = None
 
     def __str__(self) -> str:
         rows = f" of the {self.rows}" if self.rows else ""
-        return f"{self.name}{rows} of {'the tower, ' if self.where == 'tower' else ''}layer {self.layer}"
+        return f"{self.name}{rows} of {'' if self.where == 'layer' else f'the {self.where}, '}layer {self.layer}"
 
 
 Signal = str | Reading

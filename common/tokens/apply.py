@@ -22,7 +22,7 @@ from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.adapters.base import Adapter, Application, Trace
 from prunelab.common.tokens.role import TokenPruner
 
-STAGES = {"tower": 0, "projected": 1, "packed": 2}  # what comes before the layers
+STAGES = {"tower": 0, "encoded": 1, "projected": 2, "packed": 3}  # what comes before the layers
 
 
 class Handle:
@@ -161,7 +161,7 @@ def check(method: TokenPruner, model: nn.Module) -> tuple[Adapter, list[Site]]:
     adapter = adapter_for(model)
     sites = [replace(site, index=i) for i, site in enumerate(method.sites(adapter.info))]
     for before, site in pairwise(sites):
-        late = (STAGES.get(before.where, 3), before.layer) > (STAGES.get(site.where, 3), site.layer)
+        late = (STAGES.get(before.where, 4), before.layer) > (STAGES.get(site.where, 4), site.layer)
         if late or (
             before.layer,
             before.where,

@@ -86,6 +86,8 @@ class Synthetic(TokenSignals):
 
     def at(self, reading: Reading) -> Tensor:
         value: Tensor = getattr(self, reading.name)
+        if reading.rows == "class":
+            return value[:, :1] if reading.name == "hidden" else value[:, :, :1]
         end = value.shape[-1] if self.valid is None else int(self.valid[0].sum())
         return value[:, :, end - 3 : end] if reading.rows else value
 

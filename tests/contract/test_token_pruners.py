@@ -16,6 +16,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, Site
 from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.apply import STAGES
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.methods.random_drop.method import RandomDrop
 from tests.contract.families import FAMILIES, SERVICES, applied, images, info, output, reason, usable
@@ -27,6 +28,7 @@ EXTRA = (  # settings that bring a method to families its default does not reach
     RandomDrop((0, 2), "input", "bypass"),
     RandomDrop((5, 7), rest="halt"),
     RandomDrop((0,), "packed"),
+    RandomDrop((0,), "encoded", positions="renumber"),
     RandomDrop((0,), "projected", positions="renumber"),
 )
 PRUNERS = [c() for c in registry.load().values() if issubclass(c, TokenPruner)] + list(EXTRA) + list(REFERENCES)
@@ -229,7 +231,7 @@ def test_pruned_model_runs_and_is_restored(method, family):
             pruned = output(model, x)
             report = handle.report()
             assert torch.isfinite(pruned).all()
-            early = {site.where for site in method.sites(info(family))} <= {"tower", "projected", "packed"}
+            early = {site.where for site in method.sites(info(family))} <= set(STAGES)
             assert report.tokens[-1][1] < report.tokens[0][0] or method.rest == "bypass" or early
             assert min(mlp for _, mlp in report.tokens) < info(family).tokens
             assert 0 < report.macs - report.scoring_macs < report.dense_macs or method.rest == "bypass"

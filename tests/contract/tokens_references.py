@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, Where
+from prunelab.common.core.plan import Mix, ModelInfo, Plan, Positions, Site, Where, take
 from prunelab.common.core.signals import Reading, Signal
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -105,6 +105,58 @@ class TextAttention(TokenPruner):
         return signals.at(reading).float().sum(2).mean(1)
 
 
+@dataclass(frozen=True)
+class MergedFeatures(TokenPruner):
+    """Keeps the features that the class token of the encoder's last layer looks at most, and adds every other to the
+    kept one whose key is most like its own, as a mean; with the class token among them or without."""
+
+    class_token: bool = False
+    positions: Positions = "renumber"
+
+    name: ClassVar[str] = "reference_merged_features"
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        return [Site(0, "encoded", class_token=self.class_token)]
+
+    def readings(self) -> tuple[Reading, Reading]:
+        return Reading("queries", -1, "encoder", rows="class"), Reading("keys", -1, "encoder")
+
+    def requires(self, site: Site) -> frozenset[Signal]:
+        return frozenset(self.readings())
+
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        query, keys = (signals.at(reading) for reading in self.readings())  # [B, H, C, d], [B, H, N, d]
+        kept = signals.keep(budget, scores=(keys * query[:, :, :1]).sum((1, 3)))
+        index, units = kept.index, signals.prunable.shape[1]
+        if kept.outputs == units:  # nothing to merge
+            return Plan(kept, positions=self.positions)
+        flat = torch.nn.functional.normalize(keys.transpose(1, 2).flatten(2), dim=-1)  # [B, N, C]
+        likeness = flat @ take(flat, index).transpose(1, 2)  # [B, N, K]
+        open_to = signals.prunable.gather(1, index) if kept.valid is None else kept.valid
+        open_to = open_to & signals.prunable.gather(1, index)
+        target = likeness.masked_fill(~open_to.unsqueeze(1), float("-inf")).argmax(-1)
+        own = torch.arange(kept.outputs, device=index.device).expand_as(index)
+        index = index if kept.valid is None else index.masked_fill(~kept.valid, units)
+        slot = torch.cat([target, target.new_zeros(len(target), 1)], 1).scatter(1, index, own)[:, :units]
+        stays = torch.zeros(len(index), units + 1, device=index.device).scatter(1, index, 1.0)[:, :units] > 0
+        merges = signals.prunable & open_to.any(1, keepdim=True)
+        weight = (stays | merges).float()
+        total = weight.new_zeros(index.shape).scatter_add(1, slot, weight).clamp_min(1)
+        every = torch.arange(units, device=index.device).expand_as(slot)
+        mix = Mix(slot, every, weight / total.gather(1, slot), kept.outputs, kept.valid)
+        return Plan(mix, positions=self.positions)
+
+
+@dataclass(frozen=True)
+class WithClassToken(MergedFeatures):
+    """The same with the encoder's class token."""
+
+    class_token: bool = True
+
+    name: ClassVar[str] = "reference_with_class_token"
+    exempt = {"keep_all": "the class token comes in addition"}
+
+
 READERS: tuple[TokenPruner, ...] = (
     TowerAttention(),
     TowerAttention(1, "received", "packed"),
@@ -112,6 +164,8 @@ READERS: tuple[TokenPruner, ...] = (
     EarlierLayers(),
     EarlierLayers((1, 3), "block_output", ("hidden", "cls_row")),
     TextAttention(),
+    MergedFeatures(),
+    WithClassToken(),
 )
 
 

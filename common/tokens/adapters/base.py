@@ -38,6 +38,7 @@ class Trace:
         self.counter: FlopCounterMode | None = None
         self.measured = measured  # mean counts to cost at, for methods whose counts depend on the input
         self._counts: dict[str, list[Any]] = {part: [0.0] * depth for part in ("attention", "mlp")}
+        self._images: dict[int, tuple[Any, int]] = {}  # outputs of plans for single images, and images, by site
         self._lock = threading.Lock()
 
     @classmethod
@@ -51,6 +52,13 @@ class Trace:
         """So many tokens went through the `attention` or `mlp` of a layer."""
         with self._lock:
             self._counts[part][layer] = self._counts[part][layer] + tokens
+
+    def decided(self, site: Site, reduce: Gather | Mix, images: int) -> None:
+        """A plan for images by themselves."""
+        outputs: Any = images * reduce.outputs if reduce.valid is None else reduce.valid.sum()
+        with self._lock:
+            before, seen = self._images.get(site.index, (0, 0))
+            self._images[site.index] = (before + outputs, seen + images)
 
     def saw(self, size: tuple[int, ...] | None, samples: int) -> None:
         """So many samples were images of that size (channels, height, width)."""
@@ -82,7 +90,10 @@ class Trace:
         return [float(tokens) for tokens in self._counts["mlp"]]
 
     def behind(self, site: Site) -> int:
-        """Mean number of tokens behind a site."""
+        """Mean number of tokens behind a site, of one image where its plans are for images."""
+        if site.index in self._images:
+            outputs, images = self._images[site.index]
+            return max(1, round(float(outputs) / images))
         if site.where == "after_attention":
             total = self.mlp[site.layer]
         else:
@@ -267,6 +278,7 @@ class Adapter(ABC, Generic[P]):
     positions: ClassVar[frozenset[str]] = frozenset({"original"})
     decodes: ClassVar[bool] = False  # whether it generates text, of which methods can be shown the steps
     gates: ClassVar[bool] = False  # whether attention can weigh tokens by a plan's gate
+    embeddings: ClassVar[bool] = False  # whether what enters the first layer can be read later
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -382,6 +394,8 @@ class Adapter(ABC, Generic[P]):
                 )
         if plan.gate is not None:  # it keeps its gradients
             plan = self.gated(plan, plan.gate) if training else replace(plan, gate=None)
+        if site.where in ("encoded", "projected"):
+            trace.decided(site, plan.reduce, len(x))
         if trace.measured is not None:
             plan = replace(plan, reduce=plan.reduce.narrow(trace.measured.behind(site)), key_bias=None)
         return plan, signals
@@ -502,6 +516,8 @@ class SequenceAdapter(Adapter[P]):
         last = site.layer - (site.where == "input")
         if reading.name == "hidden" and site.where == "after_attention":
             last -= 1
+        if reading.layer == -1 and reading.name == "hidden" and self.embeddings and last >= 0:
+            return None
         if not 0 <= reading.layer <= last:
             return f"layers 0 to {last} have run there" if last >= 0 else "no layer has run there"
         return None

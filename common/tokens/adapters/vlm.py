@@ -3,7 +3,9 @@
 A unit is a token of the decoder's sequence; only visual ones are prunable. Sites:
 
 - `tower`: what enters a layer of the image encoder (CLIP, SigLIP), crops as the batch; who leaves there is gone;
-- `projected`: the visual tokens of one image or video alone, as the projector gives them, before pooling and packing;
+- `encoded`: the features of one image or video alone, before the projector, which only sees what goes on; with the
+  class token of every crop, where the site says so;
+- `projected`: the same behind the projector, before pooling and packing;
 - `packed`: the whole sequence the decoder is about to read;
 - `input` of a decoder layer: the sequence there, with the attention of the layer before it at hand.
 
@@ -61,7 +63,7 @@ from prunelab.common.tokens.adapters.vlm_prompt import (
     following,
     heaviest,
 )
-from prunelab.common.tokens.adapters.vlm_tower import FEATURES, READ
+from prunelab.common.tokens.adapters.vlm_tower import FEATURES
 from prunelab.common.tokens.adapters.vlm_vision import _INSIDE, VisionSide
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import View
@@ -80,9 +82,10 @@ class VisionLanguage(VisionSide):
     rest = frozenset({"drop", "bypass"})
     gates = True
     decodes = True
-    tower_reads = READ
+    embeddings = True
     signals = {
         "tower": _ALWAYS | _INSIDE,
+        "encoded": _ALWAYS | FEATURES,
         "projected": _ALWAYS | FEATURES | {"text"},
         "packed": _ALWAYS | FEATURES,
         "input": _ALWAYS | _DECODER | _ANYWHERE,
@@ -171,27 +174,20 @@ class VisionLanguage(VisionSide):
         return known if self.class_token else known - {"cls_row"}
 
     def readable(self, site: Site, reading: Reading) -> str | None:
-        if (reading.name == "attention") != (reading.rows is not None):
-            return "of other layers, attention is read by `rows`"
+        if (reading.name == "attention") != (reading.rows == "text"):
+            return "of other layers, attention is read by the rows of the text"
         if reading.where == "layer":
-            if site.where in ("tower", "projected", "packed"):
+            if site.where in ("tower", "encoded", "projected", "packed"):
                 return "no layer of the decoder has run there"
             return self.earlier(site, reading, _EARLIER)
-        depth = len(self.tower())
-        if not depth:
-            return "this model's encoder gives no signals"
-        if site.where == "tower" or reading.name not in self.tower_reads:
-            return f"sites behind the encoder read {', '.join(sorted(self.tower_reads))} of its layers"
-        if reading.name == "cls_row" and not self.class_token:
-            return "its encoder has no class token"
-        if not -depth <= reading.layer < depth:
-            return f"its features come from layer {depth - 1}, the last that can be read"
-        return None
+        return self.readable_of_tower(site, reading)
 
     def read(self, site: Site, x: Tensor, reading: Reading) -> Tensor:
-        if reading.where == "tower":
+        if reading.where != "layer":
             return self._from_tower(reading, x)
         seen, layer = self.running.seen[reading.layer], self.blocks[reading.layer]
+        if reading.layer < 0:
+            return seen.now(seen.kept["hidden"], "hidden")
         text = behind(self.running.anywhere) if reading.rows else 0
         known = sources(seen, self.recorders[reading.layer], layer.self_attn.head_dim, text)
         return seen.now(known[reading.name](), reading.name)
@@ -199,12 +195,7 @@ class VisionLanguage(VisionSide):
     def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
         super().check(method, sites)
         places = {site.where for site in sites}
-        if "tower" in places:
-            depth = len(self.tower())
-            if any(site.where == "tower" and not 0 <= site.layer < depth for site in sites):
-                raise PrunelabError(f"{method.name}: this model's encoder has {depth} layers before its features")
-            if "projected" in places:
-                raise PrunelabError(f"{method.name} prunes inside the encoder and right behind it; do one of them")
+        self.check_encoder(method, sites)
         if method.rest == "bypass" and places - {"input"}:
             raise PrunelabError(f"{method.name}: tokens can pass by a layer of the decoder at its `input` alone")
         if windowed(self.decoder.config):
@@ -240,9 +231,12 @@ class VisionLanguage(VisionSide):
                     wanted.setdefault(site.layer, set())
             for layer, names in wanted.items():
                 self._record(layer, names, removers)
-            projector = getattr(self.body, "multi_modal_projector", None)
+            projector: Any = getattr(self.body, "multi_modal_projector", None)
             if projector is not None:
                 removers.append(after(projector, self._keep_features))
+            for site in application.sites:
+                if site.where == "encoded":
+                    removers.append(before(projector, self._decide_encoded(application, site)))
             for modality in self.tokens:
                 removers.append(self._watch_encoder(modality))
             removers.append(self._watch_placeholders())
@@ -262,6 +256,8 @@ class VisionLanguage(VisionSide):
         return lambda: run_all(removers)
 
     def _record(self, layer: int, names: set[str], removers: list[Callable[[], Any]]) -> None:
+        if layer < 0:  # what enters the first, which its hook keeps
+            return
         attention = self.blocks[layer].self_attn
         self.recorders[layer], stop = record(attention)
         removers.append(stop)
@@ -365,10 +361,11 @@ class VisionLanguage(VisionSide):
             running.kept += encoded.seen.kept
         if running.kept:
             application.trace.kept = running.kept
-            x = self._without(application, x)
         for site in sites:
-            if site.where != "tower":
-                x = (self._project if site.where == "projected" else self._cut)(application, site, x)
+            if site.where in ("encoded", "projected") or (site.where == "tower" and site.index == 0):
+                x = self._project(application, site, x)
+            elif site.where != "tower":
+                x = self._cut(application, site, x)
         running.cached = CachedPrompt([self._held(0)], visual, end)
         if not sites:
             return {}
@@ -430,6 +427,8 @@ class VisionLanguage(VisionSide):
                 running.cached.held.append(self._held(layer))
                 if running.changed and running.aside is None:
                     self._refuse_labels()
+            if layer == 0 and -1 in self.read_layers:
+                running.seen[-1] = Seen(running.tokens, {"hidden": x})
             if layer in self.read_layers:
                 running.seen[layer] = Seen(running.tokens, {"visual": running.prunable})
             self._count_tokens(application, layer, x)

@@ -77,9 +77,12 @@ def spread(reduce: Gather | Mix, mass: Tensor, units: int) -> Tensor:
     return out.scatter_add(1, reduce.source.cpu(), weight * mass.gather(1, reduce.target.cpu()))
 
 
-def handed_back(mass: Tensor, turn: Tensor, reduce: Gather | Mix, row: int, shape: Sequence[int]) -> Tensor:
-    """Masses of the tokens of one image, row `row` of a reduction, handed back to its patches, of `shape` (crops,
-    patches). Token i is the `turn[i]`-th of the outputs that count, or where that is -1 a newline."""
+def handed_back(
+    mass: Tensor, turn: Tensor, reduce: Gather | Mix, row: int, shape: Sequence[int], special: int = 0
+) -> Tensor:
+    """Masses of the tokens of one image, row `row` of a reduction, handed back to its patches. Its units are of `shape`
+    (crops, units), the `special` first of each crop no patches. Token i is the `turn[i]`-th of the outputs that count,
+    or where that is -1 a newline."""
     real = torch.ones(reduce.outputs, dtype=torch.bool) if reduce.valid is None else reduce.valid[row].cpu()
     outputs = torch.zeros(int(real.sum()) + 1).scatter_add(0, turn.cpu() % (int(real.sum()) + 1), mass)[:-1]
     whole = torch.zeros(1, reduce.outputs).index_put((torch.tensor(0), real.nonzero().squeeze(1)), outputs)
@@ -89,4 +92,4 @@ def handed_back(mass: Tensor, turn: Tensor, reduce: Gather | Mix, row: int, shap
         reduce = replace(
             reduce, **{n: getattr(reduce, n)[row : row + 1] for n in ("target", "source", "weight")}, valid=None
         )
-    return spread(reduce, whole, shape[0] * shape[1]).view(*shape)
+    return spread(reduce, whole, shape[0] * shape[1]).view(*shape)[:, special:]

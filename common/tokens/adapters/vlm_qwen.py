@@ -17,6 +17,7 @@ from prunelab.common.tokens.adapters.base import Application, Seen, Tokens
 from prunelab.common.tokens.adapters.recorded import keeper
 from prunelab.common.tokens.adapters.vlm import VisionLanguage
 from prunelab.common.tokens.adapters.vlm_prompt import Encoded, Prompt, disagreement
+from prunelab.common.tokens.adapters.vlm_tower import Part
 
 
 def rotated(pairs: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +47,7 @@ class Qwen25VL(VisionLanguage):
     model_classes = ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLForConditionalGeneration",)
     tokens = {"image": "image_token_id", "video": "video_token_id"}
     tower_reads = frozenset({"received"})
-    signals = {where: known for where, known in VisionLanguage.signals.items() if where != "tower"}
+    signals = {where: known for where, known in VisionLanguage.signals.items() if where not in ("tower", "encoded")}
 
     def pixels(self) -> dict[str, Any]:
         return self._pixels("image", torch.tensor([[1, *self.grid()]]))
@@ -72,9 +73,12 @@ class Qwen25VL(VisionLanguage):
 
     # -- the encoder ---------------------------------------------------------------------------------------------
 
-    def tower(self) -> Sequence[Any]:
+    def encoder(self) -> Sequence[Any]:
         blocks: Sequence[Any] = self.body.visual.blocks
         return blocks
+
+    def tower(self) -> Sequence[Any]:
+        return self.encoder()
 
     @property
     def tower_info(self) -> None:
@@ -96,9 +100,9 @@ class Qwen25VL(VisionLanguage):
         yield before(attention, turned, kwargs=True)
         yield after(attention.qkv, keeper(functools.partial(self._seen, layer), "qkv"))
 
-    def _of_patches(self, reading: Reading, encoded: Encoded) -> list[Tensor]:
+    def _of_patches(self, reading: Reading, encoded: Encoded, part: Part = "patches") -> list[Tensor]:
         """[frames, tokens, heads] what each token of each image receives."""
-        seen, head = encoded.seen.seen[reading.layer % len(self.tower())], self.tower_head
+        seen, head = encoded.seen.seen[self.tower_layer(reading)], self.tower_head
         merge = self.config.vision_config.spatial_merge_size**2
         sizes = [merge * features.shape[0] * features.shape[1] for features in encoded.features]
         parts = zip(*(seen.kept[name].split(sizes) for name in ("qkv", "cos", "sin")), strict=True)

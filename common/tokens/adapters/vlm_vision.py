@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -34,7 +34,17 @@ from prunelab.common.tokens.adapters.vlm_prompt import (
     newline_order,
     spliced,
 )
-from prunelab.common.tokens.adapters.vlm_tower import FEATURES, TowerPass, shaped, spread_out
+from prunelab.common.tokens.adapters.vlm_tower import (
+    FEATURES,
+    OWN,
+    READ,
+    Decision,
+    Part,
+    TowerPass,
+    shaped,
+    spread_out,
+)
+from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import View
 
 _INSIDE = frozenset({"queries", "keys", "attention_logits", "attention", "cls_row", "received"})
@@ -80,6 +90,7 @@ class Prefill(Pass):
 class VisionSide(SequenceAdapter[Prefill]):
     """A model of transformers whose `model.get_image_features` (and `get_video_features`) feed a decoder."""
 
+    tower_reads: ClassVar[frozenset[str]] = READ  # what methods may read of the tower's layers
     tokens: ClassVar[Mapping[str, str]] = {"image": "image_token_id"}  # placeholder of each modality, in the config
 
     def __init__(self, model: nn.Module) -> None:
@@ -145,13 +156,21 @@ class VisionSide(SequenceAdapter[Prefill]):
         """Height and width of each image's crops, in patches."""
         return [self.grid()] * len(features)
 
+    def encoder(self) -> Sequence[Any]:
+        """All layers of the tower; none where they cannot be read."""
+        return [m for m in self.body.vision_tower.modules() if hasattr(getattr(m, "self_attn", None), "q_proj")]
+
     def tower(self) -> Sequence[Any]:
         """The tower's layers up to the one whose output becomes features; none where they cannot be read."""
         last = self.config.vision_feature_layer
         if not isinstance(last, int):
             return []
-        layers = [m for m in self.body.vision_tower.modules() if hasattr(getattr(m, "self_attn", None), "q_proj")]
+        layers = self.encoder()
         return layers[: last if last >= 0 else len(layers) + 1 + last]
+
+    def tower_layer(self, reading: Reading) -> int:
+        """The number of the tower's layer that is read, counted from 0."""
+        return reading.layer % len(self.encoder() if reading.where == "encoder" else self.tower())
 
     @cached_property
     def tower_info(self) -> ModelInfo | None:
@@ -191,10 +210,11 @@ class VisionSide(SequenceAdapter[Prefill]):
             if not counts or min(counts) < 1:
                 part = "video without a frame" if modality == "video" else "prompt's images without pixels"
                 raise PrunelabError(f"the model was given a {part}; give at least one")
-            self._own.features, self._own.encoding = None, TowerPass(modality=modality)
+            self._own.features = None
+            self._own.encoding = TowerPass(modality=modality, given=given, recorders=self.tower_recorders)
             output = original(*args, **kwargs)
             pack, seen = self.packing(modality, given), self.encoding
-            seen.recorders = {layer: recorder.taken() for layer, recorder in self.tower_recorders.items()}
+            self._take_recorders()
             features = self.crops(modality, given, output)
             lengths = [len(tokens) for tokens in output.pooler_output]
             grids, first = self.crop_grids(modality, given, features), output.pooler_output[0]
@@ -227,10 +247,17 @@ class VisionSide(SequenceAdapter[Prefill]):
 
     def _keep_features(self, module: Any, args: Any, output: Tensor) -> Tensor:
         """Features of patches that left the tower are zero, so that the others are packed as ever."""
-        special = int(self.class_token)
-        output = spread_out(output, self.encoding.patches(special), self.encoding.total - special)
+        special, encoding = int(self.class_token), self.encoding
+        if encoding.decisions:
+            output = encoding.projected(output)
+        else:
+            output = spread_out(output, encoding.patches(special), encoding.total - special)
         self._own.features = output
         return output
+
+    def _take_recorders(self) -> None:
+        """What the tower's layers worked on is kept, whatever they work on next."""
+        self.encoding.recorders = {layer: recorder.taken() for layer, recorder in self.tower_recorders.items()}
 
     @property
     def encoding(self) -> TowerPass:
@@ -238,31 +265,71 @@ class VisionSide(SequenceAdapter[Prefill]):
         found: TowerPass = self._own.encoding
         return found
 
+    def check_encoder(self, method: TokenPruner, sites: Sequence[Site]) -> None:
+        """Refuse sites that this model's encoder does not have."""
+        places, depth = {site.where for site in sites}, len(self.tower())
+        if any(site.where == "tower" and not 0 <= site.layer < depth for site in sites):
+            raise PrunelabError(f"{method.name}: this model's encoder has {depth} layers before its features")
+        if len(places & {"tower", "encoded", "projected"}) > 1:
+            raise PrunelabError(f"{method.name} prunes inside the encoder and right behind it; do one of them")
+        if any(site.class_token for site in sites) and not (depth and self.class_token):
+            raise PrunelabError(f"{method.name} keeps the encoder's class token, and this model's has none")
+
+    def readable_of_tower(self, site: Site, reading: Reading) -> str | None:
+        """Why a reading of the encoder's layers cannot be had; None where it can."""
+        depth = len(self.tower())
+        if not depth:
+            return "this model's encoder gives no signals"
+        if reading.name not in self.tower_reads:
+            return f"methods read {', '.join(sorted(self.tower_reads))} of the encoder's layers"
+        if (reading.name == "cls_row" or reading.rows == "class") and not self.class_token:
+            return "its encoder has no class token"
+        if reading.rows == "class" and (reading.name not in OWN or site.where not in ("encoded", "projected")):
+            return f"of class tokens, {', '.join(sorted(OWN))} are read, where one image is by itself"
+        last = len(self.encoder()) if reading.where == "encoder" else depth
+        if not -last <= reading.layer < last:
+            if reading.where == "encoder":
+                return f"it has layers 0 to {last - 1}"
+            return f"its features come from layer {depth - 1}, the last that can be read"
+        if site.where == "tower" and self.tower_layer(reading) >= site.layer:
+            return f"layers 0 to {site.layer - 1} have run there" if site.layer else "no layer has run there"
+        return None
+
     # -- inside the encoder --------------------------------------------------------------------------------------
 
     def _watch_tower(self, application: Application) -> Iterator[Callable[[], Any]]:
         """Hooks on the layers of the tower that are read, and that tokens leave before."""
-        layers, wanted, read = self.tower(), application.readings("tower"), dict[int, set[str]]()
+        layers = self.encoder() if self.tower() else []
+        features, wanted = len(self.tower()) - 1, self._read_of_tower(application)
+        sites = [site for site in application.sites if site.where == "tower"]
+        if sites:
+            yield before(layers[0], self._begin_tower, first=True)
+        for site in sites:  # before what reads the layer
+            yield before(layers[site.layer], self._cut_tower(application, site))
         for site in application.sites:
             required = application.method.requires(site)
+            if site.class_token:
+                wanted.setdefault(features, set()).add("hidden")
             if site.where == "tower":
                 if required & _INSIDE:
                     wanted.setdefault(site.layer - 1, set())
             elif required & FEATURES and (site.where != "input" or not site.layer):
-                wanted.setdefault(len(layers) - 1, set())
-        for number, names in wanted.items():
-            read.setdefault(number % len(layers), set()).update(names)
-        for layer, names in read.items():
+                wanted.setdefault(features, set())
+        for layer, names in wanted.items():
             yield from self._watch_tower_layer(layer, names)
-        sites = [site for site in application.sites if site.where == "tower"]
-        if sites:
-            yield before(layers[0], self._begin_tower, first=True)
-        for site in sites:
-            yield before(layers[site.layer], self._cut_tower(application, site))
+
+    def _read_of_tower(self, application: Application) -> dict[int, set[str]]:
+        """What is read of the tower's layers: names by layer."""
+        found: dict[int, set[str]] = {}
+        for site in application.sites:
+            for reading in application.method.requires(site):
+                if isinstance(reading, Reading) and reading.where != "layer":
+                    found.setdefault(self.tower_layer(reading), set()).add(reading.name)
+        return found
 
     def _watch_tower_layer(self, layer: int, names: set[str]) -> Iterator[Callable[[], Any]]:
         """Hooks that keep what these signals of a layer are made from."""
-        block = self.tower()[layer]
+        block = self.encoder()[layer]
         self.tower_recorders[layer], stop = record(block.self_attn)
         yield stop
         yield before(block, self._see_tower(layer))
@@ -324,6 +391,7 @@ class VisionSide(SequenceAdapter[Prefill]):
         return View(
             {"hidden": lambda: x, "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32), **found},
             prunable,
+            other=lambda reading: encoding.own(reading.name, self.tower_layer(reading), self.tower_head),
             units=x.shape[1] - special,
             indices=indices,
             grids=(self.grid(),),
@@ -333,10 +401,10 @@ class VisionSide(SequenceAdapter[Prefill]):
 
     # -- what the encoder says, at later sites -------------------------------------------------------------------
 
-    def _of_patches(self, reading: Reading, encoded: Encoded) -> list[Tensor]:
-        """A signal of a layer of the tower, [crops, patches, channels] of each image."""
-        layer, special = reading.layer % len(self.tower()), int(self.class_token)
-        whole = encoded.seen.signal(reading.name, layer, self.tower_head, special)
+    def _of_patches(self, reading: Reading, encoded: Encoded, part: Part = "patches") -> list[Tensor]:
+        """A signal of a layer of the tower, [crops, N, channels] of each image."""
+        layer, special = self.tower_layer(reading), int(self.class_token)
+        whole = encoded.seen.signal(reading.name, layer, self.tower_head, special, part)
         return list(whole.split([len(features) for features in encoded.features]))
 
     @property
@@ -369,33 +437,121 @@ class VisionSide(SequenceAdapter[Prefill]):
 
     # -- plans before packing ------------------------------------------------------------------------------------
 
-    def _without(self, application: Application, x: Tensor) -> Tensor:
-        """The sequence x [B, N, D] without the tokens whose patches left the tower."""
-        positions = application.method.positions
+    def _decide_encoded(self, application: Application, site: Site) -> Callable[..., Any]:
+        """Hook before the projector: only what the method makes of each image's features goes through it. Images of
+        one size are decided on together."""
 
-        def decided(modality: str, images: Sequence[int]) -> tuple[Tensor, Plan]:
-            encoded = self.running.encoded[modality]
-            patches, bounds = encoded.seen.patches(int(self.class_token)), encoded.bounds()
-            assert patches is not None
-            crops, size = encoded.features[images[0]].shape[:2]
-            first = size * torch.arange(crops, device=patches.device).unsqueeze(1)
-            index = torch.stack([(patches[bounds[i] : bounds[i] + crops] + first).flatten() for i in images])
-            tokens = torch.stack([encoded.features[i].flatten(0, 1) for i in images])
-            return tokens, Plan(Gather(index), positions=positions)
+        def hook(module: Any, args: tuple[Any, ...]) -> Any:
+            encoding, special = self.encoding, int(site.class_token)
+            modality, given, found = encoding.modality, encoding.given, args[0]
+            self._take_recorders()
+            features = list(found.split(self.counts(modality, given)))
+            grids = self.crop_grids(modality, given, features)
+            pack = self.packing(modality, given)
+            lengths = [len(tokens) for tokens in pack([torch.ones(*f.shape[:2], 1) for f in features])]
+            encoded = Encoded(lengths, features, pack, grids, encoding, found)
+            if special:
+                first = (
+                    encoding.seen[len(self.tower()) - 1].kept["hidden"][:, :special].split([len(f) for f in features])
+                )
+                features = [torch.cat(parts, 1) for parts in zip(first, features, strict=True)]
+            read = encoded.read()
+            groups: dict[Any, list[int]] = {}
+            for i, key in enumerate(zip((f.shape for f in features), grids, read, strict=True)):
+                groups.setdefault(key, []).append(i)
+            for (shape, _, _), images in groups.items():
+                x, view = self._units(encoded, images, [features[i] for i in images], special)
+                view = replace(view, packed=read[images[0]])
+                plan, signals = self.decide(application, site, x, view, encoding)
+                if plan.key_bias is not None:
+                    raise PrunelabError(
+                        f"{application.method.name}: no attention is biased before the decoder; leave key_bias out"
+                    )
+                tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
+                encoding.decisions.append(Decision(images, tokens, plan, (shape[0], shape[1]), special))
+            for decision in encoding.decisions:
+                if (kept := decision.kept()) is not None:
+                    encoding.kept.append((site, kept))
+            flat = torch.cat([decision.tokens.flatten(0, 1) for decision in encoding.decisions])
+            return flat.unsqueeze(0), *args[1:]
 
-        return self._project(application, application.sites[0], x, decided)
+        return hook
 
-    def _project(
-        self,
-        application: Application,
-        site: Site,
-        x: Tensor,
-        decided: Callable[[str, Sequence[int]], tuple[Tensor, Plan]] | None = None,
-    ) -> Tensor:
+    def _units(
+        self, encoded: Encoded, images: Sequence[int], features: Sequence[Tensor], special: int = 0
+    ) -> tuple[Tensor, View]:
+        """Features [crops, units, D] of images of one shape as the units [G, crops * units, D] of a site, `special`
+        ones in front of the patches of each crop."""
+        count, units = features[0].shape[:2]
+        x = torch.stack([f.flatten(0, 1) for f in features])
+        prunable = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if special:
+            prunable.unflatten(1, (count, units))[:, :, :special] = False
+
+        def tower(reading: Reading) -> Tensor:
+            part: Part = "class" if reading.rows == "class" else "all" if special else "patches"
+            crops = self._of_patches(reading, encoded, part)
+            return shaped(torch.stack([crops[i].flatten(0, 1) for i in images]), reading.name, self.tower_head)
+
+        view = View(
+            {
+                "hidden": lambda: x,
+                "sizes": lambda: x.new_ones(x.shape[:2], dtype=torch.float32),
+                **{name: functools.partial(tower, Reading(name, -1, "tower")) for name in FEATURES},
+            },
+            prunable=prunable,
+            units=count * (units - special),
+            other=tower,
+            indices=torch.arange(x.shape[1], device=x.device).expand(len(x), -1),
+            grids=(encoded.grids[images[0]],) * count,
+            modality=encoded.seen.modality,
+        )
+        return x, view
+
+    def projected(self, modality: str, images: Sequence[int], sequence: Tensor | None = None) -> tuple[Tensor, View]:
+        """Features [G, crops * patches, D] of images of one shape, as a `projected` site sees them; with the sequence
+        [B, N, D] that they stand in the words around them, too."""
+        encoded = self.running.encoded[modality]
+        x, view = self._units(encoded, images, [encoded.features[i] for i in images])
+        text = {} if sequence is None else {"text": functools.partial(self._text, modality, images, sequence)}
+        return x, replace(view, sources={**view.sources, **text}, packed=encoded.read()[images[0]])
+
+    def _decided(self, application: Application, site: Site, modality: str, sequence: Tensor) -> Iterator[Decision]:
+        """What the method makes of each group of images, at `tower` and `encoded` already while they were encoded."""
+        encoded = self.running.encoded[modality]
+        if site.where == "encoded":
+            yield from encoded.seen.decisions
+            return
+        shapes = [features.shape for features in encoded.features]
+        keys = list(zip(shapes, encoded.grids, encoded.read(), strict=True))
+        for group in dict.fromkeys(keys):
+            images = [i for i, key in enumerate(keys) if key == group]
+            if site.where == "tower":
+                tokens, plan = self._left(application, encoded, images)
+            else:
+                x, view = self.projected(modality, images, sequence)
+                plan, signals = self.decide(application, site, x, view)
+                tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
+            decision = Decision(images, tokens, plan, (group[0][0], group[0][1]))
+            if site.where == "projected" and (kept := decision.kept()) is not None:
+                self.running.kept.append((site, kept))
+            yield decision
+
+    def _left(self, application: Application, encoded: Encoded, images: Sequence[int]) -> tuple[Tensor, Plan]:
+        """Tokens [G, crops * patches, D] of images of one shape, and what is left of them behind the tower."""
+        patches, bounds = encoded.seen.patches(int(self.class_token)), encoded.bounds()
+        assert patches is not None
+        crops, size = encoded.features[images[0]].shape[:2]
+        first = size * torch.arange(crops, device=patches.device).unsqueeze(1)
+        index = torch.stack([(patches[bounds[i] : bounds[i] + crops] + first).flatten() for i in images])
+        plan = Plan(Gather(index), positions=application.method.positions)
+        return plan.reduce.apply(torch.stack([encoded.features[i].flatten(0, 1) for i in images])), plan
+
+    def _project(self, application: Application, site: Site, x: Tensor) -> Tensor:
         """Carry out the method's plans on the features of every image or video, in place of its packed tokens in the
         sequence x [B, N, D]. Images of one size are decided on together, copies of a sample only once."""
         running = self.running
-        if decided is None:
+        if site.where == "projected":
             self.note(application, site, None)
         batch, total = x.shape[:2]
         pool, size = [x.flatten(0, 1)], batch * total  # what the new sequence is made of: the old one, then new tokens
@@ -409,7 +565,7 @@ class VisionSide(SequenceAdapter[Prefill]):
             if encoded is None or not encoded.features:
                 raise PrunelabError("the model was given packed features; give it pixels to prune what is projected")
             fresh = []
-            images, numbering = self._project_images(application, site, modality, decided, x)
+            images, numbering = self._packed(application, site, modality, x)
             for image in images:
                 pool.append(image.tokens.to(x))
                 fresh.append((torch.arange(size, size + len(image.tokens), device=x.device), image.source_index))
@@ -457,50 +613,33 @@ class VisionSide(SequenceAdapter[Prefill]):
         running.tokens = Tokens(valid=kept, origin=running.source)
         return torch.cat(pool).index_select(0, rows.flatten()).view(batch, longest, -1)
 
-    def _project_images(
-        self,
-        application: Application,
-        site: Site,
-        modality: str,
-        decided: Callable[[str, Sequence[int]], tuple[Tensor, Plan]] | None,
-        sequence: Tensor,
+    def _packed(
+        self, application: Application, site: Site, modality: str, sequence: Tensor
     ) -> tuple[list[Fresh], Positions]:
         """What the method's plans make of each image of the sequence [B, N, D], and how they number it."""
         encoded, numbering = self.running.encoded[modality], application.method.positions
-        shapes = [features.shape for features in encoded.features]
         made: dict[int, Fresh] = {}
-        orders, newlines = encoded.order(), encoded.newlines()
-        keys = list(zip(shapes, encoded.grids, encoded.read(), strict=True))
-        for group in dict.fromkeys(keys):
-            images = [i for i, key in enumerate(keys) if key == group]
-            if decided is None:
-                x, view = self.projected(modality, images, sequence)
-                plan, signals = self.decide(application, site, x, view)
-                tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
-            else:
-                x, plan = decided(modality, images)
-                tokens = plan.reduce.apply(x)
-            if isinstance(plan.reduce, Gather) and decided is None:
-                kept = plan.reduce.index
-                valid = plan.reduce.valid
-                self.running.kept.append((site, kept if valid is None else kept.masked_fill(~valid, -1)))
+        orders, newlines, newline = encoded.order(), encoded.newlines(), self.newline(modality)
+        for decision in self._decided(application, site, modality, sequence):
+            plan, patches = decision.plan, decision.patches()
             numbering = plan.positions
-            for g, image in enumerate(images):
+            bare = plan.layout is not None and bool((plan.layout < 0).all())
+            for g, image in enumerate(decision.images):
                 real = slice(None) if plan.reduce.valid is None else plan.reduce.valid[g]
-                own, order = tokens[g][real], orders[image]
+                own, order = decision.tokens[g][real], orders[image]
                 turn, source_index = torch.arange(len(own), device=own.device), None
-                bare = plan.layout is not None and bool((plan.layout < 0).all())
-                newline = self.newline(modality)
-                if isinstance(plan.reduce, Gather) and order is not None and (plan.layout is None or bare):
+                if patches is not None and order is not None and (plan.layout is None or bare):
                     rows = newline is not None and not bare
-                    turn, source_index = in_packed_order(plan.reduce.index[g][real], order, x.shape[1], rows)
+                    turn, source_index = in_packed_order(
+                        patches[g][real], order, decision.shape[0] * decision.shape[1], rows
+                    )
                 elif newline is not None and not bare and plan.layout is None and own.device.type == "meta":
                     most = newlines[image]  # which rows hold a token is in the values; as many as can are taken to
                     turn = turn.new_empty(len(own) + min(most, len(own)))
                 elif newline is not None and not bare:
                     place = None if plan.layout is None else plan.layout[g][real]
-                    if place is None and isinstance(plan.reduce, Gather) and modality == "video":
-                        place = grid_places(plan.reduce.index[g][real], group[1])
+                    if place is None and patches is not None and modality == "video":
+                        place = grid_places(patches[g][real], encoded.grids[image])
                     turn = newline_order(len(own), place, newline[1], own.device)
                 if plan.positions == "original" and source_index is None:
                     raise PrunelabError(
@@ -509,36 +648,11 @@ class VisionSide(SequenceAdapter[Prefill]):
                     )
                 if newline is not None:
                     own = torch.cat([own, newline[0].to(own).unsqueeze(0)])  # where `turn` is -1
-                back = functools.partial(handed_back, turn=turn, reduce=plan.reduce, row=g, shape=shapes[image][:2])
+                back = functools.partial(
+                    handed_back, turn=turn, reduce=plan.reduce, row=g, shape=decision.shape, special=decision.special
+                )
                 made[image] = Fresh(own[turn], source_index, back)
-        return [made[image] for image in range(len(shapes))], numbering
-
-    def projected(self, modality: str, images: Sequence[int], sequence: Tensor | None = None) -> tuple[Tensor, View]:
-        """Features [G, crops * patches, D] of images of one shape, as a `projected` site sees them; with the sequence
-        [B, N, D] that they stand in the words around them, too."""
-        encoded = self.running.encoded[modality]
-        x = torch.stack([encoded.features[i].flatten(0, 1) for i in images])
-
-        def tower(reading: Reading) -> Tensor:
-            patches = self._of_patches(reading, encoded)
-            return shaped(torch.stack([patches[i].flatten(0, 1) for i in images]), reading.name, self.tower_head)
-
-        view = View(
-            {
-                "hidden": lambda: x,
-                "sizes": lambda: x.new_ones(x.shape[:2], dtype=torch.float32),
-                **({} if sequence is None else {"text": lambda: self._text(modality, images, sequence)}),
-                **{name: functools.partial(tower, Reading(name, -1, "tower")) for name in FEATURES},
-            },
-            prunable=torch.ones(x.shape[:2], dtype=torch.bool, device=x.device),
-            units=x.shape[1],
-            other=tower,
-            indices=torch.arange(x.shape[1], device=x.device).expand(len(x), -1),
-            grids=(encoded.grids[images[0]],) * len(encoded.features[images[0]]),
-            modality=modality,
-            packed=encoded.read()[images[0]],
-        )
-        return x, view
+        return [made[image] for image in range(len(orders))], numbering
 
     def _text(self, modality: str, images: Sequence[int], sequence: Tensor) -> Tensor:
         """[G, D] the mean embedding of the words in the prompts [B, N, D] that the images belong to."""

@@ -150,7 +150,7 @@ def test_what_cannot_be_read_is_named_before_work():
         (Reader(Site(0, "packed"), (Reading("hidden", 2, "tower"),)), "llava", "come from layer 1"),
         (Reader(Site(0, "packed"), (Reading("beauty", 0, "tower"),)), "llava", "read cls_row, hidden"),
         (Reader(Site(0, "packed"), (Reading("cls_row", 0, "tower"),)), "llava_onevision", "no class token"),
-        (Reader(Site(0, "packed"), (Reading("hidden", 0, "tower"),)), "qwen2_5_vl", "read received of its layers"),
+        (Reader(Site(0, "packed"), (Reading("hidden", 0, "tower"),)), "qwen2_5_vl", "read received of the encoder"),
         (InTower((2,)), "llava", "has 2 layers before its features"),
     ]
     for method, family, message in wrong:

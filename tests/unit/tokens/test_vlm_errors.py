@@ -117,7 +117,7 @@ def test_signals_that_a_site_cannot_give():
         ("llava", FastV(0)): "fastv reads last_row, not to be had at input",
         ("llava", FastV(4)): "prunes at layer 4, but this model has layers 0 to 3; set the method's layers",
         ("llava", Reader(Site(0, "packed"), "keys")): "reader reads keys, not to be had at packed",
-        ("llava", RandomDrop((1,), "after_attention")): "but llava has only tower, projected, packed, input",
+        ("llava", RandomDrop((1,), "after_attention")): "but llava has only tower, encoded, projected, packed, input",
         ("llava", RandomDrop((0,), "packed", rest="halt")): "random_drop needs a model whose tokens can halt",
     }
     for (family, method), text in cases.items():
