@@ -89,7 +89,7 @@ class Tally:
         weight = adapter.weights(target)["weight"] if target.loose else None
         gone = target.units - decision.kept
         if not target.loose:
-            self.removed += gone * target.size if decision.remove else 0
+            self.removed += gone * adapter.lost(target, decision) if decision.remove else 0
             self.zeroed += 0 if decision.remove else gone * target.read
         elif decision.whole:
             self.reset += gone
@@ -102,6 +102,7 @@ class Tally:
 
 
 CODE = ("codes", "scale", "zero", "form", "index")  # a quantised weight's tensors
+SHARE = "share"  # by whom each expert is served
 SILENT = "silent"  # marks structures that stay, with zeros where they are read
 
 
@@ -118,6 +119,8 @@ def packed(decision: Decision) -> dict[str, Tensor]:
         codes = packed_codes(code.codes.cpu(), code.bits)
         stored = {"codes": codes, "scale": code.scale, "zero": code.zero, "form": form, "index": code.index}
         found |= {role: tensor.cpu() for role, tensor in stored.items() if tensor is not None}
+    if decision.share is not None:
+        found[SHARE] = decision.share.cpu()
     return found if decision.remove else {**found, SILENT: torch.ones(1, dtype=torch.bool)}
 
 
@@ -125,7 +128,7 @@ def unpacked(target: Target, tensors: Mapping[str, Tensor]) -> Decision:
     """The decision that `packed` stored."""
     bits = np.unpackbits(tensors["mask"].numpy(), count=target.units)
     mask = torch.from_numpy(bits).bool().view(target.shape)
-    values = {role: value for role, value in tensors.items() if role not in ("mask", SILENT, *CODE)}
+    values = {role: value for role, value in tensors.items() if role not in ("mask", SILENT, SHARE, *CODE)}
     whole = "weight" in values and values["weight"].numel() == target.units > int(mask.sum())
     if "weight" in values and not whole:
         values["weight"] = values["weight"].new_zeros(target.shape).masked_scatter_(mask, values["weight"])
@@ -135,7 +138,7 @@ def unpacked(target: Target, tensors: Mapping[str, Tensor]) -> Decision:
         codes = unpacked_codes(tensors["codes"], width, target.shape)
         index = tensors.get("index")
         code = Quantised(codes, tensors["scale"], tensors["zero"], width, group, bool(symmetric), index, turned)
-    return Decision(mask, values, whole, SILENT not in tensors, code)
+    return Decision(mask, values, whole, SILENT not in tensors, code, tensors.get(SHARE))
 
 
 def packed_codes(codes: Tensor, bits: int) -> Tensor:

@@ -250,6 +250,8 @@ class Decision:
     remove: units of a structure leave the model; otherwise what reads them is set to zero, which computes the same and
         leaves every shape as it is.
     code: the new weight of a linear as whole numbers, in place of a value.
+    share: of experts [units], the one that stays which is used in the place of each, for those that stay their own
+        number. The router keeps the rows of all.
     """
 
     mask: Tensor
@@ -257,6 +259,7 @@ class Decision:
     whole: bool = False
     remove: bool = True
     code: Quantised | None = None
+    share: Tensor | None = None
 
     @cached_property
     def kept(self) -> int:

@@ -162,6 +162,15 @@ class WeightAdapter(ABC):
     def remove(self, target: Target, kept: Tensor) -> None:
         """Take the units of a structure away but those at `kept` [K]."""
 
+    def share(self, target: Target, kept: Tensor, share: Tensor) -> None:
+        """Take the units of a structure away but those at `kept` [K], and use these in the others' places, as `share`
+        [units] says."""
+        raise PrunelabError(f"{target.name} has {target.unit}; only experts are used in each other's places")
+
+    def lost(self, target: Target, decision: Decision) -> int:
+        """Parameters that leave the model with each unit of a structure."""
+        return target.size
+
     def readers(self, target: Target) -> list[Projection]:
         """Where the units of a structure are read: with these entries at zero they are as good as gone. None where
         that takes more."""
@@ -189,7 +198,9 @@ class WeightAdapter(ABC):
                 if known["weight"].device.type != "meta" and not decision.whole:
                     known["weight"].masked_fill_(~decision.mask.to(known["weight"].device), 0)
             elif decision.kept < target.units:
-                if decision.remove:
+                if decision.share is not None:
+                    self.share(target, decision.mask.nonzero().flatten(), decision.share)
+                elif decision.remove:
                     self.remove(target, decision.mask.nonzero().flatten())
                 else:
                     for reader in self.readers(target):

@@ -16,6 +16,7 @@ from prunelab.common.weights.adapters.projections import taken
 from prunelab.common.weights.targets import Decision, Observation, Routing, Target
 
 _COUNTS = ("num_local_experts", "num_experts")
+SERVED = "served_by"  # buffer of experts some of which are used in the places of others
 
 
 class Mixtures(Pretrained):
@@ -46,7 +47,7 @@ class Mixtures(Pretrained):
 
     def _experts(self, block: int) -> list[Target]:
         experts = self._part(block, self.experts)
-        if experts is None:
+        if experts is None or hasattr(experts, SERVED):
             return []
         count, width, inner = experts.down_proj.shape
         name, least = f"{self.prefix(block)}.{self.experts}", self._part(block, self.router).top_k
@@ -104,10 +105,31 @@ class Mixtures(Pretrained):
 
     def check(self, target: Target, decision: Decision) -> None:
         super().check(target, decision)
-        if decision.kept < target.least and target.unit == "experts":
+        if decision.kept < target.least and target.unit == "experts" and decision.share is None:
             raise PrunelabError(
                 f"{target.name} would keep {decision.kept} experts, fewer than the {target.least} of a token"
             )
+
+    def share(self, target: Target, kept: Tensor, share: Tensor) -> None:
+        if target.unit != "experts":
+            super().share(target, kept, share)
+            return
+        self.reshaped = True
+        experts = self._part(target.block, self.experts)
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(experts, name, taken(getattr(experts, name), kept, 0))
+        experts.num_experts = len(kept)
+        place = torch.full((target.units,), -1)
+        place[kept.cpu()] = torch.arange(len(kept))
+        router = self._part(target.block, self.router).weight.device
+        device = torch.device("cpu") if router.type == "meta" else router
+        experts.register_buffer(SERVED, place[share.cpu()].to(device), persistent=False)
+        experts.register_forward_pre_hook(_redirected)
+
+    def lost(self, target: Target, decision: Decision) -> int:
+        if target.unit != "experts" or decision.share is None:
+            return super().lost(target, decision)
+        return target.size - self._part(target.block, self.router).weight.shape[1]  # whose rows stay
 
     def remove(self, target: Target, kept: Tensor) -> None:
         if target.unit != "experts":
@@ -145,6 +167,12 @@ class Mixtures(Pretrained):
         if hasattr(config, "mlp_only_layers"):  # counts places, so that these are counted anew
             dense = [i for i in range(len(stay)) if self._part(i, self.experts) is None]
             config.mlp_only_layers, config.decoder_sparse_step = dense, 1
+
+
+def _redirected(experts: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tokens go to the experts that stand in for those that the router chose."""
+    hidden, chosen, weights = args
+    return hidden, getattr(experts, SERVED)[chosen], weights
 
 
 def _inner(experts: Any, index: int, x: Tensor) -> Tensor:
