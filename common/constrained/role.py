@@ -31,5 +31,5 @@ class ConstrainedSampler(Method):
         """A token that `allows` accepts and its log importance weight, from logits [V].
 
         budget: calls of the constraint, out of the V that a full mask takes. A dead end, where no allowed token is
-        found, is the token -1 with the weight -inf.
+        found, is the token -1 with the weight -inf. rng: a generator of the CPU, wherever the logits are.
         """

@@ -84,7 +84,7 @@ class Unconstrained(ConstrainedSampler):
     def sample(
         self, logits: Tensor, allows: Callable[[int], bool], budget: Budget, rng: torch.Generator | None = None
     ) -> tuple[int, float]:
-        token = int(torch.multinomial(logits.softmax(-1), 1, generator=rng))
+        token = int(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=rng))
         return (token, 0.0) if allows(token) else (-1, -math.inf)
 
 

@@ -94,7 +94,7 @@ def prune(
     way = method.rounds if rounds is None else Rounds(rounds) if isinstance(rounds, int) else rounds
     amounts = _amounts(way, budget, targets)
     streams, corpora = _calibration(method, adapter, calibration)
-    part = _learner(method, targets, learned, seed)
+    part = _learner(method, targets, learned, seed, next(adapter.model.parameters()).device)
     header: dict[str, Any] = {
         "method": repr(method),
         "budget": str(budget),
@@ -228,12 +228,17 @@ def _amounts(way: Rounds, budget: Budget, targets: Sequence[Target]) -> list[Bud
 
 
 def _learner(
-    method: WeightPruner, targets: Sequence[Target], learned: nn.Module | Mapping[str, Tensor] | None, seed: int
+    method: WeightPruner,
+    targets: Sequence[Target],
+    learned: nn.Module | Mapping[str, Tensor] | None,
+    seed: int,
+    device: torch.device,
 ) -> nn.Module | None:
-    """The method's learned part: new, drawn by the seed, or with what it learned before."""
+    """The method's learned part, on the model's device: new, drawn by the seed, or with what it learned before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         part = method.build(targets)
+    part = None if part is None else part.to(device)
     if learned is None:
         return part
     if part is None:

@@ -287,12 +287,13 @@ class BigramDrafts(DraftDecoder):
         for _ in range(int(budget.amounts[0])):
             last = int(state[last])
             chain.append(last)
-        return DraftTree(torch.tensor(chain, dtype=torch.long), torch.arange(len(chain)) - 1)
+        made = {"dtype": torch.long, "device": state.device}
+        return DraftTree(torch.tensor(chain, **made), torch.arange(len(chain), **made) - 1)
 
     def accept(self, tree: DraftTree, logits: Tensor, rng: torch.Generator | None = None) -> Accepted:
         greedy = logits.argmax(-1)  # [T + 1]
         agreed = int((tree.tokens == greedy[:-1]).long().cumprod(0).sum())
-        return Accepted(greedy[: agreed + 1], torch.arange(agreed))
+        return Accepted(greedy[: agreed + 1], torch.arange(agreed, device=greedy.device))
 
     def observe(self, state: Tensor, step: Step) -> None:
         state[step.tokens] = step.logits.argmax(-1)
@@ -307,7 +308,7 @@ class Rejection(ConstrainedSampler):
     def sample(
         self, logits: Tensor, allows: Callable[[int], bool], budget: Budget, rng: torch.Generator | None = None
     ) -> tuple[int, float]:
-        p = logits.softmax(-1).clone()
+        p = logits.softmax(-1).cpu()  # where the generator is
         for _ in range(int(budget.amounts[0])):
             token = int(torch.multinomial(p, 1, generator=rng))
             if allows(token):

@@ -76,7 +76,7 @@ class LowRankChannels(TrainingMethod):
             factors = training.low_rank(reader)
             assert factors.up.grad is not None
             change = factors.up.grad @ factors.down * training.weight(reader)
-            memory = training.memory.get(target.name, torch.zeros(target.shape))
+            memory = training.memory.get(target.name, change.new_zeros(target.shape))
             training.memory[target.name] = 0.9 * memory + 0.1 * change.abs().sum(0)
 
     def after_step(self, training: Training) -> None:
