@@ -72,16 +72,17 @@ def batches(
 
 def drawn(
     identity: Mapping[str, Any], config: Mapping[str, Any], transform: Transform | None, count: int, seed: int = 0
-) -> list[Tensor]:
-    """A calibration set: `count` training images [C, H, W] of a catalogue entry, drawn without repetition."""
+) -> list[tuple[Tensor, Tensor]]:
+    """A calibration set: `count` training images [C, H, W] of a catalogue entry with their labels, drawn without
+    repetition."""
     if identity["loader"] != "cifar10":
         raise PrunelabError(f"{identity['loader']} has no training images; calibrate on another data set")
     assert transform is not None
-    pictures, _ = _cifar10(identity, config, "train")
+    pictures, labels = _cifar10(identity, config, "train")
     if count > len(pictures):
         raise PrunelabError(f"there are {len(pictures)} training images, not {count}; ask for fewer")
     chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[:count]
-    return [transform(_jpeg(pictures[i])) for i in chosen.tolist()]
+    return [(transform(_jpeg(pictures[i])), torch.tensor(labels[i])) for i in chosen.tolist()]
 
 
 def _cifar10(identity: Mapping[str, Any], config: Mapping[str, Any], split: str) -> tuple[list[bytes], list[int]]:

@@ -33,7 +33,7 @@ def measure(bench: Bench[ClassifyWeights.Settings]) -> dict[str, Any]:
         calibration = None
         if reads_text(method):
             drawn = images.drawn(bench.ids["calibration"], bench.config, transform, settings.calibration, bench.seed)
-            calibration = [x.to(device) for x in drawn]
+            calibration = [(x.to(device), y) if method.traces else x.to(device) for x, y in drawn]
         report = weights.prune(method, model, bench.budget, calibration, seed=bench.seed, progress=False).report
     data = images.batches(bench.ids["data"], bench.config, transform, settings.samples, BATCH)
     return {"top1": uncertainty.share(correct(model, data, device)), **sizes(model, report)}

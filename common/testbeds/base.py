@@ -23,6 +23,7 @@ class Testbed(Recipe, ABC):
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ("torch",)  # distributions whose versions belong in the log
+    stored: ClassVar[torch.dtype | None] = None  # in which its weights are stored, None for their own
 
     @abstractmethod
     def build(self) -> nn.Module:

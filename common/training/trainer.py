@@ -54,10 +54,12 @@ class Job(Protocol):
 class Trainable(Job, Protocol):
     """A job that leaves a trained model in a folder; a frozen dataclass, which is its own recipe.
 
-    needs: distributions whose versions belong in the log. extras: further text files that belong to the model.
+    needs: distributions whose versions belong in the log. stored: in which type its weights are stored, None for their
+    own. extras: further text files that belong to the model.
     """
 
     needs: ClassVar[tuple[str, ...]]
+    stored: ClassVar[torch.dtype | None]
 
     def extras(self) -> Mapping[str, str]: ...
 
@@ -295,7 +297,9 @@ def _finish(
     from safetensors.torch import save
 
     model = training.model
-    weights = save({name: value.contiguous() for name, value in model.state_dict().items()})
+    kept = {name: value.to(job.stored or value.dtype).contiguous() for name, value in model.state_dict().items()}
+    model.load_state_dict(kept)  # what is tested is what is stored
+    weights = save(kept)
     log = header | {
         "steps": recipe.steps,
         "samples": recipe.steps * recipe.batch,

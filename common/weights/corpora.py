@@ -134,12 +134,13 @@ def _is_pair(data: Sequence[Any], nested: bool) -> bool:
 
 
 def _rows(data: Tensor) -> Iterator[Tensor]:
-    """The sequences or images of a tensor."""
-    single = 3 if data.is_floating_point() else 1
+    """The sequences or images of a tensor, or the single point that it is."""
+    single = 3 if data.is_floating_point() and data.dim() > 1 else 1
     if data.dtype == torch.bool or data.is_complex() or data.dim() not in (single, single + 1):
+        given = f"{str(data.dtype).removeprefix('torch.')} {list(data.shape)}"
         raise PrunelabError(
             "calibration data are whole numbers [T] or [N, T], token ids, or floating-point numbers [C, H, W] or"
-            f" [N, C, H, W], images; these are {str(data.dtype).removeprefix('torch.')} {list(data.shape)}"
+            f" [N, C, H, W], images, or [C], a point; these are {given}"
         )
     yield from (data.unbind() if data.dim() > single else (data,))
 

@@ -18,9 +18,10 @@ from prunelab.common.weights.accumulators import Accumulators, Factories, Wanted
 from prunelab.common.weights.adapters.base import View, WeightAdapter
 from prunelab.common.weights.calibration import Stream, finite, tapped
 from prunelab.common.weights.checkpoints import Shelf, Work
-from prunelab.common.weights.corpora import Corpus, loss_of
+from prunelab.common.weights.corpora import Corpus, Labelled, loss_of
 from prunelab.common.weights.plan import packed, unpacked
-from prunelab.common.weights.targets import Accumulator, Decision, Target, Unit, WeightSignals
+from prunelab.common.weights.relevance import Rule, Start, flowed_back
+from prunelab.common.weights.targets import Accumulator, Decision, Flow, Target, Unit, WeightSignals
 
 
 class ModelProbe:
@@ -180,6 +181,39 @@ class ModelProbe:
                 for handle in handles:
                     handle.remove()
         return {name: {key: a.value() for key, a in accumulators.items()} for name, accumulators in made.items()}
+
+    def relevance(
+        self,
+        factories: Mapping[str, Callable[[Target], Accumulator]],
+        rule: Rule | None = None,
+        first: Rule | None = None,
+        start: Start = "one",
+        corpus: str | None = None,
+        batch: int = 1,
+    ) -> dict[str, dict[str, Tensor]]:
+        items, graph = self._items(corpus), self.adapter.graph()
+        if graph is None or not all(isinstance(item, Labelled) for item in items):
+            raise PrunelabError("what flows back starts at labels; give pairs of inputs and labels to calibrate with")
+        made: dict[str, list[tuple[str, dict[str, Accumulator]]]] = {
+            target.name: [
+                (path, {f"{name}.{i}": factory(target) for name, factory in factories.items()})
+                for i, path in enumerate(self.adapter.makers(target))
+            ]
+            for target in self.targets
+        }
+        for start_at in range(0, len(items), batch):
+            part = items[start_at : start_at + batch]
+            inputs, labels = torch.stack([i.inputs for i in part]), torch.stack([i.label for i in part])
+            inputs = inputs.to(next(self.adapter.model.parameters()).dtype)
+            flows = flowed_back(self.adapter.model, graph, inputs, labels.to(inputs.device), rule, first, start)
+            for path, accumulators in (layer for layers in made.values() for layer in layers):
+                outputs, back = (tensor.flatten(2) if tensor.dim() > 2 else tensor[..., None] for tensor in flows[path])
+                for accumulator in accumulators.values():
+                    accumulator.update(Flow(outputs, back))
+        return {
+            name: {key: a.value() for _, accumulators in layers for key, a in accumulators.items()}
+            for name, layers in made.items()
+        }
 
 
 class StoredCandidates:

@@ -121,7 +121,7 @@ def prune(
             adapter.rotate(rotations)
         for number, amount in enumerate(amounts[:-1]):
             engine = _round(engine, number, amount, tune)
-        engine = replace(engine, budget=budget, work=work, final=True)
+        engine = replace(engine, budget=budget, work=work, final=True, tally=Tally())
         engine.go()
         if tune is not None:
             tuned(adapter, [pair for pair in _masks(engine) if pair[0].loose], tune, len(amounts) - 1)
@@ -196,6 +196,11 @@ def refuse_hosts(model: Any, present: bool = True) -> None:
 
 def _targets(method: WeightPruner, adapter: WeightAdapter, budget: Budget) -> list[Target]:
     """What the method prunes in this model, block by block. Refuses units it lacks and budgets that cannot fit."""
+    if method.traces and adapter.graph() is None:
+        raise PrunelabError(
+            f"{method.name} follows activations back layer by layer, and the layers of a {type(adapter.model).__name__}"
+            " cannot be traced; prune a convolutional network"
+        )
     found = []
     for unit in method.units:
         of_unit = adapter.targets(unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,22 +34,34 @@ class Rounds:
     law : str
         `linear` takes the same number of the dense model's units in each round, `geometric` the same share of what is
         left.
+    step : float
+        Where it is below 1, a round takes this share of the dense model's units, the last one what is left to take, in
+        as many rounds as that makes; `count` and `law` are not used.
     """
 
     count: int = 1
     law: Literal["linear", "geometric"] = "linear"
+    step: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise PrunelabError(f"a budget is reached in at least one round, not {self.count}")
+        if self.count < 1 or self.step <= 0:
+            raise PrunelabError(f"a budget is reached in at least one round, by steps above 0, not in {self}")
 
     def budgets(self, budget: Budget) -> list[Budget]:
         """What may stay of the dense model after each round."""
+        if self.step < 1:
+            return self._stepped(budget)
         if self.count == 1:
             return [budget]
         if budget.unit not in ("ratio", "removed"):
             raise PrunelabError(f"{budget} is reached at once; rounds take a ratio, or a number removed")
         return [self._after(number, budget) for number in range(1, self.count)] + [budget]
+
+    def _stepped(self, budget: Budget) -> list[Budget]:
+        if budget.unit != "ratio" or isinstance(budget.amount, tuple):
+            raise PrunelabError(f"{budget} is reached at once; rounds of a fixed step take one ratio")
+        taken, whole = (number * self.step for number in itertools.count(1)), 1 - budget.amounts[0]
+        return [Budget(1 - t) for t in itertools.takewhile(lambda t: t < whole - 1e-9, taken)] + [budget]
 
     def _after(self, number: int, budget: Budget) -> Budget:
         share = number / self.count

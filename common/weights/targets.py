@@ -151,6 +151,15 @@ class Observation:
         return self.count()
 
 
+@dataclass(frozen=True)
+class Flow:
+    """What a layer puts out for a batch, and the gradient or relevance that flows back to there: both
+    [B, units, places]."""
+
+    outputs: Tensor
+    back: Tensor
+
+
 class Accumulator(ABC):
     """A statistic that grows with every calibration sequence.
 
@@ -161,7 +170,7 @@ class Accumulator(ABC):
 
     @abstractmethod
     def update(self, observed: Any) -> None:
-        """Take in one sequence: an `Observation`, or in a gradient pass the gradient of the target's weight."""
+        """Take in one sequence: an `Observation`, or what flows back: the gradient of the target's weight, or a `Flow`."""
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -307,6 +316,20 @@ class Probe(Protocol):
         items of the calibration set, or of one corpus of it; `together` one for the mean of all their losses, which
         gives each gradient once and whole. Of heads and channels each projection has statistics of its own, `name.q`
         and so on: the factory gets the target with that role."""
+
+    def relevance(
+        self,
+        factories: Mapping[str, Callable[[Target], Accumulator]],
+        rule: Any = None,
+        first: Any = None,
+        start: Literal["one", "logit"] = "one",
+        corpus: str | None = None,
+        batch: int = 1,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Statistics by target and name of what the units put out and of what flows back to there (`Flow`), one pass
+        for `batch` labelled items: relevance by a `rule`, of the first layer by `first` (see
+        `prunelab.common.weights.relevance`), or without one gradients of the cross entropy. Where several layers make
+        a unit together, each has statistics of its own, `name.0` and so on."""
 
     def trial(self, decisions: Iterable[tuple[Target, Decision]]) -> AbstractContextManager[None]:
         """The model under these decisions for the length of a `with` block; then it is again what it was, to the bit.

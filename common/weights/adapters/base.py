@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.adapters.projections import Projection, is_linear, oriented
@@ -147,6 +147,15 @@ class WeightAdapter(ABC):
         return {role: tensor.detach() for role, tensor in self.structure(target).items()}
 
     # -- what is done before any target is measured ------------------------------------------------------------------
+
+    def graph(self) -> fx.Graph | None:
+        """The model's forward, layer by layer, for methods that follow what flows back through it; None where it cannot
+        be traced."""
+        return None
+
+    def makers(self, target: Target) -> list[str]:
+        """Paths of the layers whose outputs are the units of a structure."""
+        return []
 
     def widths(self) -> dict[str, int]:
         """Sizes of the spaces that can be rotated without changing what the model computes, by name."""

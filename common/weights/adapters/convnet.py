@@ -6,11 +6,11 @@ The whole network is one block. Targets of unit `channels` are coupled channels 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from prunelab.common.core.errors import PrunelabError
@@ -22,7 +22,8 @@ from prunelab.common.weights.targets import Observation, Target
 
 
 class ConvNet(WeightAdapter):
-    """A convolutional network, of whatever class. A calibration sample is an image [C, H, W]."""
+    """A convolutional network, of whatever class, or one of linears alone. A calibration sample is an image [C, H, W],
+    or what else the first layer reads."""
 
     family = "convnet"
     model_classes = ("timm.models.resnet.ResNet", "torchvision.models.resnet.ResNet", "torchvision.models.vgg.VGG")
@@ -33,7 +34,8 @@ class ConvNet(WeightAdapter):
 
     @classmethod
     def accepts(cls, model: nn.Module) -> bool:
-        if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        layers = list(_layers(model))
+        if len(layers) < 2 and not any(isinstance(layer, nn.Conv2d) for layer in layers):
             return False
         try:
             trace(model)
@@ -52,8 +54,18 @@ class ConvNet(WeightAdapter):
         return self.model(sample.unsqueeze(0))
 
     def check_sample(self, sample: Tensor) -> None:
-        first = next(module for module in self.model.modules() if isinstance(module, nn.Conv2d))
-        check_image(sample, first.in_channels)
+        first = next(_layers(self.model))
+        if isinstance(first, nn.Conv2d):
+            check_image(sample, first.in_channels)
+        elif not sample.is_floating_point() or sample.shape[-1:] != (first.in_features,):
+            raise PrunelabError(f"a calibration sample holds {first.in_features} numbers, not {tuple(sample.shape)}")
+
+    def graph(self) -> fx.Graph:
+        return trace(self.model)
+
+    def makers(self, target: Target) -> list[str]:
+        made = self.spaces[target.name].made if target.unit == "channels" else []
+        return [use.path for use in made if use.module.weight.dim() > 1 and not _carries(use.module)]
 
     def finish(self) -> bool:
         return False
@@ -117,6 +129,15 @@ class ConvNet(WeightAdapter):
     def remove(self, target: Target, kept: Tensor) -> None:
         remove([use.part() for use in self._uses(target)], kept)
         self.spaces[target.name].size = len(kept)
+
+
+def _layers(model: nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear))
+
+
+def _carries(module: Any) -> bool:
+    """Whether a layer gives every channel that it is given, by itself."""
+    return getattr(module, "groups", 1) > 1
 
 
 def _name(space: Space) -> str:

@@ -78,10 +78,11 @@ def test_pictures_come_whole_and_in_order(assets):
 
 def test_calibration_pictures_are_drawn_from_the_training_set_alone(assets):
     drawn = images.drawn(DATA, assets, to_tensor, 30, seed=1)
-    assert len(drawn) == 30 and len({float(x[0].mean()) for x in drawn}) == 10
+    assert len(drawn) == 30 and len({float(x[0].mean()) for x, _ in drawn}) == 10
+    assert len({(round(float(x[0].mean()), 2), int(y)) for x, y in drawn}) == 10, "labels go with their pictures"
     again, other = images.drawn(DATA, assets, to_tensor, 8, seed=1), images.drawn(DATA, assets, to_tensor, 8, seed=2)
-    assert all(torch.equal(a, b) for a, b in zip(drawn, again, strict=False))
-    assert not all(torch.equal(a, b) for a, b in zip(again, other, strict=True))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(drawn, again, strict=False))
+    assert not all(torch.equal(a[0], b[0]) for a, b in zip(again, other, strict=True))
     with pytest.raises(PrunelabError, match="ask for fewer"):
         images.drawn(DATA, assets, to_tensor, 31)
     with pytest.raises(PrunelabError, match="no training images"):
