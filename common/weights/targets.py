@@ -170,7 +170,7 @@ class Accumulator(ABC):
 
     @abstractmethod
     def update(self, observed: Any) -> None:
-        """Take in one sequence: an `Observation`, or what flows back: the gradient of the target's weight, or a `Flow`."""
+        """Take in one sequence: an `Observation`; or what flows back, a `Flow` or the gradient of the weight."""
 
     @abstractmethod
     def value(self) -> Tensor:
