@@ -6,6 +6,7 @@ Shape letters: E experts, T tokens, I neurons of an expert.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -32,18 +33,22 @@ class Usage(Accumulator):
 
 
 class RouterGram(Accumulator):
-    """Z^T Z [E, E] of the router's logits Z [T, E], before any softmax."""
+    """Z^T Z [E, E] of the router's logits Z [T, E], before any softmax; centred: of what is left of them beside the
+    mean of each column."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, centred: bool = False) -> None:
         self.gram = torch.zeros(target.units, target.units, dtype=torch.float64)
+        self.sum, self.tokens, self.centred = torch.zeros(target.units, dtype=torch.float64), 0, centred
 
     def update(self, observed: Observation) -> None:
         assert observed.routing is not None
         logits = observed.routing.logits.double()
         self.gram += (logits.T @ logits).cpu()
+        self.sum += logits.sum(0).cpu()
+        self.tokens += len(logits)
 
     def value(self) -> Tensor:
-        return self.gram
+        return self.gram - self.centred * torch.outer(self.sum, self.sum) / max(self.tokens, 1)
 
 
 def chosen_counts(chosen: Tensor, experts: int) -> Tensor:
@@ -71,6 +76,35 @@ def aligned(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(products.cpu().numpy(), maximize=True)[1])
 
 
+def spectral_clusters(affinity: Tensor, groups: int, seed: int = 0) -> Tensor:
+    """Labels [E] of exactly so many groups: k-means on the rows of the leading eigenvectors of the normalised affinity
+    [E, E], each row over its norm (Ng, Jordan and Weiss, 2001). Where experts are too alike for that, the last ones
+    of the largest groups stand alone."""
+    from sklearn.cluster import KMeans
+
+    affinity = affinity.double().clone().fill_diagonal_(0).clamp_min(0)
+    root = affinity.sum(1).clamp_min(torch.finfo(affinity.dtype).tiny).rsqrt()
+    vectors = torch.linalg.eigh(root[:, None] * affinity * root).eigenvectors[:, -groups:]
+    rows = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(affinity.dtype).tiny)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that rows coincide, which is seen to below
+        found = KMeans(groups, n_init=10, random_state=seed).fit(rows.numpy()).labels_
+    labels = torch.from_numpy(found).long().unique(return_inverse=True)[1]
+    while int(labels.max()) + 1 < groups:
+        largest = labels.bincount().argmax()
+        labels[(labels == largest).nonzero()[-1]] = int(labels.max()) + 1
+    return labels
+
+
+def leaders(labels: Tensor, usage: Tensor) -> Tensor:
+    """The most used member [E] of every expert's group, the first where several are."""
+    found = torch.zeros_like(labels)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        found[members] = members[usage[members].argmax()]
+    return found
+
+
 def merged(part: Tensor, labels: Tensor, usage: Tensor) -> Tensor:
     """The experts [E, ...], each group of equal label [E] replaced by its mean weighted by usage [E]. A group that no
     token used counts its members alike."""
@@ -91,15 +125,14 @@ def neurons(gate_up: Tensor, down: Tensor) -> list[Tensor]:
     return [gate, up, down.transpose(1, 2)]
 
 
-def in_one_order(gate_up: Tensor, down: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Fused projections with the neurons of each group's experts in the order of its first member's."""
+def in_one_order(gate_up: Tensor, down: Tensor, leader: Tensor) -> tuple[Tensor, Tensor]:
+    """Fused projections with the neurons of every expert in the order of those of its leader [E]."""
     gate_up, down = gate_up.clone(), down.clone()
     parts = [part.float() for part in neurons(gate_up, down)]
     inner = down.shape[2]
-    for label in labels.unique():
-        first, *others = (labels == label).nonzero().flatten().tolist()
-        for other in others:
-            order = aligned([p[first] for p in parts], [p[other] for p in parts]).to(down.device)
-            gate_up[other] = gate_up[other][torch.cat([order, inner + order])]
-            down[other] = down[other][:, order]
+    for expert, first in enumerate(leader.tolist()):
+        if expert != first:
+            order = aligned([p[first] for p in parts], [p[expert] for p in parts]).to(down.device)
+            gate_up[expert] = gate_up[expert][torch.cat([order, inner + order])]
+            down[expert] = down[expert][:, order]
     return gate_up, down

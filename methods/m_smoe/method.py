@@ -129,6 +129,6 @@ class MSMoE(WeightPruner):
         mask = torch.zeros_like(everything).scatter(0, first, True)
         gate_up, down = weights["gate_up"], weights["down"]
         if self.align:
-            gate_up, down = in_one_order(gate_up, down, labels)
+            gate_up, down = in_one_order(gate_up, down, first)
         values = {n: merged(part, labels, signals["usage"].cpu()) for n, part in (("gate_up", gate_up), ("down", down))}
         return Decision(mask, values, share=first)
