@@ -20,7 +20,7 @@ from prunelab.common.measures.bench import Bench, finite
 from prunelab.common.models import devices, loading
 from prunelab.common.tokens import match
 from prunelab.common.tokens.adapters import adapter_for
-from prunelab.common.tokens.adapters.base import Trace
+from prunelab.common.tokens.adapters.passes import Trace
 from prunelab.common.tokens.apply import Handle
 from prunelab.common.tokens.role import TokenPruner
 

@@ -19,7 +19,8 @@ from prunelab.common.core.plan import Report, Site
 from prunelab.common.costs.meter import flops, on_meta
 from prunelab.common.costs.meter import macs as macs_of
 from prunelab.common.tokens.adapters import adapter_for
-from prunelab.common.tokens.adapters.base import Adapter, Application, Trace
+from prunelab.common.tokens.adapters.base import Adapter
+from prunelab.common.tokens.adapters.passes import Application, Trace
 from prunelab.common.tokens.role import TokenPruner
 
 STAGES = {"tower": 0, "encoded": 1, "projected": 2, "packed": 3}  # what comes before the layers

@@ -34,8 +34,8 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before, padded_first, refuse_checkpointing, refuse_tracing, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
 from prunelab.common.core.signals import Reading
-from prunelab.common.tokens.adapters.base import Application, Pass, Seen, SequenceAdapter, Tokens
 from prunelab.common.tokens.adapters.causal_lm_cache import Entries, PromptCache, in_order, visible
+from prunelab.common.tokens.adapters.passes import Application, Pass, Seen, Tokens
 from prunelab.common.tokens.adapters.recorded import (
     ALONE,
     FIXED,
@@ -47,6 +47,7 @@ from prunelab.common.tokens.adapters.recorded import (
     sources,
     windowed,
 )
+from prunelab.common.tokens.adapters.sequence import SequenceAdapter
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import View
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before, replaced, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
-from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter, Tokens, write_back
+from prunelab.common.tokens.adapters.passes import Application, Pass, Tokens, write_back
+from prunelab.common.tokens.adapters.sequence import SequenceAdapter
 from prunelab.common.tokens.role import TokenPruner
 
 _CLASSES = frozenset({"class_logits", "class_weight", "class_bias"})

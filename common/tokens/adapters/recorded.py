@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunelab.common.core import attention
 from prunelab.common.core.attention_interface import Recorder
-from prunelab.common.tokens.adapters.base import Seen
+from prunelab.common.tokens.adapters.passes import Seen
 
 ALONE = frozenset({"hidden", "queries", "keys", "values", "cls_row", "last_row", "received"})
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
-from prunelab.common.tokens.adapters.base import Application
+from prunelab.common.tokens.adapters.passes import Application
 from prunelab.common.tokens.adapters.timm_vit import TimmViT, ViTPass
 from prunelab.common.tokens.role import TokenPruner
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from prunelab.common.core import attention
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, arguments, before, replaced, run_all
-from prunelab.common.core.plan import ModelInfo, Plan, Site
+from prunelab.common.core.plan import ModelInfo, Site
 from prunelab.common.core.signals import Reading
-from prunelab.common.tokens.adapters.base import Application, Pass, Seen, SequenceAdapter, Tokens
+from prunelab.common.tokens.adapters.passes import Application, Pass, Seen, Tokens
+from prunelab.common.tokens.adapters.sequence import SequenceAdapter
 from prunelab.common.tokens.role import TokenPruner
-from prunelab.common.tokens.signals import TokenSignals, View
+from prunelab.common.tokens.signals import View
 
 _ATTENTION = frozenset(
     {"queries", "keys", "values", "attention", "attention_logits", "cls_row", "last_row", "received"}
@@ -32,12 +33,9 @@ _ALONE = frozenset({"hidden", "queries", "keys", "values", "cls_row", "last_row"
 
 @dataclass
 class ViTPass(Pass):
-    """qkv: what the fused projections of the layers that are read gave, [B, N, 3 * D]. total: tokens before anything
-    was pruned. size: channels, height and width of the images."""
+    """size: channels, height and width of the images. `shown` is what fused projections gave, [B, N, 3 * D]."""
 
-    total: int = 0
     size: tuple[int, ...] | None = None
-    qkv: dict[int, Tensor] = field(default_factory=dict)
 
 
 class TimmViT(SequenceAdapter[Any]):
@@ -188,7 +186,6 @@ class TimmViT(SequenceAdapter[Any]):
 
     def begin(self, module: nn.Module, args: Any) -> None:
         super().begin(module, args)
-        self.running.total = args[0].shape[1]
         self.running.size = getattr(self._own, "size", None)
 
     def count(self, application: Application, layer: int, part: str) -> Callable[..., None]:
@@ -228,7 +225,7 @@ class TimmViT(SequenceAdapter[Any]):
 
     def _keep_qkv(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.running.qkv[layer] = output
+            self.running.shown[layer] = output
 
         return hook
 
@@ -248,18 +245,6 @@ class TimmViT(SequenceAdapter[Any]):
 
     # -- one site ------------------------------------------------------------------------------------------------
 
-    def decide(
-        self,
-        application: Application,
-        site: Site,
-        x: Tensor,
-        view: View | None = None,
-        within: Pass | None = None,
-    ) -> tuple[Plan, TokenSignals]:
-        decided = super().decide(application, site, x, view, within)
-        self.running.qkv.pop(site.layer, None)
-        return decided
-
     def _scratch(self, queries: Tensor, rows: int) -> Tensor | None:
         """Memory for so many rows of attention, shared by all sites since each is read before the next is made."""
         if queries.device.type != "cpu":  # other devices cache their memory
@@ -273,7 +258,7 @@ class TimmViT(SequenceAdapter[Any]):
 
     def sources(self, site: Site, x: Tensor) -> dict[str, Callable[[], Tensor]]:
         running = self.running
-        return self._signals(site.layer, lambda: running.qkv[site.layer], running.tokens)
+        return self._signals(site.layer, lambda: running.shown[site.layer], running.tokens)
 
     def readable(self, site: Site, reading: Reading) -> str | None:
         if reading.where == "tower":

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,23 +31,22 @@ from prunelab.common.backbones.vim import add
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before, run_all
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
-from prunelab.common.tokens.adapters.base import Application, Pass, SequenceAdapter
-from prunelab.common.tokens.signals import TokenSignals, View
+from prunelab.common.tokens.adapters.passes import Application, Pass
+from prunelab.common.tokens.adapters.sequence import SequenceAdapter
+from prunelab.common.tokens.signals import View
 
 _ALWAYS = frozenset({"hidden", "sizes"})
 
 
 @dataclass
 class MambaPass(Pass):
-    """total: tokens before anything was pruned. indices: [B, N] ascending index of each token among them, None until a
-    plan has acted. align: the last plan's positions. class_at: [B] where the class token is among the tokens. scanned:
-    [B, S, E, N] of the layers that are read. grid: of the map, where the layers are told."""
+    """indices: [B, N] ascending index of each token in the full sequence, None until a plan has acted. align: the last
+    plan's positions. class_at: [B] where the class token is among the tokens. grid: of the map, where the layers are
+    told. `shown` are scans, [B, S, E, N]."""
 
-    total: int = 0
     indices: Tensor | None = None
     align: str = "original"
     class_at: Tensor | None = None
-    scanned: dict[int, Tensor] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
 
 
@@ -123,31 +122,15 @@ class _VisionMamba(SequenceAdapter[MambaPass]):
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.running.scanned[layer] = output
+            self.running.shown[layer] = output
 
         return hook
-
-    def begin(self, module: nn.Module, args: Any) -> None:
-        super().begin(module, args)
-        self.running.total = args[0].shape[1]
 
     # -- one site ------------------------------------------------------------------------------------------------
 
     def sources(self, site: Site, x: Tensor) -> Mapping[str, Callable[[], Tensor]]:
         running = self.running
-        return {"scans": lambda: running.scanned[site.layer].transpose(-1, -2)} if site.where == "block_output" else {}
-
-    def decide(
-        self,
-        application: Application,
-        site: Site,
-        x: Tensor,
-        view: View | None = None,
-        within: Pass | None = None,
-    ) -> tuple[Plan, TokenSignals]:
-        decided = super().decide(application, site, x, view, within)
-        self.running.scanned.pop(site.layer, None)
-        return decided
+        return {"scans": lambda: running.shown[site.layer].transpose(-1, -2)} if site.where == "block_output" else {}
 
     def check_plan(self, plan: Plan) -> None:
         super().check_plan(plan)

@@ -13,7 +13,7 @@ from torch import Tensor
 from prunelab.common.core import attention
 from prunelab.common.core.hooks import after, arguments, before, replaced, run_all
 from prunelab.common.core.signals import Reading
-from prunelab.common.tokens.adapters.base import Application, Seen, Tokens
+from prunelab.common.tokens.adapters.passes import Application, Seen, Tokens
 from prunelab.common.tokens.adapters.recorded import keeper
 from prunelab.common.tokens.adapters.vlm import VisionLanguage
 from prunelab.common.tokens.adapters.vlm_prompt import Encoded, Prompt, disagreement

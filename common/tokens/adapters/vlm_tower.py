@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunelab.common.core.attention_interface import Recorder
 from prunelab.common.core.plan import Gather, Plan
-from prunelab.common.tokens.adapters.base import Pass
+from prunelab.common.tokens.adapters.passes import Pass
 from prunelab.common.tokens.adapters.recorded import sources
 
 FEATURES = frozenset({"cls_row", "received"})  # of the layer that gives the features, at later sites by name alone
@@ -55,7 +55,6 @@ class TowerPass(Pass):
     plan says so."""
 
     left: Tensor | None = None
-    total: int = 0
     modality: str = "image"
     given: Mapping[str, Any] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
