@@ -44,7 +44,7 @@ def apply(
     # Whatever can be told without libraries is told before they load, which takes seconds.
     entry, limit = registry.entry(method), Budget.parse(budget)
     given, values = lookup.pairs(options or []), settings(config)
-    registry.check_options(entry, given)
+    registry.fit(entry, given)
     kind = kind_of(file)
     _refuse(entry, kind, file)
     if out is not None and out.resolve() == file.resolve():

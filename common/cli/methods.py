@@ -10,6 +10,7 @@ from rich.table import Table
 from prunelab.common.cli.app import app, console
 from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import words
 from prunelab.common.experiments import listing, papers
 
 
@@ -50,9 +51,9 @@ def show(name: str) -> None:
         console.print(" ".join(f"{axis}={'/'.join(values)}" for axis, values in paper.taxonomy.items()), markup=False)
     console.print(f"\n{entry.doc}", style="dim", markup=False)
     if entry.options:
-        options = Table("option", "type", "default", title="options")
+        options = Table("option", "is", "default", title="options")
         for option in entry.options:
-            options.add_row(option.name, option.type, "required" if option.default is None else option.default)
+            options.add_row(option.name, words(option.hint), "required" if option.default is None else option.default)
         console.print(options)
     if paper and paper.tables:
         tables = Table("table", "reported numbers", title="tables")

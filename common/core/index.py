@@ -7,11 +7,18 @@ that Python would find: from the class itself, else from its bases, wherever in 
 from __future__ import annotations
 
 import ast
+import builtins
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import annotated_types
+import pydantic
+
+from prunelab.common.core import options
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 
@@ -21,14 +28,15 @@ PACKAGE = "prunelab"
 
 @dataclass(frozen=True)
 class Option:
-    """A hyper-parameter. type: as annotated. default: its repr, None where a value must be given."""
+    """A hyper-parameter. hint: its type, as `typing.get_type_hints` gives it, `Any` for a class of the project's.
+    default: its repr, None where a value must be given."""
 
     name: str
-    type: str
+    hint: Any
     default: str | None
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.type}" + ("" if self.default is None else f" = {self.default}")
+        return self.name + ("" if self.default is None else f" = {self.default}") + f": {options.words(self.hint)}"
 
 
 @dataclass(frozen=True)
@@ -123,26 +131,32 @@ class _Module:
         """The file, as errors name it."""
         return str(self.path.relative_to(ROOT) if self.path.is_relative_to(ROOT) else self.path)
 
+    def absolute(self, name: str) -> str:
+        """A name as its import wrote it."""
+        first, _, rest = name.partition(".")
+        return self.imports.get(first, first) + (f".{rest}" if rest else "")
+
     def find(self, name: str) -> tuple[_Module, str] | None:
         """The module that defines a name, and its name there; imports are followed, None where they leave the
         project."""
-        first, _, rest = name.partition(".")
-        if first in self.imports:
-            return _located(self.imports[first] + (f".{rest}" if rest else ""))
+        if name.partition(".")[0] in self.imports:
+            return _located(self.absolute(name))
         return (self, name) if name in self.classes or name in self.constants else None
 
 
 def _located(dotted: str) -> tuple[_Module, str] | None:
     """The definition of `prunelab.<module>.<name>`."""
     package, _, name = dotted.rpartition(".")
-    parts = package.split(".")
-    if parts[0] != PACKAGE:
-        return None
-    base = ROOT.joinpath(*parts[1:])
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if path.is_file():
-            return _Module.of(path).find(name)
-    return None
+    module = _module(package)
+    return module.find(name) if module else None
+
+
+def _module(package: str) -> _Module | None:
+    """A module of this project; None where there is none of that name."""
+    first, *parts = package.split(".")
+    base = ROOT.joinpath(*parts)
+    paths = (base.with_suffix(".py"), base / "__init__.py") if first == PACKAGE and parts else ()
+    return next((_Module.of(path) for path in paths if path.is_file()), None)
 
 
 def _lineage(module: _Module, node: ast.ClassDef) -> Iterator[tuple[_Module, ast.ClassDef]]:
@@ -200,7 +214,7 @@ def _options(lineage: list[tuple[_Module, ast.ClassDef]]) -> tuple[Option, ...]:
                 kind = ast.unparse(statement.annotation).strip("'\"")
                 if not kind.rpartition("typing.")[2].startswith("ClassVar"):
                     name = statement.target.id
-                    found[name] = Option(name, kind, _default(module, statement.value))
+                    found[name] = Option(name, _hint(module, statement.annotation), _default(module, statement.value))
     return tuple(found.values())
 
 
@@ -211,3 +225,54 @@ def _default(module: _Module, value: ast.expr | None) -> str | None:
             return f"{ast.unparse(given['default_factory'])}()"
         value = given.get("default")
     return None if value is None else ast.unparse(_literal(module, value))
+
+
+def _hint(module: _Module, node: ast.expr) -> Any:
+    """The type that an annotation means; aliases are followed, `Any` where they lead to a class or out of what is
+    known here."""
+    if isinstance(node, ast.Constant):
+        return type(None) if node.value is None else _hint(module, ast.parse(str(node.value), mode="eval").body)
+    if isinstance(node, ast.Name | ast.Attribute):
+        return _named(module, ast.unparse(node))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _hint(module, node.left) | _hint(module, node.right)
+    if isinstance(node, ast.Subscript):
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        generic = _hint(module, node.value)
+        if generic is Literal:
+            return Literal[tuple(ast.literal_eval(part) for part in parts)]
+        if generic is Annotated:
+            return Annotated[(_hint(module, parts[0]), *(_made(part) for part in parts[1:]))]
+        if generic is tuple:
+            ends = [... if isinstance(p, ast.Constant) and p.value is ... else _hint(module, p) for p in parts]
+            return tuple[tuple(ends)]  # type: ignore[misc]
+    return Any
+
+
+def _made(node: ast.expr) -> Any:
+    """A bound, as `Interval(ge=0, le=1)`."""
+    if not isinstance(node, ast.Call):
+        return None
+    values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords if keyword.arg}
+    return getattr(annotated_types, ast.unparse(node.func))(*map(ast.literal_eval, node.args), **values)
+
+
+def _named(module: _Module, name: str) -> Any:
+    defined = module.find(name)
+    if defined is not None:
+        home, own = defined
+        return _hint(home, home.constants[own]) if own in home.constants else Any
+    package, _, own = _outside(module, name).rpartition(".")
+    known = {"": builtins, "typing": typing, "pydantic": pydantic}.get(package)
+    return getattr(known, own, Any)
+
+
+def _outside(module: _Module, name: str) -> str:
+    """Where a name comes from that no file of this project defines."""
+    dotted = module.absolute(name)
+    while (home := _module(dotted.rpartition(".")[0])) is not None:
+        own = dotted.rpartition(".")[2]
+        if own not in home.imports:
+            break
+        dotted = home.imports[own]
+    return dotted

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from prunelab.common.core import options
 from prunelab.common.core.plan import ModelInfo
 
 
@@ -23,6 +24,11 @@ class Method(ABC):
     role: ClassVar[str]
     exempt: ClassVar[Mapping[str, str]] = {}
     services: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Raise PrunelabError where a hyper-parameter is not what its field may be (`core.options`). What a method
+        checks besides, of fields that depend on each other, it checks after this."""
+        options.check(self)
 
     def build(self, info: ModelInfo) -> nn.Module | None:
         """The method's learned parts for a model of this size, or None. Trained by the paper's own rule and handed to

@@ -9,16 +9,12 @@ import ast
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-from prunelab.common.core import index
+from prunelab.common.core import index, options
 from prunelab.common.core.errors import PrunelabError
 
 if TYPE_CHECKING:
@@ -82,82 +78,23 @@ def load() -> dict[str, type[Method]]:
 def create(name: str, **values: Any) -> Method:
     """A method with the given hyper-parameters, read by the types of its fields: lists become tuples, and a single
     value of a tuple field a tuple of one, so that values from YAML and the command line can be passed as they are."""
-    check_options(entry(name), values)
-    cls = get(name)
-    hints = get_type_hints(cls)
-    fitted = {key: _fitted(f"{name}: {key}", value, hints[key]) for key, value in values.items()}
+    fitted = fit(entry(name), values)
     for option in entry(name).options:
         if option.default is None and option.name not in values:
             raise PrunelabError(f"{name} needs a value for its option '{option.name}'")
-    return cls(**fitted)
+    return get(name)(**fitted)
 
 
-def check_options(entry: index.Entry, names: Iterable[str]) -> None:
-    """Refuse options that a method does not have; imports nothing of it."""
-    allowed = [option.name for option in entry.options]
-    for name in names:
-        if name not in allowed:
-            near = get_close_matches(name, allowed, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(allowed) or 'none'}"
+def fit(entry: index.Entry, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in the form that a method's fields take. Raises PrunelabError for one that it does not have, or a value
+    that it may not have; imports nothing of it."""
+    types = {option.name: option.hint for option in entry.options}
+    for name in values:
+        if name not in types:
+            near = get_close_matches(name, types, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(types) or 'none'}"
             raise PrunelabError(f"{entry.name} has no option '{name}'; {hint}")
-
-
-def _fitted(what: str, value: Any, hint: Any) -> Any:
-    """The value in the form that a field takes, or an error that says which; numbers are left as they were given."""
-    check = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
-    for form in _forms(value):
-        try:
-            check.validate_python(form)
-            return form
-        except ValidationError:
-            continue
-    raise PrunelabError(f"{what} must be {_words(hint)}, not {value!r}")
-
-
-def _forms(value: Any) -> Iterator[Any]:
-    """A value as given, and what it may have been meant as: a number that YAML takes for a word (1e-8), None, a tuple
-    of one, or of the parts of `2,5,8`."""
-    whole = _tuples(value)
-    yield whole
-    if isinstance(value, str):
-        if value.lower() == "none":
-            yield None
-        with suppress(ValueError):
-            yield float(value)
-        if "," in value:
-            yield tuple(yaml.safe_load(part) for part in value.split(",") if part.strip())
-    if value is not None and not isinstance(value, list | tuple):
-        yield (whole,)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a word",
-    type(None): "none",
-    tuple[int, ...]: "whole numbers such as 2,5",
-    tuple[float, ...]: "numbers such as 0.9,0.8",
-}
-
-
-def _words(hint: Any) -> str:
-    """A type in words."""
-    if hint in _WORDS:
-        return _WORDS[hint]
-    arguments, origin = get_args(hint), get_origin(hint)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if origin is tuple:
-        each = [_words(a) for a in arguments if a is not Ellipsis]
-        return f"a list, each {each[0]}" if Ellipsis in arguments else f"{len(each)} values, each {each[0]}"
-    if arguments:  # a union
-        return " or ".join(_words(a) for a in arguments)
-    return str(getattr(hint, "__name__", hint))
+    return {name: options.fitted(f"{entry.name}: {name}", value, types[name]) for name, value in values.items()}
 
 
 def slug(method: type[Method] | Method) -> str:

@@ -108,7 +108,8 @@ def resolve(
     task.read(settings)
     budget = budget or configuration.budget if method else None
     task.admit(method, budget)
-    _check_options(method, configuration.options)
+    if method is not None:
+        registry.fit(registry.entry(method), configuration.options)
     needs = GPU if task.needs_gpu and not config["gpu"] else ""
     ids: dict[str, Any] = {}
     names: list[tuple[hub.Kind, str]] = []
@@ -148,14 +149,6 @@ def merged(
     if scale == "smoke":
         values["samples"] = min(SMOKE_SAMPLES, values.get("samples") or SMOKE_SAMPLES)
     return values
-
-
-def _check_options(method: str | None, options: Mapping[str, Any]) -> None:
-    if method is not None:
-        known = [option.name for option in registry.entry(method).options]
-        for name in options:
-            if name not in known:
-                raise PrunelabError(f"{method} has no option '{name}'{nearest(name, known)}")
 
 
 def _used(

@@ -27,7 +27,7 @@ FORMAT = 1
 # resolved in the run's identity or among its entries.
 SILENT = (
     "common/catalogue", "common/cli", "common/drawing", "common/experiments", "common/core/errors.py",
-    "common/core/index.py", "common/core/registry.py",
+    "common/core/index.py", "common/core/options.py", "common/core/registry.py",
 )  # fmt: skip
 
 _LIBRARIES = (

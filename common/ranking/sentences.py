@@ -15,6 +15,7 @@ from torch import Tensor
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import FiniteFloat, NonNegativeFloat, NonNegativeInt
 from prunelab.common.ranking import text
 from prunelab.common.ranking.role import Ranker, Ranking, levels
 from prunelab.common.ranking.text import Background, Similarity
@@ -117,10 +118,10 @@ class FeatureRanker(SentenceRanker):
         `uniform` gives every word the weight 1, `error` refuses.
     """
 
-    weight: float = 1.0
-    position: float = 0.0
-    min_words: int = 0
-    max_cosine: float | None = None
+    weight: FiniteFloat = 1.0
+    position: FiniteFloat = 0.0
+    min_words: NonNegativeInt = 0
+    max_cosine: NonNegativeFloat | None = None
     without_background: Literal["sentences", "uniform", "error"] = "sentences"
 
     @classmethod

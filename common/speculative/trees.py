@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt
 
-Path = tuple[int, ...]
+Path = tuple[NonNegativeInt, ...]
 EMPTY = -1  # in rows of tokens: nothing here
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunelab.common.core import attention
 from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, PositiveInt, Share
 from prunelab.common.core.plan import Site
 from prunelab.common.kv_cache.role import CachePruner, CacheSignals, OwnAttention
 
@@ -86,17 +86,13 @@ class A2SF(OwnAttention):
         First and last tokens that always stay; the paper keeps neither.
     """
 
-    forgetting: float = 0.2  # the paper's best values lie between 0.1 and 0.3
-    sink: int = 0
-    recent: int = 0
+    forgetting: Share = 0.2  # the paper's best values lie between 0.1 and 0.3
+    sink: NonNegativeInt = 0
+    recent: NonNegativeInt = 0
 
     name: ClassVar[str] = "a2sf"
     when = "both"
     alike = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.forgetting <= 1:
-            raise PrunelabError(f"{self.name}: the forgetting factor {self.forgetting} must lie between 0 and 1")
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys", "values"})
@@ -145,9 +141,9 @@ class A2SFPrefill(CachePruner):
         Makes it the release's other policy, in which that many last queries weigh 1 and the others nothing.
     """
 
-    forgetting: float = 0.95
-    recent: int = 16
-    observers: int | None = None
+    forgetting: Share = 0.95
+    recent: NonNegativeInt = 16
+    observers: PositiveInt | None = None
 
     name: ClassVar[str] = "a2sf_prefill"
 

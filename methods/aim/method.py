@@ -16,6 +16,7 @@ from torch import Tensor
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -89,21 +90,20 @@ class AIM(TokenPruner):
         Of the random walk.
     """
 
-    layers: tuple[int, int] = (14, 22)
-    pool: int = 1
-    temperature: float = 0.1
-    iterations: int = 5
-    damping: float = 0.0
+    layers: tuple[NonNegativeInt, NonNegativeInt] = (14, 22)
+    pool: PositiveInt = 1
+    temperature: PositiveFloat = 0.1
+    iterations: NonNegativeInt = 5
+    damping: Share = 0.0
 
     name: ClassVar[str] = "aim"
     ascending: ClassVar[bool] = False
     exempt = {"padding": "frames have one length, the even-odd split no padded form; padded samples are refused"}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.layers[0] < self.layers[1]:
-            raise PrunelabError(f"aim: layers {self.layers} are no schedule; give l1 and a larger l2, both from 0")
-        if self.pool < 1:
-            raise PrunelabError(f"aim: pool {self.pool} is out of range: it must be at least 1")
+        super().__post_init__()
+        if self.layers[0] >= self.layers[1]:
+            raise PrunelabError(f"aim: layers {self.layers} are no schedule; give l1 and a larger l2")
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
         first, last = self.layers

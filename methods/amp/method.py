@@ -102,6 +102,7 @@ class AMP(WeightPruner):
     name: ClassVar[str] = "amp"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.prune or not set(self.prune) <= {"heads", "channels"}:
             raise PrunelabError("amp prunes heads, channels or both")
 

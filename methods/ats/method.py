@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -29,7 +30,7 @@ class AdaptiveTokenSampling(TokenPruner):
         carries its own row of the attention output on.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[NonNegativeInt, ...] | None = None
 
     name: ClassVar[str] = "ats"
     adaptive: ClassVar[bool] = True

@@ -23,6 +23,7 @@ from torch import Tensor
 from prunelab.common.constrained.role import ConstrainedSampler
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import PositiveInt
 
 Array = NDArray[np.float64]
 Accept = Callable[[int], bool]
@@ -226,7 +227,7 @@ class AWRS(TokenSampler):
     """
 
     estimator: Literal["paper", "adaptive", "recursive", "geometric", "none"] = "paper"
-    max_accepts: int = 2
+    max_accepts: PositiveInt = 2
 
     name: ClassVar[str] = "awrs"
 

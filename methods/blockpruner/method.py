@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Decision, Probe, Statistics, Target, Unit, WeightSignals
 
@@ -58,7 +59,7 @@ class BlockPruner(WeightPruner):
     """
 
     block_type: BlockType = "mix"
-    padding: int | None = None
+    padding: NonNegativeInt | None = None
 
     name: ClassVar[str] = "blockpruner"
 

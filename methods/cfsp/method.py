@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import FiniteFloat, NonNegativeFloat, NonNegativeInt
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputNorm
 from prunelab.common.weights.targets import Accumulator, Observation, Target, Unit, WeightSignals
@@ -128,18 +129,14 @@ class CFSP(WeightPruner):
 
     coarse: Coarse = "angular"
     fine: Fine = "three_w_one_wa"
-    a: float = 1.0
-    b: float = 1.0
-    c: float = 1.0
-    multiple: int = 0
+    a: NonNegativeFloat = 1.0
+    b: FiniteFloat = 1.0
+    c: FiniteFloat = 1.0
+    multiple: NonNegativeInt = 0
     released: bool = True
 
     name: ClassVar[str] = "cfsp"
     exempt = {"budget": "blocks keep different shares, and as released one neuron more each"}
-
-    def __post_init__(self) -> None:
-        if self.a < 0 or self.multiple < 0:
-            raise PrunelabError("cfsp: a and multiple must be at least 0")
 
     @property
     def sequential(self) -> bool:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -24,7 +25,7 @@ class ClassAttention(TokenPruner):
         0-based blocks with a pruning step behind them.
     """
 
-    layers: tuple[int, ...] = (2, 5, 8)
+    layers: tuple[NonNegativeInt, ...] = (2, 5, 8)
 
     name: ClassVar[str] = "cls_attention"
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Positions, Site, take
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -39,7 +40,7 @@ class ClassSimilarity(TokenPruner):
         closes the sequence up.
     """
 
-    layers: tuple[int, ...] = (2, 5, 8)
+    layers: tuple[NonNegativeInt, ...] = (2, 5, 8)
     positions: Positions = "original"
 
     name: ClassVar[str] = "cls_similarity"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import FiniteFloat, PositiveFloat, PositiveShare, Within
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputMean
 from prunelab.common.weights.targets import Decision, Probe, Statistics, Target, Unit, WeightSignals
@@ -74,16 +75,12 @@ class Dare(WeightPruner):
         `layers` touches attention and MLP alone (as for decoders), `all` every tensor but classifiers (encoders).
     """
 
-    q: float | None = None
+    q: PositiveShare | None = None
     scope: Literal["layers", "all"] = "layers"
 
     name: ClassVar[str] = "dare"
     needs_base = True
     exempt = {"budget": "every delta stays or goes by a draw of its own"}
-
-    def __post_init__(self) -> None:
-        if self.q is not None and not 0 < self.q <= 1:
-            raise PrunelabError(f"{self.name}: q divides deltas and lies above 0, at most at 1, not {self.q:g}")
 
     @property
     def units(self) -> Sequence[Unit]:
@@ -155,20 +152,18 @@ class Darex(Dare):
 
     rule: Literal["global", "analytic"] = "global"
     objective: Literal["loss", "logits"] = "loss"
-    bounds: tuple[float, float] | None = None
-    step: float = 0.05
-    eta: float | None = None
-    gamma: float = 0.95
-    stop: float = 0.8
+    bounds: tuple[PositiveFloat, PositiveFloat] | None = None
+    step: PositiveFloat = 0.05
+    eta: FiniteFloat | None = None
+    gamma: Within = 0.95
+    stop: PositiveShare = 0.8
 
     name: ClassVar[str] = "darex"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.step <= 0 or not 0 < self.gamma < 1 or not 0 < self.stop <= 1:
-            raise PrunelabError("darex: step is above 0, gamma between 0 and 1, stop above 0 and at most 1")
-        if self.bounds is not None and not 0 < self.bounds[0] <= self.bounds[1]:
-            raise PrunelabError(f"darex: the bounds {self.bounds} are no range above 0; give (low, high)")
+        if self.bounds is not None and self.bounds[0] > self.bounds[1]:
+            raise PrunelabError(f"darex: the bounds {self.bounds} are no range; give (low, high)")
 
     def precompute(self, probe: Probe) -> Mapping[str, Statistics]:
         """The q of every target."""

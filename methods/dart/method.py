@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, take
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -89,9 +90,9 @@ class DART(TokenPruner):
         Kept tokens keep their position numbers, as released, or are numbered anew.
     """
 
-    layers: tuple[int, ...] = (2,)
-    image_pivots: int = 4
-    text_pivots: int = 4
+    layers: tuple[NonNegativeInt, ...] = (2,)
+    image_pivots: NonNegativeInt = 4
+    text_pivots: NonNegativeInt = 4
     visit: Visit = "set"
     positions: Positions = "original"
 
@@ -99,10 +100,9 @@ class DART(TokenPruner):
     exempt = {"budget": "the image's pivots stay on top of a whole number of tokens for every pivot, as released"}
 
     def __post_init__(self) -> None:
-        if self.image_pivots < 0 or self.text_pivots < 0 or self.image_pivots + self.text_pivots < 1:
+        super().__post_init__()
+        if self.image_pivots + self.text_pivots < 1:
             raise PrunelabError(f"{self.name}: image_pivots and text_pivots must make at least one pivot")
-        if self.visit not in ("set", "norm"):
-            raise PrunelabError(f"{self.name}: visit='{self.visit}' is unknown; use 'set' or 'norm'")
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
         return [Site(layer, "input") for layer in self.layers]

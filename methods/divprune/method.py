@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, Where, take
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -78,7 +79,7 @@ class DivPrune(TokenPruner):
     """
 
     where: Where = "packed"
-    layer: int = 0
+    layer: NonNegativeInt = 0
     distance: Distance = "cosine"
     positions: Positions = "renumber"
 

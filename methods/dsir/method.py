@@ -17,6 +17,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveInt
 from prunelab.common.data_selection.ngrams import Array, Bags, HashedNgrams, divergence, tokens
 from prunelab.common.data_selection.streaming import StreamSelector
 
@@ -115,15 +116,15 @@ class DSIR(StreamSelector[Documents]):
         Whether the filter on word statistics sorts out first (`Quality`).
     """
 
-    ngrams: int = 2
-    buckets: int = 10_000
-    min_length: int = 100
-    fitted: int | None = None
-    smoothing: float = 0.0
+    ngrams: PositiveInt = 2
+    buckets: PositiveInt = 10_000
+    min_length: NonNegativeInt = 100
+    fitted: NonNegativeInt | None = None
+    smoothing: NonNegativeFloat = 0.0
     top_k: bool = False
     separate: bool = False
-    proportions: tuple[float, ...] | None = None
-    epsilon: float = 1e-8
+    proportions: tuple[NonNegativeFloat, ...] | None = None
+    epsilon: NonNegativeFloat = 1e-8
     quality: bool = False
 
     name: ClassVar[str] = "dsir"

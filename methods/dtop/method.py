@@ -17,6 +17,7 @@ from torch import Tensor
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -85,9 +86,9 @@ class DToP(TokenPruner):
         0-based blocks with a head to leave by, None for those of the published ViT-B and ViT-L.
     """
 
-    threshold: float = 0.95
-    keep: int = 5
-    layers: tuple[int, ...] | None = None
+    threshold: NonNegativeFloat = 0.95
+    keep: NonNegativeInt = 5
+    layers: tuple[NonNegativeInt, ...] | None = None
 
     name: ClassVar[str] = "dtop"
     rest = "halt"

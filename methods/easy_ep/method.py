@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Accumulator, Observation, Routing, Target, Unit, WeightSignals
 
@@ -106,14 +107,10 @@ class EasyEP(WeightPruner):
 
     importance: Importance = "output"
     tokens: bool = True
-    domains: tuple[int, ...] = ()
-    longest: int = 0
+    domains: tuple[PositiveInt, ...] = ()
+    longest: NonNegativeInt = 0
 
     name: ClassVar[str] = "easy_ep"
-
-    def __post_init__(self) -> None:
-        if self.longest < 0 or any(count < 1 for count in self.domains):
-            raise PrunelabError("easy_ep: a domain needs at least one demonstration, and longest is 0 for all or more")
 
     @property
     def sequential(self) -> bool:

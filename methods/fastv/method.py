@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Positions, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -35,7 +36,7 @@ class FastV(TokenPruner):
         Kept tokens keep their position numbers as in the paper, or are numbered anew.
     """
 
-    layer: int = 2
+    layer: NonNegativeInt = 2
     positions: Positions = "original"
 
     name: ClassVar[str] = "fastv"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -76,7 +77,7 @@ class FitPrune(TokenPruner):
         How many tokens each layer deletes, one's own (`fitting.fit`); the budget is then 1.
     """
 
-    recipe: tuple[int, ...] | None = None
+    recipe: tuple[NonNegativeInt, ...] | None = None
 
     name: ClassVar[str] = "fitprune"
     exempt = {"budget": "the budget is a share of FLOPs, and a recipe says what each layer keeps of the tokens"}

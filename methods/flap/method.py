@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.weights import masks
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import Fluctuation, InputAccumulator, InputMean, InputNorm
@@ -108,7 +109,7 @@ class FLAP(WeightPruner):
 
     structure: Structure = "AL-AM"
     metric: Metric = "WIFV"
-    removed_heads: int = 0
+    removed_heads: NonNegativeInt = 0
     compensate: bool = True
     released: bool = True
 
@@ -116,7 +117,8 @@ class FLAP(WeightPruner):
     exempt = {"budget": "one threshold for heads and neurons of the whole model: targets lose different shares"}
 
     def __post_init__(self) -> None:
-        if self.removed_heads < 0 or (self.removed_heads > 0) != self.structure.endswith("MM"):
+        super().__post_init__()
+        if (self.removed_heads > 0) != self.structure.endswith("MM"):
             raise PrunelabError(f"flap: {self.structure} takes removed_heads={'N' if self._manual else '0'}, N > 0")
 
     @property

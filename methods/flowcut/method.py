@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, PositiveInt, Share
 from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, take
 from prunelab.common.core.signals import Reading, Signal
 from prunelab.common.tokens.role import TokenPruner
@@ -70,10 +71,10 @@ class FlowCut(TokenPruner):
         The kept tokens are numbered anew, as released, or keep their numbers.
     """
 
-    decay: float = 0.5
+    decay: Share = 0.5
     flow: Literal["class", "mean"] = "class"
-    second: int | None = None
-    crops: int = 5
+    second: NonNegativeInt | None = None
+    crops: PositiveInt = 5
     positions: Positions = "renumber"
 
     name: ClassVar[str] = "flowcut"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, Share
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
 from prunelab.common.core.selection import descending
 from prunelab.common.tokens.role import TokenPruner
@@ -85,9 +86,9 @@ class FocusDETR(TokenPruner):
         Tokens that take part in the dual attention of a layer; 0 leaves it out.
     """
 
-    cascade: tuple[float, ...] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)
+    cascade: tuple[Share, ...] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)
     criterion: Criterion = "learned"
-    objects: int = 300
+    objects: NonNegativeInt = 300
 
     name: ClassVar[str] = "focus_detr"
     rest = "bypass"
@@ -99,10 +100,9 @@ class FocusDETR(TokenPruner):
     }
 
     def __post_init__(self) -> None:
-        if self.criterion not in get_args(Criterion):
-            raise PrunelabError(f"focus_detr: criterion '{self.criterion}' is not one of {get_args(Criterion)}")
-        if not self.cascade or not all(0 <= share <= 1 for share in self.cascade):
-            raise PrunelabError("focus_detr: the cascade is one share between 0 and 1 for each encoder layer")
+        super().__post_init__()
+        if not self.cascade:
+            raise PrunelabError("focus_detr: the cascade is one share for each encoder layer")
 
     def build(self, info: ModelInfo) -> FocusParts | None:
         return FocusParts(info.width, info.heads, info.depth, info.levels) if self.criterion == "learned" else None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import PositiveFloat
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputNorm
 from prunelab.common.weights.targets import Accumulator, Probe, Statistics, Target, Unit, WeightSignals
@@ -85,7 +86,7 @@ class GBLM(WeightPruner):
     """
 
     norm: Norm = "l2"
-    scale: float = 100.0
+    scale: PositiveFloat = 100.0
     inverse: bool = False
     gradient_only: bool = False
     half: bool = True
@@ -93,8 +94,9 @@ class GBLM(WeightPruner):
     name: ClassVar[str] = "gblm"
 
     def __post_init__(self) -> None:
-        if self.scale <= 0 or (self.inverse and self.gradient_only):
-            raise PrunelabError("gblm: scale must be above 0, and gradient_only has nothing to invert")
+        super().__post_init__()
+        if self.inverse and self.gradient_only:
+            raise PrunelabError("gblm: gradient_only has nothing to invert")
 
     def statistics(self, unit: Unit) -> Mapping[str, type[InputNorm]]:
         return {} if self.gradient_only else {"input_norm": InputNorm}

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 
 from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from prunelab.common.weights.obs import InverseFactor, dead, factors, falling
 from prunelab.common.weights.quantisation import Quantiser, gptq, rounded
 from prunelab.common.weights.role import WeightPruner
@@ -38,20 +38,17 @@ class Rtn(WeightPruner):
         One bit is a sign times the mean magnitude (MC-MoE's grid); otherwise it has two levels as released.
     """
 
-    group: int = 0
+    group: NonNegativeInt = 0
     symmetric: bool = False
     search: bool = False
-    steps: int = 100
-    shrink: float = 0.8
-    power: float = 2.4
+    steps: PositiveInt = 100
+    shrink: PositiveShare = 0.8
+    power: PositiveFloat = 2.4
     sign: bool = False
 
     name: ClassVar[str] = "rtn"
     quantises = True
     exempt = {"keep_all": "no number of bits is the identity", "budget": "weights become codes, and all stay"}
-
-    def __post_init__(self) -> None:
-        self.quantiser(Budget(8, "bits"))
 
     def quantiser(self, budget: Budget) -> Quantiser:
         """The grids under a budget of whole bits."""
@@ -94,16 +91,11 @@ class Gptq(Rtn):
     static_groups: bool = False
     grids: Literal["block", "column"] = "block"
     true_sequential: bool = False
-    damping: float = 0.01
-    tries: int = 1
-    width: int = 128
+    damping: NonNegativeFloat = 0.01
+    tries: PositiveInt = 1
+    width: PositiveInt = 128
 
     name: ClassVar[str] = "gptq"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.damping < 0 or self.width < 1 or self.tries < 1:
-            raise PrunelabError(f"{self.name}: damping must be at least 0, width and tries at least 1")
 
     @property
     def in_turn(self) -> bool:

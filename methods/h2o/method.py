@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from prunelab.common.core.attention import grouped
+from prunelab.common.core.options import Share
 from prunelab.common.core.plan import Site
 from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
@@ -25,7 +26,7 @@ class H2O(CachePruner):
         Share of the budget that the last tokens get.
     """
 
-    recent: float = 0.5
+    recent: Share = 0.5
 
     name: ClassVar[str] = "h2o"
     when = "both"

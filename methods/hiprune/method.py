@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Positions, Site, take
 from prunelab.common.core.signals import Reading, Signal
 from prunelab.common.tokens.role import TokenPruner
@@ -82,17 +83,17 @@ class HiPrune(TokenPruner):
         A neighbour outside the grid is the nearest end of the sequence, as released, or left out, as written.
     beta : float
         HiPrune++ (0.1 in the paper): so large a share of the budget is kept besides, by likeness to the text.
-    parts : int
+    divisor : int
         What beta is divided by: 1 by the text of the paper, 5 by its pseudo-code.
     positions : str
         The kept tokens are numbered anew, as released for LLaVA, or keep their numbers, as for Qwen2.5-VL.
     """
 
-    alpha: float = 0.1
-    layer: int = 8
+    alpha: Share = 0.1
+    layer: NonNegativeInt = 8
     edges: Edges = "clamp"
-    beta: float = 0.0
-    parts: int = 1
+    beta: NonNegativeFloat = 0.0
+    divisor: PositiveInt = 1
     positions: Positions = "renumber"
 
     name: ClassVar[str] = "hiprune"
@@ -114,7 +115,7 @@ class HiPrune(TokenPruner):
         middle, last = (x.unflatten(1, (crops, -1)).flatten(0, 1) for x in (middle, last))  # a crop a row
         keep = budget.count(signals.units) // crops
         scores = ranked(middle, last, keep, self.alpha, signals.grids[0][1], self.edges)
-        more = round(self.beta * keep / self.parts)
+        more = round(self.beta * keep / self.divisor)
         if more:
             tokens = take(signals.hidden, visual).unflatten(1, (crops, -1)).flatten(0, 1)
             scores = with_text(scores, keep, tokens, signals.text.repeat_interleave(crops, 0))

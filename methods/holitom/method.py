@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import Cosine, NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site, take
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -215,15 +216,15 @@ class HoliTom(TokenPruner):
         Frames a segment may have.
     """
 
-    layer: int | None = None
-    similarity: float = 0.8
+    layer: NonNegativeInt | None = None
+    similarity: Cosine = 0.8
     pooling: Pooling = "bilinear"
     order: Literal["segment", "grid"] = "segment"
-    centre_share: float | None = 0.6
+    centre_share: Share | None = 0.6
     inner: Literal["running", "mean"] = "running"
-    neighbours: int = 7
-    noise: float = 0.0
-    window: int = 1024
+    neighbours: PositiveInt = 7
+    noise: NonNegativeFloat = 0.0
+    window: PositiveInt = 1024
 
     name: ClassVar[str] = "holitom"
     exempt = {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt
 from prunelab.common.core.plan import Mix, ModelInfo, Plan, Positions, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -98,7 +99,7 @@ class HoloV(TokenPruner):
 
     Parameters
     ----------
-    parts : int
+    crops : int
         Into how many parts a picture's tokens are cut; 0 is the paper's rule, 1024 / keep of 576 tokens (the released
         script of LLaVA has 16, with 64 to keep).
     diversity : float
@@ -120,14 +121,14 @@ class HoloV(TokenPruner):
         The tokens are numbered anew, as released for LLaVA, or keep their numbers (not with zeros).
     """
 
-    parts: int = 0
-    diversity: float = 0.09
-    scale: float = 1000.0
-    power: float = 1.0
+    crops: NonNegativeInt = 0
+    diversity: NonNegativeFloat = 0.09
+    scale: NonNegativeFloat = 1000.0
+    power: NonNegativeFloat = 1.0
     choose: Literal["attention", "score"] = "attention"
     overflow: Overflow = "zero"
     attention: Literal["cls_row", "received"] = "cls_row"
-    epsilon: float = 1e-6
+    epsilon: NonNegativeFloat = 1e-6
     positions: Positions = "renumber"
 
     name: ClassVar[str] = "holov"
@@ -160,7 +161,7 @@ class HoloV(TokenPruner):
     def slots(self, tokens: Tensor, attention: Tensor, keep: int) -> Tensor:
         """The token [B, K] of each output, -1 for none, for tokens [B, N, D] and the attention [B, N] to them."""
         scores, ranks, sizes, start = [], [], [], 0
-        for parts, size in parts_of(tokens.shape[1], keep, self.parts):
+        for parts, size in parts_of(tokens.shape[1], keep, self.crops):
             part = slice(start, start + parts * size)
             own = attention[:, part].unflatten(1, (parts, size))
             score = holistic_score(

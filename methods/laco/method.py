@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import FiniteFloat, NonNegativeInt, PositiveInt
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Decision, Probe, Statistics, Target, Unit, WeightSignals
 
@@ -78,10 +79,10 @@ def walk(
     layers: Layers,
     similarity: Callable[[Layers], float],
     threshold: float,
-    merge_layers: int = 3,
-    interval: int = 1,
-    lowest: int = 0,
-    highest: int | None = None,
+    merge_layers: PositiveInt = 3,
+    interval: PositiveInt = 1,
+    lowest: NonNegativeInt = 0,
+    highest: NonNegativeInt | None = None,
     rule: Rule = "last",
     most: int | None = None,
 ) -> Iterator[Step]:
@@ -155,18 +156,19 @@ class LaCo(WeightPruner):
         the last one it absorbed. `differences` is the paper's: the sum of all differences is added to its own.
     """
 
-    threshold: float | None = None
-    merge_layers: int = 3
-    interval: int = 1
-    lowest: int = 0
-    highest: int | None = None
+    threshold: FiniteFloat | None = None
+    merge_layers: PositiveInt = 3
+    interval: PositiveInt = 1
+    lowest: NonNegativeInt = 0
+    highest: NonNegativeInt | None = None
     rule: Rule = "last"
 
     name: ClassVar[str] = "laco"
 
     def __post_init__(self) -> None:
-        if self.merge_layers < 2 or self.interval < 1 or self.lowest < 0:
-            raise PrunelabError("laco: merge_layers is at least 2, interval at least 1, lowest at least 0")
+        super().__post_init__()
+        if self.merge_layers < 2:
+            raise PrunelabError("laco: a merge takes at least 2 layers; give merge_layers=2 or more")
 
     @property
     def sequential(self) -> bool:

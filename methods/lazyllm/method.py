@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, Share
 from prunelab.common.core.plan import ModelInfo, Rest, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -52,8 +53,8 @@ class LazyLLM(TokenPruner):
         layer is the static pruning that the paper compares with.
     """
 
-    layers: tuple[int, ...] | None = None
-    shares: tuple[float, ...] = (0.3, 0.6, 0.9)
+    layers: tuple[NonNegativeInt, ...] | None = None
+    shares: tuple[Share, ...] = (0.3, 0.6, 0.9)
     rest: Rest = "defer"
 
     name: ClassVar[str] = "lazyllm"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunelab.common.core import selection
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import FiniteFloat, PositiveFloat, Share
 from prunelab.common.ranking.sentences import FeatureRanker, Passage
 from prunelab.common.ranking.text import Array
 
@@ -80,10 +81,10 @@ class LexRank(FeatureRanker):
     """
 
     centrality: Literal["lexrank", "continuous", "degree"] = "lexrank"
-    threshold: float = 0.1
+    threshold: FiniteFloat = 0.1
     # assumption: Table 2 is headed by a damping factor of 0.85, which only fits as the share of followed edges.
-    jump: float = 0.15
-    epsilon: float = 1e-8  # assumption: the paper leaves the tolerance open
+    jump: Share = 0.15
+    epsilon: PositiveFloat = 1e-8  # assumption: the paper leaves the tolerance open
 
     name: ClassVar[str] = "lexrank"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Accumulator, Probe, Statistics, Target, Unit, WeightSignals
 
@@ -127,15 +128,16 @@ class LLMPruner(WeightPruner):
     criterion: Criterion = "param_first"
     reduction: Reduction | None = None
     scope: Literal["block", "global"] = "block"
-    attention_blocks: tuple[int, int] | None = None
-    mlp_blocks: tuple[int, int] | None = None
+    attention_blocks: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    mlp_blocks: tuple[NonNegativeInt, NonNegativeInt] | None = None
     released: bool = True
 
     name: ClassVar[str] = "llm_pruner"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for blocks in (self.attention_blocks, self.mlp_blocks):
-            if blocks is not None and not 0 <= blocks[0] <= blocks[1]:
+            if blocks is not None and blocks[0] > blocks[1]:
                 raise PrunelabError(f"llm_pruner: {blocks} is no range of blocks; give (first, behind the last)")
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import DraftTree
 
@@ -116,12 +117,12 @@ class Lookahead(DraftDecoder):
         Of the tokens of the prompt that the window starts with.
     """
 
-    level: int = 5
-    window: int = 7
-    guesses: int = 7
+    level: PositiveInt = 5
+    window: PositiveInt = 7
+    guesses: NonNegativeInt = 7
     bonus: bool = False
     prompt_pool: bool = False
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     name: ClassVar[str] = "lookahead"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.weights.merging import RouterGram, Usage, alike, gram, in_one_order, merged, neurons
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Accumulator, Decision, Probe, Statistics, Target, Unit, WeightSignals
@@ -66,7 +67,7 @@ class MSMoE(WeightPruner):
     similarity: Literal["router-logits", "router-weight", "weight"] = "router-logits"
     scope: Literal["model", "layer"] = "model"
     align: bool = False
-    layers: tuple[int, ...] = ()
+    layers: tuple[NonNegativeInt, ...] = ()
 
     name: ClassVar[str] = "m_smoe"
     exempt = {"budget": "groups are shared out over the model; layers keep different numbers"}

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunelab.common.core.options import FiniteFloat, NonNegativeInt
 from prunelab.common.ranking import text
 from prunelab.common.ranking.sentences import FeatureRanker, Passage, leading
 from prunelab.common.ranking.text import Array
@@ -41,7 +42,7 @@ class Centroid(FeatureRanker):
         The frame that the scores are used in, see `FeatureRanker`.
     """
 
-    threshold: float = 0.0
+    threshold: FiniteFloat = 0.0
 
     name: ClassVar[str] = "centroid"
 
@@ -72,7 +73,7 @@ class RandomSentences(FeatureRanker):
         Other seeds, other draws.
     """
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     name: ClassVar[str] = "random_sentences"
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveInt
 from prunelab.common.core.plan import ModelInfo
 from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import Accepted, DraftTree, Path, Template, longest, paths_of
@@ -92,12 +93,12 @@ class Medusa(DraftDecoder):
         Whether heads share the target's output layer, which the published ones start as a copy of.
     """
 
-    heads: int = 5
-    layers: int = 1
+    heads: PositiveInt = 5
+    layers: NonNegativeInt = 1
     tree: tuple[Path, ...] = ()
     sampling: Literal["lossless", "typical"] = "lossless"
-    epsilon: float = 0.09
-    alpha: float = 0.3
+    epsilon: NonNegativeFloat = 0.09
+    alpha: NonNegativeFloat = 0.3
     tied: bool = False
 
     name: ClassVar[str] = "medusa"

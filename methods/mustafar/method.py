@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, Share
 from prunelab.common.core.plan import Gather, Plan, Site
 from prunelab.common.kv_cache.role import CacheSignals, ThinsVectors
 
@@ -65,9 +66,9 @@ class Mustafar(ThinsVectors):
         Whether one entry less goes, as in the released code; see `largest`.
     """
 
-    keys: float | None = None
-    values: float | None = None
-    window_size: int = 32
+    keys: Share | None = None
+    values: Share | None = None
+    window_size: NonNegativeInt = 32
     value_groups: Literal["token", "channel"] = "token"
     released: bool = True
 
@@ -76,8 +77,9 @@ class Mustafar(ThinsVectors):
     exempt = {"budget": "every entry stays, with fewer numbers"}
 
     def __post_init__(self) -> None:
-        if self.window_size < 0 or (self.value_groups == "channel" and self.window_size < 1):
-            raise PrunelabError("mustafar: the window must be at least 0, and with groups of channels at least 1")
+        super().__post_init__()
+        if self.value_groups == "channel" and self.window_size < 1:
+            raise PrunelabError("mustafar: with groups of channels the window must be at least 1")
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import FiniteFloat, PositiveInt, PositiveShare
 from prunelab.common.weights import masks
 from prunelab.common.weights.relevance import Rule, RuleName, Start
 from prunelab.common.weights.role import WeightPruner
@@ -103,25 +104,21 @@ class PruningByExplaining(WeightPruner):
     """
 
     criterion: Criterion = "lrp"
-    step: float = 0.05
+    step: PositiveShare = 0.05
     normalise: bool = True
     start: Start = "one"
     rule: RuleName = "z+"
     first_rule: RuleName | None = None
-    alpha: float = 2.0
-    low: float = -1.0
-    high: float = 1.0
+    alpha: FiniteFloat = 2.0
+    low: FiniteFloat = -1.0
+    high: FiniteFloat = 1.0
     absolute: bool = False
-    batch: int = 128
+    batch: PositiveInt = 128
     spare: tuple[str, ...] = ()
 
     name: ClassVar[str] = "pruning_by_explaining"
     traces = True
     exempt = {"budget": "filters of all layers are compared, and the layers keep different shares"}
-
-    def __post_init__(self) -> None:
-        if not 0 < self.step <= 1 or self.batch < 1:
-            raise PrunelabError("pruning_by_explaining: step is above 0 and at most 1, batch at least 1")
 
     @property
     def sequential(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -53,18 +54,12 @@ class PyramidDrop(TokenPruner):
         The tokens that are left are numbered anew, as released, or keep their numbers.
     """
 
-    layers: tuple[int, ...] | None = None
-    number: int = 4
+    layers: tuple[NonNegativeInt, ...] | None = None
+    number: PositiveInt = 4
     of: Literal["stage", "image"] = "stage"
     positions: Positions = "renumber"
 
     name: ClassVar[str] = "pyramiddrop"
-
-    def __post_init__(self) -> None:
-        if self.of not in ("stage", "image"):
-            raise PrunelabError(f"{self.name}: of='{self.of}' is unknown; use 'stage' or 'image'")
-        if self.number < 1:
-            raise PrunelabError(f"{self.name}: number={self.number} is out of range: there is at least one stage")
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
         layers = stages(info.depth, self.number) if self.layers is None else self.layers

@@ -18,6 +18,7 @@ from torch import Tensor
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat
 from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -191,7 +192,7 @@ class QuoTA(TokenPruner):
 
     weighting: Literal["query", "even"] = "query"
     assigner: Assigner = "bilinear"
-    exponent: float = 2.0
+    exponent: NonNegativeFloat = 2.0
 
     name: ClassVar[str] = "quota"
     ascending: ClassVar[bool] = False

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import Site
 from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
@@ -22,7 +23,7 @@ class RandomCache(CachePruner):
         Last tokens that always stay.
     """
 
-    window_size: int = 1
+    window_size: NonNegativeInt = 1
 
     name: ClassVar[str] = "random_cache"
     exempt = {"batch": "every sample draws its own lot", "padding": "the lots of real tokens depend on the padding"}

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Positions, Rest, Site, Where
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -27,7 +28,7 @@ class RandomDrop(TokenPruner):
         and `bypass` in a deformable encoder, `halt` in a segmenter, `decay` in a scan (see `Plan`).
     """
 
-    layers: tuple[int, ...] = (2, 5, 8)
+    layers: tuple[NonNegativeInt, ...] = (2, 5, 8)
     where: Where = "block_output"
     rest: Rest = "drop"
     positions: Positions = "original"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, PositiveInt, Share
 from prunelab.common.speculative.role import DraftDecoder
 from prunelab.common.speculative.trees import EMPTY, DraftTree, fuse, trie
 
@@ -131,14 +132,14 @@ class RASD(DraftDecoder):
 
     # assumption: all of these sizes; those of the tree are EAGLE-2's, made smaller.
     retrieval: Literal["context", "store"] = "context"
-    nodes: int = 40
-    retrieved: int = 20
-    width: int = 6
-    depth: int = 5
-    longest: int = 3
-    length: int = 10
-    most: int = 64
-    least: float = 0.01
+    nodes: NonNegativeInt = 40
+    retrieved: NonNegativeInt = 20
+    width: PositiveInt = 6
+    depth: PositiveInt = 5
+    longest: PositiveInt = 3
+    length: PositiveInt = 10
+    most: PositiveInt = 64
+    least: Share = 0.01
 
     name: ClassVar[str] = "rasd"
     services = ("draft",)

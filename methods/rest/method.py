@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import PositiveInt
 from prunelab.common.speculative.role import DraftDecoder
 from prunelab.common.speculative.trees import EMPTY, DraftTree, trie
 
@@ -199,11 +200,11 @@ class REST(DraftDecoder):
         c, prefixes of continuations that are kept, and bound of their cost (`affordable`); the budget scales it.
     """
 
-    longest: int = 16
-    shortest: int = 2
-    matches: int = 5000
-    length: int = 10
-    choices: int = 64
+    longest: PositiveInt = 16
+    shortest: PositiveInt = 2
+    matches: PositiveInt = 5000
+    length: PositiveInt = 10
+    choices: PositiveInt = 64
 
     name: ClassVar[str] = "rest"
     services = ("store",)

@@ -16,6 +16,14 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Share,
+)
 from prunelab.common.weights.hadamard import hadamard, random_hadamard, turn
 from prunelab.common.weights.obs import InverseFactor, dead, factors, falling
 from prunelab.common.weights.quantisation import Quantiser, gptq
@@ -126,29 +134,29 @@ class RSQ(WeightPruner):
     """
 
     importance: Importance = "attention"
-    low: float = 0.005
-    high: float = 1.0
+    low: NonNegativeFloat = 0.005
+    high: PositiveFloat = 1.0
     normalise: Literal["none", "queries", "root"] = "none"
     scale: Literal["none", "square", "root"] = "none"
-    quantile: float = 1.0
-    masked: float = 0.0
-    truncate: float = 0.0
-    bins: int = 0
-    parts: tuple[int, ...] = (0,)
-    of: int = 8
-    expand: int = 1
+    quantile: Share = 1.0
+    masked: Share = 0.0
+    truncate: Share = 0.0
+    bins: NonNegativeInt = 0
+    parts: tuple[NonNegativeInt, ...] = (0,)
+    of: PositiveInt = 8
+    expand: PositiveInt = 1
     rotation: Literal["hadamard", "random", "none"] = "hadamard"
     online: bool = True
     symmetric: bool = True
-    group: int = 0
+    group: NonNegativeInt = 0
     search: bool = True
-    steps: int = 100
-    shrink: float = 0.8
-    power: float = 2.4
+    steps: PositiveInt = 100
+    shrink: PositiveShare = 0.8
+    power: PositiveFloat = 2.4
     act_order: bool = False
-    damping: float = 0.01
-    tries: int = 49
-    width: int = 128
+    damping: NonNegativeFloat = 0.01
+    tries: PositiveInt = 49
+    width: PositiveInt = 128
 
     name: ClassVar[str] = "rsq"
     quantises = True
@@ -156,15 +164,13 @@ class RSQ(WeightPruner):
     exempt = {"keep_all": "no number of bits is the identity", "budget": "weights become codes, and all stay"}
 
     def __post_init__(self) -> None:
-        self.quantiser(Budget(8, "bits"))
-        if not 0 <= self.low <= self.high or self.high <= 0:
-            raise PrunelabError("rsq: weights of tokens go from low, at least 0, up to high")
-        if not (0.5 < self.quantile <= 1 and 0 <= self.masked < 1 and 0 <= self.truncate < 1) or self.bins == 1:
-            raise PrunelabError("rsq: quantile is above 0.5 and at most 1, masked and truncate below 1, bins 2 or more")
-        if not self.parts or not all(0 <= part < self.of for part in self.parts):
+        super().__post_init__()
+        if self.low > self.high:
+            raise PrunelabError("rsq: weights of tokens go from low up to high")
+        if self.quantile <= 0.5 or self.masked == 1 or self.truncate == 1 or self.bins == 1:
+            raise PrunelabError("rsq: quantile is above 0.5, masked and truncate below 1, bins 2 or more")
+        if not self.parts or max(self.parts) >= self.of:
             raise PrunelabError(f"rsq: parts are numbers below of ({self.of})")
-        if self.damping < 0 or min(self.expand, self.tries, self.width) < 1:
-            raise PrunelabError("rsq: damping is at least 0, and expand, tries and width are at least 1")
 
     def quantiser(self, budget: Budget) -> Quantiser:
         """The grids under a budget of whole bits."""

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import PositiveInt
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Probe, Statistics, Target, Unit, WeightSignals
 
@@ -46,15 +46,11 @@ class ShortGPT(WeightPruner):
         the layer itself puts out.
     """
 
-    stride: int = 256
+    stride: PositiveInt = 256
     metric: Metric = "cosine"
     final_norm: bool = True
 
     name: ClassVar[str] = "shortgpt"
-
-    def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise PrunelabError(f"shortgpt: pieces have at least one token, not {self.stride}")
 
     @property
     def sequential(self) -> bool:

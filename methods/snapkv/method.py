@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import PositiveInt
 from prunelab.common.core.plan import Site
 from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
@@ -43,15 +44,16 @@ class SnapKV(CachePruner):
         What neighbours become.
     """
 
-    window_size: int = 32
-    kernel_size: int = 5
+    window_size: PositiveInt = 32
+    kernel_size: PositiveInt = 5
     pooling: Literal["mean", "max"] = "mean"
 
     name: ClassVar[str] = "snapkv"
 
     def __post_init__(self) -> None:
-        if self.window_size < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise PrunelabError("snapkv needs a window_size of at least 1 and an odd kernel_size")
+        super().__post_init__()
+        if self.kernel_size % 2 == 0:
+            raise PrunelabError(f"snapkv needs an odd kernel_size, not {self.kernel_size}")
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})

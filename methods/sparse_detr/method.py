@@ -95,10 +95,6 @@ class SparseDETR(TokenPruner):
         "padding": "the scorer's mean runs over padding (released)",
     }
 
-    def __post_init__(self) -> None:
-        if self.criterion not in ("learned", "proposal", "class"):
-            raise PrunelabError(f"sparse_detr: criterion '{self.criterion}' is not learned, proposal or class")
-
     def build(self, info: ModelInfo) -> SparseParts | None:
         return SparseParts(info.width) if self.criterion == "learned" else None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, PositiveInt
 from prunelab.common.weights import masks
 from prunelab.common.weights.obs import inverse_factors, sweep
 from prunelab.common.weights.role import WeightPruner
@@ -61,15 +62,11 @@ class SparseGPT(WeightPruner):
         Columns updated lazily together (128).
     """
 
-    damping: float = 0.01
-    width: int = 128
+    damping: NonNegativeFloat = 0.01
+    width: PositiveInt = 128
 
     name: ClassVar[str] = "sparsegpt"
     exempt = {"budget": "the weight at each block's threshold goes too, as released: one more a block of columns"}
-
-    def __post_init__(self) -> None:
-        if self.damping < 0 or self.width < 1:
-            raise PrunelabError("sparsegpt: damping must be at least 0 and width at least 1")
 
     def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
         return {"inverse_factor": inverse_factors(self.damping), "input_norm": InputNorm}

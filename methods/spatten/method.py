@@ -18,6 +18,7 @@ from torch import Tensor
 from prunelab.common.core import attention, selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveShare, Share
 from prunelab.common.core.plan import Plan, Site
 from prunelab.common.kv_cache.role import CachePruner, CacheSignals, OwnAttention
 
@@ -74,18 +75,14 @@ class SpAtten(OwnAttention):
         Where a query's largest probability is below it the second part is fetched too.
     """
 
-    heads: float = 1.0
-    values: float = 1.0
-    msb: int = 0
-    lsb: int = 4
-    threshold: float = 0.1
+    heads: PositiveShare = 1.0
+    values: PositiveShare = 1.0
+    msb: NonNegativeInt = 0
+    lsb: NonNegativeInt = 4
+    threshold: NonNegativeFloat = 0.1
 
     name: ClassVar[str] = "spatten"
     when = "both"
-
-    def __post_init__(self) -> None:
-        if not (0 < self.heads <= 1 and 0 < self.values <= 1):
-            raise PrunelabError("spatten: heads and values are shares above 0 and at most 1")
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys", "values"})
@@ -189,8 +186,8 @@ class SpAttenChat(CachePruner):
         Share of the budget that the last tokens get.
     """
 
-    start: int = 4
-    recent: float = 0.5
+    start: NonNegativeInt = 4
+    recent: Share = 0.5
 
     name: ClassVar[str] = "spatten_chat"
     when = "both"

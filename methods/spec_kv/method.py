@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.core.plan import Gather, Plan, Site
 from prunelab.common.kv_cache.role import CacheSignals, ReadsAhead, ShortensPrompt
 
@@ -56,9 +57,9 @@ class SpecKV(ReadsAhead):
         Over neighbours.
     """
 
-    ahead: int = 32
-    window_size: int = 32
-    kernel_size: int = 7
+    ahead: NonNegativeInt = 32
+    window_size: PositiveInt = 32
+    kernel_size: PositiveInt = 7
     reduction: Reduction = "max"
     pooling: Reduction = "max"
 
@@ -66,8 +67,9 @@ class SpecKV(ReadsAhead):
     services = ("draft",)
 
     def __post_init__(self) -> None:
-        if self.ahead < 0 or self.window_size < 1 or self.kernel_size % 2 == 0:
-            raise PrunelabError(f"{self.name} needs ahead >= 0, a window_size of at least 1 and an odd kernel_size")
+        super().__post_init__()
+        if self.kernel_size % 2 == 0:
+            raise PrunelabError(f"{self.name} needs an odd kernel_size, not {self.kernel_size}")
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys"})
@@ -162,12 +164,12 @@ class SpecPC(ShortensPrompt):
         Over heads, queries, layers and steps.
     """
 
-    window_size: int = 64
-    kernel_size: int = 32
+    window_size: PositiveInt = 64
+    kernel_size: PositiveInt = 32
     pooling: Literal["max", "avg", "none"] = "max"
-    neighbours: int = 32
-    steps: int = 1
-    first_layer: int = 8
+    neighbours: NonNegativeInt = 32
+    steps: PositiveInt = 1
+    first_layer: NonNegativeInt = 8
     weighted: bool = True
     reduction: Reduction = "max"
 
@@ -222,10 +224,10 @@ class SpecKVPC(ShortensPrompt, SpecKV):
         SpecPC's `kernel_size`, `neighbours` and `first_layer`; the others are SpecKV's.
     """
 
-    prompt: int = 2048
-    smoothing: int = 32
-    neighbours: int = 32
-    first_layer: int = 8
+    prompt: NonNegativeInt = 2048
+    smoothing: PositiveInt = 32
+    neighbours: NonNegativeInt = 32
+    first_layer: NonNegativeInt = 8
 
     name: ClassVar[str] = "spec_kv_pc"
 

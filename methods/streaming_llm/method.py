@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import Site
 from prunelab.common.kv_cache.role import CachePruner, CacheSignals
 
@@ -30,7 +31,7 @@ class StreamingLLM(CachePruner):
         First tokens that always stay.
     """
 
-    sink: int = 4
+    sink: NonNegativeInt = 4
 
     name: ClassVar[str] = "streaming_llm"
     when = "both"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveShare
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputNorm
 from prunelab.common.weights.targets import (
@@ -152,15 +153,11 @@ class Owl(WeightPruner):
         Half the range of ratios.
     """
 
-    outlier: float = 5.0
-    spread: float = 0.08
+    outlier: PositiveFloat = 5.0
+    spread: NonNegativeFloat = 0.08
 
     name: ClassVar[str] = "owl"
     exempt = {"budget": "blocks keep different shares"}
-
-    def __post_init__(self) -> None:
-        if self.outlier <= 0 or self.spread < 0:
-            raise PrunelabError(f"{self.name}: outlier must be above 0 and spread at least 0")
 
     def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
         return {"input_norm": InputNorm} if unit == "linear" else {}
@@ -201,20 +198,15 @@ class Stun(Owl):
         Of OWL, see `Owl`.
     """
 
-    experts: float = 0.8
+    experts: PositiveShare = 0.8
     similarity: Similarity = "router"
-    mix: float = 1.0
+    mix: NonNegativeFloat = 1.0
     by_norm: bool = False
-    means_up_to: int = 2
+    means_up_to: NonNegativeInt = 2
     then: Literal["owl", "wanda", "none"] = "owl"
 
     name: ClassVar[str] = "stun"
     exempt = {"budget": "layers keep different numbers of experts, and the budget counts both stages together"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.experts <= 1 or self.means_up_to < 0:
-            raise PrunelabError("stun: experts is a share above 0 and at most 1, and means_up_to at least 0")
 
     @property
     def units(self) -> Sequence[Unit]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import PositiveInt
 from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import DraftTree, Path, Template, paths_of
 
@@ -70,7 +71,7 @@ class TokenRecycling(DraftDecoder):
         Paths of candidate ranks from the root, shorter ones first; empty stands for the released tree of 80 nodes.
     """
 
-    candidates: int = 8
+    candidates: PositiveInt = 8
     tree: tuple[Path, ...] = ()
 
     name: ClassVar[str] = "token_recycling"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, PositiveFloat
 from prunelab.common.core.plan import Mix, ModelInfo, Plan, Site, take
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -94,18 +94,18 @@ class TokenTransforming(TokenPruner):
         proportion (log size on the logits, as in ToMe).
     """
 
-    layers: tuple[int, ...] = (2, 5, 8)  # assumption: the usual places, shared with the methods it is compared with
-    temperature: float = 0.02  # assumption: see the README for what it changes
+    layers: tuple[NonNegativeInt, ...] = (
+        2,
+        5,
+        8,
+    )  # assumption: those of the methods it is compared with
+    temperature: PositiveFloat = 0.02  # assumption: see the README for what it changes
     softmax: Softmax = "anchors"  # assumption: both readings fit the abstract; this one loses no token
     informative: Literal["class_attention", "received_attention"] = "class_attention"  # assumption
     feature: Literal["keys", "hidden"] = "keys"  # assumption
     proportional: bool = False  # assumption
 
     name: ClassVar[str] = "token_transforming"
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise PrunelabError(f"token_transforming: temperature {self.temperature:g} must be above 0")
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
         return [Site(layer, "block_output") for layer in self.layers]

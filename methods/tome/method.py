@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
 from prunelab.common.core.selection import Matching, bipartite_matching
 from prunelab.common.tokens.role import TokenPruner
@@ -42,7 +42,7 @@ class ToMe(TokenPruner):
     """
 
     proportional: bool = True
-    inflection: float = 0.0
+    inflection: Annotated[float, Interval(ge=-1, le=1)] = 0.0
 
     name: ClassVar[str] = "tome"
     ascending: ClassVar[bool] = False
@@ -50,10 +50,6 @@ class ToMe(TokenPruner):
         "budget": "at most half of the unprotected tokens of a block can be merged (the official clamp)",
         "padding": "the even-odd split has no padded form; padded samples are refused",
     }
-
-    def __post_init__(self) -> None:
-        if not -1 <= self.inflection <= 1:
-            raise PrunelabError(f"tome: inflection {self.inflection:g} is out of range: it must be between -1 and 1")
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
         return [Site(layer, "after_attention") for layer in range(info.depth)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, Where
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -38,7 +39,7 @@ class UniformTokens(TokenPruner):
         How what is kept is numbered, see `Plan`.
     """
 
-    layers: tuple[int, ...] = (0,)
+    layers: tuple[NonNegativeInt, ...] = (0,)
     where: Where = "packed"
     positions: Positions = "original"
 

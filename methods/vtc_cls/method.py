@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.core.plan import ModelInfo, Positions, Site, Where
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.role import TokenPruner
@@ -41,9 +42,9 @@ class VTCCLS(TokenPruner):
         The kept tokens are numbered anew, as released, or keep their numbers.
     """
 
-    last: int = 3
+    last: PositiveInt = 3
     where: Where = "projected"
-    layer: int = 0
+    layer: NonNegativeInt = 0
     positions: Positions = "renumber"
 
     name: ClassVar[str] = "vtc_cls"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -61,7 +62,7 @@ class VTW(TokenPruner):
         The text keeps its position numbers, as released, or is numbered anew.
     """
 
-    layer: int | None = None
+    layer: NonNegativeInt | None = None
     positions: Positions = "original"
 
     name: ClassVar[str] = "vtw"

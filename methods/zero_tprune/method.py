@@ -17,6 +17,7 @@ from torch import Tensor
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, Share
 from prunelab.common.core.plan import ModelInfo, Plan, Site, take
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -68,7 +69,7 @@ def page_rank(
 def combine_heads(
     scores: Tensor,
     mode: Literal["rms", "mean"],
-    variance_range: tuple[float, float] | None = None,
+    variance_range: tuple[NonNegativeFloat, NonNegativeFloat] | None = None,
     alive: Tensor | None = None,
 ) -> Tensor:
     """Scores [B, H, n] of patches -> [B, n]. `rms` is the paper's emphasis of informative regions (eq. 4); heads
@@ -175,17 +176,17 @@ class ZeroTPrune(TokenPruner):
         Of the graph's softmax, and of the votes.
     """
 
-    layers: tuple[int, ...] = (2, 5, 8)
-    similar: float = 0.25  # assumption: the paper searched it per layer; a moderate share, not tuned
-    iterations: tuple[int, ...] | None = None
+    layers: tuple[NonNegativeInt, ...] = (2, 5, 8)
+    similar: Share = 0.25  # assumption: the paper searched it per layer; a moderate share, not tuned
+    iterations: tuple[NonNegativeInt, ...] | None = None
     cls_init: bool = True
     heads: Literal["rms", "mean", "mean-logits"] = "rms"
-    variance_range: tuple[float, float] | None = (0.01, 0.7)
+    variance_range: tuple[NonNegativeFloat, NonNegativeFloat] | None = (0.01, 0.7)
     partition: Partition = "sequential-U"
     feature: Feature = "keys"
     metric: Metric = "cosine"
-    temperature: float = 1.0
-    damping: float = 0.0
+    temperature: PositiveFloat = 1.0
+    damping: Share = 0.0
 
     name: ClassVar[str] = "zero_tprune"
     exempt = {"padding": "the two halves of the S-stage and the votes count one graph size; padded samples are refused"}

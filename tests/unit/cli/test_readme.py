@@ -18,7 +18,13 @@ SAYS = {  # a word of each block -> what it prints
     "zero_tprune": ["21.7 % saved"],
     "wanda": ["MiB of", "tokens a step", "sparsity   50.00 %"],
     "lexrank": ["Every layer of a model reads", "Pruning removes tokens, so that", "False"],
-    "supports": ["['fastervlm', 'fastv']", "'wanda'", "layer: int = 2", "True", "no cache that can be pruned"],
+    "supports": [
+        "['fastervlm', 'fastv']",
+        "'wanda'",
+        "layer = 2: a whole number",
+        "True",
+        "no cache that can be pruned",
+    ],
 }
 
 

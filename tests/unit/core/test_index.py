@@ -123,14 +123,14 @@ def test_options_are_read_by_the_type_of_the_field(name, given, read):
 
 
 WRONG = [
-    ("fastv", {"layer": "x"}, "fastv: layer must be a whole number, not 'x'"),
+    ("fastv", {"layer": "x"}, "fastv: layer must be a whole number of at least 0, not 'x'"),
     ("fastv", {"layer": True}, "layer must be a whole number"),
     ("fastv", {"layer": 2.5}, "layer must be a whole number"),
     ("zero_tprune", {"layers": "a"}, "layers must be whole numbers such as 2,5"),
-    ("zero_tprune", {"variance_range": [0.1]}, "2 values, each a number or none"),
+    ("zero_tprune", {"variance_range": [0.1]}, "2 values, each a number of at least 0 or none"),
     ("divprune", {"distance": "l3"}, "one of cosine, l1, l2"),
     ("token_recycling", {"tree": 3}, "a list, each whole numbers"),
-    ("holitom", {"layer": "x"}, "a whole number or none"),
+    ("holitom", {"layer": "x"}, "a whole number of at least 0 or none"),
     ("fastv", {"layers": 3}, "did you mean layer"),
 ]
 

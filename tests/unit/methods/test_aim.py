@@ -146,7 +146,7 @@ def test_merging_and_the_schedule_together_alone_and_in_a_padded_batch():
 def test_mistakes_are_named():
     with pytest.raises(PrunelabError, match="larger l2"):
         AIM(layers=(5, 5))
-    with pytest.raises(PrunelabError, match="at least 1"):
+    with pytest.raises(PrunelabError, match="of at least 1"):
         AIM(pool=0)
     model, given = vlm("llava"), prompt("llava", images("llava", 1))
     with pytest.raises(PrunelabError, match="one budget"), apply(AIM(layers=(0, 2)), model, Budget((0.5, 0.2, 0.1))):

@@ -272,7 +272,7 @@ def test_a_parameter_without_gradient_stays():
 def test_bad_input_says_what_to_do(tmp_path):
     for method in (Dare, Darex):
         for q in (0.0, -0.1, 1.5):
-            with pytest.raises(PrunelabError, match="q divides deltas"):
+            with pytest.raises(PrunelabError, match="q must be a number above 0"):
                 method(q=q)
     for wrong in ({"step": 0.0}, {"gamma": 1.0}, {"stop": 0.0}, {"bounds": (0.5, 0.1)}, {"bounds": (0.0, 1.0)}):
         with pytest.raises(PrunelabError, match="darex"):

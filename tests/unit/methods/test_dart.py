@@ -75,8 +75,8 @@ def test_a_second_layer_prunes_what_is_left():
 def test_what_cannot_be_is_said():
     for bad, message in (
         ({"image_pivots": 0, "text_pivots": 0}, "at least one pivot"),
-        ({"text_pivots": -1}, "at least one pivot"),
-        ({"visit": "random"}, "use 'set' or 'norm'"),
+        ({"text_pivots": -1}, "text_pivots must be"),
+        ({"visit": "random"}, "must be one of set, norm"),
     ):
         with pytest.raises(PrunelabError, match=message):
             DART(**bad)

@@ -79,7 +79,7 @@ def test_the_quality_filter_keeps_text_and_drops_lists_and_numbers():
         ({"min_length": 5}, "2count", [], "a target corpus holds no document"),
         ({"min_length": 5}, "2count", None, "give target="),
         ({"min_length": 5, "separate": True, "proportions": (0.5,)}, "2count", NEWS[:2], "one proportion for each"),
-        ({"min_length": 5, "ngrams": 0}, "2count", NEWS[:2], "at least one word"),
+        ({"min_length": 5, "ngrams": 0}, "2count", NEWS[:2], "ngrams must be"),
     ],
 )
 def test_bad_input_is_one_line(options, budget, target, message):

@@ -132,9 +132,9 @@ def test_pruned_models_come_back_as_plain_ones(tmp_path):
 
 
 def test_bad_input_says_what_to_do():
-    with pytest.raises(PrunelabError, match="demonstration"):
+    with pytest.raises(PrunelabError, match="must be"):
         EasyEP(longest=-1)
-    with pytest.raises(PrunelabError, match="demonstration"):
+    with pytest.raises(PrunelabError, match="must be"):
         EasyEP(domains=(3, 0))
     with pytest.raises(PrunelabError, match=r"count 5 demonstrations.*has 4"):
         prune(EasyEP(domains=(2, 3)), language_model("mixtral"), 0.5, token_ids(), progress=False)

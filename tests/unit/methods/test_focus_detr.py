@@ -320,9 +320,9 @@ def test_wrong_uses_are_named():
         pass
     with pytest.raises(PrunelabError, match="learned parts"), apply(FocusDETR(cascade=ALL), model, 0.5):
         pass
-    with pytest.raises(PrunelabError, match="not one of"):
+    with pytest.raises(PrunelabError, match="must be one of"):
         FocusDETR(criterion="random")  # type: ignore[arg-type]
-    with pytest.raises(PrunelabError, match="one share between 0 and 1"):
+    with pytest.raises(PrunelabError, match="each from 0 to 1"):
         FocusDETR(cascade=(1.0, 1.2))
     for criterion in ("learned", "proposal"):
         method, one_stage = FocusDETR(cascade=ALL, criterion=criterion), stock(two_stage=False)  # type: ignore[arg-type]

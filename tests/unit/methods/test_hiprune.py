@@ -76,13 +76,13 @@ def test_crops_share_the_budget_alike():
     assert torch.equal(kept.view(10, 4) % 16, want)
 
 
-@pytest.mark.parametrize(("beta", "parts", "more"), [(0.5, 1, 3), (0.5, 5, 1)])
-def test_plus_keeps_more_than_the_budget_by_the_words_of_its_own_prompt(beta, parts, more):
+@pytest.mark.parametrize(("beta", "divisor", "more"), [(0.5, 1, 3), (0.5, 5, 1)])
+def test_plus_keeps_more_than_the_budget_by_the_words_of_its_own_prompt(beta, divisor, more):
     model = vlm("qwen2_5_vl", tower=6)
     given = typed(model, prompt("qwen2_5_vl", images("qwen2_5_vl", 2)))
     given["input_ids"] = given["input_ids"].clone()
     given["input_ids"][1, :3] = torch.tensor([7, 8, 9])  # other words for the second picture
-    method, plus = HiPrune(layer=2), HiPrune(layer=2, beta=beta, parts=parts)
+    method, plus = HiPrune(layer=2), HiPrune(layer=2, beta=beta, divisor=divisor)
     with torch.no_grad():
         with apply(method, model, Budget(6, "count")) as handle:
             model(**given)

@@ -63,7 +63,7 @@ def test_slots_are_the_loops(total, keep, parts, seed, choose, diversity):
         torch.randn(total, 6, generator=seeded(seed)),
         torch.rand(total, generator=seeded(seed + 1)) ** 6,
     )
-    method = HoloV(parts=parts, diversity=diversity, choose=choose)
+    method = HoloV(crops=parts, diversity=diversity, choose=choose)
     want, quota, sizes = spelled_out(tokens, attention, method, keep)
     assert method.slots(tokens.unsqueeze(0), attention.unsqueeze(0), keep)[0].tolist() == want
     assert want.count(-1) == keep - sum(min(q, s) for q, s in zip(quota, sizes, strict=True))
@@ -86,7 +86,7 @@ def test_what_the_decoder_reads(overflow):
     """Peaks in one part: as released the rest is zero vectors, else there are fewer tokens, or others."""
     model = vlm("llava")
     given = prompt("llava", images("llava", 1))
-    method = HoloV(parts=8, overflow=overflow, scale=1e6)
+    method = HoloV(crops=8, overflow=overflow, scale=1e6)
     read = []
     model.model.language_model.layers[0].register_forward_pre_hook(lambda module, args: read.append(args[0]))
     with torch.no_grad(), apply(method, model, Budget(10, "count")) as handle:

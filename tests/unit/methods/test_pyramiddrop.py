@@ -56,7 +56,7 @@ def test_the_formula_gives_the_printed_figures():
 
 
 def test_what_cannot_be_is_said():
-    for bad, message in (({"of": "crop"}, "use 'stage' or 'image'"), ({"number": 0}, "at least one stage")):
+    for bad, message in (({"of": "crop"}, "of must be one of stage, image"), ({"number": 0}, "of at least 1")):
         with pytest.raises(PrunelabError, match=message):
             PyramidDrop(**bad)
     for method, message in ((PyramidDrop(number=1), "larger `number`"), (PyramidDrop((9,)), "layers 0 to 3")):

@@ -107,7 +107,7 @@ def test_where_nothing_is_found_nothing_is_drafted():
     [
         ({}, torch.tensor([1, 61]), "token 61 and the model has 61 tokens"),
         ({}, torch.empty(0, dtype=torch.long), "this one is empty"),
-        ({"shortest": 0}, torch.arange(9), "1 <= shortest <= longest"),
+        ({"shortest": 0}, torch.arange(9), "shortest must be a whole number of at least 1"),
     ],
 )
 def test_stores_and_sizes_that_do_not_fit_are_refused(options, store, said):

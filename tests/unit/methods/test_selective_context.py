@@ -142,7 +142,7 @@ def test_phrases_of_a_pipeline_carry_the_blank_before_them():
 @pytest.mark.parametrize(
     ("level", "text", "given", "said"),
     [
-        ("word", TEXT, ("information",), "no level 'word'"),
+        ("word", TEXT, ("information",), "level must be one of phrase, sentence, token"),
         ("phrase", TEXT, ("information",), "needs the service 'phrases' to rank a phrase"),
         ("token", TEXT, (), "needs the service 'information' to rank a token"),
         ("token", "  ", ("information",), "no sentence to shorten"),

@@ -84,7 +84,7 @@ def test_documents_are_read_in_pieces_from_position_0():
 
 
 def test_what_it_cannot_use_is_refused():
-    with pytest.raises(PrunelabError, match="at least one token"):
+    with pytest.raises(PrunelabError, match="of at least 1"):
         ShortGPT(stride=0)
     with pytest.raises(PrunelabError, match="keep more"):
         prune(ShortGPT(), language_model(), "3removed", token_ids(), progress=False)

@@ -51,7 +51,7 @@ def test_training_free_stand_ins(criterion):
     with apply(SparseDETR(criterion), model.eval(), 0.3) as handle, torch.no_grad():
         model(X)
         assert [kept.shape[1] for _, kept in handle.kept()] == [int(0.3 * 85) + 1] * 2
-    with pytest.raises(PrunelabError, match="not learned, proposal or class"):
+    with pytest.raises(PrunelabError, match="must be one of learned, proposal, class"):
         SparseDETR("norm")
 
 

@@ -264,7 +264,7 @@ def test_mass_follows_through_the_sites():
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_temperature_that_makes_no_sense_is_refused(temperature):
-    with pytest.raises(PrunelabError, match="must be above 0"):
+    with pytest.raises(PrunelabError, match="a number above 0"):
         TokenTransforming(temperature=temperature)
 
 

@@ -110,7 +110,9 @@ def written(folder: Path, monkeypatch, **changes: str) -> None:
         ({"KEY": "against_dens"}, PLACE + "the task classify has no setting 'against_dens'; did you mean 'against_de"),
         ({"DATA": "imagnet"}, PLACE + "there is no data set 'imagnet'; did you mean imagenet"),
         ({"MODEL": "deit_smal"}, PLACE + "there is no model 'deit_smal'; did you mean deit_small"),
-        ({"OPTION": "proportionl"}, PLACE + "tome has no option 'proportionl'; did you mean 'proportional'"),
+        ({"OPTION": "proportionl"}, PLACE + "tome has no option 'proportionl'; did you mean proportional"),
+        ({"OPTION: false": "OPTION: often"}, PLACE + "tome: proportional must be true or false, not 'often'"),
+        ({"OPTION: false": "inflection: 2"}, PLACE + "tome: inflection must be a number from -1 to 1, not 2"),
         ({"BUDGET": "4remove"}, PLACE + "budget unit 'remove' is unknown"),
         (
             {"SETTING": "seeds"},
