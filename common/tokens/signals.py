@@ -26,6 +26,8 @@ class View:
     valid: Tensor | None = None
     indices: Tensor | None = None
     grids: Sequence[tuple[int, int]] = ()
+    mosaic: tuple[int, int] | None = None
+    order: Tensor | None = None
     modality: str | None = None
     packed: int | None = None
     info: ModelInfo | None = None  # None: the model's
@@ -37,12 +39,15 @@ class TokenSignals(Signals):
 
     Always at hand, beside what `Signals` has: `prunable` [B, N] bool (False for class, register, text and padding
     tokens), `indices` [B, N] of the tokens in the full sequence (None once tokens were mixed), `grids` (height and
-    width of every feature map of the unpruned input, or of each crop or frame of an image or video), `modality` (what
-    the prunable tokens of a language model show: `image`, `video`, or None where it is both or neither), `packed` (how
-    many tokens a decoder would read of the units of a `projected` site, newlines apart; elsewhere `units`), `parts`
-    (the method's learned ones, handed to `apply`), `training` (whether gradients are wanted: a plan is made without
-    unless the method enables them), and two dictionaries for what the method leaves: `state` lives for one forward
-    pass and is for its later sites, `memory` outlives it (it is the handle's, which resets it).
+    width of every feature map of the unpruned input, or of each crop or frame of an image or video), `mosaic` (rows and
+    columns of the crops that stand behind the thumbnail of a large image, None elsewhere), `order` (where one image is
+    by itself: the patch, on the CPU, behind each token that a decoder would read of it, -1 for newlines; None where
+    tokens are mixtures of patches), `modality` (what the prunable tokens of a language model show: `image`, `video`, or
+    None where it is both or neither), `packed` (how many tokens a decoder would read of the units of a `projected`
+    site, newlines apart; elsewhere `units`), `parts` (the method's learned ones, handed to `apply`), `training`
+    (whether gradients are wanted: a plan is made without unless the method enables them), and two dictionaries for what
+    the method leaves: `state` lives for one forward pass and is for its later sites, `memory` outlives it (it is the
+    handle's, which resets it).
 
     Signals by name: `hidden` [B, N, D], `normed` (the same under a decoder's last norm), `queries` / `keys` / `values`
     [B, H, N, d] (keys as attention uses them), `attention_logits` [B, H, N, N] (scaled, with biases; padding columns at
@@ -60,6 +65,8 @@ class TokenSignals(Signals):
         *,
         indices: Tensor | None = None,
         grids: Sequence[tuple[int, int]] = (),
+        mosaic: tuple[int, int] | None = None,
+        order: Tensor | None = None,
         modality: str | None = None,
         packed: int | None = None,
         parts: nn.Module | None = None,
@@ -71,6 +78,8 @@ class TokenSignals(Signals):
         self._readings: dict[Reading, Tensor] = {}
         self.indices = indices
         self.grids = tuple(grids)
+        self.mosaic = mosaic
+        self.order = order
         self.modality = modality
         self.packed = self.units if packed is None else packed
         self.parts: Any = parts

@@ -71,11 +71,11 @@ class Training:
 
     def parameter(self, target: Target) -> Tensor:
         """The parameter underneath `weight`, on which the method put something or not."""
-        return self._seen(target, self._parameter(target).detach())
+        return self._seen(target, self.original(target).detach())
 
     def gradient(self, target: Target) -> Tensor:
         """The gradient of that parameter."""
-        gradient = self._parameter(target).grad
+        gradient = self.original(target).grad
         assert gradient is not None, f"{target.name} does not learn"
         return self._seen(target, gradient)
 
@@ -83,7 +83,8 @@ class Training:
         path, _, name = (target.name if target.unit == "tensor" else f"{target.name}.weight").rpartition(".")
         return self.model.get_submodule(path), name
 
-    def _parameter(self, target: Target) -> nn.Parameter:
+    def original(self, target: Target) -> nn.Parameter:
+        """The parameter that holds the weight, under whatever lies on it."""
         owner, name = self._owner(target)
         mapped = getattr(owner, "parametrizations", {})
         parameter: nn.Parameter = mapped[name].original if name in mapped else getattr(owner, name)

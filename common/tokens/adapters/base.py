@@ -99,6 +99,8 @@ class Adapter(ABC, Generic[P]):
             valid=view.valid,
             indices=view.indices,
             grids=view.grids,
+            mosaic=view.mosaic,
+            order=view.order,
             modality=view.modality,
             packed=view.packed,
             info=self.info if view.info is None else view.info,

@@ -49,17 +49,15 @@ class FeatureSide(TowerSide):
             grids = self.crop_grids(modality, given, features)
             pack = self.packing(modality, given)
             lengths = [len(tokens) for tokens in pack([torch.ones(*f.shape[:2], 1) for f in features])]
-            encoded = Encoded(lengths, features, pack, grids, encoding, found)
+            encoded = Encoded(lengths, features, pack, grids, encoding, found, self.mosaics(modality, given))
             if special:
                 first = (
                     encoding.seen[len(self.tower()) - 1].kept["hidden"][:, :special].split([len(f) for f in features])
                 )
                 features = [torch.cat(parts, 1) for parts in zip(first, features, strict=True)]
             read = encoded.read()
-            groups: dict[Any, list[int]] = {}
-            for i, key in enumerate(zip((f.shape for f in features), grids, read, strict=True)):
-                groups.setdefault(key, []).append(i)
-            for (shape, _, _), images in groups.items():
+            for images in encoded.alike():
+                shape = features[images[0]].shape
                 x, view = self._units(encoded, images, [features[i] for i in images], special)
                 view = replace(view, packed=read[images[0]])
                 plan, signals = self.decide(application, site, x, view, encoding)
@@ -114,6 +112,8 @@ class FeatureSide(TowerSide):
             other=tower,
             indices=torch.arange(x.shape[1], device=x.device).expand(len(x), -1),
             grids=(encoded.grids[images[0]],) * count,
+            mosaic=encoded.mosaics[images[0]],
+            order=encoded.order()[images[0]],
             modality=encoded.seen.modality,
         )
         return x, view
@@ -145,17 +145,15 @@ class FeatureSide(TowerSide):
         if site.where == "encoded":
             yield from encoded.seen.decisions
             return
-        shapes = [features.shape for features in encoded.features]
-        keys = list(zip(shapes, encoded.grids, encoded.read(), strict=True))
-        for group in dict.fromkeys(keys):
-            images = [i for i, key in enumerate(keys) if key == group]
+        for images in encoded.alike():
+            crops, patches = encoded.features[images[0]].shape[:2]
             if site.where == "tower":
                 tokens, plan = self._left(application, encoded, images)
             else:
                 x, view = self.projected(modality, images, sequence)
                 plan, signals = self.decide(application, site, x, view)
                 tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
-            decision = Decision(images, tokens, plan, (group[0][0], group[0][1]))
+            decision = Decision(images, tokens, plan, (crops, patches))
             if site.where == "projected" and (kept := decision.kept()) is not None:
                 self.running.kept.append((site, kept))
             yield decision

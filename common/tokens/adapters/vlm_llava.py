@@ -59,6 +59,19 @@ class LlavaNext(VisionLanguage):
     def newline(self, modality: str) -> tuple[Tensor, str] | None:
         return self.body.image_newline, "row"
 
+    def mosaics(self, modality: str, given: Mapping[str, Any]) -> list[tuple[int, int] | None]:
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+        config = self.config
+        if modality == "video":
+            return super().mosaics(modality, given)
+        shapes = [
+            get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+            for size in given["image_sizes"]
+        ]
+        counts = self.counts(modality, given)
+        return [shape if crops > 1 else None for shape, crops in zip(shapes, counts, strict=True)]
+
 
 class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision: images as LLaVA-NeXT, several images of a prompt as one crop each, and videos whose frames are

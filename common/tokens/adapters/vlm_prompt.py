@@ -90,6 +90,8 @@ class Encoded:
     grids: list[tuple[int, int]]  # patches of each one's crops
     seen: TowerPass
     first: Tensor  # packed tokens of the first one, to know it again
+    mosaics: Sequence[tuple[int, int] | None] = ()  # rows and columns of the crops behind a thumbnail
+    known: list[Tensor | None] | None = None  # what `order` found
 
     def gave(self, output: Any) -> bool:
         """Whether an encoder's output, handed to the model as it is, is the one noted here."""
@@ -106,6 +108,19 @@ class Encoded:
     def order(self) -> list[Tensor | None]:
         """The patch [tokens] behind each packed token of each image, -1 for newlines; None where tokens are mixtures
         of patches."""
+        if self.known is None:
+            self.known = self._order()
+        return self.known
+
+    def alike(self) -> list[list[int]]:
+        """The numbers of images whose crops are laid out alike, group by group: a plan can be made for them
+        together."""
+        keys = []
+        for features, grid, order in zip(self.features, self.grids, self.order(), strict=True):
+            keys.append((features.shape, grid, None if order is None else order.numpy().tobytes()))
+        return [[i for i, key in enumerate(keys) if key == group] for group in dict.fromkeys(keys)]
+
+    def _order(self) -> list[Tensor | None]:
         found: list[Tensor | None] = []
         numbers = [torch.arange(1, 1 + f.shape[0] * f.shape[1], dtype=torch.float64) for f in self.features]
         laid = [torch.stack([n, n**2], -1).view(*f.shape[:2], 2) for n, f in zip(numbers, self.features, strict=True)]
@@ -286,10 +301,11 @@ def grid_places(patches: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def newline_order(count: int, layout: Tensor | None, every: str, device: torch.device) -> Tensor:
     """Numbers of `count` tokens, one after the other, with -1 for a newline behind each row of the layout [count, 3]
-    that holds a token (`row`), or behind the last token (`end`, and wherever there is no layout)."""
+    that holds a token (`row`; none behind tokens without a place, which are -1), or behind the last token (`end`, and
+    wherever there is no layout)."""
     if every == "row" and layout is not None:
         turns = (layout[1:, :2] != layout[:-1, :2]).any(1)
-        ends = torch.cat([turns, turns.new_ones(1)]).nonzero().squeeze(1).to(device)
+        ends = (torch.cat([turns, turns.new_ones(1)]) & (layout[:, 0] >= 0)).nonzero().squeeze(1).to(device)
     else:
         ends = torch.tensor([count - 1], device=device)
     numbers = torch.arange(count, device=device)

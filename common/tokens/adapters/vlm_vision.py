@@ -136,6 +136,10 @@ class VisionSide(SequenceAdapter[Prefill]):
         """Height and width of each image's crops, in patches."""
         return [self.grid()] * len(features)
 
+    def mosaics(self, modality: str, given: Mapping[str, Any]) -> list[tuple[int, int] | None]:
+        """Rows and columns of the crops that stand behind the thumbnail of each image; None where there are none."""
+        return [None] * len(self.counts(modality, given))
+
     # -- the encoder ---------------------------------------------------------------------------------------------------
 
     def encoder(self) -> Sequence[Any]:
@@ -204,7 +208,7 @@ class VisionSide(SequenceAdapter[Prefill]):
             features = self.crops(modality, given, output)
             lengths = [len(tokens) for tokens in output.pooler_output]
             grids, first = self.crop_grids(modality, given, features), output.pooler_output[0]
-            made = Encoded(lengths, features, pack, grids, seen, first)
+            made = Encoded(lengths, features, pack, grids, seen, first, self.mosaics(modality, given))
             self.encoded = self.encoded | {modality: made}
             return output
 
