@@ -23,6 +23,7 @@ from prunelab.common.experiments import papers, planning
 
 FILE = files.ROOT / "configs" / "evaluation_sets.yaml"
 SLACK = 1e-9  # differences are sums of floats
+MEANS = ("average", "relative")  # metrics that are means of several
 
 
 class EvaluationSet(BaseModel):
@@ -83,7 +84,7 @@ def _set(metric: str, data: str | None) -> EvaluationSet | None:
 
 def sets(column: papers.Column, metric: str) -> tuple[EvaluationSet, ...]:
     """The sets behind a column's metric, one for each part of an average; none unless all are shares."""
-    parts = column.settings.get("average", ()) if metric == "average" else (metric,)
+    parts = column.settings.get("average", ()) if metric in MEANS else (metric,)
     found = [_set(part, column.data) for part in parts]
     return tuple(s for s in found if s) if all(found) else ()
 
@@ -94,7 +95,7 @@ def unsized(column: papers.Column, metric: str) -> list[str]:
     own = "own data" in task.reads
     if not own and ("data" not in task.reads or task.metric(metric).unit != "%"):
         return []
-    parts = column.settings.get("average", ()) if metric == "average" else (metric,)
+    parts = column.settings.get("average", ()) if metric in MEANS else (metric,)
     names = [part.partition(" ")[0] if own else column.data or "" for part in parts]
     return [name for name in names if name not in evaluation_sets()]
 

@@ -35,3 +35,11 @@ def average(found: Mapping[str, Any], names: Sequence[str]) -> float:
     if lacking:
         raise PrunelabError(f"the harness gave no {', '.join(lacking)}; it gave {', '.join(found)}")
     return round(sum(float(found[name]["value"]) for name in names) / len(names), 4)
+
+
+def relative(found: Mapping[str, Any], names: Sequence[str], against: Sequence[float]) -> float:
+    """Mean of the metrics of these names, each as percent of the number given for it."""
+    if len(against) != len(names):
+        raise PrunelabError(f"`average` names {len(names)} metrics and `against` {len(against)} numbers; give one each")
+    shares = [average(found, [name]) / number for name, number in zip(names, against, strict=True)]
+    return round(100 * sum(shares) / len(shares), 4)

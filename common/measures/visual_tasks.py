@@ -13,7 +13,7 @@ from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.kv_cache.role import CachePruner
 from prunelab.common.measures.bench import Bench
-from prunelab.common.measures.scores import CAPTIONS, COUNTED, SHARES, SUMS, average
+from prunelab.common.measures.scores import CAPTIONS, COUNTED, SHARES, SUMS, average, relative
 from prunelab.common.models import devices, loading
 from prunelab.common.tokens.role import TokenPruner
 
@@ -53,6 +53,8 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
         protocol += "; prompts with " + ", ".join(f"{key}={value}" for key, value in settings.prompts.items())
     if settings.average:
         measured["average"] = {"value": average(measured, settings.average)}
+    if settings.against:
+        measured["relative"] = {"value": relative(measured, settings.average, settings.against)}
     for metric in measured.values():
         metric["protocol"] = protocol
     return measured

@@ -24,13 +24,15 @@ class VisualTasks(Task):
     scales: ClassVar[tuple[str, ...]] = ("paper",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "own data"})
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "average": Metric("mean of the scores under `average`", higher_is_better=True)
+        "average": Metric("mean of the scores under `average`", higher_is_better=True),
+        "relative": Metric("mean of the same as percent of the numbers under `against`", "%", higher_is_better=True),
     }
 
     class Settings(base.Settings):
         """tasks: of the library. frames: of a video, evenly sampled. limit: questions of each task (all). batch:
         questions asked together. prompts: changes of what the tasks' definitions let prompts have (`ocr: true` of
-        TextVQA). include: a folder with definitions of one's own. average: the metrics whose mean is one."""
+        TextVQA). include: a folder with definitions of one's own. average: the metrics whose mean is one. against: a
+        number for each of them, such as the unpruned model's, of which `relative` is the mean share."""
 
         tasks: tuple[str, ...]
         frames: int = 32
@@ -39,6 +41,7 @@ class VisualTasks(Task):
         prompts: dict[str, Any] | None = None
         include: str | None = None
         average: tuple[str, ...] = ()
+        against: tuple[float, ...] = ()
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import visual_tasks

@@ -16,7 +16,8 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import papers, runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import visual_tasks
-from prunelab.common.measures.scores import SUMS
+from prunelab.common.measures.scores import SUMS, relative
+from prunelab.paper_tables.tolerance import MEANS
 from tests.contract.vlms import IMAGE, VIDEO, VOCABULARY, vlm
 
 TEMPLATE = (
@@ -302,6 +303,15 @@ def test_shares_are_told_as_percent_and_points_as_points():
     assert found["nocaps_val nocaps_CIDEr x100"]["value"] == 105.5
 
 
+def test_means_of_shares_are_of_numbers_given_one_each():
+    found = {"a x": {"value": 30.0}, "b y": {"value": 1500.0}}
+    assert relative(found, ("a x", "b y"), (60.0, 1000.0)) == 100.0
+    with pytest.raises(PrunelabError, match="names 2 metrics and `against` 1"):
+        relative(found, ("a x", "b y"), (60.0,))
+    with pytest.raises(PrunelabError, match="gave no c z"):
+        relative(found, ("c z",), (60.0,))
+
+
 def test_data_sets_lie_where_they_were_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(visual_tasks.hub, "folder", lambda identity, kind, config: tmp_path / identity["hub"])
     name, commit = "lmms-lab-encoder/GQA", "0" * 40
@@ -336,7 +346,7 @@ def columns():
 
 def asked(column):
     """The metrics that a column shows or averages."""
-    return column.settings.get("average", ()) if column.metric == "average" else (column.metric,)
+    return column.settings.get("average", ()) if column.metric in MEANS else (column.metric,)
 
 
 def test_columns_show_metrics_of_the_tasks_they_run():
