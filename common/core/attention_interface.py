@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,9 @@ FAMILIES = (  # decoders, by model type
 )  # fmt: skip
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], Tensor | None]
-_RECORDERS: WeakKeyDictionary[nn.Module, tuple[Recorder, ...]] = WeakKeyDictionary()
-_ATTEND: WeakKeyDictionary[nn.Module, Attend] = WeakKeyDictionary()
+# By id, since every layer of every step asks; whoever takes them out again keeps the layers alive.
+_RECORDERS: dict[int, tuple[Recorder, ...]] = {}
+_ATTEND: dict[int, Attend] = {}
 _SWITCHED: dict[int, tuple[Any, str, int]] = {}  # by id: a configuration, its own implementation, and its users
 
 
@@ -152,13 +152,13 @@ def _register() -> None:
     def seam(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Any:
-        recorders = _RECORDERS.get(module, ())
+        recorders = _RECORDERS.get(id(module), ())
         asking = [recorder for recorder in recorders if recorder.ahead]
         for recorder in asking or recorders:
             recorder.see(query, key, attention_mask, options.get("scaling"))
         if asking:
             return torch.zeros_like(query.transpose(1, 2)), None
-        attend = _ATTEND.get(module)
+        attend = _ATTEND.get(id(module))
         if attend is not None and query.device.type != "meta":  # costs are counted on the model's own attention
             output = attend(module, query, key, value, attention_mask, options["scaling"])
             if output is not None:
@@ -195,12 +195,12 @@ def implementation(config: Any) -> str:
 def record(layer: Any) -> tuple[Recorder, Callable[[], Any]]:
     """Record one attention layer until the returned function is called. Its whole backbone runs SDPA meanwhile."""
     recorder, back = Recorder(bool(getattr(layer, "is_causal", True))), _switch(layer.config)
-    _RECORDERS[layer] = (*_RECORDERS.get(layer, ()), recorder)
+    _RECORDERS[id(layer)] = (*_RECORDERS.get(id(layer), ()), recorder)
 
     def stop() -> None:
-        left = tuple(other for other in _RECORDERS.pop(layer, ()) if other is not recorder)
+        left = tuple(other for other in _RECORDERS.pop(id(layer), ()) if other is not recorder)
         if left:
-            _RECORDERS[layer] = left
+            _RECORDERS[id(layer)] = left
         back()
 
     return recorder, stop
@@ -212,15 +212,15 @@ def replaced(layers: Iterable[Any], attend: Attend) -> Iterator[None]:
     [B, KV, N, d], the mask that the layer was given and the scale to the heads' outputs [B, M, H, d], or None where
     the library shall go on as if nobody had been asked."""
     layers = list(layers)
-    if any(layer in _ATTEND for layer in layers):
+    if any(id(layer) in _ATTEND for layer in layers):
         raise PrunelabError("another method already computes this model's attention; leave that `with` block first")
     backs = [_switch(config) for config in {id(layer.config): layer.config for layer in layers}.values()]
-    _ATTEND.update(dict.fromkeys(layers, attend))
+    _ATTEND.update(dict.fromkeys(map(id, layers), attend))
     try:
         yield
     finally:
         for layer in layers:
-            _ATTEND.pop(layer, None)
+            _ATTEND.pop(id(layer), None)
         for back in backs:
             back()
 

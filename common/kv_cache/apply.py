@@ -211,7 +211,7 @@ class CacheHandle:
         if state.stack is not None:
             self._step(state)
         elif self._alike and self._level(layers):
-            state.stack = Stack(layers, self._ends(layers))
+            state.stack = Stack(layers)
         self._sound = self._sound + output.last_hidden_state[:, -1].sum(dtype=torch.float32).detach()
         if output.last_hidden_state.shape[1] > 1:
             self._look()
@@ -256,15 +256,6 @@ class CacheHandle:
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         return plain and new == 1 and self._alike and modes == (False, state.stack.indices.is_inference())
 
-    def _ends(self, layers: list[PrunedLayer]) -> tuple[int, int]:
-        """The first and last tokens that the method protects, where every head holds them all; else none."""
-        held, seen = layers[0].keys.shape[2], layers[0].seen
-        sink, window = self.method.protected(held)
-        indices = torch.stack([layer.indices for layer in layers])
-        order = torch.arange(held, device=indices.device)
-        wanted = torch.where(order < sink, order, torch.where(order >= held - window, order + seen - held, indices))
-        return (sink, window) if bool((indices == wanted).all()) else (0, 0)
-
     def _step(self, state: CacheState) -> None:
         """Decide for all layers of a decoding step at once, as if they were samples of a batch."""
         stack = state.stack
@@ -285,7 +276,6 @@ class CacheHandle:
                 seen=layers[0].seen,
                 marks={name: mark.flatten(0, 1) for name, mark in stack.marks.items()},
                 prefill=False,
-                ends=stack.ends,
                 info=self.info,
                 rng=self._rng(stack.indices.device),
                 required=self._read,

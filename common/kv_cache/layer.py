@@ -73,25 +73,24 @@ class AllButOne(Gather):
 class Stack:
     """The entries of all layers side by side, so that what a step decides is carried out at once.
 
-    held: keys and values [L, B, KV, K + 1, d], the last place free for the next token; there are two of each, as a step
-    copies what stays from the one to the other. indices and marks: [L, B, KV, K + 1], as if the next token had come.
-    ends: how many of the first and of the last tokens are known to be the first and last entries of every head.
+    held: keys and values [L, B, KV, K + 1, d], of which each head has one place free, where its next token goes:
+    nothing else moves, and the entries stand in no order. indices and marks: [L, B, KV, K + 1], as if the next token
+    had come.
     """
 
-    def __init__(self, layers: Sequence[PrunedLayer], ends: tuple[int, int]) -> None:
-        self.layers, self.ends = layers, ends
+    def __init__(self, layers: Sequence[PrunedLayer]) -> None:
+        self.layers = layers
         first = layers[0]
         self.entries = first.keys.shape[2]
         self.held = self._stacked([layer.keys for layer in layers]), self._stacked([layer.values for layer in layers])
         self.indices = self._stacked([layer.indices for layer in layers])
         self.indices[..., -1] = first.seen
         self.marks = {name: self._stacked([layer.marks[name] for layer in layers]) for name in first.marks}
-        self._spare = torch.empty_like(self.held[0]), torch.empty_like(self.held[1])
-        self._views, self._others = self._by_layer(*self.held), self._by_layer(*self._spare)
-        device, shape = self.indices.device, self.indices.shape
-        self._order = torch.arange(shape[3], device=device)
-        self._order[-1] = -1  # the free place is behind what leaves
-        self._rows = torch.arange(self.indices.numel(), device=device).view(-1, *shape[2:])
+        self._views = list(zip(*(part.unbind() for part in self.held)))
+        self._rows = list(zip(*(part.flatten(1, 3).unbind() for part in self.held)))  # [B KV (K + 1), d] of each layer
+        depth, batch, heads, places = self.indices.shape
+        self._first = places * torch.arange(batch * heads, device=self.indices.device)  # row of each head's first place
+        self._free = [self._first + places - 1] * depth  # [B KV] row of each head's free place, a layer each
         self.queries: list[Tensor] = []  # of the step at hand, a layer each
         self.scale = 1.0
         for layer in layers:
@@ -102,11 +101,6 @@ class Stack:
         """[L, B, KV, K + 1, ...] of [B, KV, K, ...] each."""
         held = torch.stack(parts)
         return torch.cat([held, torch.zeros_like(held[:, :, :, :1])], 3)
-
-    @staticmethod
-    def _by_layer(keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Keys and values of each layer, and the free place of each."""
-        return [(k, v, k[:, :, -1:], v[:, :, -1:]) for k, v in zip(keys, values)]
 
     @property
     def keys(self) -> Tensor:
@@ -126,10 +120,10 @@ class Stack:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put one token's keys and values [B, KV, 1, d] into the free place; all entries of the layer."""
-        all_keys, all_values, key, value = self._views[layer]
-        key.copy_(keys)
-        value.copy_(values)
-        return all_keys, all_values
+        free, (all_keys, all_values) = self._free[layer], self._rows[layer]
+        all_keys.index_copy_(0, free, keys.flatten(0, 2))
+        all_values.index_copy_(0, free, values.flatten(0, 2))
+        return self._views[layer]
 
     def keep(self, kept: Gather, marks: dict[str, Tensor]) -> bool:
         """Let go what a step does not keep, of entries [L B, KV, K + 1] with the marks that the method left. False, and
@@ -137,31 +131,24 @@ class Stack:
         if kept.valid is not None or kept.outputs != self.entries:
             return False
         if isinstance(kept, AllButOne):
-            rows = (self._rows + (self._order >= kept.worst)).flatten()
-        else:
-            rows = (self._rows[..., :1] + torch.nn.functional.pad(kept.index, (0, 1))).flatten()
+            worst = kept.worst
+        else:  # all places add up to this
+            worst = self.entries * (self.entries + 1) // 2 - kept.index.sum(-1, keepdim=True)
         shape = self.indices.shape
-        for source, target in zip(self.held, self._spare):
-            flat = (len(rows), source.shape[-1])
-            torch.index_select(source.view(flat), 0, rows, out=target.view(flat))
-        self.held, self._spare = self._spare, self.held
-        self._views, self._others = self._others, self._views
-        self.indices = self.indices.flatten().index_select(0, rows).view(shape)
-        self.indices[..., -1] = self.layers[0].seen
-        self.marks = {name: mark.flatten().index_select(0, rows).view(shape) for name, mark in marks.items()}
-        for mark in self.marks.values():
-            mark[..., -1] = 0
+        self._free = list((worst.view(len(self.layers), -1) + self._first).unbind())
+        self.indices.view(-1, *shape[2:]).scatter_(-1, worst, self.layers[0].seen)
+        self.marks = {name: mark.scatter(-1, worst, 0).view(shape) for name, mark in marks.items()}
         return True
 
     def dissolve(self) -> None:
-        """Give the layers back what they hold: K entries, and one more where the step at hand has written it."""
+        """Give the layers back what they hold, in order: K entries, and one more where the step at hand has written it.
+        The free place is that of the token to come, and so the last one."""
+        order = self.indices.argsort(-1)
         for i, layer in enumerate(self.layers):
-            held = self.entries + (layer.added if layer.state.running else 0)
-            keys, values, _, _ = self._views[i]
-            layer.fill(
-                [part[:, :, :held].clone() for part in (keys, values, self.indices[i])],
-                {name: mark[i, :, :, :held].clone() for name, mark in self.marks.items()},
-            )
+            first = order[i, :, :, : self.entries + (layer.added if layer.state.running else 0)]
+            keys, values = (part[i].take_along_dim(first.unsqueeze(-1), 2) for part in self.held)
+            marks = {name: mark[i].gather(-1, first) for name, mark in self.marks.items()}
+            layer.fill((keys, values, self.indices[i].gather(-1, first)), marks)
 
 
 class PrunedLayer(DynamicLayer):

@@ -31,8 +31,7 @@ class CacheSignals(Signals):
     marks: tensors [B, KV, N] by name that the method leaves at a layer; they follow the entries from step to step, new
     entries bring zeros. memory: what the method leaves for all layers while the cache lives. prefill: whether the cache
     was empty before this pass. ahead: entries at the end that a draft wrote, which never stay. asking [B, M]: queries
-    that are no padding, None where all count. ends: how many of the first and of the last tokens are known to be the
-    first and last entries of every head.
+    that are no padding, None where all count.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class CacheSignals(Signals):
         ahead: int = 0,
         asking: Tensor | None = None,
         valid: Tensor | None = None,
-        ends: tuple[int, int] = (0, 0),
         required: frozenset[str] | None = None,
         **rest: Any,
     ) -> None:
@@ -58,7 +56,7 @@ class CacheSignals(Signals):
         del self.prunable  # made when it is read
         self.indices, self.scale, self.prompt, self.seen = indices, scale, prompt, seen
         self.marks, self.prefill, self.ahead = marks, prefill, ahead
-        self.asking, self.ends = asking, ends
+        self.asking = asking
 
     def __getattr__(self, name: str) -> Tensor:
         # Not looked at: what is not finite here is not finite behind the model, where the handle sees it once a pass.
@@ -97,8 +95,9 @@ class CachePruner(Method):
     fit. The budget counts entries of one head; ratios count from the prompt. What few methods do is said by a mixin.
 
     when: after the pass that fills the empty cache (`prefill`), after each later one (`decode`), or `both`. alike:
-    every layer decides by itself and by one rule, read off queries, keys, values and marks, so that the layers of a
-    decoding step may be handed over as samples of one batch.
+    every layer decides by itself and by one rule, read off queries, keys, values, indices and marks, so that the layers
+    of a decoding step may be handed over as samples of one batch. The entries, but for the newest, which is the last of
+    the queries', then stand in no order.
     """
 
     role: ClassVar[str] = "cache_pruner"
@@ -158,14 +157,13 @@ class CachePruner(Method):
         if count < sink + window:
             raise self._too_small(count, sink + window)
         ranked = scores.float()
-        if entries - count == 1 and signals.ends == (sink, window):
-            ranked = ranked[..., sink : entries - window]
-        elif sink or window:
-            ends = (signals.indices < sink) | (signals.indices >= signals.seen - window)
-            ranked = ranked.masked_fill(ends, float("inf"))
-        if entries - count == 1:  # the last of the worst of each head leaves, for which nothing needs sorting
-            last = ranked.shape[-1] - 1 + (sink if ranked.shape[-1] < entries else 0)
-            return AllButOne(last - ranked.flip(-1).argmin(-1, keepdim=True), entries)
+        if window:
+            ranked = ranked.masked_fill(signals.indices >= signals.seen - window, float("inf"))
+        if sink:
+            ranked = ranked.masked_fill(signals.indices < sink, float("inf"))
+        if entries - count == 1:  # the latest of the worst of each head leaves, for which nothing needs sorting
+            better = ranked > ranked.amin(-1, keepdim=True)
+            return AllButOne(signals.indices.masked_fill(better, -1).argmax(-1, keepdim=True), entries)
         return Gather(selection.descending(ranked)[..., :count].sort(-1).values)
 
     def _too_small(self, count: int, least: int) -> PrunelabError:

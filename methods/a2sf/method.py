@@ -121,7 +121,8 @@ class A2SF(OwnAttention):
             signals.marks["evicted"] = ~signals.prunable
         if not signals.prefill:
             steps = signals.queries.shape[2]
-            weights = self.forgetting ** torch.arange(steps - 1, -1, -1, device=signals.keys.device).float()
+            ages = torch.arange(steps - 1, -1, -1, device=signals.keys.device).float()
+            weights = None if steps == 1 else self.forgetting**ages
             past = self.forgetting**steps * signals.marks["accumulated"]
             signals.marks["accumulated"] = past + signals.accumulated(weights)
         return signals.marks["accumulated"].masked_fill(signals.marks["evicted"], float("-inf"))

@@ -62,8 +62,8 @@ def test_layers_that_decide_at_once_decide_as_each_alone(method, family):
         places = [layer.indices for layer in cache.layers]
         logits.append(model(tokens[:, :1], **with_cache({}, cache)).logits[:, -1])  # behind the block, without pruning
         found.append([torch.stack(logits), *places, *(layer.keys for layer in cache.layers)])
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    for one, other in zip(*found, strict=True):  # sums run over the entries in another order
+        assert torch.equal(one, other) if one.dtype == torch.long else torch.allclose(one, other, atol=1e-5)
 
 
 @torch.no_grad()
