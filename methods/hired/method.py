@@ -16,6 +16,7 @@ from torch import Tensor
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, Share
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Positions, Site
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.role import TokenPruner
@@ -68,8 +69,9 @@ class HiRED(TokenPruner):
     ----------
     alpha : float
         Share of the budget that the thumbnail gets; so many of its patches speak for no crop.
-    early, late : int
-        Layers of the image encoder whose class attention shares the budget, and chooses; -1 gives the features.
+    early, late : int, int, optional
+        Layers of the image encoder whose class attention shares the budget, and chooses; None: the one that gives the
+        features.
     regions : {"rows", "crops"}
         What of the thumbnail speaks for a crop: a run of rows, as released, or the part that the crop covers, as
         written.
@@ -79,31 +81,30 @@ class HiRED(TokenPruner):
         The kept tokens are numbered anew, as released, or keep their numbers.
     """
 
-    alpha: float = 0.5
-    early: int = 0
-    late: int = -1
+    alpha: Share = 0.5
+    early: NonNegativeInt = 0
+    late: NonNegativeInt | None = None
     regions: Regions = "rows"
     newlines: bool = True
     positions: Positions = "renumber"
 
     name: ClassVar[str] = "hired"
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise PrunelabError(f"{self.name}: alpha {self.alpha:g} is out of range: it must be between 0 and 1")
-        if self.regions not in ("rows", "crops"):
-            raise PrunelabError(f"{self.name}: regions='{self.regions}' is unknown; use 'rows' or 'crops'")
-
     def sites(self, info: ModelInfo) -> Sequence[Site]:
         return [Site(0, "projected")]
 
+    def readings(self) -> tuple[Reading, Reading]:
+        """The early and the late attention."""
+        late = -1 if self.late is None else self.late
+        return Reading("cls_row", self.early, "tower"), Reading("cls_row", late, "tower")
+
     def requires(self, site: Site) -> frozenset[Reading]:
-        return frozenset(Reading("cls_row", layer, "tower") for layer in (self.early, self.late))
+        return frozenset(self.readings())
 
     def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
-        late = importance(signals.at(Reading("cls_row", self.late, "tower")))
+        late = importance(signals.at(self.readings()[1]))
         if len(signals.grids) > 1 and budget.count(signals.units) < signals.units:
-            early = importance(signals.at(Reading("cls_row", self.early, "tower")))
+            early = importance(signals.at(self.readings()[0]))
             kept = self.of_crops(early, late, signals, budget.count(signals.units))
         else:
             kept = signals.keep(budget, scores=late)

@@ -38,9 +38,7 @@ def chosen(method: HiRED, rows: Mapping[str, Tensor], crops: int, total: int, mo
     patches = rows["late"].shape[2]
     sources = {
         reading: lambda name=name: rows[name].transpose(0, 1).flatten(1).unsqueeze(0)
-        for name, layer in (("late", method.late), ("early", method.early))
-        for reading in method.requires(method.sites(None)[0])  # type: ignore[arg-type]
-        if reading.layer == layer
+        for name, reading in zip(("early", "late"), method.readings(), strict=True)
     }
     signals = TokenSignals(
         sources,
