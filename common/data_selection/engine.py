@@ -138,7 +138,7 @@ def select(
     texts, samples = _texts(data)
     read: dict[str, Any] = {"text": lambda: texts} if texts is not None else {}
     columns: dict[str, Tensor] = {}
-    if texts is None or required - {"text"}:
+    if texts is None or required - {"text"} or "tokens" in selector.chooses:
         samples = _tokenised(texts, tokenizer, required) if samples is None else samples
         columns = _measured(selector, samples, model, services, forward, batch)
         read |= {name: lambda value=columns[name]: value for name in required & columns.keys()}
@@ -203,7 +203,8 @@ def _count(texts: Iterable[str] | None) -> int:
 
 def _tokenised(texts: Iterable[str] | None, tokenizer: Any, required: frozenset[str]) -> Iterator[Tensor]:
     if tokenizer is None:
-        raise PrunelabError(f"the signals {', '.join(sorted(required - {'text'}))} are of tokens; give tokenizer=")
+        read = ", ".join(sorted(required - {"text"})) or "what the method chooses"
+        raise PrunelabError(f"tokens are needed for {read}; give tokenizer=")
     assert texts is not None
     return (torch.as_tensor(tokenizer(text)["input_ids"]) for text in texts)
 

@@ -44,7 +44,7 @@ class DataSelector(Method):
     role: ClassVar[str] = "data_selector"
     when: ClassVar[Literal["before", "each_batch"]] = "before"
     chooses: ClassVar[tuple[Literal["samples", "tokens"], ...]] = ("samples",)
-    attention_layer: ClassVar[int] = -1
+    attention_layer: int = -1
 
     def requires(self) -> frozenset[str]:
         """The signals that the method reads, see `Examples`."""
@@ -91,7 +91,8 @@ def best_tokens(scores: Tensor, counted: Tensor, budget: Budget, *, up: bool = F
         kept = exact.ceil() if up else exact.floor()
     else:
         kept = available - amount if budget.unit == "removed" else torch.full_like(available, int(amount))
-    order = selection.descending(scores.float().masked_fill(~counted, float("-inf")))
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    order = selection.descending(scores.masked_fill(~counted, float("-inf")))
     rank = torch.arange(counted.shape[1], device=counted.device).expand_as(counted)
     best = torch.zeros_like(counted).scatter(1, order, rank < kept)
     return best & counted

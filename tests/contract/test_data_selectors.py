@@ -47,7 +47,7 @@ def chosen(method: DataSelector, budget: Budget, seed: int = 0) -> Any:
         rng = torch.Generator().manual_seed(1)
         data = [{"x": torch.randn(5, generator=rng), "labels": torch.tensor(i % 3)} for i in range(18)]
         return select(method, data, budget, model=classifier(), forward=lambda m, b: m(b["x"]), **options)
-    if method.requires() - {"text"}:
+    if method.requires() - {"text"} or "tokens" in method.chooses:
         options |= {"model": language_model(), "tokenizer": tokenizer}
         return select(method, TEXTS, budget, **options)
     return select(method, LONG, budget, target=LONG[:3], **options)

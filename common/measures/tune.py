@@ -1,0 +1,186 @@
+"""A language model fine-tuned on what a data selector keeps: how well it then predicts held-out text."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.common.core import files
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import tuning
+from prunelab.common.data.tuning import Corpus, Piece
+from prunelab.common.data_selection.engine import applied, select
+from prunelab.common.data_selection.examples import collate
+from prunelab.common.data_selection.losses import counted, token_loss
+from prunelab.common.data_selection.ngrams import HashedNgrams, kl_reduction
+from prunelab.common.data_selection.role import DataSelector
+from prunelab.common.measures.bench import Bench, finite
+from prunelab.common.metrics.likelihood import exponential, per_token
+from prunelab.common.models import devices, loading
+from prunelab.common.training import trainer
+from prunelab.common.training.batches import Batches
+from prunelab.common.training.recipe import LinearRecipe
+
+if TYPE_CHECKING:
+    from prunelab.common.tasks.tune import Tune
+
+# The models trained on clean samples by what decides them, so that a process which makes many runs trains each once.
+_REFERENCES: dict[str, nn.Module] = {}
+
+
+def measure(bench: Bench[Tune.Settings]) -> dict[str, Any]:
+    """What the task gives, see `tasks.tune`."""
+    settings, ids = bench.settings, bench.ids
+    model, tokenizer = loading.language(ids["model"], bench.config)
+    devices.note(model)
+    data = tuning.load(
+        ids["data"], ids.get("among"), bench.config, tokenizer, length=settings.length, samples=settings.samples,
+        prompt=settings.prompt, clean=settings.clean, held_out=settings.held_out,
+    )  # fmt: skip
+    method: Any = bench.method(DataSelector)
+    whole: list[Any] = [sample.model_input() for sample in data.samples]
+    kept: dict[str, Any] = {}
+    if method is None:
+        tuned = _trained(bench, model, whole)
+    elif method.when == "before":
+        chosen, kept = _before(method, bench, model, data)
+        tuned = _trained(bench, model, chosen)
+    else:
+        block = applied(method, model, bench.budget, services=_services(method, bench, model, data), seed=bench.seed)
+        with block as handle:
+            tuned = _trained(bench, model, whole)
+        kept = {
+            "samples": _percent(handle.kept_samples, handle.samples),
+            "tokens": _percent(int(handle.kept_tokens), int(handle.tokens)),
+        }
+    loss = per_token(_predicted(tuned, data.held_out))
+    return {"perplexity": exponential(loss), "loss": loss, **kept}
+
+
+def _percent(part: float, whole: float) -> dict[str, Any]:
+    return {"value": round(100 * part / whole, 3)}
+
+
+def _services(method: DataSelector, bench: Bench[Tune.Settings], model: nn.Module, data: Corpus) -> dict[str, Any]:
+    """The second models that the method names: the one trained on the clean sample, and the model as it is."""
+    made = {}
+    for name in method.services:
+        made[name] = copy.deepcopy(model) if name == "history" else _reference(bench, model, data)
+    return made
+
+
+def _reference(bench: Bench[Tune.Settings], model: nn.Module, data: Corpus) -> nn.Module:
+    key = files.digest([bench.ids, bench.settings.model_dump(mode="json"), bench.seed])
+    if key not in _REFERENCES:
+        clean = [sample.model_input() for sample in data.clean]
+        _REFERENCES.clear()
+        _REFERENCES[key] = _trained(bench, copy.deepcopy(model), clean).eval().requires_grad_(False)
+    return _REFERENCES[key]
+
+
+def _before(
+    method: DataSelector, bench: Bench[Tune.Settings], model: nn.Module, data: Corpus
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The samples that the method leaves for the training, and what share of them and of their tokens that is."""
+    whole = [sample.model_input() for sample in data.samples]
+    if method.requires() == {"text"}:
+        corpus = [sample.text for sample in data.samples]
+        found = select(method, corpus, bench.budget, target=[s.text for s in data.clean], seed=bench.seed)
+        chosen: list[Any] = [whole[i] for i in found.indices]
+    else:
+        services = _services(method, bench, model, data)
+        found = select(method, whole, bench.budget, model=model, services=services, seed=bench.seed)
+        chosen = list(found)
+    total, left = (sum(int(counted(s["labels"][None]).sum()) for s in samples) for samples in (whole, chosen))
+    kept = {"samples": _percent(len(chosen), len(whole)), "tokens": _percent(left, total)}
+    if found.plan.tokens is None:
+        kept["kl_reduction"] = {"value": _reduction(data, found.indices)}
+    return chosen, kept
+
+
+def _reduction(data: Corpus, chosen: Sequence[int]) -> float:
+    """KL reduction of a choice, against the mean over ten random ones of equal size."""
+    bags, texts = HashedNgrams(), [sample.text for sample in data.samples]
+    target, own = bags.counts(s.text for s in data.clean), bags.counts(texts[i] for i in chosen)
+    rng = torch.Generator().manual_seed(0)
+    random = [torch.randperm(len(texts), generator=rng)[: len(chosen)].tolist() for _ in range(10)]
+    each = [kl_reduction(target, own, bags.counts(texts[i] for i in drawn)) for drawn in random]
+    return round(sum(each) / len(each), 4)
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Job:
+    """The training of a model on samples, as the loop sees it."""
+
+    model: nn.Module
+    samples: Sequence[Any]
+    recipe: LinearRecipe
+    seed: int
+    name: str = "tune"
+    numbers: Any = field(default_factory=count)
+
+    @cached_property
+    def batches(self) -> Batches:
+        return Batches(self.samples, self.recipe.batch, self.seed)
+
+    def build(self) -> nn.Module:
+        return self.model
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return self.recipe.optimizer(model)
+
+    def loss(self, model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
+        loss: Tensor = model(**self.batches(next(self.numbers)), use_cache=False).loss
+        return loss
+
+    def evaluate(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
+        return {}
+
+
+def _trained(bench: Bench[Tune.Settings], model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """The model after its training on samples; with low-rank adapters these are merged in the end."""
+    settings = bench.settings
+    recipe = LinearRecipe(
+        steps=settings.steps, batch=settings.batch, rate=settings.rate, warmup=settings.warmup, decay=0.0,
+        betas=(0.9, 0.999), check_every=settings.steps,
+    )  # fmt: skip
+    learner: Any = _with_adapters(model, settings) if settings.rank else model
+    job = _Job(learner, samples, recipe, bench.seed)
+    trainer.run(job, recipe, None, {"seed": bench.seed}, progress=False)
+    return (learner.merge_and_unload() if settings.rank else learner).eval()
+
+
+def _with_adapters(model: nn.Module, settings: Tune.Settings) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise PrunelabError(
+            'low-rank adapters need peft; install it with pip install -e ".[training]", or give rank 0'
+        ) from None
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return get_peft_model(model, config)
+
+
+@torch.inference_mode()
+def _predicted(model: nn.Module, samples: Sequence[Piece]) -> list[Tensor]:
+    """Negative log likelihoods of the response tokens of every sample."""
+    found = []
+    for start in range(0, len(samples), 8):
+        batch = collate([sample.model_input() for sample in samples[start : start + 8]])
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        losses = finite(token_loss(model(**inputs, use_cache=False).logits.float(), batch["labels"]), "the rate")
+        mask = counted(batch["labels"])
+        found += [row[kept].double() for row, kept in zip(losses, mask, strict=True)]
+    return found
