@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     from prunelab.common.core.method import Method
 
 __all__ = [
-    "Cosine", "FiniteFloat", "NonNegativeFloat", "NonNegativeInt", "PositiveFloat", "PositiveInt", "PositiveShare",
-    "Share", "Within", "check", "fitted", "unbounded", "words",
+    "AnyInt", "Cosine", "FiniteFloat", "NonNegativeFloat", "NonNegativeInt", "PositiveFloat", "PositiveInt",
+    "PositiveShare", "Share", "Within", "check", "fitted", "unbounded", "words",
 ]  # fmt: skip
 
+AnyInt = Annotated[int, Interval()]  # such as a layer, counted from the end where it is negative
 Share = Annotated[float, Interval(ge=0, le=1)]
 PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 Within = Annotated[float, Interval(gt=0, lt=1)]  # a share that is neither nothing nor all

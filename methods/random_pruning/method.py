@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, PositiveShare
 from prunelab.common.training.method import Batch, Training, TrainingMethod
 
 Ratio = Literal["uniform", "uniform_plus", "er", "erk", "erk_plus", "snip", "grasp"]
@@ -36,7 +37,11 @@ def uniform_plus(sizes: Sequence[int], keep: float, last: float = 0.2) -> list[f
 
 
 def erdos_renyi(
-    shapes: Sequence[Shape], keep: float, kernel: bool = True, power: float = 1.0, fixed: Mapping[int, float] = {}
+    shapes: Sequence[Shape],
+    keep: float,
+    kernel: bool = True,
+    power: NonNegativeFloat = 1.0,
+    fixed: Mapping[int, float] = {},
 ) -> list[float]:
     """Densities in proportion to (the sum of a weight's dimensions over their product) to a power, of all dimensions
     or, without `kernel`, of outputs and inputs alone. Layers that would exceed 1 are dense, all of one proportion
@@ -113,16 +118,12 @@ class RandomPruning(TrainingMethod):
     """
 
     ratio: Ratio = "erk"
-    power: float = 1.0
-    last: float | None = None
+    power: NonNegativeFloat = 1.0
+    last: PositiveShare | None = None
     reinitialise: bool = True
 
     name: ClassVar[str] = "random_pruning"
     exempt = {"budget": "layers have densities of their own, and each weight stays by lot"}
-
-    def __post_init__(self) -> None:
-        if self.last is not None and not 0 < self.last <= 1:
-            raise PrunelabError(f"random_pruning: the last layer keeps a share above 0 and at most 1, not {self.last}")
 
     def densities(self, shapes: Sequence[Shape], keep: float) -> list[float]:
         """The density of every layer, from shapes alone."""

@@ -21,7 +21,9 @@ def wrong(hint: Any) -> Iterator[Any]:
     elif hint is bool:
         yield "maybe"
     elif origin is Annotated:
-        yield -(10**9) if parts[0] is int else float("nan")
+        yield 0.5 if parts[0] is int else float("nan")
+        if parts[0] is int and hint is not options.AnyInt:
+            yield -(10**9)
         yield "many"
     elif origin is tuple and Ellipsis not in parts:
         yield tuple(next(wrong(part)) for part in parts)

@@ -90,7 +90,7 @@ def test_a_criterion_leaves_weights_and_statistics_as_they_were(ratio):
 
 
 def test_bad_input_is_named():
-    with pytest.raises(PrunelabError, match="the last layer"):
+    with pytest.raises(PrunelabError, match="last must be a number above 0"):
         RandomPruning(last=0.0)
     with pytest.raises(PrunelabError, match="one share of all weights"):
         train(RandomPruning(), WEIGHT_FAMILIES["vgg"](), Budget(3, "count"), samples(), RECIPE,
