@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.options import NonNegativeFloat, Share
 from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, take
 from prunelab.common.core.signals import Reading, Signal
 from prunelab.common.tokens.role import TokenPruner
@@ -77,8 +78,8 @@ class ToDRE(TokenPruner):
 
     pivot: Pivot = "class"
     rule: Rule = "sum"
-    late: tuple[float, ...] = (0.875,)
-    threshold: float = 0.1
+    late: tuple[Share, ...] = (0.875,)
+    threshold: NonNegativeFloat = 0.1
     positions: Positions = "renumber"
 
     name: ClassVar[str] = "todre"
