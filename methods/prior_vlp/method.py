@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat
 from prunelab.common.data_selection.examples import Examples
 from prunelab.common.data_selection.role import DataPlan, DataSelector
 
@@ -41,16 +41,12 @@ class Prior(DataSelector):
         Exponent of the weights.
     """
 
-    alpha: float = 1.0
+    alpha: NonNegativeFloat = 1.0
 
     name: ClassVar[str] = "prior_vlp"
     when: ClassVar[Literal["before", "each_batch"]] = "each_batch"
     chooses: ClassVar[tuple[Literal["samples", "tokens"], ...]] = ()
     services: ClassVar[tuple[str, ...]] = ("reference",)
-
-    def __post_init__(self) -> None:
-        if self.alpha < 0:
-            raise PrunelabError(f"alpha is an exponent of at least 0, not {self.alpha}")
 
     def requires(self) -> frozenset[str]:
         return frozenset({"reference_loss"})

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, Share
 from prunelab.common.data_selection.examples import Examples
 from prunelab.common.data_selection.role import DataPlan, DataSelector, best_samples, best_tokens
 
@@ -83,10 +83,10 @@ class QTuning(DataSelector):
         halved.
     """
 
-    neighbours: float = 0.5
+    neighbours: NonNegativeFloat = 0.5
     reverse: bool = False
-    upper: float = 0.49
-    rounds: int = 10
+    upper: Share = 0.49
+    rounds: NonNegativeInt = 10
 
     name: ClassVar[str] = "q_tuning"
     when: ClassVar[Literal["before", "each_batch"]] = "each_batch"
@@ -132,11 +132,6 @@ class SamplesAndTokens(DataSelector):
     name: ClassVar[str] = "samples_and_tokens"
     when: ClassVar[Literal["before", "each_batch"]] = "each_batch"
     chooses: ClassVar[Parts] = ("samples", "tokens")
-
-    def __post_init__(self) -> None:
-        for value, known in ((self.samples, _SAMPLES), (self.tokens, _TOKENS)):
-            if value not in known:
-                raise PrunelabError(f"samples_and_tokens has no rule '{value}'; use {', '.join(known)}")
 
     def requires(self) -> frozenset[str]:
         return frozenset(n for n in (_SAMPLES[self.samples], _TOKENS[self.tokens]) if n)

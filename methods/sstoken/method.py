@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
-from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import AnyInt, NonNegativeFloat, NonNegativeInt, Share
 from prunelab.common.data_selection.examples import Examples
 from prunelab.common.data_selection.role import DataPlan, DataSelector, best_tokens
 
@@ -52,18 +52,14 @@ class SsToken(DataSelector):
         Added to the range by which REL is divided.
     """
 
-    gamma: float = 0.5
-    layer: int = -1
-    epsilon: float = 1e-8
+    gamma: Share = 0.5
+    layer: AnyInt = -1
+    epsilon: NonNegativeFloat = 1e-8
 
     name: ClassVar[str] = "sstoken"
     when: ClassVar[Literal["before", "each_batch"]] = "each_batch"
     chooses: ClassVar[tuple[Literal["samples", "tokens"], ...]] = ("tokens",)
     services: ClassVar[tuple[str, ...]] = ("history",)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.gamma <= 1:
-            raise PrunelabError(f"gamma weighs the loss beside the attention and lies in [0, 1], not at {self.gamma}")
 
     @property
     def attention_layer(self) -> int:  # type: ignore[override]
@@ -101,7 +97,7 @@ class RandomTokens(DataSelector):
         Of the draw.
     """
 
-    seed: int = 42
+    seed: NonNegativeInt = 42
 
     name: ClassVar[str] = "random_tokens"
     chooses: ClassVar[tuple[Literal["samples", "tokens"], ...]] = ("tokens",)

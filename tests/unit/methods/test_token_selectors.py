@@ -52,7 +52,7 @@ def test_sstoken_reads_only_what_its_weight_asks_for():
     assert SsToken(1.0).requires() == {"loss", "history_loss"} and SsToken(0.0).requires() == {"prompt_attention"}
     equal = scaled(torch.ones(1, 4), T([[False, True, True, True]]))
     assert torch.equal(equal, torch.zeros(1, 4)), "a model that is its own history decides by attention alone"
-    with pytest.raises(PrunelabError, match="lies in"):
+    with pytest.raises(PrunelabError, match="gamma must be"):
         SsToken(1.5)
     assert SsToken(layer=0).attention_layer == 0
 
