@@ -157,6 +157,43 @@ class WithClassToken(MergedFeatures):
     exempt = {"keep_all": "the class token comes in addition"}
 
 
+@dataclass(frozen=True)
+class MergedInTower(TokenPruner):
+    """Puts pairs of patches that follow each other together inside the image encoder, the first ones, until the budget
+    is met, and then keeps the visual tokens that the encoder's last class token looks at."""
+
+    layer: int = 1
+    positions: Positions = "renumber"
+
+    name: ClassVar[str] = "reference_merged_in_tower"
+    exempt = {
+        "budget": "pairs are put together once, in the encoder",
+        "keep_all": "the same",
+    }
+
+    def sites(self, info: ModelInfo) -> Sequence[Site]:
+        return [Site(self.layer, "tower"), Site(1, "input")]
+
+    def requires(self, site: Site) -> frozenset[Signal]:
+        return frozenset({"hidden"} if site.where == "tower" else {Reading("cls_row", -1, "encoder")})
+
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        if site.where != "tower":
+            scores = signals.at(Reading("cls_row", -1, "encoder")).float().mean(1)
+            return Plan(signals.keep(budget, scores=scores), positions=self.positions)
+        batch, total = signals.hidden.shape[:2]
+        units, special = max(signals.available()), total - signals.units
+        number = torch.arange(total, device=signals.hidden.device) - special
+        pairs = units // 4
+        slot = torch.where(number < 0, number + special, torch.where(number < 2 * pairs, number // 2, number - pairs))
+        slot = torch.where(number < 0, slot, slot + special)
+        weight = torch.where((number >= 0) & (number < 2 * pairs), 0.5, 1.0)
+        every = torch.arange(total, device=slot.device)
+        weight = weight if signals.valid is None else weight * signals.valid  # crops have no padding
+        mix = Mix(slot.expand(batch, -1), every.expand(batch, -1), weight.expand(batch, -1), total - pairs)
+        return Plan(mix, positions=self.positions)
+
+
 READERS: tuple[TokenPruner, ...] = (
     TowerAttention(),
     TowerAttention(1, "received", "packed"),
@@ -166,6 +203,7 @@ READERS: tuple[TokenPruner, ...] = (
     TextAttention(),
     MergedFeatures(),
     WithClassToken(),
+    MergedInTower(),
 )
 
 

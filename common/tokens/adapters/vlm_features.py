@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.plan import Gather, Plan, Positions, Site
+from prunelab.common.core.plan import Gather, Mix, Plan, Positions, Site
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.adapters.passes import Application, Tokens
 from prunelab.common.tokens.adapters.vlm_attribution import Masses, handed_back
@@ -28,7 +28,7 @@ from prunelab.common.tokens.adapters.vlm_prompt import (
     newline_order,
     spliced,
 )
-from prunelab.common.tokens.adapters.vlm_tower import FEATURES, Decision, Part, shaped, spread_out
+from prunelab.common.tokens.adapters.vlm_tower import FEATURES, Decision, Part, shaped
 from prunelab.common.tokens.signals import View
 
 
@@ -77,11 +77,11 @@ class FeatureSide(TowerSide):
 
     def _keep_features(self, module: Any, args: Any, output: Tensor) -> Tensor:
         """Features of patches that left the tower are zero, so that the others are packed as ever."""
-        special, encoding = int(self.class_token), self.encoding
+        encoding = self.encoding
         if encoding.decisions:
             output = encoding.projected(output)
-        else:
-            output = spread_out(output, encoding.patches(special), encoding.total - special)
+        elif encoding.reduced is not None:
+            output = encoding.features(output, int(self.class_token))
         self._own.features = output
         return output
 
@@ -147,22 +147,33 @@ class FeatureSide(TowerSide):
             return
         for images in encoded.alike():
             crops, patches = encoded.features[images[0]].shape[:2]
+            merged = site.where == "tower" and isinstance(encoded.seen.reduced, Mix)
             if site.where == "tower":
                 tokens, plan = self._left(application, encoded, images)
             else:
                 x, view = self.projected(modality, images, sequence)
                 plan, signals = self.decide(application, site, x, view)
                 tokens = application.method.refine(site, plan.reduce.apply(x), signals, plan)
-            decision = Decision(images, tokens, plan, (crops, patches))
+            decision = Decision(images, tokens, plan, (crops, patches), merged=merged)
             if site.where == "projected" and (kept := decision.kept()) is not None:
                 self.running.kept.append((site, kept))
             yield decision
 
     def _left(self, application: Application, encoded: Encoded, images: Sequence[int]) -> tuple[Tensor, Plan]:
         """Tokens [G, crops * patches, D] of images of one shape, and what is left of them behind the tower."""
-        patches, bounds = encoded.seen.patches(int(self.class_token)), encoded.bounds()
-        assert patches is not None
+        special, bounds, seen = int(self.class_token), encoded.bounds(), encoded.seen
         crops, size = encoded.features[images[0]].shape[:2]
+        if isinstance(seen.reduced, Mix):
+            made = [seen.left_of(slice(bounds[i], bounds[i] + crops), crops, special) for i in images]
+            whole = Mix(
+                torch.cat([mix.target for _, mix in made]),
+                torch.cat([mix.source for _, mix in made]),
+                torch.cat([mix.weight for _, mix in made]),
+                made[0][1].outputs,
+            )
+            return torch.cat([tokens for tokens, _ in made]), Plan(whole, positions=application.method.positions)
+        patches = seen.patches(special)
+        assert patches is not None
         first = size * torch.arange(crops, device=patches.device).unsqueeze(1)
         index = torch.stack([(patches[bounds[i] : bounds[i] + crops] + first).flatten() for i in images])
         plan = Plan(Gather(index), positions=application.method.positions)
@@ -178,6 +189,7 @@ class FeatureSide(TowerSide):
         pool, size = [x.flatten(0, 1)], batch * total  # what the new sequence is made of: the old one, then new tokens
         spans: list[list[Span]] = [[] for _ in range(batch)]
         backs: list[tuple[str, Callable[[Tensor], Tensor]]] = []
+        made_of: list[tuple[str, int, Fresh]] = []
         for modality, visual in running.visual.items():
             counts = visual.sum(1).tolist()
             if not any(counts):
@@ -187,12 +199,12 @@ class FeatureSide(TowerSide):
                 raise PrunelabError("the model was given packed features; give it pixels to prune what is projected")
             fresh = []
             images, numbering = self._packed(application, site, modality, x)
-            for image in images:
+            for number, image in enumerate(images):
                 pool.append(image.tokens.to(x))
                 fresh.append((torch.arange(size, size + len(image.tokens), device=x.device), image.source_index))
                 size += len(image.tokens)
+                made_of.append((modality, number, image))
                 backs.append((modality, image.back))
-                running.indexed = running.indexed and image.source_index is not None
             for sample, own in enumerate(encoded.owners(counts)):
                 places = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
                 spans[sample] += [Span(place, *fresh[i]) for place, i in zip(places, own, strict=True)]
@@ -215,6 +227,7 @@ class FeatureSide(TowerSide):
             ones = [torch.ones(length, dtype=torch.bool, device=x.device) for length in lengths]
             kept = torch.stack([nn.functional.pad(one, pad) for one, pad in zip(ones, pads, strict=True)])
         running.prunable = rows >= batch * total
+        running.rows, running.made, running.behind = rows, made_of, batch * total
         sizes = [len(tokens) for tokens in pool]
 
         def root(mass: Tensor) -> Masses:
@@ -242,12 +255,13 @@ class FeatureSide(TowerSide):
         made: dict[int, Fresh] = {}
         orders, newlines, newline = encoded.order(), encoded.newlines(), self.newline(modality)
         for decision in self._decided(application, site, modality, sequence):
-            plan, patches = decision.plan, decision.patches()
+            plan, patches, known = decision.plan, decision.patches(), decision.units()
             numbering = plan.positions
             bare = plan.layout is not None and bool((plan.layout < 0).all())
             for g, image in enumerate(decision.images):
                 real = slice(None) if plan.reduce.valid is None else plan.reduce.valid[g]
                 own, order = decision.tokens[g][real], orders[image]
+                units = None if known is None else known[g][real]
                 turn, source_index = torch.arange(len(own), device=own.device), None
                 if patches is not None and order is not None and (plan.layout is None or bare):
                     rows = newline is not None and not bare
@@ -269,8 +283,10 @@ class FeatureSide(TowerSide):
                     )
                 if newline is not None:
                     own = torch.cat([own, newline[0].to(own).unsqueeze(0)])  # where `turn` is -1
+                    units = None if units is None else nn.functional.pad(units, (0, 1), value=-1)
                 back = functools.partial(
                     handed_back, turn=turn, reduce=plan.reduce, row=g, shape=decision.shape, special=decision.special
                 )
-                made[image] = Fresh(own[turn], source_index, back)
+                units = None if units is None else units[turn]
+                made[image] = Fresh(own[turn], source_index, back, units, bool(decision.special))
         return [made[image] for image in range(len(orders))], numbering

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunelab.common.core.attention_interface import record
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before
-from prunelab.common.core.plan import Gather, Site, take
+from prunelab.common.core.plan import Site, take
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.adapters.passes import Application, Seen, Tokens
 from prunelab.common.tokens.adapters.recorded import first_row, keeper, received
@@ -121,9 +121,10 @@ class TowerSide(VisionSide):
             if site.index == 0:
                 encoding.kept = []
             plan, signals = self.decide(application, site, x, self._inside(site, x), encoding)
-            if not isinstance(plan.reduce, Gather) or plan.reduce.valid is not None:
+            if plan.reduce.valid is not None or plan.key_bias is not None:
                 raise PrunelabError(
-                    f"{application.method.name}: inside an image encoder as many tokens of every crop go on, unmerged"
+                    f"{application.method.name}: inside an image encoder as many tokens of every crop go on, and no"
+                    " attention is biased"
                 )
             encoding.reduce(plan.reduce)
             special = int(self.class_token)
@@ -150,7 +151,7 @@ class TowerSide(VisionSide):
                 "received": lambda: received(recorder),
             }
         indices = encoding.left
-        if indices is None:
+        if encoding.reduced is None:
             indices = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         return View(
             {"hidden": lambda: x, "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32), **found},
@@ -177,8 +178,8 @@ class TowerSide(VisionSide):
         running = self.running
         if not running.encoded:
             raise PrunelabError(f"'{reading}' is read off the image encoder; give the model pixels, not features")
-        if not running.indexed:
-            raise PrunelabError(f"'{reading}' is of patches, which tokens that are packed no more by rule cannot tell")
+        if running.rows is not None:
+            return self._from_units(reading, x, running.rows)
         out: Tensor | None = None
         for modality, encoded in running.encoded.items():
             visual = running.visual[modality]
@@ -192,3 +193,19 @@ class TowerSide(VisionSide):
                     out[row] = out[row].index_copy(0, spots, torch.cat([images[i] for i in own]).to(out))
         assert out is not None
         return shaped(take(out, running.source), reading.name, self.tower_head)
+
+    def _from_units(self, reading: Reading, x: Tensor, rows: Tensor) -> Tensor:
+        """The same once images have plans of their own: the tokens at hand are those with the numbers rows [B, N]."""
+        parts: list[Tensor] = []
+        values = {
+            (modality, special): self._of_patches(reading, encoded, "all" if special else "patches")
+            for modality, encoded in self.running.encoded.items()
+            for special in {fresh.special for of, _, fresh in self.running.made if of == modality}
+        }
+        for modality, number, fresh in self.running.made:
+            if fresh.units is None:
+                raise PrunelabError(f"'{reading}' is of patches, which tokens that were mixed of several cannot tell")
+            value = values[modality, fresh.special][number].flatten(0, 1)
+            parts.append(nn.functional.pad(value, (0, 0, 0, 1))[fresh.units])  # newlines, -1, are zero
+        whole = torch.cat([parts[0].new_zeros(self.running.behind, parts[0].shape[1]), *parts]).to(x)
+        return shaped(whole[rows], reading.name, self.tower_head)

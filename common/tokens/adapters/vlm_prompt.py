@@ -227,11 +227,14 @@ class CachedPrompt:
 @dataclass
 class Fresh:
     """One image or video behind a plan: its tokens [K, D], newlines included, for each the packed token it is (None:
-    none), and how masses [K] over them become masses over its patches [crops, patches]."""
+    none), and how masses [K] over them become masses over its patches [crops, patches]. units: which of the tower's
+    tokens each of them is, -1 for newlines (None: mixtures); special: whether its class tokens are counted there."""
 
     tokens: Tensor
     source_index: Tensor | None
     back: Callable[[Tensor], Tensor]
+    units: Tensor | None = None
+    special: bool = False
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.attention_interface import Recorder
-from prunelab.common.core.plan import Gather, Plan
+from prunelab.common.core.plan import Gather, Mix, Plan
 from prunelab.common.tokens.adapters.passes import Pass
 from prunelab.common.tokens.adapters.recorded import sources
 
@@ -32,6 +32,14 @@ class Decision:
     plan: Plan
     shape: tuple[int, int]
     special: int = 0
+    merged: bool = False  # within the tower, which knows the outputs as they are
+
+    def units(self) -> Tensor | None:
+        """[G, K] which of the tower's tokens each output is; None where outputs are mixtures of them."""
+        reduce = self.plan.reduce
+        if self.merged:
+            return torch.arange(reduce.outputs, device=self.tokens.device).expand(len(self.images), -1)
+        return reduce.index if isinstance(reduce, Gather) else None
 
     def patches(self) -> Tensor | None:
         """[G, K] the patch of each output, None where outputs are more than single patches."""
@@ -50,19 +58,25 @@ class Decision:
 
 @dataclass
 class TowerPass(Pass):
-    """One run of the encoder on crops [C, N, D], for which it was given arguments. left: [C, K] the tokens that are
-    still there, None for all; total: how many there were; decisions: what goes on of each image's features, where a
-    plan says so."""
+    """One run of the encoder on crops [C, N, D], for which it was given arguments. reduced: what plans made of the
+    tokens; total: how many there were; decisions: what goes on of each image's features, where a plan says so; merged:
+    [C, K, D] what the projector made of crops whose tokens were merged."""
 
-    left: Tensor | None = None
+    reduced: Gather | Mix | None = None
+    merged: Tensor | None = None
     modality: str = "image"
     given: Mapping[str, Any] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     recorders: dict[int, Recorder] = field(default_factory=dict)
 
-    def reduce(self, reduce: Gather) -> None:
-        """Tokens leave."""
-        self.left = reduce.index if self.left is None else self.left.gather(1, reduce.index)
+    @property
+    def left(self) -> Tensor | None:
+        """[C, K] the tokens that are still there; None for all, and where they were merged."""
+        return self.reduced.index if isinstance(self.reduced, Gather) else None
+
+    def reduce(self, reduce: Gather | Mix) -> None:
+        """Tokens leave, or are merged."""
+        self.reduced = reduce if self.reduced is None else followed(self.reduced, reduce, self.total)
         for seen in self.seen.values():
             seen.follow(reduce)
 
@@ -99,9 +113,61 @@ class TowerPass(Pass):
             replace(d, tokens=part.unflatten(0, d.tokens.shape[:2]))
             for d, part in zip(self.decisions, parts, strict=True)
         ]
-        stand = output.new_zeros(units, output.shape[2])
-        stand[: output.shape[1]] = output[0, :units]
-        return stand.unflatten(0, (-1, patches - self.decisions[0].special))
+        return stand_in(output[0], units).unflatten(0, (-1, patches - self.decisions[0].special))
+
+    def features(self, output: Tensor, special: int) -> Tensor:
+        """What the projector gave of the tokens that are left, as features of all patches [C, patches, D]: zero where
+        one left, so that the others are packed as ever; where they were merged something to stand for them."""
+        patches = self.total - special
+        if isinstance(self.reduced, Mix):
+            self.merged = output
+            return stand_in(output.flatten(0, 1), len(output) * patches).unflatten(0, (-1, patches))
+        return spread_out(output, self.patches(special), patches)
+
+    def left_of(self, crops: slice, count: int, special: int) -> tuple[Tensor, Mix]:
+        """Tokens [G, count * K, D] of images that are these crops, `count` each, where they were merged, and what was
+        made of their patches."""
+        assert self.merged is not None and isinstance(self.reduced, Mix)
+        own = {name: getattr(self.reduced, name)[crops] for name in ("target", "source", "weight")}
+        tokens = self.merged[crops].unflatten(0, (-1, count)).flatten(1, 2)
+        return tokens, of_images(replace(self.reduced, **own), count, special, self.total - special)
+
+
+def followed(first: Gather | Mix, then: Gather | Mix, units: int) -> Gather | Mix:
+    """One reduction of `units` units after another, as one."""
+    if isinstance(first, Gather):
+        if isinstance(then, Gather):
+            return Gather(first.index.gather(1, then.index))
+        return replace(then, source=first.index.gather(1, then.source))
+    if isinstance(then, Mix):
+        return Mix.from_matrix(then.matrix(first.outputs) @ first.matrix(units))
+    place = torch.full((len(then.index), first.outputs), -1, device=then.index.device)
+    own = torch.arange(then.outputs, device=then.index.device).expand_as(then.index)
+    return remapped(first, place.scatter(1, then.index, own), then.outputs)
+
+
+def remapped(mix: Mix, place: Tensor, outputs: int) -> Mix:
+    """With its outputs at place [C, outputs] among fewer; those at -1 are gone."""
+    target = place.gather(1, mix.target)
+    return Mix(target.clamp_min(0), mix.source, mix.weight.masked_fill(target < 0, 0), outputs)
+
+
+def of_images(mix: Mix, crops: int, special: int, units: int) -> Mix:
+    """Reductions of crops [G * crops] with `special` class tokens in front of `units` patches, as those of the patches
+    of whole images [G, crops * units]."""
+    place = torch.arange(mix.outputs, device=mix.target.device).expand(len(mix.target), -1) - special
+    bare, outputs = remapped(mix, place, mix.outputs - special), mix.outputs - special
+    source = bare.source - special
+    number = torch.arange(crops, device=source.device).repeat(len(source) // crops).unsqueeze(1)
+    target, source, weight = (
+        part.unflatten(0, (-1, crops)).flatten(1)
+        for part in (
+            bare.target + number * outputs,
+            source.clamp_min(0) + number * units,
+            bare.weight.masked_fill(source < 0, 0),
+        )
+    )
+    return Mix(target, source, weight, crops * outputs)
 
 
 def shaped(value: Tensor, name: str, head: int) -> Tensor:
@@ -111,6 +177,13 @@ def shaped(value: Tensor, name: str, head: int) -> Tensor:
     if name in FEATURES:
         return value.transpose(1, 2)
     return value.unflatten(2, (-1, head)).transpose(1, 2)
+
+
+def stand_in(rows: Tensor, count: int) -> Tensor:
+    """The rows [M, D] as so many, cut off or filled up with zeros."""
+    out = rows.new_zeros(count, rows.shape[1])
+    out[: len(rows)] = rows[:count]
+    return out
 
 
 def spread_out(value: Tensor, index: Tensor | None, total: int) -> Tensor:

@@ -21,7 +21,7 @@ from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.adapters.passes import Pass
 from prunelab.common.tokens.adapters.sequence import SequenceAdapter
 from prunelab.common.tokens.adapters.vlm_attribution import Attribution
-from prunelab.common.tokens.adapters.vlm_prompt import CachedPrompt, Encoded, disagreement
+from prunelab.common.tokens.adapters.vlm_prompt import CachedPrompt, Encoded, Fresh, disagreement
 from prunelab.common.tokens.adapters.vlm_tower import READ, TowerPass
 
 
@@ -34,8 +34,9 @@ class Prefill(Pass):
     positions [..., B, N] the position ids; shift [..., B] by how much later tokens are numbered lower than the model
     would number them. cached: what the layers hold. left: whether padding stands in front. changed: whether
     tokens left for good. modality: of the visual tokens, None where they are of several. whole:
-    while decoding, whether no token behind the prompt is padding. indexed: whether `source` is
-    where each token was packed. later, now: while decoding, [B, M] which tokens behind the prompt
+    while decoding, whether no token behind the prompt is padding. made, behind, rows: where
+    plans for single images acted, what they made of each, how many tokens stand before these, and
+    the number [B, N] of each token at hand among all. later, now: while decoding, [B, M] which tokens behind the prompt
     count, and the position ids of the newest.
     """
 
@@ -48,7 +49,9 @@ class Prefill(Pass):
     shift: Tensor = field(init=False)
     cached: CachedPrompt = field(init=False)
     attribution: Attribution = field(init=False)
-    indexed: bool = True
+    made: list[tuple[str, int, Fresh]] = field(default_factory=list)
+    behind: int = 0
+    rows: Tensor | None = None
     left: bool = True
     changed: bool = False
     modality: str | None = None

@@ -14,9 +14,10 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, Mix, Plan, Site
 from prunelab.common.core.signals import Reading
+from prunelab.common.tokens.adapters.vlm_tower import followed
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.methods.uniform_tokens.method import UniformTokens
-from tests.contract.tokens_references import MergedFeatures, WithClassToken
+from tests.contract.tokens_references import MergedFeatures, MergedInTower, WithClassToken
 from tests.contract.vlms import film, images, prompt, vlm
 
 PLAIN, CLASS = Site(0, "encoded"), Site(0, "encoded", class_token=True)
@@ -249,3 +250,72 @@ def test_an_encoders_own_layers_are_read_inside_it():
     values = block.self_attn.v_proj(block.layer_norm1(hidden[1])).unflatten(-1, (3, -1)).transpose(1, 2)
     assert torch.allclose(reader.seen[reader.readings[0]], values, atol=1e-5)
     assert torch.allclose(reader.seen[reader.readings[1]], hidden[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_patches_are_merged_inside_the_tower(family):
+    """By hand: the layers behind the site see pairs as their means, and so does the decoder, crop by crop."""
+    model, given = vlm(family), prompt(family, images(family, 2))
+    got = embeddings(model, given, MergedInTower())
+    tower = model.model.vision_tower
+    pixels = given["pixel_values"].flatten(0, 1) if family == "llava_next" else given["pixel_values"]
+    with torch.no_grad():
+        x = tower.encoder.layers[0](tower.pre_layrnorm(tower.embeddings(pixels)), None)
+        x = torch.cat([x[:, :1], x[:, 1:9].unflatten(1, (4, 2)).mean(2), x[:, 9:]], 1)
+        x = tower.encoder.layers[1](x, None)
+        rows = model.model.multi_modal_projector(x[:, 1:]).unflatten(0, (2, -1)).flatten(1, 2)
+    assert torch.allclose(got[:, 3 : 3 + rows.shape[1]], rows, atol=1e-4)
+    with torch.no_grad(), apply(MergedInTower(), model, 0.5) as handle:
+        answers = model.generate(**given, max_new_tokens=3, num_beams=2)
+        assert len(answers) == 2
+        model(**given)
+        (_, masses), *_ = handle.application.trace.attribution.behind(0)
+    assert float(masses["image"][0].sum()) == pytest.approx(rows.shape[1], abs=1e-4)
+
+
+def test_signals_of_the_encoder_follow_tokens_that_were_merged_there():
+    model, given = vlm("llava"), prompt("llava", images("llava", 2))
+    row = Reading("cls_row", -1, "encoder")
+
+    @dataclass(frozen=True)
+    class Merging(Fixed):
+        def sites(self, info: Any) -> Any:
+            return [Site(1, "tower"), Site(1, "input")]
+
+        def requires(self, site: Site) -> Any:
+            return frozenset({"hidden"} if site.where == "tower" else {row, "hidden"})
+
+        def plan(self, site: Site, signals: Any, budget: Budget) -> Plan:
+            if site.where == "tower":
+                return MergedInTower().plan(site, signals, budget)
+            self.seen.update(row=signals.at(row))
+            return super().plan(site, signals, budget)
+
+    maps: list[Tensor] = []
+    method = Merging()
+    eager = vlm("llava")
+    eager.set_attn_implementation({"vision_config": "eager"})
+    layers = eager.model.vision_tower.encoder.layers
+
+    def pairs(module: Any, args: Any) -> Any:
+        x = args[0]
+        return torch.cat([x[:, :1], x[:, 1:9].unflatten(1, (4, 2)).mean(2), x[:, 9:]], 1), *args[1:]
+
+    with torch.no_grad():
+        embeddings(model, given, method)
+        layers[1].register_forward_pre_hook(pairs)
+        layers[2].self_attn.register_forward_hook(lambda *a: maps.append(a[2][1]))
+        eager.model.vision_tower(given["pixel_values"], output_attentions=True)
+    assert torch.allclose(method.seen["row"][..., 3:15], maps[0][:, :, 0, 1:], atol=1e-5)
+    assert not method.seen["row"][..., :3].any() and not method.seen["row"][..., 15:].any()
+
+
+def test_reductions_follow_each_other():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 3, generator=generator)
+    mix = Mix.from_matrix(torch.rand(2, 4, 6, generator=generator))
+    other = Mix.from_matrix(torch.rand(2, 3, 4, generator=generator))
+    gather, late = Gather(torch.tensor([[5, 0, 2, 1], [0, 1, 2, 3]])), Gather(torch.tensor([[3, 0], [1, 2]]))
+    for first in (mix, gather):
+        for then in (other, late):
+            assert torch.allclose(followed(first, then, 6).apply(x), then.apply(first.apply(x)), atol=1e-5)
