@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields
-from functools import cache
+from dataclasses import fields, is_dataclass
+from functools import cache, partial
 from numbers import Number
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Interval, Le, Lt
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     FiniteFloat,
     NonNegativeFloat,
@@ -59,7 +60,15 @@ def _allowed(cls: type[Method]) -> Mapping[str, tuple[Any, TypeAdapter[Any]]]:
 
 
 def _adapter(hint: Any) -> TypeAdapter[Any]:
+    if is_dataclass(hint):  # which has checked itself
+        return TypeAdapter(Annotated[Any, AfterValidator(partial(_instance, hint))])
     return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False))
+
+
+def _instance(cls: type, value: Any) -> Any:
+    if not isinstance(value, cls):
+        raise ValueError
+    return value
 
 
 def _admits(adapter: TypeAdapter[Any], value: Any) -> bool:
