@@ -27,10 +27,11 @@ from prunelab.common.experts.role import ExpertPruner, ExpertSignals
 
 
 class _Now(threading.local):
-    """The pass at hand of a thread: its tokens [B, N] bool that are no padding, and whether it began the text."""
+    """The pass at hand of a thread: its tokens [B, N] bool that are no padding, whether it began the text, and B."""
 
     real: Tensor | None = None
     prefill = True
+    batch = 1
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class ExpertHandle:
         read: Any = kwargs.get("inputs_embeds")
         read = kwargs.get("input_ids", args[0] if args else None) if read is None else read
         mask, held = kwargs.get("attention_mask"), seam.cache_in(kwargs)
+        self._now.batch = len(read)
         self._now.real = None if mask is None or mask.dim() != 2 else mask[:, -read.shape[1] :].bool()
         self._now.prefill = held is None or held.get_seq_length() == 0
 
@@ -136,6 +138,7 @@ class ExpertHandle:
             weights=weights,
             experts=experts,
             prefill=self._now.prefill,
+            batch=self._now.batch,
             valid=self._now.real,
             info=self.info,
             rng=self._rng(hidden.device),

@@ -18,9 +18,9 @@ class ExpertSignals(Signals):
     """What a mixture layer lets a method see of the T = B N tokens of a pass, sample by sample.
 
     weights [T, k]: what the router gave each of a token's k experts, as the layer uses them; experts [T, k]: which they
-    are. valid [B, N] or None: tokens that are no padding. prefill: whether the pass began the text. Signals by name:
-    `hidden` [T, D] that the experts read, `norms` [T] (their L1 norm), and `received` [T], the mean attention that a
-    token of a prompt gets from itself and each later one, over heads, zero for padding.
+    are. batch: B. valid [B, N] or None: tokens that are no padding. prefill: whether the pass began the text. Signals
+    by name: `hidden` [T, D] that the experts read, `norms` [T] (their L1 norm), and `received` [T], the mean attention
+    that a token of a prompt gets from itself and each later one, over heads, zero for padding.
     """
 
     def __init__(
@@ -30,10 +30,11 @@ class ExpertSignals(Signals):
         weights: Tensor,
         experts: Tensor,
         prefill: bool,
+        batch: int = 1,
         **rest: Any,
     ) -> None:
         super().__init__(sources, prunable=weights > float("-inf"), units=weights.shape[1], **rest)
-        self.weights, self.experts, self.prefill = weights, experts, prefill
+        self.weights, self.experts, self.prefill, self.batch = weights, experts, prefill, batch
 
 
 class ExpertPruner(Method):

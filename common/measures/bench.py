@@ -22,7 +22,7 @@ S = TypeVar("S", bound="Seeded")
 M = TypeVar("M", bound=Method)
 
 # What puts a method of a role to work on a model: imported by name, so that a run's sources are those of its own wing.
-ENGINES = {"token_pruner": "tokens.apply", "cache_pruner": "kv_cache.apply"}
+ENGINES = {"token_pruner": "tokens.apply", "cache_pruner": "kv_cache.apply", "expert_pruner": "experts.apply"}
 
 
 class Seeded(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunelab.common import weights
-from prunelab.common.core import files
+from prunelab.common.core import files, registry
+from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import texts
 from prunelab.common.measures.bench import Bench, finite
@@ -23,6 +25,7 @@ from prunelab.common.weights.role import WeightPruner
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from prunelab.common.experts.apply import ExpertHandle
     from prunelab.common.tasks.perplexity import Perplexity
 
 # Measures of unpruned models by what decides them, so that a process which makes many runs takes them once.
@@ -46,11 +49,15 @@ def measure(bench: Bench[Perplexity.Settings]) -> dict[str, Any]:
     method = bench.method(WeightPruner)
     if method is not None:
         report, calibrated = prune(bench, method, model, tokenizer)
-        found, out = predicted(model, test), sizes(model, report)
+        out = sizes(model, report)
+    if method is not None or bench.settings.experts is not None:
+        with without_experts(bench, model) as handle:
+            found = predicted(model, test)
+        out |= experts_run(model, handle)
     whole = "join" in ids["data"]
     conditions = f"{len(test)} sequences of {'' if whole else 'up to '}{length} tokens ({ids['data']['loader']})"
     for name, metric in found.items():
-        unpruned = f"unpruned {dense[name]['value']:.4g}" if method is not None else ""
+        unpruned = f"unpruned {dense[name]['value']:.4g}" if found is not dense else ""
         metric["protocol"] = "; ".join(part for part in (conditions, calibrated, unpruned) if part)
     return {**found, "tokens": {"value": sum(len(tokens) - 1 for tokens in test)}, **out}
 
@@ -75,6 +82,30 @@ def prune(
         base = loading.language(ids["base"], bench.config)[0].to(model.device, model.dtype)
     plan = weights.prune(method, model, bench.budget, calibration, base=base, seed=bench.seed, progress=False)
     return plan.report, told
+
+
+def without_experts(bench: Bench[Any], model: nn.Module) -> AbstractContextManager[Any]:
+    """The `with` block in which the method of the setting `experts` leaves out experts; nothing happens without one."""
+    given = bench.settings.experts
+    if given is None:
+        return nullcontext()
+    method = registry.create(given.method, **given.options)
+    return bench.at_work(method, model, budget=Budget.parse(given.budget))
+
+
+def experts_run(model: nn.Module, handle: ExpertHandle | None) -> dict[str, Any]:
+    """What such a method left out: `experts_run`, the percent of the choices that ran, and `activated_saving`, that of
+    the parameters which a token uses otherwise: all but the experts that it was not sent to."""
+    if handle is None:
+        return {}
+    report = handle.report()
+    sizes = [(b.experts.gate_up_proj.numel() + b.experts.down_proj.numel(), len(b.experts.down_proj))
+             for b in handle.blocks.values()]  # fmt: skip
+    held = sum(p.numel() for p in model.parameters())
+    used = held - sum(size * (1 - k / n) for (size, n), k in zip(sizes, report.chosen, strict=True))
+    left = sum(size / n * (k - ran) for (size, n), k, ran in zip(sizes, report.chosen, report.run, strict=True))
+    figures = {"experts_run": 100 * report.ratio, "activated_saving": 100 * left / used}
+    return {name: {"value": round(value, 3)} for name, value in figures.items()}
 
 
 def reads_text(method: WeightPruner) -> bool:

@@ -10,7 +10,7 @@ from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.kv_cache.role import CachePruner
 from prunelab.common.measures.bench import Bench
-from prunelab.common.measures.perplexity import prune, sizes
+from prunelab.common.measures.perplexity import experts_run, prune, sizes, without_experts
 from prunelab.common.measures.scores import HARNESS_SHARES, average
 from prunelab.common.models import devices, loading
 from prunelab.common.tokens.role import TokenPruner
@@ -34,7 +34,7 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
     else:
         acting = method
     asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch)
-    with bench.at_work(acting, model):
+    with bench.at_work(acting, model), without_experts(bench, model) as handle:
         found = lm_eval.simple_evaluate(
             model=asked,
             tasks=located(settings.tasks, bench.ids, bench.config),
@@ -48,7 +48,7 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
         metric["protocol"] = protocol
     if settings.average:
         measured["average"] = {"value": average(measured, settings.average), "protocol": protocol}
-    return {**measured, **out}
+    return {**measured, **out, **experts_run(model, handle)}
 
 
 def located(tasks: Sequence[str], ids: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:

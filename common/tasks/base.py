@@ -52,6 +52,30 @@ class Settings(BaseModel):
     seed: int = 0
 
 
+class AtRunTime(BaseModel):
+    """A method that is at work while a pruned model is measured, beside the run's own: with its options and budget, as
+    papers write them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    options: Mapping[str, Any] = {}
+    budget: str = "1"
+
+    def admit(self, role: str) -> None:
+        """Refuse a method that has not that role, or has not these options."""
+        entry = registry.entry(self.method)
+        if entry.role != role:
+            raise PrunelabError(f"{self.method} is a {entry.role}, and a {role} is wanted here")
+        registry.check_options(entry, self.options)
+        Budget.parse(self.budget)
+
+    @property
+    def file(self) -> str:
+        """The file that defines the method."""
+        return f"methods/{registry.entry(self.method).slug}/method.py"
+
+
 class Task(ABC):
     """A kind of run: one module of this package, whose file has its name.
 

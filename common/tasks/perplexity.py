@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import field_validator
+
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
+from prunelab.common.tasks.base import AtRunTime, Metric, Metrics, Reads, Task
 
 SIZES: Mapping[str, Metric] = {
     "gparameters": Metric("parameters held", "G", cost="parameters"),
@@ -20,8 +22,26 @@ SIZES: Mapping[str, Metric] = {
     ),
 }
 
+OF_EXPERTS: Mapping[str, Metric] = {
+    "experts_run": Metric("choices of experts that ran", "%"),
+    "activated_saving": Metric("parameters that a token no longer uses", "%", higher_is_better=True),
+}
+
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
+
+
+def of_experts(given: AtRunTime | None) -> AtRunTime | None:
+    """The setting `experts`, read."""
+    if given is not None:
+        given.admit("expert_pruner")
+    return given
+
+
+def expert_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files that the setting `experts` brings."""
+    given = settings.get("experts")
+    return () if given is None else (AtRunTime.model_validate(given).file, "common/experts/apply.py")
 
 
 class Perplexity(Task):
@@ -38,17 +58,28 @@ class Perplexity(Task):
         "accuracy": Metric("next tokens right", "%", higher_is_better=True),
         "tokens": Metric("tokens predicted"),
         **SIZES,
+        **OF_EXPERTS,
     }
 
     class Settings(base.Settings):
         """length: of the sequences in tokens, which the papers differ in and perplexity depends on. samples: how many
         of them (all). calibration: how many to calibrate with, of the same length, from `calibration_data` (the same
-        data)."""
+        data). experts: a method with options and budget that leaves out experts of tokens while the text is read."""
 
         length: int
         samples: int | None = None
         calibration: int = 32
         calibration_data: str | None = None
+        experts: AtRunTime | None = None
+
+        @field_validator("experts")
+        @classmethod
+        def _prunes_experts(cls, given: AtRunTime | None) -> AtRunTime | None:
+            return of_experts(given)
+
+    @classmethod
+    def files(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        return expert_files(settings)
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import perplexity

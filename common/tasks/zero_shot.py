@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import field_validator
+
 from prunelab.common.measures.scores import HARNESS_SHARES
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
-from prunelab.common.tasks.perplexity import SIZES
+from prunelab.common.tasks.base import AtRunTime, Metric, Metrics, Reads, Task
+from prunelab.common.tasks.perplexity import OF_EXPERTS, SIZES, expert_files, of_experts
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -27,12 +29,13 @@ class ZeroShot(Task):
     metrics: ClassVar[Mapping[str, Metric]] = {
         "average": Metric("mean of the scores under `average`", "%", higher_is_better=True),
         **SIZES,
+        **OF_EXPERTS,
     }
 
     class Settings(base.Settings):
         """tasks: of the harness. shots: worked examples in each prompt (those of the task's own definition). limit:
         questions of each task (all). batch: asked together. average: the metrics whose mean is one. length,
-        calibration, calibration_data: of the calibration set, as in `perplexity`."""
+        calibration, calibration_data: of the calibration set, as in `perplexity`, and `experts` as there."""
 
         tasks: tuple[str, ...]
         shots: int | None = None
@@ -42,6 +45,16 @@ class ZeroShot(Task):
         length: int | None = None
         calibration: int = 32
         calibration_data: str | None = None
+        experts: AtRunTime | None = None
+
+        @field_validator("experts")
+        @classmethod
+        def _prunes_experts(cls, given: AtRunTime | None) -> AtRunTime | None:
+            return of_experts(given)
+
+    @classmethod
+    def files(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        return expert_files(settings)
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import zero_shot

@@ -57,12 +57,12 @@ class Columns(Protocol):
         the columns so far have left it."""
 
 
-def sweep(weight: Tensor, factor: Tensor, width: int, columns: Columns) -> Tensor:
+def sweep(weight: Tensor, factor: Tensor, width: int, columns: Columns, within: bool = True) -> Tensor:
     """The weight [R, C] after every column was settled and those behind it made up for the error (SparseGPT, algorithm
     1; GPTQ, algorithm 1).
 
     factor: from `inverse_factor`. Columns are updated lazily, in blocks of `width`. Each step is one rank-1 update in
-    place.
+    place. within: whether columns of a block make up for each other, too, and not for those of earlier blocks alone.
     """
     weight, total = weight.clone(), weight.shape[1]
     for start in range(0, total, width):
@@ -73,7 +73,8 @@ def sweep(weight: Tensor, factor: Tensor, width: int, columns: Columns) -> Tenso
         for i in range(stop - start):
             settled = columns.settle(start + i, block, diagonal, i)
             errors[:, i] = (block[:, i] - settled) / diagonal[i]
-            block[:, i:].addmm_(errors[:, i : i + 1], local[i : i + 1, i:], alpha=-1)
+            if within:
+                block[:, i:].addmm_(errors[:, i : i + 1], local[i : i + 1, i:], alpha=-1)
             block[:, i] = settled
         weight[:, start:stop] = block
         weight[:, stop:] -= errors @ factor[start:stop, stop:]

@@ -182,6 +182,7 @@ def gptq(
     dead: Tensor | None = None,
     static: bool = False,
     updated: bool = False,
+    within: bool = True,
 ) -> Quantised:
     """Rounding column by column under compensation (algorithm 1).
 
@@ -189,7 +190,7 @@ def gptq(
     order [C]: the columns are taken in this order, and the factor is that of the Hessian in it (`act-order`). dead [C]:
     channels that no input uses, which become zero after the grids of whole rows are laid. static: grids of groups are
     laid beforehand, over the groups of the original columns; otherwise on the way (see `Rounding`), of columns in the
-    order they are taken.
+    order they are taken. within: see `sweep`.
     """
     weight, columns = weight.float(), weight.shape[1]
     alive = weight if dead is None else weight.masked_fill(dead, 0)
@@ -198,7 +199,7 @@ def gptq(
     place = torch.arange(columns, device=weight.device)
     group = (place if order is None or not static else order) // size
     rounding = Rounding(quantiser, scale, zero, group, laid, updated)
-    sweep(alive if order is None else alive[:, order], factor, width, rounding)
+    sweep(alive if order is None else alive[:, order], factor, width, rounding, within)
     codes, index = rounding.codes, None
     if order is not None:
         back = order.argsort()

@@ -91,6 +91,7 @@ class Routing:
 
     residual [T, D] enters the mixture's norm, logits [T, E] are the router's, chosen [T, k] the experts of each token
     and gates [T, k] their final weights, routed [T, D] the weighted sum of what they gave (shared experts apart).
+    computed: what an expert of these weights, [2I, D] and [D, I], gives for tokens [n, D].
     """
 
     residual: Tensor
@@ -99,6 +100,7 @@ class Routing:
     gates: Tensor
     routed: Tensor
     expert: Callable[[int, Tensor], Tensor] = field(repr=False)
+    computed: Callable[[Tensor, Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
 
     def outputs(self, index: int, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [n] sent to an expert, the slot [n] of each among its k choices, and the expert's unweighted outputs

@@ -85,6 +85,8 @@ class Gptq(Rtn):
         Share of the Hessian's mean diagonal added to it, up to `tries` times until it can be factored.
     width
         Columns updated lazily together.
+    within
+        Columns of such a block make up for each other, too; MC-MoE's code leaves that out up to three bits.
     """
 
     act_order: bool = False
@@ -94,6 +96,7 @@ class Gptq(Rtn):
     damping: NonNegativeFloat = 0.01
     tries: PositiveInt = 1
     width: PositiveInt = 128
+    within: bool = True
 
     name: ClassVar[str] = "gptq"
 
@@ -115,5 +118,6 @@ class Gptq(Rtn):
             dead=dead(diagonal),
             static=self.static_groups,
             updated=self.grids == "column",
+            within=self.within,
         )
         return Decision(torch.ones(target.shape, dtype=torch.bool), code=code)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from prunelab.common.apply import apply
+from prunelab.common.core import registry
 from prunelab.common.core.attention_interface import NAME
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experts.role import ExpertPruner
 from tests.contract.caches_references import WeakestExperts
 from tests.contract.references import BigramDrafts, ReceivedCache, language_model, token_ids
 from tests.contract.test_composition import GREEDY, stacked, untouched
@@ -20,6 +22,7 @@ from tests.contract.test_composition import GREEDY, stacked, untouched
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 every = pytest.mark.parametrize("family", FAMILIES)
 METHODS = [WeakestExperts(), WeakestExperts(protect=0.25)]
+METHODS += [c() for c in registry.load().values() if issubclass(c, ExpertPruner)]  # type: ignore[abstract]
 
 
 def by_hand(model: Any, tokens: Tensor, budget: Budget) -> Tensor:

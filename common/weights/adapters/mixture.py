@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -78,7 +79,15 @@ class Mixtures(Pretrained):
         residual = seen[self.experts_norm][0][0].flatten(0, -2)
         routed = seen[self.experts][1].flatten(0, -2)
         expert = self._part(target.block, self.experts)
-        routing = Routing(residual, logits, chosen, gates, routed, lambda e, x: _expert(expert, e, x))
+        routing = Routing(
+            residual,
+            logits,
+            chosen,
+            gates,
+            routed,
+            lambda e, x: _expert(expert, e, x),
+            partial(_computed, expert.act_fn),
+        )
         return Observation(inputs, self.weights(target), before, after, tokens, routing)
 
     def parameter(self, target: Target) -> nn.Parameter:
@@ -182,4 +191,9 @@ def _inner(experts: Any, index: int, x: Tensor) -> Tensor:
 
 
 def _expert(experts: Any, index: int, x: Tensor) -> Tensor:
-    return nn.functional.linear(_inner(experts, index, x), experts.down_proj[index])
+    return _computed(experts.act_fn, experts.gate_up_proj[index], experts.down_proj[index], x)
+
+
+def _computed(act: Callable[[Tensor], Tensor], gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+    gate, up = nn.functional.linear(x, gate_up).chunk(2, dim=-1)
+    return nn.functional.linear(act(gate) * up, down)

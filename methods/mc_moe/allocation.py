@@ -1,0 +1,121 @@
+"""MC-MoE's bits of every expert: what experts are worth, what fewer bits cost them, and the integer programme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.merging import chosen_counts
+from prunelab.common.weights.quantisation import Quantiser, rounded
+from prunelab.common.weights.targets import Accumulator, Observation, Target
+
+
+def fake_quantised(weight: Tensor, bits: int, group: int) -> Tensor:
+    """The nearest points [R, C] of grids over groups of columns; one bit is a sign times the mean magnitude."""
+    return rounded(weight, Quantiser(bits, group=group)).dense().to(weight.dtype)
+
+
+def router_mass(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Sum [E] of the softmax weights of the chosen experts [T, k], over all experts' logits [T, E]."""
+    weights = logits.float().softmax(-1).gather(1, chosen)
+    return torch.zeros(logits.shape[1], device=logits.device).index_add_(0, chosen.flatten(), weights.flatten())
+
+
+class Significance(Accumulator):
+    """How often each expert is chosen and with what weight, [2, E]."""
+
+    def __init__(self, target: Target) -> None:
+        self.sums = torch.zeros(2, target.units, dtype=torch.float64)
+
+    def update(self, observed: Observation) -> None:
+        routing = observed.routing
+        assert routing is not None
+        counts = chosen_counts(routing.chosen, self.sums.shape[1])
+        self.sums += torch.stack([counts.double(), router_mass(routing.logits, routing.chosen).double()]).cpu()
+
+    def value(self) -> Tensor:
+        return self.sums
+
+
+class QuantisationErrors(Accumulator):
+    """Frobenius norm of what a mixture's output changes by when one expert alone has so many bits, summed over batches
+    of sequences: [E, choices]."""
+
+    def __init__(self, target: Target, choices: Sequence[int], group: int, batch: int) -> None:
+        self.choices, self.group, self.batch = choices, group, batch
+        self.squares = torch.zeros(target.units, len(choices), dtype=torch.float64)
+        self.total = torch.zeros_like(self.squares)
+        self.seen = 0
+        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def weights(self, observed: Observation, expert: int, bits: int) -> tuple[Tensor, Tensor]:
+        """An expert's projections of so many bits, made once."""
+        if (expert, bits) not in self.kept:
+            gate_up, down = (observed.weights[role][expert] for role in ("gate_up", "down"))
+            self.kept[expert, bits] = (
+                fake_quantised(gate_up, bits, self.group),
+                fake_quantised(down, bits, self.group),
+            )
+        return self.kept[expert, bits]
+
+    def update(self, observed: Observation) -> None:
+        routing = observed.routing
+        assert routing is not None and routing.computed is not None
+        for expert in routing.chosen.unique().tolist():
+            token, slot, outputs = routing.outputs(expert, observed.inputs)
+            gates, inputs = routing.gates[token, slot].double().unsqueeze(-1), observed.inputs[token]
+            for place, bits in enumerate(self.choices):
+                changed = routing.computed(*self.weights(observed, expert, bits), inputs)
+                self.squares[expert, place] += ((outputs.double() - changed.double()) * gates).square().sum().cpu()
+        self.seen += 1
+        if self.seen % self.batch == 0:
+            self.close()
+
+    def close(self) -> None:
+        """Count a batch."""
+        self.total += self.squares.sqrt()
+        self.squares.zero_()
+
+    def value(self) -> Tensor:
+        self.close()
+        self.kept.clear()
+        return self.total
+
+
+def costs(
+    usage: Tensor, mass: Tensor, errors: Tensor, alpha: float = 1.0, beta: float = 1.5, gamma: float = 1.0
+) -> Tensor:
+    """What each choice costs each expert, [E, choices]: phi^alpha w^beta eps^gamma, with phi and w as shares."""
+    phi, weight = (part.double() / part.double().sum().clamp_min(1e-300) for part in (usage, mass))
+    return 1000 * (phi**alpha * weight**beta).unsqueeze(1) * errors.double() ** gamma
+
+
+def allocated(cost: Tensor, choices: Sequence[int], total: int, least_one: Sequence[int] = (3, 2)) -> list[int]:
+    """The bits of every expert, from its costs [E, choices]: the least sum with at most `total` bits in all and one
+    expert or more of each number in `least_one`. Exact, by dynamic programming over experts, bits spent and numbers
+    met.
+
+    Raises PrunelabError where no choice fits.
+    """
+    met = [sum(1 << place for place, bits in enumerate(least_one) if bits == choice) for choice in choices]
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, ())}
+    for row in cost.tolist():
+        reached: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
+        for (spent, flags), (so_far, chosen) in best.items():
+            for place, bits in enumerate(choices):
+                key, value = (spent + bits, flags | met[place]), so_far + row[place]
+                if key[0] <= total and value < reached.get(key, (math.inf,))[0]:
+                    reached[key] = (value, (*chosen, bits))
+        best = reached
+    full = (1 << len(least_one)) - 1
+    fitting = [found for (_, flags), found in best.items() if flags == full]
+    if not fitting:
+        raise PrunelabError(
+            f"mc_moe: {total} bits do not suffice for {len(cost)} experts of {', '.join(map(str, choices))} bits, with"
+            f" one of {' and one of '.join(map(str, least_one))} at least; keep more"
+        )
+    return list(min(fitting)[1])
