@@ -50,14 +50,15 @@ def measure(bench: Bench[Perplexity.Settings]) -> dict[str, Any]:
     if method is not None:
         report, calibrated = prune(bench, method, model, tokenizer)
         out = sizes(model, report)
-    if method is not None or bench.settings.experts is not None:
+    pruned = method is not None or bench.settings.experts is not None
+    if pruned:
         with without_experts(bench, model) as handle:
             found = predicted(model, test)
         out |= experts_run(model, handle)
     whole = "join" in ids["data"]
     conditions = f"{len(test)} sequences of {'' if whole else 'up to '}{length} tokens ({ids['data']['loader']})"
     for name, metric in found.items():
-        unpruned = f"unpruned {dense[name]['value']:.4g}" if found is not dense else ""
+        unpruned = f"unpruned {dense[name]['value']:.4g}" if pruned else ""
         metric["protocol"] = "; ".join(part for part in (conditions, calibrated, unpruned) if part)
     return {**found, "tokens": {"value": sum(len(tokens) - 1 for tokens in test)}, **out}
 
