@@ -67,7 +67,7 @@ class AtRunTime(BaseModel):
         entry = registry.entry(self.method)
         if entry.role != role:
             raise PrunelabError(f"{self.method} is a {entry.role}, and a {role} is wanted here")
-        registry.check_options(entry, self.options)
+        registry.fit(entry, self.options)
         Budget.parse(self.budget)
 
     @property

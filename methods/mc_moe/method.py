@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from prunelab.common.core.plan import Site
 from prunelab.common.experts.role import ExpertPruner, ExpertSignals
 from prunelab.common.weights.obs import InverseFactor, dead, factors
@@ -24,6 +26,7 @@ from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Accumulator, Decision, Probe, Statistics, Target, Unit, WeightSignals
 from prunelab.methods.mc_moe.allocation import QuantisationErrors, Significance, allocated, costs
 
+Bits = Annotated[int, Interval(ge=1, le=8)]
 FEW = 3  # bits up to which the release lets columns of a block not make up for each other
 
 
@@ -47,31 +50,30 @@ class MixtureCompressor(WeightPruner):
     within
         Columns of a block make up for each other: `all`, or those of linears of more than three bits alone, as
         `released`.
-    act_order, damping, width
+    damping, width
         Of the solver, as in GPTQ.
     """
 
-    choices: tuple[int, ...] = (1, 2, 3)
-    least_one: tuple[int, ...] = (3, 2)
-    alpha: float = 1.0
-    beta: float = 1.5
-    gamma: float = 1.0
-    attention: int = 4
-    group: int = 128
-    batch: int = 8
+    choices: tuple[Bits, ...] = (1, 2, 3)
+    least_one: tuple[Bits, ...] = (3, 2)
+    alpha: NonNegativeFloat = 1.0
+    beta: NonNegativeFloat = 1.5
+    gamma: NonNegativeFloat = 1.0
+    attention: Bits = 4
+    group: PositiveInt = 128
+    batch: PositiveInt = 8
     within: Literal["released", "all"] = "released"
-    damping: float = 0.01
-    width: int = 128
+    damping: NonNegativeFloat = 0.01
+    width: PositiveInt = 128
 
     name: ClassVar[str] = "mc_moe"
     quantises = True
     exempt = {"keep_all": "no number of bits is the identity", "budget": "weights become codes, and all stay"}
 
     def __post_init__(self) -> None:
-        for bits in (*self.choices, self.attention):
-            Quantiser(bits, group=self.group)
-        if not {*self.least_one} <= {*self.choices} or self.batch < 1 or self.width < 1 or self.damping < 0:
-            raise PrunelabError("mc_moe: least_one are among choices, batch and width at least 1, damping at least 0")
+        super().__post_init__()
+        if not self.choices or not {*self.least_one} <= {*self.choices}:
+            raise PrunelabError(f"mc_moe: least_one {self.least_one} are not among the choices {self.choices}")
 
     @property
     def units(self) -> Sequence[Unit]:
@@ -200,18 +202,14 @@ class OnlineDynamicPruning(ExpertPruner):
         (10 in the release's example; 20 by default in its class).
     """
 
-    thresholds: tuple[float, ...] | Literal["mixtral"] = ()
-    protect: float = 0.02
-    drop: float = 0.0
+    thresholds: tuple[NonNegativeFloat, ...] | Literal["mixtral"] = ()
+    protect: Share = 0.02
+    drop: Share = 0.0
     importance: Literal["released", "attention"] = "released"
-    layers: tuple[int, ...] | Literal["mixtral"] = ()
-    most: int = 10
+    layers: tuple[NonNegativeInt, ...] | Literal["mixtral"] = ()
+    most: PositiveInt = 10
 
     name: ClassVar[str] = "odp"
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.protect <= 1 and 0 <= self.drop <= 1) or self.most < 1:
-            raise PrunelabError("odp: protect and drop are shares from 0 to 1, and most is at least 1")
 
     def requires(self, site: Site) -> frozenset[str]:
         self.threshold(site)  # refuses a list that is too short, before anything runs
