@@ -21,7 +21,8 @@ class Reading:
     ----------
     name : str
         The signal as it is right behind that layer: `hidden`, `queries`, `keys`, `values`, `cls_row`, `last_row`,
-        `received`, or `attention` of some `rows`.
+        `received`, or `attention` of some `rows`. Of a decoder also what its two sublayers read, behind their norms,
+        and add to the stream, before they do: `attention_input`, `attention_output`, `mlp_input`, `mlp_output`.
     layer : int
         Counted from 0. In the image encoder negative numbers count backwards. For `hidden` of a decoder, -1 is what
         enters its first layer.

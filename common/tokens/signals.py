@@ -53,7 +53,8 @@ class TokenSignals(Signals):
     [B, H, N, d] (keys as attention uses them), `attention_logits` [B, H, N, N] (scaled, with biases; padding columns at
     -inf), `attention` (their softmax), `cls_row` [B, H, N] (attention of the class token), `last_row` (of the last
     token), `coming_row` (of the last token in the layer that the site stands before, where the others are of the one
-    behind it), `received` [B, H, N] (column sums of attention), `sizes` [B, N] (original units each unit stands for),
+    behind it), `coming_text` [B, H, R, N] (there, of the text behind the visual tokens; as `Reading`'s),
+    `received` [B, H, N] (column sums of attention), `sizes` [B, N] (original units each unit stands for),
     `text` [B, D] (at a `projected` site: the mean embedding of the words around the picture). Some families have more:
     `scans` [B, S, N, E] (a vision Mamba's scan outputs in token order), `class_confidence` [B, N, C] (a segmenter's
     head), `positions`, `encoded`, `class_logits` ... (a deformable encoder's); each adapter says what it gives.

@@ -21,6 +21,7 @@ from prunelab.common.ranking import sentences
 from prunelab.common.ranking.sentences import Passage, SentenceRanker
 from prunelab.common.speculative.role import DraftDecoder, Step
 from prunelab.common.speculative.trees import Accepted, DraftTree
+from prunelab.common.tokens.adapters.passes import SUBLAYERS
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
 from prunelab.common.weights import masks
@@ -105,6 +106,7 @@ def build(
     units = total - special
     if valid is not None:
         prunable &= valid
+    real_end = total if valid is None else int(valid[0].sum())
     rows = 1 if valid is None else valid[:, None, :, None]
     sources: dict[str, Callable[[], Tensor]] = {
         "hidden": lambda: hidden,
@@ -115,11 +117,13 @@ def build(
         "attention_logits": lambda: logits,
         "attention": lambda: logits.softmax(-1),
         "cls_row": lambda: logits.softmax(-1)[:, :, 0],
-        "last_row": lambda: logits.softmax(-1)[:, :, total - 1 if valid is None else int(valid[0].sum()) - 1],
-        "coming_row": lambda: (2 * logits).softmax(-1)[:, :, total - 1 if valid is None else int(valid[0].sum()) - 1],
+        "last_row": lambda: logits.softmax(-1)[:, :, real_end - 1],
+        "coming_row": lambda: (2 * logits).softmax(-1)[:, :, real_end - 1],
+        "coming_text": lambda: (2 * logits).softmax(-1)[:, :, real_end - 3 : real_end],
         "received": lambda: (logits.softmax(-1) * rows).sum(-2),
         "sizes": lambda: torch.ones(batch, total),
         "text": lambda: hidden[:, 0],
+        **{name: lambda n=n: hidden.roll(n, -1) for n, name in enumerate(sorted(SUBLAYERS))},
         "scans": lambda: torch.stack([hidden, hidden.flip(-1) - 1], 1),
         "class_confidence": lambda: (4 * hidden[..., :4]).sigmoid() + 0 * hidden[..., :4],  # bad values stay bad
         "positions": lambda: torch.zeros_like(hidden),

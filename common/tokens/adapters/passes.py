@@ -20,6 +20,9 @@ from prunelab.common.core.plan import Gather, Mix, Plan, Site, take, unscaled
 from prunelab.common.core.signals import Checks, Reading
 from prunelab.common.tokens.role import TokenPruner
 
+# What a decoder layer's two sublayers read, behind their norms, and what they add to the stream, before they do.
+SUBLAYERS = frozenset({"attention_input", "attention_output", "mlp_input", "mlp_output"})
+
 
 class Trace:
     """What one application saw, summed over samples: the tokens every layer's attention and MLP worked on.
@@ -214,7 +217,7 @@ class Seen:
         index = self.index
         if index is None:
             return value
-        if name == "hidden":
+        if name == "hidden" or name in SUBLAYERS:
             return take(value, index)
         if value.dim() == 4 and name != "attention":
             return take(value, index.unsqueeze(1).expand(-1, value.shape[1], -1))

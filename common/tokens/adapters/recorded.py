@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from prunelab.common.core import attention
 from prunelab.common.core.attention_interface import Recorder
-from prunelab.common.tokens.adapters.passes import Seen
+from prunelab.common.tokens.adapters.passes import SUBLAYERS, Seen
 
 ALONE = frozenset({"hidden", "queries", "keys", "values", "cls_row", "last_row", "received"})
 
@@ -93,7 +94,7 @@ def sources(seen: Seen, recorder: Recorder, head: int, text: int = 0) -> dict[st
     text: how many rows `attention` has."""
     tokens = seen.tokens
     return {
-        "hidden": lambda: seen.kept["hidden"],
+        **{name: functools.partial(seen.kept.__getitem__, name) for name in {"hidden"} | SUBLAYERS},
         "values": lambda: per_head(seen.kept["values"], head, recorder.shown().shape[1]),
         "queries": recorder.shown,
         "keys": lambda: recorder.keys,

@@ -32,13 +32,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelab.common.core.attention_interface import record
+from prunelab.common.core.attention_interface import Recorder, record
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.core.signals import Reading
-from prunelab.common.tokens.adapters.passes import Application
-from prunelab.common.tokens.adapters.recorded import ALONE, behind, last_index, received, row, sources, windowed
+from prunelab.common.tokens.adapters.passes import SUBLAYERS, Application
+from prunelab.common.tokens.adapters.recorded import (
+    ALONE,
+    behind,
+    last_index,
+    received,
+    row,
+    sources,
+    text_rows,
+    windowed,
+)
 from prunelab.common.tokens.adapters.vlm_decoder import DecoderSide
 from prunelab.common.tokens.adapters.vlm_inside import INSIDE
 from prunelab.common.tokens.adapters.vlm_prompt import Prompt
@@ -48,9 +57,9 @@ from prunelab.common.tokens.signals import View
 
 _ALWAYS = frozenset({"hidden", "sizes"})
 _DECODER = frozenset({"queries", "keys", "attention_logits", "attention", "last_row", "received"})
-_AHEAD = frozenset({"coming_row"})
+_AHEAD = frozenset({"coming_row", "coming_text"})
 _ANYWHERE = _AHEAD | {"normed"}  # in the decoder, before its first layer, too
-_EARLIER = (ALONE - {"cls_row"}) | {"attention"}
+_EARLIER = (ALONE - {"cls_row"}) | {"attention"} | SUBLAYERS
 
 
 class VisionLanguage(DecoderSide):
@@ -226,16 +235,23 @@ class VisionLanguage(DecoderSide):
     def _record(self, layer: int, names: set[str], removers: list[Callable[[], Any]]) -> None:
         if layer < 0:  # what enters the first, which its hook keeps
             return
-        attention = self.blocks[layer].self_attn
-        self.recorders[layer], stop = record(attention)
+        block = self.blocks[layer]
+        self.recorders[layer], stop = record(block.self_attn)
         removers.append(stop)
-        for name, module in (("hidden", self.blocks[layer]), ("values", attention.v_proj)):
-            if name in names:
-                removers.append(after(module, self._keep(layer, name)))
+        modules = {
+            "hidden": block,
+            "values": block.self_attn.v_proj,
+            "attention_input": block.input_layernorm,
+            "attention_output": block.self_attn,
+            "mlp_input": block.post_attention_layernorm,
+            "mlp_output": block.mlp,
+        }
+        for name in names & modules.keys():
+            removers.append(after(modules[name], self._keep(layer, name)))
 
     def _keep(self, layer: int, name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
-            if not self.running.decoding:
+            if not self.running.decoding and not self.recorders[layer].ahead:
                 self.running.seen[layer].kept[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
@@ -258,7 +274,8 @@ class VisionLanguage(DecoderSide):
         ahead: dict[str, Callable[[], Tensor]] = {}
         if site.where == "input":
             ahead = {
-                "coming_row": functools.partial(self._coming_row, site.layer, x),
+                "coming_row": lambda: row(self._coming(site.layer, x), last_index(x, self.running.tokens.valid)),
+                "coming_text": functools.partial(self._coming_text, site.layer, x),
                 "normed": lambda: self.decoder.norm(x),
             }
         if site.where == "packed" or site.layer == 0:
@@ -279,9 +296,8 @@ class VisionLanguage(DecoderSide):
             "received": lambda: received(seen, valid),
         }
 
-    def _coming_row(self, layer: int, x: Tensor) -> Tensor:
-        """[B, H, N] the attention that a layer will pay for the last of the tokens x [B, N, D] which are about to enter
-        it."""
+    def _coming(self, layer: int, x: Tensor) -> Recorder:
+        """What a layer's attention will work on, of the tokens x [B, N, D] which are about to enter it."""
         block, recorder, tokens = self.blocks[layer], self.recorders[layer], self.running.tokens
         with recorder.asking():
             block.self_attn(
@@ -289,4 +305,10 @@ class VisionLanguage(DecoderSide):
                 position_embeddings=self.decoder.rotary_emb(x, self.axes(self.running.positions)),
                 attention_mask=self._mask(tokens.valid, x, tokens.bias),
             )
-        return row(recorder, last_index(x, tokens.valid))
+        return recorder
+
+    def _coming_text(self, layer: int, x: Tensor) -> Tensor:
+        """[B, H, R, N] the attention that the text behind the picture will pay there."""
+        running = self.running
+        recorder, count = self._coming(layer, x), behind(running.anywhere)
+        return text_rows(recorder, running.prunable, running.tokens.valid, count)

@@ -309,3 +309,48 @@ def test_received_within_qwens_encoder_is_of_whole_frames_whose_windows_are_undo
     assert torch.allclose(torch.cat(found[1]), want, atol=1e-5)
     assert len(seen[model.model.visual.blocks[2].attn]) > len(full), "the next one attends within windows"
     assert torch.allclose(torch.cat(found[2]).sum(1), torch.tensor(16.0), atol=1e-3), "64 rows over 4 patches a token"
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+@torch.no_grad()
+def test_sublayers_are_read_of_the_tokens_that_are_left_and_the_coming_texts_rows_before_the_layer(family: str) -> None:
+    model, eager = vlm(family), vlm(family)
+    eager.set_attn_implementation("eager")
+    given = pair(family, model)
+    mask = given["attention_mask"].bool()
+    names = ("attention_input", "attention_output", "mlp_input", "mlp_output")
+    readings = tuple(Reading(name, layer) for layer in (0, 1) for name in names)
+    want: dict[Reading, Tensor] = {}
+    for layer in (0, 1):
+        block = eager.model.language_model.layers[layer]
+        modules = (block.input_layernorm, block.self_attn, block.post_attention_layernorm, block.mlp)
+        for name, module in zip(names, modules, strict=True):
+
+            def keep(module: Any, args: Any, output: Any, key: tuple[str, int] = (name, layer)) -> None:
+                want[Reading(*key)] = output[0] if isinstance(output, tuple) else output
+
+            module.register_forward_hook(keep)
+    output = eager(**given, output_attentions=True)
+
+    @dataclass(frozen=True)
+    class Both(Reader):
+        def requires(self, site: Any) -> Any:
+            return frozenset({*self.readings, "coming_text"}) if site == self.site else frozenset()
+
+        def plan(self, site: Site, signals: Any, budget: Any) -> Plan:
+            if site.layer == self.site.layer:
+                self.read["text"] = signals.coming_text  # type: ignore[index]
+            return super().plan(site, signals, budget)
+
+    reader = Both(Site(2, "input"), readings)
+    with apply(reader, model, 1.0):
+        logits = model(**given).logits
+    assert torch.allclose(logits[mask], output.logits[mask], atol=1e-4)
+    for reading in readings:
+        assert torch.allclose(reader.read[reading][mask], want[reading][mask], atol=1e-4), str(reading)
+    rows = reader.read["text"]  # type: ignore[index]
+    assert rows.shape[2] == 6
+    for sample, words in enumerate((6, 3)):  # behind each picture
+        maps = output.attentions[2][sample]
+        assert torch.allclose(rows[sample, :, -words:], maps[:, -words:], atol=1e-4)
+        assert not bool(rows[sample, :, :-words].any())
