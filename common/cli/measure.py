@@ -17,7 +17,7 @@ from prunelab.common.core.budget import Budget
 @app.command()
 def cost(
     method: str,
-    model: Annotated[str, typer.Argument(help="a model of configs/loading.yaml, or any timm ViT name")],
+    model: Annotated[str, typer.Argument(help="a model of configs/models.yaml, or any timm ViT name")],
     budget: Annotated[str, typer.Argument(help="0.7 | 0.9,0.8,0.7 | 13removed | 64count")],
     options: Options = None,
 ) -> None:
@@ -38,7 +38,7 @@ def cost(
 @app.command()
 def search(
     method: str,
-    model: Annotated[str, typer.Argument(help="a model of configs/loading.yaml, whose architecture sets the cost")],
+    model: Annotated[str, typer.Argument(help="a model of configs/models.yaml, whose architecture sets the cost")],
     gflops: Annotated[float, typer.Argument(help="cost to meet, in G as the papers' counter has it")],
     trials: int = 24,
     samples: int = 300,

@@ -67,14 +67,13 @@ def _create(entry: Mapping[str, Any]) -> nn.Module:
 
 def entry(name: str) -> Mapping[str, Any]:
     """The architecture entry of a catalogue name, or of any timm model."""
+    if name in lookup.models():
+        return lookup.architecture(name)
     import timm
 
-    try:
-        return lookup.model(name)["architecture"]
-    except PrunelabError:
-        if name not in timm.list_models():
-            raise PrunelabError(f"'{name}' is neither in configs/models.yaml nor a timm model") from None
-        return {"library": "timm", "name": name}
+    if name not in timm.list_models():
+        raise PrunelabError(f"'{name}' is neither in configs/models.yaml nor a timm model")
+    return {"library": "timm", "name": name}
 
 
 def _testbeds() -> Any:

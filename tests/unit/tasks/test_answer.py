@@ -30,7 +30,7 @@ CLIP = {"model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size
 SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
-SMALL = {  # architectures as configs/loading.yaml has them
+SMALL = {  # architectures as configs/models.yaml has them
     "image": {
         "library": "transformers", "name": "LlavaForConditionalGeneration", "dtype": "float32",
         "arguments": {"vision_config": CLIP | {"num_attention_heads": 3, "image_size": 32, "patch_size": 8},
