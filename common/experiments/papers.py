@@ -11,7 +11,7 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunelab.common import tasks
 from prunelab.common.core import index
@@ -66,7 +66,6 @@ REASONS: Mapping[str, str] = {
 Needs = Annotated[  # one reason, with what exactly
     dict[Literal["judge", "server", "licence", "setting", "hardware", "robot", "unbuilt"], str],
     Field(min_length=1, max_length=1),
-    BeforeValidator(lambda given: {"unbuilt": given} if isinstance(given, str) else given),
 ]
 
 

@@ -126,6 +126,7 @@ def written(folder: Path, monkeypatch, **changes: str) -> None:
             "taxonomy, target: there is no 'token'; did you mean 'tokens'",
         ),
         ({"rows: {r: half}": "needs: {judges: a judge}"}, "tables.0.needs.judges.*: Input should be 'judge', 'server'"),
+        ({"rows: {r: half}": "needs: a judge"}, "methods/wrong/paper.yaml, tables.0.needs: .* valid dictionary"),
         ({"rows: {r: half}": "needs: {}"}, "methods/wrong/paper.yaml, tables.0.needs: .* at least 1 item"),
         ({"method: tome": "method: tom"}, PLACE + "there is no method 'tom'; did you mean"),
         ({"method: tome": "method: wanda"}, PLACE + "wanda has no option|" + PLACE + "the task classify is run under"),
