@@ -66,8 +66,12 @@ class Work:
         when it is asked for."""
         if self.folder is None:
             return found
+        shelved = {target: tensors for target, tensors in found.items() if isinstance(tensors, _Lazy)}
+        where = {target: str(lazy.path.relative_to(self.folder)) for target, lazy in shelved.items()}
+        write_json(self.folder / f"evidence_{name}.json", where)
         # Targets may share a tensor, files may not.
-        own = {f"{target}|{key}": t.clone() for target, tensors in found.items() for key, t in tensors.items()}
+        rest = {target: tensors for target, tensors in found.items() if target not in shelved}
+        own = {f"{target}|{key}": t.clone() for target, tensors in rest.items() for key, t in tensors.items()}
         write_tensors(self.folder / f"evidence_{name}.safetensors", own)
         return self.recalled(name, device) or {}
 
@@ -81,7 +85,12 @@ class Work:
             for key in file.keys():  # noqa: SIM118
                 target, _, rest = key.rpartition("|")
                 keys.setdefault(target, []).append(rest)
-        return {target: _Lazy(path, f"{target}|", found, device) for target, found in keys.items()}
+        shelved = path.with_suffix(".json")
+        where = json.loads(shelved.read_text()) if shelved.exists() else {}
+        return {
+            **{target: _Lazy.whole(path.parent / place, device) for target, place in where.items()},
+            **{target: _Lazy(path, f"{target}|", found, device) for target, found in keys.items()},
+        }
 
     def moved(self, block: int, hidden: Sequence[Tensor]) -> None:
         """Keep the hidden states in front of a block, in place of those of the block before."""
@@ -128,7 +137,7 @@ class Work:
     def close(self) -> None:
         """Clear away what only an interrupted run needs."""
         if self.folder is not None:
-            for pattern in ("hidden_*.safetensors", "evidence_*.safetensors", "*.part"):
+            for pattern in ("hidden_*.safetensors", "evidence_*.safetensors", "evidence_*.json", "*.part"):
                 for path in self.folder.glob(pattern):
                     path.unlink()
             for pattern in ("round_*", "shelf_*"):
@@ -168,12 +177,29 @@ class Shelf:
         """The tensors of a key."""
         return self.held[key] if self.folder is None else _tensors(self._path(key))
 
+    def lazily(self, key: str, device: torch.device) -> Mapping[str, Tensor]:
+        """The same, each read when it is asked for."""
+        return self.held[key] if self.folder is None else _Lazy.whole(self._path(key), device)
+
+    def drop(self, key: str) -> None:
+        """Forget a key."""
+        if self.folder is None:
+            del self.held[key]
+        else:
+            self._path(key).unlink()
+
 
 class _Lazy(Mapping[str, Tensor]):
     """Tensors of a file, each read when it is asked for."""
 
     def __init__(self, path: Path, prefix: str, names: list[str], device: torch.device) -> None:
         self.path, self.prefix, self.names, self.device = path, prefix, names, device
+
+    @classmethod
+    def whole(cls, path: Path, device: torch.device) -> _Lazy:
+        """All tensors of a file."""
+        with _opened(path) as file:
+            return cls(path, "", list(file.keys()), device)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.accumulators import Accumulators, Factories, Wanted
 from prunelab.common.weights.adapters.base import View, WeightAdapter
+from prunelab.common.weights.backward import Backward, Unchained, apart
 from prunelab.common.weights.calibration import Stream, finite, tapped
 from prunelab.common.weights.checkpoints import Shelf, Work
 from prunelab.common.weights.corpora import Corpus, Labelled, loss_of
@@ -52,6 +53,7 @@ class ModelProbe:
         self._loss = loss_of(adapter, None, adapter.model) if objective is None else objective
         self._work = Work(None) if work is None else work
         self._tried = False
+        self._asked = 0  # how often for gradients
 
     def signals(self, target: Target) -> WeightSignals:
         return WeightSignals(self.weights(target)) if self._signals is None else self._signals(target)
@@ -149,11 +151,58 @@ class ModelProbe:
         together: bool = False,
         corpus: str | None = None,
         batch: int = 1,
-    ) -> dict[str, dict[str, Tensor]]:
-        """Each gradient is dropped as soon as it was read, so that one parameter's is held at a time."""
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        """With a folder the gradients flow one block at a time, and what was made of them is written a block at a time:
+        no more is held for a deep model than for a flat one."""
+        items = self._items(corpus)
+        size = max(len(items) if together else batch, 1)
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
+        holders = [p for target in self.targets for p, _ in self.adapter.holders(target).values()]
+        if self._work.folder is not None and apart(self.adapter, holders):
+            with suppress(Unchained):
+                return self._by_block(factories, batches)
+        made, by_parameter, read = self._readers(factories, self.targets)
+        with _only_these_learn(self.adapter.model, set(by_parameter)), torch.enable_grad():
+            # Each gradient is dropped as soon as it was read, so that one parameter's is held at a time.
+            handles = [parameter.register_post_accumulate_grad_hook(read) for parameter in by_parameter]
+            try:
+                for items in batches:
+                    self._loss(items).backward()
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return {name: {key: a.value() for key, a in accumulators.items()} for name, accumulators in made.items()}
+
+    def _by_block(self, factories: Mapping[str, Callable[[Target], Accumulator]], batches: Sequence[Any]) -> Any:
+        """See `Backward`."""
+        found, states = self._work.shelf(f"gradients_{self._asked}"), self._work.shelf("states")
+        self._asked += 1
+        device = next(self.adapter.model.parameters()).device
+        learning = {p for target in self.targets for p, _ in self.adapter.holders(target).values()}
+        with _only_these_learn(self.adapter.model, learning), torch.enable_grad():
+            backward = Backward(self.adapter, self._loss, batches, states)
+            for index in reversed(range(len(self.adapter.blocks))):
+                targets = [target for target in self.targets if target.block == index]
+                made, by_parameter, read = self._readers(factories, targets)
+
+                def done(parameters: Sequence[nn.Parameter] = list(by_parameter), read: Any = read) -> None:
+                    for parameter in parameters:
+                        if parameter.grad is not None:
+                            read(parameter)
+
+                backward.through(index, done)
+                for name, accumulators in made.items():
+                    found.put(name, {key: a.value() for key, a in accumulators.items()})
+                    accumulators.clear()
+        return {target.name: found.lazily(target.name, device) for target in self.targets if target.name in found}
+
+    def _readers(
+        self, factories: Mapping[str, Callable[[Target], Accumulator]], targets: Sequence[Target]
+    ) -> tuple[dict[str, dict[str, Accumulator]], Any, Callable[[Tensor], None]]:
+        """What accumulates for each target, whom a parameter tells of its gradient, and what does so and drops it."""
         made: dict[str, dict[str, Accumulator]] = defaultdict(dict)
         by_parameter: dict[nn.Parameter, list[tuple[str, View, list[Accumulator]]]] = defaultdict(list)
-        for target in self.targets:
+        for target in targets:
             for role, (parameter, view) in self.adapter.holders(target).items():
                 member = target if target.loose else replace(target, role=role)
                 own = {name: factory(member) for name, factory in factories.items()}
@@ -170,17 +219,7 @@ class ModelProbe:
                     accumulator.update(view(parameter.grad))
             parameter.grad = None
 
-        with _only_these_learn(self.adapter.model, set(by_parameter)), torch.enable_grad():
-            handles = [parameter.register_post_accumulate_grad_hook(read) for parameter in by_parameter]
-            try:
-                items = self._items(corpus)
-                size = len(items) if together else batch
-                for start in range(0, len(items), max(size, 1)):
-                    self._loss(items[start : start + size]).backward()
-            finally:
-                for handle in handles:
-                    handle.remove()
-        return {name: {key: a.value() for key, a in accumulators.items()} for name, accumulators in made.items()}
+        return made, by_parameter, read
 
     def relevance(
         self,

@@ -72,7 +72,8 @@ def prune(
         Starts the draws of random methods.
     folder
         Keeps the plan out of memory, and what a run needs to go on after a crash: call again with the unpruned model
-        and the same arguments.
+        and the same arguments. Gradients of the model's loss then flow one
+        block at a time, in memory that is flat in depth, with a state a token and block on disk.
 
     Raises
     ------

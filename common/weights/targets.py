@@ -313,7 +313,7 @@ class Probe(Protocol):
         together: bool = False,
         corpus: str | None = None,
         batch: int = 1,
-    ) -> dict[str, dict[str, Tensor]]:
+    ) -> Mapping[str, Mapping[str, Tensor]]:
         """Statistics by target and name of the loss gradients of each linear's weight, one backward pass for `batch`
         items of the calibration set, or of one corpus of it; `together` one for the mean of all their losses, which
         gives each gradient once and whole. Of heads and channels each projection has statistics of its own, `name.q`

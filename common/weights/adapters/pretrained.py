@@ -45,7 +45,8 @@ class Pretrained(Blocks):
     def embed(self, sample: Tensor) -> Tensor:
         """The last token's state behind the last norm, as decoders are made to embed."""
         body = self.model.base_model
-        state: Tensor = body(input_ids=sample.unsqueeze(0)).last_hidden_state[0, -1]
+        options = {} if getattr(body.config, "use_cache", None) is None else {"use_cache": False}
+        state: Tensor = body(input_ids=sample.unsqueeze(0), **options).last_hidden_state[0, -1]
         return state
 
     def config(self) -> dict[str, Any]:
