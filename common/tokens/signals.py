@@ -28,6 +28,8 @@ class View:
     grids: Sequence[tuple[int, int]] = ()
     mosaic: tuple[int, int] | None = None
     order: Tensor | None = None
+    pixels: Tensor | None = None
+    pack: Callable[[Tensor], Tensor] | None = None
     modality: str | None = None
     packed: int | None = None
     info: ModelInfo | None = None  # None: the model's
@@ -42,7 +44,10 @@ class TokenSignals(Signals):
     width of every feature map of the unpruned input, or of each crop or frame of an image or video), `mosaic` (rows and
     columns of the crops that stand behind the thumbnail of a large image, None elsewhere), `order` (where one image is
     by itself: the patch, on the CPU, behind each token that a decoder would read of it, -1 for newlines; None where
-    tokens are mixtures of patches), `modality` (what the prunable tokens of a language model show: `image`, `video`, or
+    tokens are mixtures of patches), `pixels` [B, crops, 3, H, W] (there, as the encoder was given them, where it takes
+    whole crops), `pack` (there: values [B, N] of units as those of the tokens that a decoder would read, 0 for
+    newlines), `pictures` (at a `packed` site: the images and videos of each sample in their order, as a `projected`
+    site sees one of them alone), `modality` (what the prunable tokens of a language model show: `image`, `video`, or
     None where it is both or neither), `packed` (how many tokens a decoder would read of the units of a `projected`
     site, newlines apart; elsewhere `units`), `parts` (the method's learned ones, handed to `apply`), `training`
     (whether gradients are wanted: a plan is made without unless the method enables them), and two dictionaries for what
@@ -68,6 +73,8 @@ class TokenSignals(Signals):
         grids: Sequence[tuple[int, int]] = (),
         mosaic: tuple[int, int] | None = None,
         order: Tensor | None = None,
+        pixels: Tensor | None = None,
+        pack: Callable[[Tensor], Tensor] | None = None,
         modality: str | None = None,
         packed: int | None = None,
         parts: nn.Module | None = None,
@@ -81,6 +88,9 @@ class TokenSignals(Signals):
         self.grids = tuple(grids)
         self.mosaic = mosaic
         self.order = order
+        self.pixels = pixels
+        self.pack = pack
+        self.pictures: Callable[[], list[list[TokenSignals]]] | None = None
         self.modality = modality
         self.packed = self.units if packed is None else packed
         self.parts: Any = parts

@@ -101,6 +101,8 @@ class Adapter(ABC, Generic[P]):
             grids=view.grids,
             mosaic=view.mosaic,
             order=view.order,
+            pixels=view.pixels,
+            pack=view.pack,
             modality=view.modality,
             packed=view.packed,
             info=self.info if view.info is None else view.info,

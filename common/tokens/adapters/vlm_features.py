@@ -29,7 +29,7 @@ from prunelab.common.tokens.adapters.vlm_prompt import (
     spliced,
 )
 from prunelab.common.tokens.adapters.vlm_tower import FEATURES, Decision, Part, shaped
-from prunelab.common.tokens.signals import View
+from prunelab.common.tokens.signals import TokenSignals, View
 
 
 class FeatureSide(TowerSide):
@@ -124,7 +124,35 @@ class FeatureSide(TowerSide):
         encoded = self.running.encoded[modality]
         x, view = self._units(encoded, images, [encoded.features[i] for i in images])
         text = {} if sequence is None else {"text": functools.partial(self._text, modality, images, sequence)}
-        return x, replace(view, sources={**view.sources, **text}, packed=encoded.read()[images[0]])
+        pixels = self.crop_pixels(modality, encoded.seen.given)
+        return x, replace(
+            view,
+            sources={**view.sources, **text},
+            packed=encoded.read()[images[0]],
+            pixels=None if pixels is None else torch.stack([pixels[i] for i in images]),
+            pack=functools.partial(encoded.packed, images),
+        )
+
+    def signals_of(self, application: Application, site: Site, x: Tensor, *args: Any, **options: Any) -> TokenSignals:
+        signals = super().signals_of(application, site, x, *args, **options)
+        if site.where == "packed":
+            signals.pictures = functools.partial(self._pictures, application, site)
+        return signals
+
+    def _pictures(self, application: Application, site: Site) -> list[list[TokenSignals]]:
+        """The images and videos of each sample, one by one."""
+        running, known = self.running, {}
+        samples: list[list[tuple[int, TokenSignals]]] = [[] for _ in range(len(running.prunable))]
+        for modality, encoded in running.encoded.items():
+            visual = running.visual[modality]
+            for sample, own in enumerate(encoded.owners(visual.sum(1).tolist())):
+                places = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
+                for i, place in zip(own, places, strict=True):
+                    if (modality, i) not in known:
+                        alone, view = self.projected(modality, [i])
+                        known[modality, i] = super().signals_of(application, site, alone, view)
+                    samples[sample].append((int(place[0]), known[modality, i]))
+        return [[signals for _, signals in sorted(own, key=lambda one: one[0])] for own in samples]
 
     def _text(self, modality: str, images: Sequence[int], sequence: Tensor) -> Tensor:
         """[G, D] the mean embedding of the words in the prompts [B, N, D] that the images belong to."""

@@ -112,6 +112,15 @@ class Encoded:
             self.known = self._order()
         return self.known
 
+    def packed(self, images: Sequence[int], values: Tensor) -> Tensor:
+        """Values [G, crops * patches] of some images' patches as those of their packed tokens [G, tokens], newlines'
+        0."""
+        laid = [values.new_zeros(*f.shape[:2], 1) for f in self.features]
+        for image, own in zip(images, values, strict=True):
+            laid[image] = own.view(*self.features[image].shape[:2], 1)
+        packed = self.pack(laid)
+        return torch.stack([packed[image].squeeze(1) for image in images])
+
     def alike(self) -> list[list[int]]:
         """The numbers of images whose crops are laid out alike, group by group: a plan can be made for them
         together."""

@@ -139,6 +139,14 @@ class VisionSide(SequenceAdapter[Prefill]):
         """Height and width of each image's crops, in patches."""
         return [self.grid()] * len(features)
 
+    def crop_pixels(self, modality: str, given: Mapping[str, Any]) -> list[Tensor] | None:
+        """Pixels [crops, 3, H, W] of each image or video, where the encoder takes whole crops."""
+        pixels = given["pixel_values_videos" if modality == "video" else "pixel_values"]
+        if pixels.dim() == 4:
+            return list(pixels.unsqueeze(1))
+        counts = self.counts(modality, given)
+        return [own[:count] for own, count in zip(pixels, counts, strict=True)] if pixels.dim() == 5 else None
+
     def mosaics(self, modality: str, given: Mapping[str, Any]) -> list[tuple[int, int] | None]:
         """Rows and columns of the crops that stand behind the thumbnail of each image; None where there are none."""
         return [None] * len(self.counts(modality, given))
