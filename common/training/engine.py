@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ class _Job(trainer.Observer):
     dense: int
     accelerator: Any
     off: Callable[[bool], None] = field(default=lambda keep: None)
+    around: ExitStack = field(default_factory=ExitStack)
     touched: set[int] = field(default_factory=set)  # parameters that learn at some step, or had something put on
     drawn: int = 0  # batches of this step
     absent: Tensor | float = 0.0  # parameters at zero, summed over steps
@@ -154,6 +156,7 @@ class _Job(trainer.Observer):
         self.learn = {name: p for name, p in self.training.model.named_parameters() if p.requires_grad}
         self.touched = {id(p) for name, p in self.training.model.named_parameters() if name.endswith(".original")}
         self.touched &= under
+        self.around.enter_context(self.method.around(self.training))
         self.method.start(self.training)
         return self.model
 
@@ -184,6 +187,7 @@ class _Job(trainer.Observer):
         return {} if self.held_out is None else self.held_out(model)
 
     def take_off(self, keep: bool) -> None:
+        self.around.close()
         off, self.off = self.off, lambda keep: None
         off(keep)
 

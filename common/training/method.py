@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -173,6 +174,11 @@ class TrainingMethod(Method):
         """What is put on the model before the first step; by default a mask on every target. Draws of new parameters
         come from torch's global generator."""
         return [masked(target) for target in training.targets]
+
+    def around(self, training: Training) -> AbstractContextManager[Any]:
+        """A `with` block around the training, entered once everything is attached: what watches or replaces attention,
+        say."""
+        return nullcontext()
 
     def start(self, training: Training) -> None:
         """Once everything is attached, before the first step."""

@@ -146,7 +146,7 @@ class FakeQuantised(nn.Module):
 
 # -- putting on and taking off ---------------------------------------------------------------------------------------
 
-Where = Literal["weight", "units", "input", "output"]
+Where = Literal["weight", "units", "input", "output", "held"]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ class Attachment:
     """A module at a target.
 
     at: `weight` of a linear or tensor target, whose parameter it maps; `units` of a structure, whose factors it gives;
-    `input` or `output` of a layer with a weight, whose activations it maps.
+    `input` or `output` of a layer with a weight, whose activations it maps; `held` by the module of that name, with
+    which it is trained and kept, for a method that calls it itself (`TrainingMethod.around`).
     """
 
     target: Target
@@ -258,6 +259,8 @@ def _put_on(adapter: WeightAdapter, attachment: Attachment, removers: list[Calla
         if not target.loose or not hasattr(owner, "weight"):
             raise PrunelabError(f"activations are mapped at layers with a weight, and {target.name} is none")
         removers.append(_beside(owner, module, attachment.at))
+    elif attachment.at == "held":
+        removers.append(_beside(adapter.model.get_submodule(target.name), module, "held"))
     elif target.unit == "layers":
         removers.append(_beside(adapter.model.get_submodule(target.name), _Bypass(module), "past"))
     else:
@@ -296,14 +299,15 @@ def _beside(owner: nn.Module, module: nn.Module, at: str) -> Callable[[bool], No
     output, as a gate of the input, or past the owner; what takes it off again."""
     name = f"_prunelab_{sum(key.startswith('_prunelab_') for key in owner._modules)}"
     owner.add_module(name, module)
-    call = getattr(_Hooks(name), at)
+    hook: Any = None
     if at in ("input", "gate"):
-        hook = owner.register_forward_pre_hook(call)
-    else:
-        hook = owner.register_forward_hook(call, with_kwargs=at == "past")
+        hook = owner.register_forward_pre_hook(getattr(_Hooks(name), at))
+    elif at != "held":
+        hook = owner.register_forward_hook(getattr(_Hooks(name), at), with_kwargs=at == "past")
 
     def remove(keep: bool) -> None:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
         del owner._modules[name]
 
     return remove
