@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from functools import cache
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from huggingface_hub import constants
 from pydantic import Field, ValidationError
 
 from prunelab.common.catalogue.schema import Hub, Name, Revision, Strict
@@ -102,17 +102,14 @@ def revision(entry: Mapping[str, Any], kind: Kind) -> str | None:
 
 def cache_folder(config: Mapping[str, Any]) -> Path:
     """Where downloads go: the user's folder, else the hub client's own cache."""
-    return Path(config["hub"]) if config.get("hub") else _default_cache()
-
-
-def _default_cache() -> Path:
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    return Path(config.get("hub") or constants.HF_HUB_CACHE)
 
 
 def storage(root: Path, name: str, kind: Kind) -> Path:
-    """A repository's folder in the hub's layout."""
-    return root / "--".join((f"{kind}s", *name.split("/")))
+    """A repository's folder in the hub's layout: in it `snapshots/<commit>/` holds its files."""
+    from huggingface_hub.file_download import repo_folder_name  # takes a while, and a stored plan needs it not
+
+    return root / repo_folder_name(repo_id=name, repo_type=kind)
 
 
 def receipts(folder: Path) -> dict[str, list[str]]:
@@ -143,7 +140,7 @@ def stand_in(name: str, kind: Kind, config: Mapping[str, Any]) -> Path | None:
 def checked(entry: Mapping[str, Any], kind: Kind, config: Mapping[str, Any]) -> Path | None:
     """The folder of an entry's repository at its revision, where a receipt says that it is whole."""
     commit = revision(entry, kind)
-    for root in dict.fromkeys((cache_folder(config), _default_cache())):
+    for root in dict.fromkeys((cache_folder(config), Path(constants.HF_HUB_CACHE))):
         folder = storage(root, entry["hub"], kind)
         snapshot = folder / "snapshots" / (commit or "none")
         if snapshot.is_dir() and _received(entry, folder, snapshot.name):
@@ -189,7 +186,7 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
 def surroundings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What is here of the hub: each repository's receipt and revisions in the hub client's cache, and every file of the
     user's folder, whose content stands in for what was published."""
-    root = _default_cache()
+    root = Path(constants.HF_HUB_CACHE)
     kept = {
         folder.name: [receipts(folder), sorted(path.name for path in folder.glob("snapshots/*"))]
         for folder in sorted(root.glob("*s--*--*"))

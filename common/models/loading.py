@@ -121,11 +121,20 @@ def named(name: str, weights: Path | None, config: Mapping[str, Any]) -> tuple[n
 
 def cached(config: Mapping[str, Any]) -> dict[str, Path]:
     """Checkpoints of timm, as `timm/<name>`, that lie whole in the hub's cache on this machine."""
-    found: dict[str, Path] = {}
-    for weights in sorted(hub.cache_folder(config).glob("models--timm--*/snapshots/*/model.safetensors")):
-        if (weights.parent / "config.json").is_file():
-            found["timm/" + weights.parents[2].name.removeprefix("models--timm--")] = weights.parent
-    return found
+    from huggingface_hub import scan_cache_dir
+
+    folder = hub.cache_folder(config)
+    revisions = [
+        (repository.repo_id, revision)
+        for repository in (scan_cache_dir(folder).repos if folder.is_dir() else ())
+        if repository.repo_type == "model" and repository.repo_id.startswith("timm/")
+        for revision in sorted(repository.revisions, key=lambda r: r.commit_hash)
+    ]
+    return {
+        name: revision.snapshot_path
+        for name, revision in sorted(revisions, key=lambda found: found[0])
+        if {"model.safetensors", "config.json"} <= {file.file_name for file in revision.files}
+    }
 
 
 def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[nn.Module, Transform | None]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from prunelab.common.catalogue import hub, lookup
 from prunelab.common.core import files, registry
@@ -120,7 +121,7 @@ def downloaded(name: str, folder: Path, monkeypatch) -> None:
     """A repository of the hub that is locked, and said to be whole in the hub client's cache."""
     lock = hub.Lock(models={name: hub.Locked(revision="0" * 40)})
     monkeypatch.setattr(hub, "lock", lambda: lock)
-    monkeypatch.setenv("HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     storage = hub.storage(folder, name, "model")
     (storage / "snapshots" / ("0" * 40)).mkdir(parents=True)
     (storage / hub.RECEIPT).write_text(f'{{"{"0" * 40}": ["*"]}}')

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import constants
 from rich.console import Console
 
 from prunelab.common import cli
@@ -40,7 +41,7 @@ def server(monkeypatch, tmp_path):
     text = {"loader": "c4", "hub": "own/text", "file": "en/part.json.gz", "licence": "ODC-BY"}
     monkeypatch.setitem(lookup.datasets(), "text", {"paper": text})
     monkeypatch.setattr(hub, "LOCK", tmp_path / "lock.yaml")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub client's pauses between attempts
@@ -306,7 +307,7 @@ def test_a_row_of_the_paper_scale_runs_on_a_local_checkpoint(tmp_path, config, m
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "nothing"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "nothing"))
     torch.manual_seed(0)
     folder = tmp_path / "hub" / "meta-llama" / "Llama-2-7b-hf"
     shape = LlamaConfig(
@@ -377,8 +378,8 @@ def test_the_harness_reads_its_data_from_the_folder_that_stands_in(tmp_path, con
     from tokenizers import models as bpe
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE"):
-        monkeypatch.setenv(name, str(tmp_path / "nothing"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "nothing"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "nothing"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     torch.manual_seed(0)
     folder = tmp_path / "hub" / "huggyllama" / "llama-7b"
