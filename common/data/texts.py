@@ -38,6 +38,7 @@ def load(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split = 
         "wikitext": _wikitext,
         "c4": _c4,
         "ultrachat": _ultrachat,
+        "lines": _lines,
     }
     return loaders[identity["loader"]](identity, config, split)
 
@@ -159,6 +160,18 @@ def _ultrachat(identity: Mapping[str, Any], config: Mapping[str, Any], split: Sp
         with path.open(encoding="utf8") as lines:
             found += [turn for line in lines if line.strip() for turn in json.loads(line)["data"]]
     return tuple(found)
+
+
+def _lines(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
+    """The lines of a file, one document each."""
+    if split != "test":
+        raise PrunelabError("these prompts are here to measure on; calibrate on another data set")
+    path = files.inside(Path(config[identity["setting"]]), identity["file"])
+    try:
+        found = path.read_text(encoding="utf8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrunelabError(f"cannot read {path} ({error}); it is to hold one prompt a line") from None
+    return tuple(line for line in found if line.strip())
 
 
 def _asset(identity: Mapping[str, Any], config: Mapping[str, Any]) -> Path:

@@ -69,7 +69,7 @@ def prune(
     """Where a method meets a language model: it stays pruned by it from here on. What became of its weights, and how
     it was calibrated, in words. The settings are those of `Calibrated`."""
     ids, calibration, told = bench.ids, None, "no calibration"
-    if method.calibrated:
+    if reads_text(method):
         count, length = bench.settings.calibration, bench.settings.length
         if length is None:
             raise PrunelabError(f"{method.name} calibrates; set the `length` of its sequences in tokens")
@@ -107,6 +107,12 @@ def experts_run(model: nn.Module, handle: ExpertHandle | None) -> dict[str, Any]
     left = sum(size / n * (k - ran) for (size, n), k, ran in zip(sizes, report.chosen, report.run, strict=True))
     figures = {"experts_run": 100 * report.ratio, "activated_saving": 100 * left / used}
     return {name: {"value": round(value, 3)} for name, value in figures.items()}
+
+
+def reads_text(method: WeightPruner) -> bool:
+    """Whether the method measures anything on a calibration set."""
+    precomputes = type(method).precompute is not WeightPruner.precompute
+    return precomputes or any(method.statistics(unit) for unit in method.units)
 
 
 def sizes(model: nn.Module, report: WeightReport | None = None) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""How faithful attributions of a language model's next token to its context are, against random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from prunelab.common.tasks import base
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
+
+if TYPE_CHECKING:
+    from prunelab.common.measures.bench import Bench
+
+
+class Attribute(Task):
+    """Soft normalised sufficiency and comprehensiveness: embeddings are masked by the importance of their tokens, and
+    the next token's distributions compared. Both are logarithms of a ratio of sums over all contexts, to those of
+    random importance. Contexts are prompts of a data set, or beginnings of its texts; the model goes on greedily, and
+    every token that it adds is explained by what stands before it."""
+
+    name: ClassVar[str] = "attribute"
+    roles: ClassVar[tuple[str, ...]] = ("ranker",)
+    scales: ClassVar[tuple[str, ...]] = ("testbed", "paper")
+    reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
+    budgeted: ClassVar[bool] = False
+    cost: ClassVar[str] = "passes"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "soft_ns": Metric("soft normalised sufficiency", "log ratio to random", higher_is_better=True),
+        "soft_nc": Metric("soft normalised comprehensiveness", "log ratio to random", higher_is_better=True),
+        "passes": Metric("contexts that the model read to explain one token", cost="contexts read"),
+    }
+
+    class Settings(base.Settings):
+        """length: of contexts that are cut from texts, in tokens. samples: contexts (all prompts). new: tokens that
+        the model adds. draws: masks a token, over which the measures are averaged."""
+
+        length: int = 32
+        samples: int | None = None
+        new: int = 1
+        draws: int = 1
+
+    def measure(self, bench: Bench[Any]) -> Metrics:
+        from prunelab.common.measures import attribute
+
+        return attribute.measure(bench)
