@@ -96,7 +96,8 @@ def without_experts(bench: Bench[Any], model: nn.Module) -> AbstractContextManag
 
 def experts_run(model: nn.Module, handle: ExpertHandle | None) -> dict[str, Any]:
     """What such a method left out: `experts_run`, the percent of the choices that ran, and `activated_saving`, that of
-    the parameters which a token uses otherwise: all but the experts that it was not sent to."""
+    the parameters which a token uses otherwise (all but the experts that it was not sent to), of which
+    `activated_gparameters` are left."""
     if handle is None:
         return {}
     report = handle.report()
@@ -106,7 +107,8 @@ def experts_run(model: nn.Module, handle: ExpertHandle | None) -> dict[str, Any]
     used = held - sum(size * (1 - k / n) for (size, n), k in zip(sizes, report.chosen, strict=True))
     left = sum(size / n * (k - ran) for (size, n), k, ran in zip(sizes, report.chosen, report.run, strict=True))
     figures = {"experts_run": 100 * report.ratio, "activated_saving": 100 * left / used}
-    return {name: {"value": round(value, 3)} for name, value in figures.items()}
+    found = {name: {"value": round(value, 3)} for name, value in figures.items()}
+    return found | {"activated_gparameters": {"value": round((used - left) / 1e9, 9)}}
 
 
 def reads_text(method: WeightPruner) -> bool:
@@ -118,18 +120,19 @@ def reads_text(method: WeightPruner) -> bool:
 def sizes(model: nn.Module, report: WeightReport | None = None) -> dict[str, Any]:
     """`gparameters` that the model holds and `nonzero_gparameters` among them, in G (1e9); after pruning also
     `saving` and `nonzero_saving`, the percent of all parameters that are gone, or gone or zero, and `sparsity`, the
-    percent of the prunable ones that are gone, zero, or again what they were before fine-tuning. `gbytes` are what the
-    weights take, and `bits` a prunable one that is left where some became codes."""
+    percent of the prunable ones that are gone, zero, or again what they were before fine-tuning. `weight_gbytes` are
+    what the weights take, `weight_saving` the percent that is saved, and `bits` what a prunable one that is left takes
+    where some became codes."""
     held = sum(p.numel() for p in model.parameters())
     nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
     stored = sum(p.numel() * p.element_size() for p in model.parameters()) if report is None else report.bytes
-    out = {"gparameters": held / 1e9, "nonzero_gparameters": nonzero / 1e9, "gbytes": stored / 1e9}
+    out = {"gparameters": held / 1e9, "nonzero_gparameters": nonzero / 1e9, "weight_gbytes": stored / 1e9}
     if report is not None:
         dense = report.dense_parameters
         out |= {"saving": 100 * (1 - held / dense), "nonzero_saving": 100 * (1 - nonzero / dense)}
-        out["sparsity"] = 100 * report.sparsity
+        out |= {"sparsity": 100 * report.sparsity, "weight_saving": 100 * (1 - report.bytes / report.dense_bytes)}
         out |= {"bits": report.bits} if report.bits else {}
-    billions = ("gparameters", "nonzero_gparameters", "gbytes")
+    billions = ("gparameters", "nonzero_gparameters", "weight_gbytes")
     return {name: {"value": round(value, 9 if name in billions else 3)} for name, value in out.items()}
 
 

@@ -15,7 +15,8 @@ SIZES: Mapping[str, Metric] = {
     "nonzero_gparameters": Metric("parameters that are not zero", "G", cost="nonzero parameters"),
     "saving": Metric("parameters gone", "%", higher_is_better=True),
     "nonzero_saving": Metric("parameters gone or zero", "%", higher_is_better=True),
-    "gbytes": Metric("bytes of weights, codes packed", "G", cost="bytes of weights"),
+    "weight_gbytes": Metric("bytes of weights, codes packed", "G", cost="bytes of weights"),
+    "weight_saving": Metric("bytes of weights saved", "%", higher_is_better=True),
     "bits": Metric("bits of a prunable weight that is left, scales and zeros included", "bits", higher_is_better=False),
     "sparsity": Metric(
         "prunable parameters gone, zero, or what they were before fine-tuning", "%", higher_is_better=True
@@ -24,6 +25,7 @@ SIZES: Mapping[str, Metric] = {
 
 OF_EXPERTS: Mapping[str, Metric] = {
     "experts_run": Metric("choices of experts that ran", "%"),
+    "activated_gparameters": Metric("parameters that a token uses", "G", cost="parameters a token uses"),
     "activated_saving": Metric("parameters that a token no longer uses", "%", higher_is_better=True),
 }
 

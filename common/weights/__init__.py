@@ -4,8 +4,9 @@
 """
 
 from prunelab.common.weights.calibration import windows
+from prunelab.common.weights.compressed import save_compressed
 from prunelab.common.weights.io import load_pruned, save_pruned
 from prunelab.common.weights.plan import WeightPlan, WeightReport
 from prunelab.common.weights.pruning import prune
 
-__all__ = ["WeightPlan", "WeightReport", "load_pruned", "prune", "save_pruned", "windows"]
+__all__ = ["WeightPlan", "WeightReport", "load_pruned", "prune", "save_compressed", "save_pruned", "windows"]
