@@ -89,8 +89,8 @@ class ExpertHandle:
         read = kwargs.get("input_ids", args[0] if args else None) if read is None else read
         mask, held = kwargs.get("attention_mask"), seam.cache_in(kwargs)
         self._now.batch = len(read)
-        self._now.real = None if mask is None or mask.dim() != 2 else mask[:, -read.shape[1] :].bool()
-        self._now.prefill = held is None or held.get_seq_length() == 0
+        before = 0 if held is None else int(held.get_seq_length())
+        self._now.real, self._now.prefill = real_tokens(mask, before, read.shape[1]), before == 0
 
     def layer(self, layer: int) -> Callable[..., Any]:
         """The hook before the experts of a layer."""
@@ -132,7 +132,7 @@ class ExpertHandle:
         }
         recorder = self.recorders.get(site.layer)
         if recorder is not None:
-            sources["received"] = lambda: received(recorder, self._now.real)
+            sources["received"] = lambda: received(recorder, self._now.real, self._now.prefill)
         return ExpertSignals(
             sources,
             weights=weights,
@@ -151,10 +151,26 @@ class ExpertHandle:
         return self._rngs[device]
 
 
-def received(recorder: Recorder, real: Tensor | None) -> Tensor:
+def real_tokens(mask: Any, before: int, new: int) -> Tensor | None:
+    """Which of the `new` tokens [B, N] behind `before` others are no padding, by the mask that a decoder is given: one
+    column a token, or made for each query and key already (one a kind of layer), where padding does not see itself.
+    None where all are real."""
+    if isinstance(mask, Mapping):
+        mask = next((one for one in mask.values() if one is not None), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask[:, -new:].bool()
+    own = mask[:, 0, -new:, before : before + new].diagonal(dim1=1, dim2=2)
+    return own if own.dtype == torch.bool else own == 0
+
+
+def received(recorder: Recorder, real: Tensor | None, prefill: bool = True) -> Tensor:
     """Mean attention [B N] that each token of a prompt receives from itself and later ones, over heads; real [B, N]
-    bool tells padding, which neither gives nor gets any."""
+    bool tells padding, which neither gives nor gets any. A fixed cache has free places behind the tokens."""
     queries, keys = recorder.shown(), recorder.grouped_keys
+    if prefill:
+        keys = keys[:, :, : queries.shape[2]]
     if queries.shape[2] != keys.shape[2]:
         raise PrunelabError("attention received is read off a whole prompt; ask for it where `signals.prefill` holds")
     valid = None if real is None else real.unsqueeze(1).expand(-1, keys.shape[1], -1)

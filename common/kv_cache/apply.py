@@ -61,6 +61,19 @@ class CacheReport:
         )
 
 
+class _WithoutGradient(torch.autograd.Function):
+    """What a method computed in attention's place, through which no gradient flows: asking for one is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, query: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise PrunelabError(f"{ctx.name} computes attention itself, without gradients; train outside of the block")
+
+
 class CacheHandle:
     """A cache pruner at work on a decoder."""
 
@@ -353,6 +366,8 @@ class CacheHandle:
             output = seam.sdpa(module, query, layer.keys, layer.values, layer.mask(), scale)
         else:
             output = output.to(query.dtype).transpose(1, 2)
+            if query.requires_grad and torch.is_grad_enabled():
+                output = _WithoutGradient.apply(output, query, method.name)
         if method.when == "both" or method.when == ("prefill" if prefill else "decode"):
             with torch.no_grad():
                 sources = {**sources, "outputs": lambda: output.transpose(1, 2)}

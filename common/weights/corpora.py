@@ -174,9 +174,14 @@ def _batch(data: Mapping[str, Any]) -> Iterator[Any]:
     if labels is None:
         yield from rows
         return
-    if "attention_mask" in data and torch.as_tensor(labels).dim() > 1:
-        labels = [row[mask.bool()] for row, mask in zip(torch.as_tensor(labels), seen, strict=True)]
-    yield from (Labelled(row, torch.as_tensor(one)) for row, one in zip(rows, labels, strict=True))
+    own = [torch.as_tensor(one) for one in labels]
+    if len(rows) == 1 and len(own) > 1:  # of a single sample, one a token
+        own = [torch.stack(own)]
+    if len(own) != len(rows):
+        raise PrunelabError(f"{len(rows)} calibration samples have {len(own)} labels; give one each")
+    if "attention_mask" in data and own and own[0].dim() > 0:
+        own = [one[mask.bool()] for one, mask in zip(own, seen, strict=True)]
+    yield from (Labelled(row, one) for row, one in zip(rows, own, strict=True))
 
 
 def _grouped(data: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:

@@ -172,7 +172,7 @@ class Engine:
             self.adapter, self.targets, self.samples, self.budget, lambda t: self.signals(t, {}),
             corpora=self.corpora, objective=self.objective, work=self.work, learned=self.learned, trained=self.trained,
         )  # fmt: skip
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             precomputed = self.method.precompute(probe)
         if self.learned is not None and not self.trained:
             self.work.shelf("learned").put("state", self.learned.state_dict())

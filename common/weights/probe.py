@@ -282,6 +282,8 @@ class StoredCandidates:
 @contextmanager
 def _only_these_learn(model: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]:
     """Gradients for these parameters alone; the model's own settings and gradients come back at the end."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise PrunelabError("weights made under torch.inference_mode have no gradients; load the model outside of it")
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     for parameter, _, _ in before:
         parameter.grad = None

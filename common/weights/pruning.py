@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import at_work
 from prunelab.common.core.method import Method
 from prunelab.common.weights.adapters import Model, weight_adapter
 from prunelab.common.weights.adapters.base import WeightAdapter
@@ -184,12 +185,21 @@ def refuse_hosts(model: Any, present: bool = True) -> None:
         raise PrunelabError("the model is compiled; prune what it was made of (`_orig_mod`), and compile that anew")
     if len({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}) > 1:
         raise PrunelabError("the model is spread over several devices; load it on one, without a device map")
+    for other in at_work(model):
+        if other.role in ("token_pruner", "cache_pruner"):
+            raise PrunelabError(f"the model runs {other.name} now; prune its weights outside of that `with` block")
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft.") or hasattr(module, "lora_A"):
             raise PrunelabError(f"{name or 'the model'} has adapters of peft; merge them first (`merge_and_unload`)")
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" and (present or hasattr(model, "_hf_hook")):
             raise PrunelabError(f"{name} is not in memory; load the model whole, without offloading")
+        if name.rpartition(".")[2] in ("weight_g", "weight_v") or ".parametrizations." in f".{name}":
+            where = name.partition(".parametrizations.")[0].removesuffix("_g").removesuffix("_v")
+            raise PrunelabError(f"{where} is computed from other parameters; take the parametrization off first")
+        if parameter.is_floating_point() and parameter.element_size() < 2:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise PrunelabError(f"{name} is stored as {kind}; bring the model to bfloat16 or wider first")
         if not parameter.dtype.is_floating_point:
             kind = str(parameter.dtype).removeprefix("torch.")
             raise PrunelabError(f"{name} holds {kind} codes; prune the model in floating point, and quantise it then")

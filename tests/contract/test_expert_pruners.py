@@ -76,6 +76,24 @@ def test_all_choices_are_the_identity_and_fewer_equal_the_sum_by_hand(family, ex
     assert not torch.allclose(pruned, plain, atol=1e-3)
 
 
+@every
+@torch.no_grad()
+def test_a_fixed_cache_is_read_as_a_growing_one(family):
+    """Masks come as four dimensions then, or as one for each kind of layer."""
+    model, tokens = language_model(family), token_ids(2, 12)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for method in METHODS:
+        found = []
+        for kind in (None, "static"):
+            with apply(method, model, 0.6) as handle:
+                text = model.generate(tokens, cache_implementation=kind, **options)
+                found.append((text.tolist(), handle.report()))
+        assert found[0] == found[1]
+        assert found[0][1].tokens == 20 + 2 * 3
+
+
 @torch.no_grad()
 def test_attention_received_is_the_mean_over_later_queries_and_padding_has_none():
     model, tokens = language_model("mixtral"), token_ids(2, 12)

@@ -14,9 +14,12 @@ from transformers import DynamicCache
 from prunelab.common.core.attention_interface import with_cache
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.kv_cache import applied
+from prunelab.common.kv_cache.role import OwnAttention
+from prunelab.methods.a2sf.method import A2SF
 from prunelab.methods.h2o.method import H2O
 from prunelab.methods.mustafar.method import Mustafar
 from prunelab.methods.snapkv.method import SnapKV
+from prunelab.methods.spatten.method import SpAtten
 from prunelab.methods.spec_kv.method import SpecPC
 from tests.unit.kv_cache.test_caches import GREEDY, decoder, prompt
 
@@ -132,6 +135,22 @@ def test_a_copied_cache_goes_on_by_itself(method):
     for one in (cache, third):  # and behind the block
         first.append(model(tokens[:, 23:24], **with_cache({}, one)).logits)
     assert torch.equal(*first[-2:])
+
+
+@pytest.mark.parametrize("method", [H2O(), SnapKV(window_size=4), SpAtten(), A2SF()], ids=lambda m: m.name)
+def test_gradients_are_the_models_or_refused(method):
+    model, tokens = decoder(), prompt()
+    model(tokens, labels=tokens).loss.backward()
+    plain = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    with applied(method, model, 1.0):
+        loss = model(tokens, labels=tokens).loss
+        if isinstance(method, OwnAttention):
+            with pytest.raises(PrunelabError, match="without gradients"):
+                loss.backward()
+            return
+        loss.backward()
+    assert all(torch.allclose(p.grad, g, atol=1e-5) for p, g in zip(model.parameters(), plain, strict=True))
 
 
 def test_what_a_pruned_cache_cannot_give_is_refused():

@@ -125,3 +125,15 @@ def test_images():
 def test_what_is_no_calibration_data_is_named_before_any_work(data, says):
     with pytest.raises(PrunelabError, match=says):
         prune(Wanda(), language_model(), 0.5, data, progress=False)
+
+
+def test_rows_of_a_data_set_are_lists_with_labels_of_their_own():
+    tokens = token_ids(3, 8)
+    rows = [{"input_ids": x.tolist(), "attention_mask": [1] * 6 + [0] * 2, "labels": x.tolist()} for x in tokens]
+    items = corpus(rows).items
+    assert [item.inputs.tolist() for item in items] == tokens[:, :6].tolist()
+    assert [item.label.tolist() for item in items] == tokens[:, :6].tolist()
+    unlike = {"input_ids": [[3, 4, 5], [6, 7]], "labels": [[3, 4, 5], [6, 7]]}
+    assert [item.label.tolist() for item in corpus(unlike).items] == unlike["labels"]
+    with pytest.raises(PrunelabError, match="give one each"):
+        corpus({"input_ids": tokens, "labels": tokens[:2]})

@@ -12,6 +12,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
+from prunelab.common.apply import apply
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import WeightPlan, load_pruned, prune, save_pruned
 from prunelab.common.weights.adapters import weight_adapter
@@ -19,12 +20,13 @@ from prunelab.common.weights.pruning import check
 from prunelab.methods.darex.method import Dare
 from prunelab.methods.flap.method import FLAP
 from prunelab.methods.gblm.method import GBLM
+from prunelab.methods.h2o.method import H2O
 from prunelab.methods.random_weights.method import RandomWeights
 from prunelab.methods.sparsegpt.method import SparseGPT
 from prunelab.methods.stun.method import Owl
 from prunelab.methods.wanda.method import Wanda
 from tests.contract.families import WEIGHT_FAMILIES
-from tests.contract.references import language_model, token_ids
+from tests.contract.references import NormTokens, language_model, token_ids
 
 # -- no evidence is not evidence of zero -----------------------------------------------------------------------------
 
@@ -248,3 +250,38 @@ def test_experts_without_tokens_say_nothing_of_a_blocks_outliers():
     assert alone and len(scores) < len(targets)
     want = pytest.approx(outlier_share(scores, 5.0))
     assert all(float(share["outliers"]) == want for share in found.values())
+
+
+def test_what_else_holds_or_runs_a_model_is_refused_in_a_line():
+    def normed(old):
+        model = language_model()
+        (nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm)(model.model.layers[0].mlp.up_proj)
+        return model
+
+    def coarse():
+        model = language_model()
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight.data = weight.data.to(torch.float8_e4m3fn)
+        return model
+
+    with torch.inference_mode():
+        made = language_model()
+    for said, model, method in (
+        ("up_proj is computed from", normed(False), Wanda()),
+        ("up_proj.weight is computed from", normed(True), Wanda()),
+        ("stored as float8_e4m3fn", coarse(), Wanda()),
+        ("load the model outside of it", made, GBLM()),
+    ):
+        with pytest.raises(PrunelabError, match=said) as error:
+            prune(method, model, 0.5, token_ids(), progress=False)
+        assert "\n" not in str(error.value)
+    for method in (H2O(), NormTokens()):
+        model = language_model()
+        with apply(method, model, 0.5), pytest.raises(PrunelabError, match=f"runs {method.name} now"):
+            prune(Wanda(), model, 0.5, token_ids(), progress=False)
+    models = [language_model() for _ in range(2)]
+    prune(GBLM(), models[0], 0.5, token_ids(), progress=False)
+    with torch.inference_mode():
+        prune(GBLM(), models[1], 0.5, token_ids(), progress=False)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
