@@ -1,4 +1,5 @@
-"""A language model fine-tuned on what a data selector keeps: how well it then predicts held-out text."""
+"""A language model fine-tuned on what a data selector keeps, or by a training method: how well it then predicts
+held-out text."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ from prunelab.common.data_selection.role import DataSelector
 from prunelab.common.measures.bench import Bench, finite
 from prunelab.common.metrics.likelihood import exponential, per_token
 from prunelab.common.models import devices, loading
-from prunelab.common.training import trainer
+from prunelab.common.training import engine, trainer
 from prunelab.common.training.batches import Batches
+from prunelab.common.training.method import TrainingMethod
 from prunelab.common.training.recipe import LinearRecipe
 
 if TYPE_CHECKING:
@@ -44,11 +46,14 @@ def measure(bench: Bench[Tune.Settings]) -> dict[str, Any]:
         ids["data"], ids.get("among"), bench.config, tokenizer, length=settings.length, samples=settings.samples,
         prompt=settings.prompt, clean=settings.clean, held_out=settings.held_out,
     )  # fmt: skip
-    method: Any = bench.method(DataSelector)
+    method: Any = bench.method(DataSelector, TrainingMethod)
     whole: list[Any] = [sample.model_input() for sample in data.samples]
     kept: dict[str, Any] = {}
+    tuned: nn.Module = model
     if method is None:
         tuned = _trained(bench, model, whole)
+    elif isinstance(method, TrainingMethod):
+        engine.train(method, model, bench.budget, whole, _recipe(settings), seed=bench.seed, progress=False)
     elif method.when == "before":
         chosen, kept = _before(method, bench, model, data)
         tuned = _trained(bench, model, chosen)
@@ -150,14 +155,18 @@ class _Job:
 def _trained(bench: Bench[Tune.Settings], model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> nn.Module:
     """The model after its training on samples; with low-rank adapters these are merged in the end."""
     settings = bench.settings
-    recipe = LinearRecipe(
-        steps=settings.steps, batch=settings.batch, rate=settings.rate, warmup=settings.warmup, decay=0.0,
-        betas=(0.9, 0.999), check_every=settings.steps,
-    )  # fmt: skip
+    recipe = _recipe(settings)
     learner: Any = _with_adapters(model, settings) if settings.rank else model
     job = _Job(learner, samples, recipe, bench.seed)
     trainer.run(job, recipe, None, {"seed": bench.seed}, progress=False)
     return (learner.merge_and_unload() if settings.rank else learner).eval()
+
+
+def _recipe(settings: Tune.Settings) -> LinearRecipe:
+    return LinearRecipe(
+        steps=settings.steps, batch=settings.batch, rate=settings.rate, warmup=settings.warmup, decay=0.0,
+        betas=(0.9, 0.999), check_every=settings.steps,
+    )  # fmt: skip
 
 
 def _with_adapters(model: nn.Module, settings: Tune.Settings) -> nn.Module:

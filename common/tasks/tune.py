@@ -1,4 +1,5 @@
-"""A language model fine-tuned on what a data selector keeps: how well it then predicts held-out text."""
+"""A language model fine-tuned on what a data selector keeps, or by a training method: how well it then predicts
+held-out text."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ class Tune(Task):
     sample of the data set, `history` the model as it was."""
 
     name: ClassVar[str] = "tune"
-    roles: ClassVar[tuple[str, ...]] = ("data_selector",)
+    roles: ClassVar[tuple[str, ...]] = ("data_selector", "training_method")
     scales: ClassVar[tuple[str, ...]] = ("testbed",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
     named: ClassVar[Mapping[str, Catalogue]] = {"among": "dataset"}

@@ -201,12 +201,12 @@ class _Job(trainer.Observer):
     def before_step(self, step: int) -> None:
         self.training.step, self.drawn = step, 0
         self.absent = self.absent + self.training.removed()
+        self.method.before_step(self.further, self.training)
         chosen = set(self.method.trainable(list(self.learn), self.training))
         for name, parameter in self.learn.items():
             parameter.requires_grad_(name in chosen)
             if name in chosen:
                 self.touched.add(id(parameter))
-        self.method.before_step(self.further, self.training)
 
     def further(self) -> Batch:
         """A batch at random, beside those of the steps."""

@@ -183,6 +183,9 @@ class TrainingMethod(Method):
     def start(self, training: Training) -> None:
         """Once everything is attached, before the first step."""
 
+    def before_step(self, batch: Callable[[], Batch], training: Training) -> None:
+        """Ahead of a step. `batch()` draws a further batch, for methods that try something out."""
+
     def trainable(self, names: Sequence[str], training: Training) -> Collection[str]:
         """Which of the model's parameters learn at this step, by name; by default all."""
         return names
@@ -195,9 +198,6 @@ class TrainingMethod(Method):
     def arguments(self) -> Mapping[str, Any]:
         """What the model's forward, and the teacher's, is given beside the batch, such as `output_hidden_states`."""
         return {}
-
-    def before_step(self, batch: Callable[[], Batch], training: Training) -> None:
-        """Ahead of a step. `batch()` draws a further batch, for methods that try something out."""
 
     def loss(self, batch: Batch, outputs: Any, teacher: Any, training: Training) -> Tensor:
         """The loss of a batch, from the model's outputs and the teacher's (None without one)."""

@@ -1,0 +1,29 @@
+"""IST: scores after every step, with the stored draws and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from prunelab.methods.ist.method import IST, updated
+
+TOLERANCE = {"out_scores": (1e-6, 1e-6)}
+NOT_APPLICABLE = {"out_active": "layers drawn at random, by draws that are not stored"}
+
+
+def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    method, layers = IST(), int(inputs["in_num_layers"])
+    scores, found = torch.from_numpy(inputs["in_initial_score"]), []
+    for step, damped, losses in zip(
+        inputs["in_global_steps"].tolist(), inputs["in_suppressed"], inputs["in_losses"], strict=True
+    ):
+        if step > 0 and step % method.interval == 0:
+            scores = updated(scores, torch.from_numpy(damped).bool(), torch.from_numpy(losses), method.rate)
+        found.append(scores)
+    return {
+        "out_scores": torch.stack(found).numpy(),
+        "out_n_updated": np.array(int(0.25 * layers)),
+        "out_n_suppressed": np.array(int(method.suppressed * layers)),
+    }
