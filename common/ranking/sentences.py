@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -35,6 +35,9 @@ class Passage:
     background: Background | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        for sentence in self.sentences:
+            if not isinstance(sentence, str):
+                raise PrunelabError(f"a {type(sentence).__name__} is no sentence; give strings")
         if not self.sentences or not any(s.strip() for s in self.sentences):
             raise PrunelabError("there is no sentence to rank; give at least one that is not empty")
         if not self.document:
@@ -94,6 +97,9 @@ class SentenceRanker(Ranker[Passage]):
             raise PrunelabError(
                 "summarise takes a list of sentences; split the text with prunelab.common.ranking.text.sentences first"
             )
+        listed = isinstance(sentences, Iterable) and not isinstance(sentences, bytes | Mapping)
+        if not isinstance(sentences, Passage) and not listed:
+            raise PrunelabError(f"a {type(sentences).__name__} is no text; give a string, or a list of sentences")
         passage = sentences if isinstance(sentences, Passage) else Passage(tuple(sentences))
         ranking = self.ranking(passage)
         kept = self.take(passage, ranking, budget)

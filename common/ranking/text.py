@@ -34,7 +34,7 @@ _UNSPACED = (
 _LETTER = re.compile(rf"[{_UNSPACED}]")
 _END = re.compile(
     r"""(?<![.!?…])[.!?…]++["'”’)\]]*+\s+"""  # a run of marks as a whole: trying every part of it squares the time
-    r"""|[।॥؟۔։።။]++["'”’)\]]*+\s+"""  # Indic, Arabic, Armenian, Ethiopic, Burmese
+    r"""|[।॥؟۔։።။།༎។៕᠃]++["'”’)\]]*+\s+"""  # Indic, Arabic, Armenian, Ethiopic, Burmese, Tibetan, Khmer, Mongolian
     r"""|[。！？｡]++[」』”’）】"')\]]*+\s*"""  # Chinese and Japanese, which put no blank behind them
 )
 _OPENING = "\"'“‘([{"
@@ -44,8 +44,8 @@ _NEVER_LAST = frozenset(
     "mr mrs ms dr prof rev hon gov sen rep gen col capt lt sgt st mt messrs mme mlle e.g i.e cf vs viz fig figs eq eqs"
     " sec vol pp ca approx resp".split()
 )
-# behind one of these none before a number (No. 5, Smith et al. (2004)),
-_BEFORE_NUMBERS = frozenset("no nos al".split())
+# behind one of these none before a number (No. 5, Smith et al. (2004), Jan. 3),
+_BEFORE_NUMBERS = frozenset("no nos al jan feb mar apr jun jul aug sep sept oct nov dec".split())
 # and behind a number none before one of these (am 31. August).
 _MONTHS = frozenset("Januar Jänner Februar März April Mai Juni Juli August September Oktober November Dezember".split())
 # Behind initials such as U.S. only these words are taken for the start of the next sentence.
@@ -82,7 +82,7 @@ def sentences(text: str) -> list[str]:
     end one too, those of Chinese and Japanese without white space. A blank line always ends one.
     """
     split = []
-    for paragraph in re.split(r"\n\s*\n", text):
+    for paragraph in re.split(r"\n\s*\n", text.removeprefix("\ufeff")):
         paragraph, start = " ".join(paragraph.split()), 0
         for match in _END.finditer(paragraph):
             if _ends(paragraph, start, match):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import prunelab
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.ranking import text
 from prunelab.common.ranking.text import Background, Similarity, threshold_graph
@@ -149,11 +150,25 @@ def test_words_of_other_scripts(sentence: str, expected: list[str]) -> None:
         ["See Smith et al. (2004).", "So say Ross et al.", "The end."],
         ["यह है।", "वह गया।"],
         ["هل ذهب؟", "نعم."],
+        ["བཀྲ་ཤིས།", "བདེ་ལེགས།"],
+        ["សួស្តី។", "លាហើយ។"],
+        ["We met on Jan. 3.", "It rained.", "In Dec. 2004 it did not.", "So it was in Jan.", "Then it stopped."],
     ],
 )
 def test_sentences_of_other_scripts_and_with_numbers(expected: list[str]) -> None:
     assert text.sentences(" ".join(expected)) == expected
     assert text.sentences("".join(expected)) == expected or not set("。！") & set(expected[0])
+
+
+def test_a_byte_order_mark_is_no_letter() -> None:
+    assert text.sentences("\ufeffHello there. Bye.") == ["Hello there.", "Bye."]
+
+
+@pytest.mark.parametrize("wrong", [b"One. Two.", None, 3, {"a": "One."}, ["One.", 2], [b"One."]], ids=repr)
+def test_what_is_no_text_is_refused_in_a_line(wrong: object) -> None:
+    with pytest.raises(PrunelabError, match="give a string|give strings") as error:
+        prunelab.summarise("lead", wrong, 1.0)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
 
 
 def test_a_budget_counts_letters_where_there_are_no_blanks() -> None:
