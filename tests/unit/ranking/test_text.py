@@ -166,7 +166,7 @@ def test_a_byte_order_mark_is_no_letter() -> None:
 
 @pytest.mark.parametrize("wrong", [b"One. Two.", None, 3, {"a": "One."}, ["One.", 2], [b"One."]], ids=repr)
 def test_what_is_no_text_is_refused_in_a_line(wrong: object) -> None:
-    with pytest.raises(PrunelabError, match="give a string|give strings") as error:
+    with pytest.raises(PrunelabError, match=r"give a string|give strings") as error:
         prunelab.summarise("lead", wrong, 1.0)  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
 
