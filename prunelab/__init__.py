@@ -195,6 +195,10 @@ def prune(
     calibration: Tensor | Sequence[Tensor] | None = None,
     *,
     base: nn.Module | None = None,
+    objective: Any = None,
+    rounds: Any = None,
+    tune: Any = None,
+    learned: Any = None,
     seed: int = 0,
     folder: Path | str | None = None,
     progress: bool = True,
@@ -208,6 +212,8 @@ def prune(
     budget : the share that stays (`0.5`), or a pattern (`"2:4"`).
     calibration : token ids [samples, length], or a list of vectors of any lengths; see `windows`.
     base : the model before fine-tuning, for methods that prune what fine-tuning changed.
+    objective, rounds, tune, learned : what losses are of, in how many rounds, what trains the model after each, and
+        what the method learned before; see `prunelab.common.weights.prune`.
     folder : where a run keeps what it needs to go on after a crash.
 
     Raises PrunelabError, before any work, where method, model, budget and calibration set do not go together.
@@ -216,7 +222,10 @@ def prune(
     from prunelab.common.weights.pruning import prune
 
     chosen = _method(method, options)
-    return prune(chosen, model, Budget.of(budget), calibration, base=base, seed=seed, folder=folder, progress=progress)
+    return prune(
+        chosen, model, Budget.of(budget), calibration, base=base, objective=objective, rounds=rounds, tune=tune,
+        learned=learned, seed=seed, folder=folder, progress=progress,
+    )  # fmt: skip
 
 
 def summarise(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunelab.common import weights
 from prunelab.common.data import images
 from prunelab.common.measures.bench import Bench, finite
-from prunelab.common.measures.perplexity import reads_text, sizes
+from prunelab.common.measures.perplexity import sizes
 from prunelab.common.metrics import uncertainty
 from prunelab.common.models import devices, loading
 from prunelab.common.weights.role import WeightPruner
@@ -31,7 +31,7 @@ def measure(bench: Bench[ClassifyWeights.Settings]) -> dict[str, Any]:
     report, method = None, bench.method(WeightPruner)
     if method is not None:
         calibration = None
-        if reads_text(method):
+        if method.calibrated:
             drawn = images.drawn(bench.ids["calibration"], bench.config, transform, settings.calibration, bench.seed)
             calibration = [(x.to(device), y) if method.traces else x.to(device) for x, y in drawn]
         report = weights.prune(method, model, bench.budget, calibration, seed=bench.seed, progress=False).report

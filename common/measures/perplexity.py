@@ -69,7 +69,7 @@ def prune(
     """Where a method meets a language model: it stays pruned by it from here on. What became of its weights, and how
     it was calibrated, in words. The settings are those of `Calibrated`."""
     ids, calibration, told = bench.ids, None, "no calibration"
-    if reads_text(method):
+    if method.calibrated:
         count, length = bench.settings.calibration, bench.settings.length
         if length is None:
             raise PrunelabError(f"{method.name} calibrates; set the `length` of its sequences in tokens")
@@ -109,12 +109,6 @@ def experts_run(model: nn.Module, handle: ExpertHandle | None) -> dict[str, Any]
     figures = {"experts_run": 100 * report.ratio, "activated_saving": 100 * left / used}
     found = {name: {"value": round(value, 3)} for name, value in figures.items()}
     return found | {"activated_gparameters": {"value": round((used - left) / 1e9, 9)}}
-
-
-def reads_text(method: WeightPruner) -> bool:
-    """Whether the method measures anything on a calibration set."""
-    precomputes = type(method).precompute is not WeightPruner.precompute
-    return precomputes or any(method.statistics(unit) for unit in method.units)
 
 
 def sizes(model: nn.Module, report: WeightReport | None = None) -> dict[str, Any]:

@@ -272,8 +272,7 @@ def _calibration(
 ) -> tuple[dict[str, list[Any]], dict[str, Corpus]]:
     """What streams through each chain of blocks, by its component, and the corpora by name; nothing where the method
     reads none."""
-    precomputes = type(method).precompute is not WeightPruner.precompute
-    if not precomputes and not any(method.statistics(unit) for unit in method.units):
+    if not method.calibrated:
         return {chain.component: [] for chain in adapter.chains}, {}
     chains = {chain.component: chain.adapter for chain in adapter.chains}
     device = next(adapter.model.parameters()).device

@@ -49,6 +49,12 @@ class WeightPruner(Method):
         """In how many rounds the budget is reached; `prune(..., rounds=...)` says otherwise."""
         return Rounds()
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method reads a calibration set: by default where it measures anything."""
+        precomputes = type(self).precompute is not WeightPruner.precompute
+        return precomputes or any(self.statistics(unit) for unit in self.units)
+
     def build(self, info: Any) -> nn.Module | None:
         """The method's learned part for these targets (`info`), untrained, or None: what `precompute` trains and finds
         in `Probe.learned`. It is stored with the plan, and serves other models with targets of the same shapes."""

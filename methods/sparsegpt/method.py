@@ -10,44 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.options import NonNegativeFloat, PositiveInt
-from prunelab.common.weights import masks
-from prunelab.common.weights.obs import inverse_factors, sweep
+from prunelab.common.weights.obs import inverse_factors, prune_matrix
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputNorm
 from prunelab.common.weights.targets import Accumulator, Decision, Target, Unit, WeightSignals
-
-
-@dataclass
-class Pruned:
-    """Columns of which some weights become zero (`kept` False). A ratio is met in each block over all of its rows, a
-    pattern in each group of columns of a row, where the group is chosen when its first column is reached, on weights
-    updated until then."""
-
-    budget: Budget
-    kept: Tensor
-
-    def enter(self, columns: slice, weight: Tensor, diagonal: Tensor) -> None:
-        if self.budget.unit == "ratio":
-            self.kept[:, columns] = masks.per_matrix(weight[:, columns].square() / diagonal.square(), self.budget)
-
-    def settle(self, column: int, block: Tensor, diagonal: Tensor, at: int) -> Tensor:
-        if self.budget.unit == "pattern" and at % self.budget.every == 0:
-            group, last = slice(at, at + self.budget.every), column + self.budget.every
-            scores = block[:, group].square() / diagonal[group].square()
-            self.kept[:, column:last] = masks.per_row(scores, self.budget)
-        return block[:, at].masked_fill(~self.kept[:, column], 0)
-
-
-def prune_matrix(weight: Tensor, factor: Tensor, budget: Budget, width: int) -> tuple[Tensor, Tensor]:
-    """Mask and updated weight, both [out, in] (algorithm 1), with columns taken in blocks of `width`."""
-    pruned = Pruned(budget, torch.ones_like(weight, dtype=torch.bool))
-    return pruned.kept, sweep(weight, factor, width, pruned)
 
 
 @dataclass(frozen=True)
