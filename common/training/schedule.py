@@ -61,15 +61,15 @@ class Ramp(Schedule):
     initial, final
         The number up to the step `begin`, and from the step `end` on.
     begin, end
-        Steps. With `end` at `begin` the number jumps.
+        Steps, or places between them. With `end` at `begin` the number jumps.
     every
         In between it changes at `begin` + k * `every` alone.
     """
 
     initial: float = 1.0
     final: float = 0.0
-    begin: int = 0
-    end: int = 0
+    begin: float = 0
+    end: float = 0
     every: int = 1
 
     def __post_init__(self) -> None:
@@ -83,23 +83,28 @@ class Ramp(Schedule):
     @classmethod
     def of(
         cls, steps: int, initial: float = 1.0, final: float = 0.0, warmup: float = 0.0, cooldown: float = 0.0,
-        every: int = 1,
+        every: int = 1, whole: bool = True,
     ) -> Self:  # fmt: skip
-        """With the shares `warmup` before and `cooldown` behind it of a training of so many steps."""
+        """With the shares `warmup` before and `cooldown` behind it of a training of so many steps, of `whole` steps or
+        to the fraction."""
         if not (0 <= warmup <= 1 and 0 <= cooldown <= 1):
             raise PrunelabError(f"warm-up {warmup:g} and cool-down {cooldown:g} are shares of a training, from 0 to 1")
-        return cls(initial, final, int(warmup * steps), steps - int(cooldown * steps), every)
+        ahead, behind = warmup * steps, cooldown * steps
+        if whole:
+            ahead, behind = int(ahead), int(behind)
+        return cls(initial, final, ahead, steps - behind, every)
 
     @property
     def last(self) -> int:
-        return self.end
+        return math.ceil(self.end)
 
     def __call__(self, step: int) -> float:
         if step >= self.end:
             return self.final
         if step <= self.begin:
             return self.initial
-        return self.between((step - self.begin) // self.every * self.every / (self.end - self.begin))
+        passed = step - self.begin
+        return self.between((passed // self.every * self.every if self.every > 1 else passed) / (self.end - self.begin))
 
     @abstractmethod
     def between(self, progress: float) -> float:
