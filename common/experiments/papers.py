@@ -162,31 +162,33 @@ class Board(_Strict):
 
 
 class SharedBoards(_Strict):
-    """What a paper brings to boards of `configs/boards/<shared>.yaml`, which share all but entries; `boards`
-    says by name where single ones differ, and `remark` what their caption is to say besides."""
+    """What a paper brings to boards of `configs/boards/<shared>.yaml`, which share all else; its `settings` go before
+    theirs, `title` is put behind their names, `remark` behind their captions, and `boards` says by name where single
+    ones differ."""
 
     shared: str
     only: tuple[str, ...] = ()  # all of them
+    title: str = ""
+    model: str | None = None  # that of the shared boards
     entries: dict[str, str]
     budgets: tuple[str, ...] = ()  # those of the shared boards
+    settings: dict[str, Any] = Field(default_factory=dict)
     remark: str = ""
     boards: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
-    def expanded(self) -> list[dict[str, Any]]:
+    def expanded(self) -> Iterator[dict[str, Any]]:
         """The boards in full."""
         frames = suite(self.shared)
         for name in (*self.only, *self.boards):
             choose(frames, name, f"board in configs/boards/{self.shared}.yaml named")
-        found = []
         for name in self.only or tuple(frames):
-            board = {**frames[name], "name": name, "entries": self.entries}
-            board |= {"budgets": self.budgets} if self.budgets else {}
-            own = {**self.boards.get(name, {})}
-            remark = own.pop("remark", self.remark)
-            board |= own
-            board["caption"] = f"{board['caption']} {remark}".strip()
-            found.append(board)
-        return found
+            board = {"remark": self.remark, **frames[name], "entries": self.entries}
+            board["name"] = f"{name}, {self.title}" if self.title else name
+            board["settings"] = {**board.get("settings", {}), **self.settings}
+            board |= {key: value for key, value in (("model", self.model), ("budgets", self.budgets)) if value}
+            board |= self.boards.get(name, {})
+            board["caption"] = f"{board['caption']} {board.pop('remark')}".strip()
+            yield board
 
 
 class FigureTask(_Strict):
