@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.ranking.attribution import Attribution, Explained, likeliest
 
 Score = Literal["probability", "log_probability"]
@@ -125,7 +126,7 @@ class IntegratedGradients(_OfModel):
         Places on the way from the baseline, and how they are laid.
     """
 
-    steps: int = 50
+    steps: PositiveInt = 50
     rule: Rule = "gausslegendre"
 
     name: ClassVar[str] = "integrated_gradients"
@@ -152,8 +153,8 @@ class GradientShap(_OfModel):
         Of numpy's draws.
     """
 
-    samples: int = 5
-    seed: int = 0
+    samples: PositiveInt = 5
+    seed: NonNegativeInt = 0
 
     name: ClassVar[str] = "gradient_shap"
 
@@ -183,7 +184,7 @@ class OwnGradients(_OfModel):
     """
 
     kind: Literal["norm", "signed", "integrated"] = "norm"
-    steps: int = 100
+    steps: PositiveInt = 100
 
     name: ClassVar[str] = "own_gradients"
 
@@ -233,7 +234,7 @@ class RandomImportance(Attribution):
         Of the draws.
     """
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     name: ClassVar[str] = "random_importance"
 

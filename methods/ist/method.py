@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from prunelab.common.training.method import Batch, Training, TrainingMethod, low_rank
 from prunelab.common.training.parametrizations import Attachment
 from prunelab.common.weights.targets import Decision, Target
@@ -66,14 +67,14 @@ class IST(TrainingMethod):
         Of the update.
     """
 
-    rank: int = 32
-    alpha: float = 64.0
+    rank: PositiveInt = 32
+    alpha: PositiveFloat = 64.0
     roles: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    interval: int = 10
-    trials: int = 3
-    suppressed: float = 0.5
-    damping: float = 0.25
-    rate: float = 10.0
+    interval: PositiveInt = 10
+    trials: NonNegativeInt = 3
+    suppressed: Share = 0.5
+    damping: NonNegativeFloat = 0.25
+    rate: NonNegativeFloat = 10.0
 
     name: ClassVar[str] = "ist"
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt, PositiveInt, Share
 from prunelab.common.ranking.attribution import Attribution, likeliest
 
 Logits = Callable[[Tensor], Tensor]  # of the next token [B, V], for contexts [B, T]
@@ -140,14 +141,14 @@ class ReAGent(Attribution):
         Of the draws.
     """
 
-    runs: int = 3
-    ratio: float = 0.1
-    top_n: int = 3
-    top_k: int = 3
-    max_steps: int = 3000
-    together: int = 8
-    at_once: int = 64
-    seed: int = 0
+    runs: PositiveInt = 3
+    ratio: Share = 0.1
+    top_n: PositiveInt = 3
+    top_k: PositiveInt = 3
+    max_steps: NonNegativeInt = 3000
+    together: PositiveInt = 8
+    at_once: PositiveInt = 64
+    seed: NonNegativeInt = 0
 
     name: ClassVar[str] = "reagent"
     services: ClassVar[tuple[str, ...]] = ("next_token_logits", "replace")
