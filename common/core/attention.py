@@ -43,6 +43,13 @@ def row(queries: Tensor, keys: Tensor, scale: float, index: int, bias: Tensor | 
     return weights(queries[:, :, index, None], keys, scale, bias).squeeze(2)
 
 
+def neighbours(rows: Tensor, columns: Tensor, window: int) -> Tensor:
+    """Which units [..., N, N] lie in a square of `window` rows and columns around each, by their places [..., N]."""
+    reach = (window - 1) // 2
+    far = [(x.unsqueeze(-1) - x.unsqueeze(-2)).abs() for x in (rows, columns)]
+    return (far[0] <= reach) & (far[1] <= reach)
+
+
 BLOCK = 1 << 21  # attention weights held at once while rows are summed
 
 

@@ -220,6 +220,28 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How much of its work a decoder's layer does for visual tokens, all of which stay.
+
+    window:  visual tokens of one picture attend to those of it that are at most (window - 1) / 2 rows and columns away,
+             earlier or later ones, and to no other visual token; 0: as the model has it;
+    heads:   for each head, whether attention to visual tokens, and of them, has a say; None: all have;
+    read:    whether any token's attention to visual ones has a say;
+    neurons: share of the MLP's neurons, from the first on, that visual tokens go through.
+    """
+
+    window: int = 0
+    heads: tuple[bool, ...] | None = None
+    read: bool = True
+    neurons: float = 1.0
+
+    @property
+    def attends_as_ever(self) -> bool:
+        """Whether attention is the model's own."""
+        return not self.window and self.read and (self.heads is None or all(self.heads))
+
+
+@dataclass(frozen=True)
 class Report:
     """What one application cost. Counts are means over the samples seen; MACs are per sample.
 

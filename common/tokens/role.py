@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.method import Method
-from prunelab.common.core.plan import Gather, ModelInfo, Plan, Positions, Reduction, Rest, Site
+from prunelab.common.core.plan import Effort, Gather, ModelInfo, Plan, Positions, Reduction, Rest, Site
 from prunelab.common.core.signals import Reading, Signal
 from prunelab.common.tokens.signals import TokenSignals
 
@@ -25,6 +25,7 @@ class TokenPruner(Method):
     role: ClassVar[str] = "token_pruner"
     ascending: ClassVar[bool] = True  # kept units come out in their original order
     adaptive: ClassVar[bool] = False  # how many units stay depends on the input, the budget is an upper bound
+    eases: ClassVar[bool] = False  # layers of a decoder do less for tokens that stay: see `effort`
     rest: Rest = "drop"
     positions: Positions = "original"
 
@@ -60,6 +61,10 @@ class TokenPruner(Method):
     def refine(self, site: Site, hidden: Tensor, signals: TokenSignals, plan: Plan) -> Tensor:
         """What goes on, [B, K, D], before the model works on it; methods with learned layers change it here."""
         return hidden
+
+    def effort(self, layer: int, info: ModelInfo, budget: Budget) -> Effort | None:
+        """How much a layer of the decoder does for visual tokens that stay; None: all. Asked where `eases` is set."""
+        return None
 
     def observes(self) -> frozenset[Reading]:
         """What the method reads of every step of decoding, of any layers; nothing by default."""

@@ -31,6 +31,7 @@ class Adapter(ABC, Generic[P]):
     positions: ClassVar[frozenset[str]] = frozenset({"original"})
     decodes: ClassVar[bool] = False  # whether it generates text, of which methods can be shown the steps
     gates: ClassVar[bool] = False  # whether attention can weigh tokens by a plan's gate
+    eases: ClassVar[bool] = False  # whether layers can do less for visual tokens that stay
     embeddings: ClassVar[bool] = False  # whether what enters the first layer can be read later
 
     def __init__(self, model: nn.Module) -> None:
@@ -180,6 +181,10 @@ class Adapter(ABC, Generic[P]):
         info = self.info
         if method.observes():
             self.check_observed(method)
+        if method.eases and not self.eases:
+            raise PrunelabError(
+                f"{method.name} lets a decoder's layers do less for visual tokens; {self.family} has none"
+            )
         if method.rest not in self.rest:
             raise PrunelabError(
                 f"{method.name} needs a model whose tokens can {method.rest}, those of {self.family} can only"

@@ -49,6 +49,7 @@ from prunelab.common.tokens.adapters.recorded import (
     windowed,
 )
 from prunelab.common.tokens.adapters.vlm_decoder import DecoderSide
+from prunelab.common.tokens.adapters.vlm_effort import eased
 from prunelab.common.tokens.adapters.vlm_inside import INSIDE
 from prunelab.common.tokens.adapters.vlm_prompt import Prompt
 from prunelab.common.tokens.adapters.vlm_tower import FEATURES
@@ -69,6 +70,7 @@ class VisionLanguage(DecoderSide):
     rest = frozenset({"drop", "bypass"})
     gates = True
     decodes = True
+    eases = True
     embeddings = True
     signals = {
         "tower": _ALWAYS | INSIDE,
@@ -208,6 +210,8 @@ class VisionLanguage(DecoderSide):
                     wanted.setdefault(site.layer, set())
             for layer, names in wanted.items():
                 self._record(layer, names, removers)
+            for stop in eased(self, application):
+                removers.append(stop)
             projector: Any = getattr(self.body, "multi_modal_projector", None)
             if projector is not None:
                 removers.append(after(projector, self._keep_features))

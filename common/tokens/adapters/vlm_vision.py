@@ -33,7 +33,8 @@ class Prefill(Pass):
     the prompt that are not visual. Of the tokens at hand: prunable [B, N] bool, source [B, N] the index in the prompt,
     positions [..., B, N] the position ids; shift [..., B] by how much later tokens are numbered lower than the model
     would number them. cached: what the layers hold. left: whether padding stands in front. changed: whether
-    tokens left for good. modality: of the visual tokens, None where they are of several. whole:
+    tokens left for good. windows: masks of attention within windows of the picture, by their side. modality: of the
+    visual tokens, None where they are of several. whole:
     while decoding, whether no token behind the prompt is padding. made, behind, rows: where
     plans for single images acted, what they made of each, how many tokens stand before these, and
     the number [B, N] of each token at hand among all. later, now: while decoding, [B, M] which tokens behind the prompt
@@ -54,6 +55,7 @@ class Prefill(Pass):
     rows: Tensor | None = None
     left: bool = True
     changed: bool = False
+    windows: dict[int, Tensor] = field(default_factory=dict)
     modality: str | None = None
     whole: bool = True
     later: Tensor = field(init=False)
