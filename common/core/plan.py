@@ -138,12 +138,12 @@ class Mix:
     valid: Tensor | None = None
 
     def apply(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, K, D]; a matrix with many entries a unit is multiplied as a dense one."""
+        """[B, N, D] -> [B, K, D]; a matrix that names every unit for every output is multiplied as a dense one."""
         with unscaled(x):  # outputs have the dtype of units
             return self._apply(x)
 
     def _apply(self, x: Tensor) -> Tensor:
-        if self.target.shape[1] > 4 * x.shape[1]:
+        if self.target.shape[1] >= max(4, self.outputs) * x.shape[1]:
             return self.matrix(x.shape[1]).to(x.dtype) @ x
         if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not self._learning(x):
             return self._product(x)

@@ -233,6 +233,16 @@ def behind(mix: Mix, first: int) -> Mix:
     return Mix(target, source, torch.cat([kept.weight, mix.weight], 1), first + mix.outputs, valid)
 
 
+def of_crops(mix: Mix, crops: int, units: int) -> Mix:
+    """Mixtures of the units of single crops [B * crops, units] as one of whole images [B, crops * units], the outputs
+    of one crop behind those of the other."""
+    number = torch.arange(crops, device=mix.target.device).repeat(len(mix.target) // crops).unsqueeze(1)
+    target, source = mix.target + number * mix.outputs, mix.source + number * units
+    target, source, weight = (x.unflatten(0, (-1, crops)).flatten(1) for x in (target, source, mix.weight))
+    valid = None if mix.valid is None else mix.valid.unflatten(0, (-1, crops)).flatten(1)
+    return Mix(target, source, weight, crops * mix.outputs, valid)
+
+
 def merged(tokens: Tensor, outputs: int, start: Mix | None = None) -> Mix:
     """Rounds of bipartite matching on tokens [B, N, D] until `outputs` (at least 1) are left, each halving at most.
 

@@ -24,7 +24,7 @@ class TokenPruner(Method):
 
     role: ClassVar[str] = "token_pruner"
     ascending: ClassVar[bool] = True  # kept units come out in their original order
-    adaptive: ClassVar[bool] = False  # how many units stay depends on the input, the budget is an upper bound
+    adaptive: bool = False  # how many units stay depends on the input, the budget is an upper bound
     eases: ClassVar[bool] = False  # layers of a decoder do less for tokens that stay: see `effort`
     rest: Rest = "drop"
     positions: Positions = "original"

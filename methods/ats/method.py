@@ -33,7 +33,7 @@ class AdaptiveTokenSampling(TokenPruner):
     layers: tuple[NonNegativeInt, ...] | None = None
 
     name: ClassVar[str] = "ats"
-    adaptive: ClassVar[bool] = True
+    adaptive = True
     exempt = {
         "keep_all": "with a quantile for every patch, patches of little weight are still missed: that is the method",
         "budget": "quantiles that fall on the same token count once, so fewer tokens stay than quantiles were asked",

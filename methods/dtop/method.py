@@ -92,7 +92,7 @@ class DToP(TokenPruner):
 
     name: ClassVar[str] = "dtop"
     rest = "halt"
-    adaptive: ClassVar[bool] = True
+    adaptive = True
     exempt = {
         "keep_all": "a threshold decides, not the budget: sure tokens leave under any budget",
         "budget": "the budget is an upper bound: fewer tokens go on where the network is sure of more",

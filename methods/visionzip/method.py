@@ -7,7 +7,7 @@ others are merged into a few contextual tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -140,13 +140,12 @@ class VisionZip(TokenPruner):
         mix = zipped(scores, metric, special, dominant, contextual)
         if crops == 1:
             return Plan(mix, positions=self.positions)
-        order = torch.arange(crops * mix.outputs, device=mix.target.device).view(1, crops, -1)
+        whole = selection.of_crops(mix, crops, units)
         if signals.mosaic is not None:
             places = raster(signals.grids[0], signals.mosaic).to(mix.target.device)
             order = stitched(mix, places, special, dominant, crops)
-        target, source, weight = (x.unflatten(0, (-1, crops)) for x in (mix.target, mix.source, mix.weight))
-        target = order.expand(len(target), -1, -1).gather(2, target)
-        source = source + units * torch.arange(crops, device=source.device).unsqueeze(1)
-        whole = Mix(target.flatten(1), source.flatten(1), weight.flatten(1), crops * mix.outputs)
-        nowhere = torch.full((len(target), whole.outputs, 3), -1, device="cpu")  # no newlines, and nothing is cut off
+            whole = replace(whole, target=order.flatten(1).gather(1, whole.target))
+        nowhere = torch.full(
+            (len(whole.target), whole.outputs, 3), -1, device="cpu"
+        )  # no newlines, and nothing is cut off
         return Plan(whole, layout=nowhere, positions=self.positions)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from prunelab.common.core import selection
 from prunelab.common.core.attention_interface import Recorder
 from prunelab.common.core.plan import Gather, Mix, Plan
 from prunelab.common.tokens.adapters.passes import Pass
@@ -158,16 +159,8 @@ def of_images(mix: Mix, crops: int, special: int, units: int) -> Mix:
     place = torch.arange(mix.outputs, device=mix.target.device).expand(len(mix.target), -1) - special
     bare, outputs = remapped(mix, place, mix.outputs - special), mix.outputs - special
     source = bare.source - special
-    number = torch.arange(crops, device=source.device).repeat(len(source) // crops).unsqueeze(1)
-    target, source, weight = (
-        part.unflatten(0, (-1, crops)).flatten(1)
-        for part in (
-            bare.target + number * outputs,
-            source.clamp_min(0) + number * units,
-            bare.weight.masked_fill(source < 0, 0),
-        )
-    )
-    return Mix(target, source, weight, crops * outputs)
+    weight = bare.weight.masked_fill(source < 0, 0)
+    return selection.of_crops(Mix(bare.target, source.clamp_min(0), weight, outputs), crops, units)
 
 
 def shaped(value: Tensor, name: str, head: int) -> Tensor:

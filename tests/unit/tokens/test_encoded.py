@@ -192,7 +192,7 @@ def test_costs_follow_the_counts_of_single_images():
     @dataclass(frozen=True)
     class Above(Fixed):
         name: ClassVar[str] = "above"
-        adaptive: ClassVar[bool] = True
+        adaptive = True
 
         def plan(self, site: Site, signals: Any, budget: Budget) -> Plan:
             mask = torch.arange(16).expand(len(signals.hidden), -1) < 5
