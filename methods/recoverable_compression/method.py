@@ -177,7 +177,7 @@ class RecoverableCompression(TokenPruner):
 
     name: ClassVar[str] = "recoverable_compression"
     services: ClassVar[tuple[str, ...]] = (SIMILARITY,)
-    adaptive: ClassVar[bool] = True
+    adaptive = True
     positions = "renumber"
     exempt = {
         "keep_all": "outliers decide, not the budget: the rest is merged under any budget",
