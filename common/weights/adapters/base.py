@@ -189,6 +189,8 @@ class WeightAdapter(ABC):
         """Refuse a decision the model cannot carry."""
         if decision.code is not None and target.unit != "linear":
             raise PrunelabError(f"{target.name} holds {target.unit}; only linears become codes")
+        if decision.remove and target.unit == "attention_output" and decision.kept < target.units:
+            raise PrunelabError(f"query heads are silenced, and {target.name} cannot lose them; leave them in place")
         if not decision.remove and not target.loose and not self.readers(target):
             raise PrunelabError(f"{target.unit} are removed or kept; {target.name} cannot be set to zero instead")
 

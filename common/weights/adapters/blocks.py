@@ -17,6 +17,7 @@ from prunelab.common.weights.adapters.projections import IN, OUT, Projection, le
 from prunelab.common.weights.targets import Decision, Observation, Target
 
 READS = {"heads": "o", "channels": "down"}  # the projection that reads the units of a structure
+SILENT = {"attention_output": "o"}  # the same of units that are silenced alone
 
 
 class Blocks(WeightAdapter):
@@ -69,13 +70,17 @@ class Blocks(WeightAdapter):
         down = self.mlp.get("down", "")
         return self._structure("channels", block, self.path(block, down.rpartition(".")[0]))
 
+    def _attention_output(self, block: int) -> list[Target]:
+        return self._structure("attention_output", block, self.path(block, self.heads.get("o", "")))
+
     def _structure(self, unit: str, block: int, name: str) -> list[Target]:
         projections = self._projections(unit, block)
         if not projections:
             return []
-        units, span = projections[READS[unit]].entries.shape
+        reader = projections[(READS | SILENT)[unit]]
+        units, span = reader.entries.shape
         size = sum(part.size for part in projections.values()) // units
-        read = projections[READS[unit]].size // units
+        read = reader.size // units
         return [Target(unit, name, block, unit, (units,), size, span, read=read)]  # type: ignore[arg-type]
 
     def _layers(self, block: int) -> list[Target]:
@@ -104,6 +109,8 @@ class Blocks(WeightAdapter):
         return self._projections(target.unit, target.block)
 
     def _projections(self, unit: str, block: int) -> dict[str, Projection]:
+        if unit in SILENT:
+            return self._query_heads(block)
         if unit not in READS:
             return {}
         modules = self._modules(block, self.heads if unit == "heads" else self.mlp)
@@ -112,6 +119,15 @@ class Blocks(WeightAdapter):
         entries = self.head_entries(block, modules) if unit == "heads" else self.channel_entries(modules)
         last = READS[unit]
         return {role: Projection(modules[role], IN if role == last else OUT, entries[role]) for role in entries}
+
+    def _query_heads(self, block: int) -> dict[str, Projection]:
+        """The output projection with the places of query heads among its inputs."""
+        o = self._modules(block, {"o": self.heads["o"]}).get("o") if "o" in self.heads else None
+        if o is None:
+            return {}
+        attention = self._part(block, self.attention)
+        size = getattr(attention, "v_head_dim", None) or getattr(attention, self.head_size)
+        return {"o": Projection(o, IN, torch.arange(length(o, IN)).view(-1, size))}
 
     def head_entries(self, block: int, modules: Mapping[str, Any]) -> dict[str, Tensor]:
         """Places [units, span] of key-value groups in `q` `k` `v` `o`; none where heads cannot leave alone."""
@@ -168,7 +184,8 @@ class Blocks(WeightAdapter):
     def taps(self, target: Target) -> tuple[str, ...]:
         if target.unit == "linear":
             return (target.role,)
-        reads = {"heads": self.heads.get("o"), "channels": self.mlp.get("down")}.get(target.unit)
+        o = self.heads.get("o")
+        reads = {"heads": o, "attention_output": o, "channels": self.mlp.get("down")}.get(target.unit)
         return () if reads is None else (reads,)
 
     def observe(
@@ -202,7 +219,7 @@ class Blocks(WeightAdapter):
 
     def readers(self, target: Target) -> list[Projection]:
         projections = self.projections(target)
-        return [projections[READS[target.unit]]] if projections else []
+        return [projections[(READS | SILENT)[target.unit]]] if projections else []
 
     def attempt(self, target: Target, decision: Decision, dense: Shelf | None = None) -> Callable[[], None]:
         if not target.whole:
