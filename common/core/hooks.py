@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,20 +39,15 @@ def runs(model: nn.Module, role: str) -> bool:
 
 @contextmanager
 def claimed(method: Method, model: nn.Module, services: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """The model runs the method inside the block, beside those of other roles that it runs already.
+    """The model runs the method inside the block, beside those of other roles that it runs already, and uncompiled.
 
-    Raises where a service is missing, the model is compiled, or the method has no meaning beside one at work.
+    Raises where a service is missing, or the method has no meaning beside one at work.
     """
     if "transformers" in sys.modules:
         warn_outside("transformers")
     missing = set(method.services) - set(services or {})
     if missing:
         raise PrunelabError(f"{method.name} needs the services {', '.join(sorted(missing))}; pass services={{...}}")
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        raise PrunelabError(
-            f"this model is compiled and would run past the hooks of {method.name}; apply it to the model as it was"
-            " before torch.compile"
-        )
     before = at_work(model)
     for other in before:
         if other.role == method.role:
@@ -62,7 +58,8 @@ def claimed(method: Method, model: nn.Module, services: Mapping[str, Any] | None
     bare = _bare(model)
     _METHODS[bare] = (*before, method)
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         left = tuple(other for other in at_work(model) if other is not method)
         _METHODS[bare] = left
@@ -70,8 +67,34 @@ def claimed(method: Method, model: nn.Module, services: Mapping[str, Any] | None
             del _METHODS[bare]
 
 
+_EAGER: list[Any] = []  # for each block that is open now, the first one's holding the stance before
+_COUNTING = threading.Lock()
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Let every model run as it is written inside the block: a graph that `torch.compile` made, of a model or of its
+    parts, before the block or in it, would run past the hooks."""
+    with _COUNTING:
+        _EAGER.append(None if _EAGER else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _COUNTING:  # blocks of several threads may end in any order: the last one brings the stance back
+            stance = _EAGER.pop()
+            if stance is not None:
+                stance.__exit__(None, None, None)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` was given."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def _bare(model: nn.Module) -> nn.Module:
-    """The model within an adapter of `peft`."""
+    """The model within an adapter of `peft`, or that was compiled."""
+    model = plain(model)
     inner = getattr(model, "get_base_model", None)
     return model if inner is None else inner()
 

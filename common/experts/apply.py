@@ -116,7 +116,9 @@ class ExpertHandle:
         return hook
 
     def _count(self, layer: int, kept: Tensor) -> None:
-        """Note on the device what ran, for the report alone."""
+        """Note on the device what ran, for the report alone. What a backward pass runs again counts once."""
+        if torch._C._current_graph_task_id() >= 0:
+            return
         real = None if self._now.real is None else self._now.real.reshape(-1)
         ran = kept.sum(-1) if real is None else kept.sum(-1) * real
         tokens = torch.tensor(len(kept), device=kept.device) if real is None else real.sum()

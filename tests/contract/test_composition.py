@@ -336,10 +336,48 @@ def test_threads_share_a_model_at_work(block):
     assert not wrong
 
 
-def test_a_compiled_model_is_refused():
-    model = language_model("llama")
-    with pytest.raises(PrunelabError, match=r"before torch\.compile"), apply(H2O(), torch.compile(model), 0.5):
-        pass
+@pytest.mark.parametrize(
+    ("block", "applied_to"),
+    [("cache", "model"), ("drafts", "compiled"), ("experts", "compiled"), ("tokens and cache", "model")],
+)
+@torch.no_grad()
+def test_what_was_compiled_runs_uncompiled_inside(block, applied_to):
+    family, methods = BLOCKS[block]
+    tokens = prompt(1)
+    plain = language_model(family, max_position_embeddings=128)
+    dense = plain(tokens).logits
+    with stacked(plain, methods):
+        pruned = plain.generate(tokens, **GREEDY)
+    torch._dynamo.reset()
+    model = language_model(family, max_position_embeddings=128)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(compiled(tokens).logits, dense, atol=1e-5)
+    model.model.layers[1].compile(backend="eager")
+    with stacked(compiled if applied_to == "compiled" else model, methods) as handles:
+        assert torch.equal(compiled.generate(tokens, **GREEDY), pruned)
+        later = torch.compile(model, backend="eager")  # in the block
+        assert torch.equal(later.generate(tokens, **GREEDY), pruned)
+        for handle in handles:
+            handle.report()
+        assert [method.name for method in at_work(compiled)] == [method.name for method, _ in methods]
+    assert untouched(model) and not at_work(compiled)
+    for again in (compiled, later):
+        assert torch.allclose(again(tokens).logits, dense, atol=1e-5)
+
+
+@torch.no_grad()
+def test_blocks_of_threads_that_end_in_any_order_bring_compilation_back():
+    models = [language_model(seed=seed) for seed in range(2)]
+    blocks = [apply(NormTokens(), model, 0.5) for model in models]
+    compiled = torch.compile(models[1], backend="eager")
+    compiled(prompt(1))
+    for block in blocks:
+        block.__enter__()
+    blocks[0].__exit__(None, None, None)
+    pruned = compiled(prompt(1)).logits
+    blocks[1].__exit__(None, None, None)
+    assert pruned.shape[1] == 12 and compiled(prompt(1)).logits.shape[1] == 24
+    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 def test_costs_are_told_with_and_without_a_cache_pruner():

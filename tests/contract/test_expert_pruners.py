@@ -77,6 +77,22 @@ def test_all_choices_are_the_identity_and_fewer_equal_the_sum_by_hand(family, ex
 
 
 @every
+def test_gradient_checkpointing_runs_the_same_experts_again(family):
+    """Layers decide by what they read, and so the same in the backward pass; it counts no token twice."""
+    tokens, found = token_ids(2, 12), []
+    for checkpointing in (False, True):
+        model = language_model(family).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with apply(WeakestExperts(), model, 0.6) as handle:
+            model(tokens, labels=tokens).loss.backward()
+        found.append((handle.report(), [p.grad for p in model.parameters()]))
+    assert found[0][0] == found[1][0]
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert one is other is None or torch.allclose(one, other, atol=1e-5)
+
+
+@every
 @torch.no_grad()
 def test_a_fixed_cache_is_read_as_a_growing_one(family):
     """Masks come as four dimensions then, or as one for each kind of layer."""
