@@ -18,8 +18,10 @@ from prunelab.common.tokens.signals import TokenSignals
 class TokenPruner(Method):
     """Prunes tokens at sites of a network. Fill in `score`, or override `plan` where it does not fit.
 
-    rest, positions: what becomes of the tokens that do not go on, and how those that do are numbered; see `Plan`. A
-    method sets them for its class, or makes them fields of its own.
+    rest, positions: what becomes of the tokens that do not go on, and how those that do are numbered; see `Plan`.
+    trims: once the prompt is read, caches of a language model's layers from this one on keep of it only what went
+    through the last layer; None: each keeps what it worked on. A method sets them for its class, or makes them fields
+    of its own.
     """
 
     role: ClassVar[str] = "token_pruner"
@@ -28,6 +30,7 @@ class TokenPruner(Method):
     eases: ClassVar[bool] = False  # layers of a decoder do less for tokens that stay: see `effort`
     rest: Rest = "drop"
     positions: Positions = "original"
+    trims: int | None = None
 
     @abstractmethod
     def sites(self, info: ModelInfo) -> Sequence[Site]:

@@ -156,7 +156,7 @@ class Adapter(ABC, Generic[P]):
             plan = self.gated(plan, plan.gate) if training else replace(plan, gate=None)
         if site.where in ("encoded", "projected"):
             trace.decided(site, plan.reduce, len(x))
-        if trace.measured is not None:
+        if trace.measured is not None and site.where != "tower":  # of the encoder's tokens nothing is measured
             plan = replace(plan, reduce=plan.reduce.narrow(trace.measured.behind(site)), key_bias=None)
         return plan, signals
 

@@ -226,6 +226,7 @@ class VisionLanguage(DecoderSide):
             # before what prunes the cache of the tokens that are left
             removers.append(before(self.decoder, self._enter(application), kwargs=True, first=True))
             removers.append(after(self.decoder, self._observe(application)))
+            removers.append(after(self.decoder, self._trim(application)))
             removers.append(after(self.decoder, self.end))
             for layer, block in enumerate(self.blocks):
                 removers.append(before(block, self._layer(application, layer), kwargs=True))

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from prunelab.common.core.attention_interface import Recorder, cache_in
+from prunelab.common.core.attention_interface import Recorder, cache_in, cache_name
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import refuse_checkpointing, refuse_tracing
-from prunelab.common.core.plan import Site
+from prunelab.common.core.plan import Gather, Site, take
 from prunelab.common.tokens.adapters.passes import Application, Seen, Tokens, padding_behind, padding_in_front
 from prunelab.common.tokens.adapters.recorded import FIXED, UNSHOWN, fixed, newest_row
 from prunelab.common.tokens.adapters.vlm_attribution import Attribution, spread
@@ -152,11 +153,12 @@ class DecoderSide(FeatureSide):
             "attention_mask": None if seen is None else seen.long(),
         }
 
-    def _held(self, layer: int) -> Held:
-        """What the layers from this one on hold of the tokens at hand."""
+    def _held(self, layer: int, index: Tensor | None = None) -> Held:
+        """What the layers from this one on hold of the tokens at hand, which are entries [B, K] of the layers
+        before."""
         running = self.running
         tokens = running.tokens
-        return Held(layer, running.source, tokens.valid, running.shift, tokens.bias)
+        return Held(layer, running.source, tokens.valid, running.shift, tokens.bias, index)
 
     def _cut(self, application: Application, site: Site, x: Tensor) -> Tensor:
         """Carry out the method's plan on the sequence x [B, N, D]; everything that goes along with it follows."""
@@ -181,6 +183,7 @@ class DecoderSide(FeatureSide):
             kept = closed(kept, valid)
             running.shift = running.shift + following(running.positions, signals.valid) - following(kept, valid)
         running.positions = kept
+        running.taken = plan.reduce.index if isinstance(plan.reduce, Gather) else None
         return y
 
     def _layer(self, application: Application, layer: int) -> Callable[..., Any]:
@@ -199,7 +202,7 @@ class DecoderSide(FeatureSide):
             x = args[0]
             for site in sites:
                 x = self._cut(application, site, x)
-                running.cached.held.append(self._held(layer))
+                running.cached.held.append(self._held(layer, running.taken))
                 if running.changed and running.aside is None:
                     self._refuse_labels()
             if layer == 0 and -1 in self.read_layers:
@@ -257,6 +260,35 @@ class DecoderSide(FeatureSide):
             application.trace.begin(x.shape[0])
         for part in ("attention", "mlp"):
             application.trace.add(part, layer, self.running.tokens.count(x))
+
+    def _trim(self, application: Application) -> Callable[..., None]:
+        """Behind the decoder, once the prompt is read: what caches still hold of tokens that left later goes, where the
+        method says so."""
+        first = application.method.trims
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            running, cache = self.running, getattr(output, cache_name(), None)
+            if first is None or running.decoding or cache is None:
+                return
+            held, final = running.cached.held, running.cached.held[-1]
+            entries: Tensor | None = None  # of each segment's layers, from the last one back
+            end = len(self.blocks)
+            for segment in reversed(held):
+                for layer in range(max(first, segment.layer), end):
+                    if entries is not None:
+                        kept = cache.layers[layer]
+                        kept.keys, kept.values = (
+                            take(x, entries.unsqueeze(1).expand(-1, x.shape[1], -1)) for x in (kept.keys, kept.values)
+                        )
+                end = segment.layer
+                if end <= first or segment.index is None:
+                    break
+                entries = segment.index if entries is None else segment.index.gather(1, entries)
+            reached = max(first, end)
+            if final.layer > reached:
+                running.cached.held = [*(h for h in held if h.layer < reached), replace(final, layer=reached)]
+
+        return hook
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 

@@ -192,13 +192,15 @@ class Held:
     valid: Tensor | None  # [B, K]
     shift: Tensor  # [..., B] by how much later tokens are numbered lower than the model would number them
     bias: Tensor | None = None  # [B, K] added to the logits of attention to each entry
+    index: Tensor | None = None  # [B, K] which entries of the layers before these are; None where tokens were mixed
 
     def rows(self, index: Tensor) -> Held:
         """Of other samples."""
         index = index.to(self.source.device)
         valid = None if self.valid is None else self.valid[index]
         bias = None if self.bias is None else self.bias[index]
-        return Held(self.layer, self.source[index], valid, self.shift[..., index], bias)
+        entries = None if self.index is None else self.index[index]
+        return Held(self.layer, self.source[index], valid, self.shift[..., index], bias, entries)
 
 
 @dataclass

@@ -53,6 +53,7 @@ class Prefill(Pass):
     made: list[tuple[str, int, Fresh]] = field(default_factory=list)
     behind: int = 0
     rows: Tensor | None = None
+    taken: Tensor | None = None  # [B, K] the tokens that the last plan took, None where it mixed them
     left: bool = True
     changed: bool = False
     windows: dict[int, Tensor] = field(default_factory=dict)
