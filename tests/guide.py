@@ -43,11 +43,16 @@ def task_table() -> str:
 
 def room_table() -> str:
     """Every room of common/ with the tasks whose records an edit there makes anew."""
-    reached = {name: set(_rooms(name)) for name in tasks.names()}
+    reached = {name: dict(_rooms(name)) for name in tasks.names()}
+
+    def named(name: str, room: str) -> str:
+        roles = [role for role, rooms in reached[name].items() if role and room in rooms]
+        whole = len(roles) == len(reached[name]) - 1
+        return f"`{name}`" + ("" if whole else f" ({', '.join(roles).replace('_', ' ')})")
 
     def rows() -> Iterator[tuple[str, ...]]:
         for room in ROOMS:
-            touched = [f"`{name}`" for name in tasks.names() if room in reached[name]]
+            touched = [named(name, room) for name in tasks.names() if room in set().union(*reached[name].values())]
             if room in ("testbeds", "training", "backbones"):
                 yield f"`{room}`", "the runs on models that it builds"
             elif room in ("tasks", "measures"):
@@ -60,16 +65,15 @@ def room_table() -> str:
     return _table("room|an edit makes anew records of", rows())
 
 
-def _rooms(task: str) -> Iterator[str]:
-    """Rooms that a task reaches by itself and by the engines of its roles."""
-    for entry in (None, *{entry.role: entry for entry in index.entries().values()}.values()):
-        if entry is None or entry.role in tasks.get(task).roles:
+def _rooms(task: str) -> Iterator[tuple[str, set[str]]]:
+    """Rooms that a task reaches under methods of each of its roles, by their engines ('': under no method)."""
+    roles = {entry.role: entry.name for entry in index.entries().values()}
+    for role, method in {"": None, **roles}.items():
+        if role in ("", *tasks.get(task).roles):
             settings = {"call": "prunelab.methods.fastv.tables:costs"} if task == "function" else {}
-            method = None if entry is None else entry.name
             files = planning.entries(task, method, settings=settings)
             own = [file for file in files if not file.startswith("methods/")]
-            for file in provenance.reached(tuple(own)):
-                yield file.split("/")[1]
+            yield role, {file.split("/")[1] for file in provenance.reached(tuple(own))}
 
 
 def schema() -> str:

@@ -53,7 +53,8 @@ def entries(
     """
     found = [f"common/tasks/{task}.py", *tasks.get(task).files(settings or {})]
     if method is not None:
-        found += [_method(method), *_engine(_method(method))]
+        by_role = tasks.get(task).by_role.get(registry.entry(method).role)
+        found += [_method(method), *_engine(_method(method)), *([by_role] if by_role else [])]
     for identity in (ids or {}).values():
         found += _builders(identity) if isinstance(identity, Mapping) else ()
     entry = lookup.model(model) if model else {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunelab.common import weights
 from prunelab.common.data import images
 from prunelab.common.measures.bench import Bench, finite
-from prunelab.common.measures.perplexity import sizes
+from prunelab.common.measures.language import sizes
 from prunelab.common.metrics import uncertainty
 from prunelab.common.models import devices, loading
 from prunelab.common.weights.role import WeightPruner

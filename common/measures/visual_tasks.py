@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.kv_cache.role import CachePruner
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.scores import CAPTIONS, COUNTED, SHARES, SUMS, average, relative
 from prunelab.common.models import devices, loading
-from prunelab.common.tokens.role import TokenPruner
 
 if TYPE_CHECKING:
     from prunelab.common.tasks.visual_tasks import VisualTasks
@@ -27,7 +25,7 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     settings = bench.settings
     model, processor = loading.vision_language(bench.ids["model"], bench.config)
     model = devices.place(model, bench.device, half=True)
-    method: Any = bench.method(TokenPruner, CachePruner)
+    method: Any = bench.method()
     asked = wrapper(
         model, processor, batch=settings.batch, frames=settings.frames, pruned=partial(bench.at_work, method, model)
     )

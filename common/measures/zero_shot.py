@@ -3,18 +3,16 @@ extra `evaluation`)."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.kv_cache.role import CachePruner
 from prunelab.common.measures.bench import Bench
-from prunelab.common.measures.perplexity import experts_run, prune, sizes, without_experts
+from prunelab.common.measures.language import experts_run, sizes, without_experts
 from prunelab.common.measures.scores import HARNESS_SHARES, average
 from prunelab.common.models import devices, loading
-from prunelab.common.tokens.role import TokenPruner
-from prunelab.common.weights.role import WeightPruner
 
 if TYPE_CHECKING:
     from prunelab.common.tasks.zero_shot import ZeroShot
@@ -27,9 +25,10 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
     model, tokenizer = loading.language(bench.ids["model"], bench.config)
     model = devices.place(model, bench.device, half=True)
     out, calibrated, acting = sizes(model), "", None
-    method: Any = bench.method(WeightPruner, CachePruner, TokenPruner)
-    if isinstance(method, WeightPruner):
-        report, calibrated = prune(bench, method, model, tokenizer)
+    method: Any = bench.method()
+    if method is not None and method.role == "weight_pruner":
+        pruning = importlib.import_module("prunelab.common.measures.perplexity")  # by name, see `by_role`
+        report, calibrated = pruning.prune(bench, method, model, tokenizer)
         out = sizes(model, report)
     else:
         acting = method

@@ -84,7 +84,8 @@ class Task(ABC):
     `calibration` a set for methods that measure before they prune, and the model before fine-tuning where there is one;
     `own data` those that the tasks of an evaluation library bring. named: settings that name further entries of the
     catalogue which a run reads, and of which one. budgeted: whether a
-    method needs a budget. count: the metrics that are our own count of a cost a paper prints: the MACs, those of the
+    method needs a budget. by_role: a file that `measure` imports by name under methods of a role, and under no others.
+    count: the metrics that are our own count of a cost a paper prints: the MACs, those of the
     method's decisions among them, and what a cache then holds. cost: the metric that boards show as cost.
     """
 
@@ -96,6 +97,7 @@ class Task(ABC):
     named: ClassVar[Mapping[str, Catalogue]] = {}
     needs_gpu: ClassVar[bool] = False
     budgeted: ClassVar[bool] = True
+    by_role: ClassVar[Mapping[str, str]] = {}
     Settings: ClassVar[type[Settings]] = Settings
     metrics: ClassVar[Mapping[str, Metric]] = {}
     count: ClassVar[tuple[str, ...]] = ()
@@ -151,6 +153,41 @@ class Task(ABC):
             Budget.parse(budget)
         elif cls.budgeted:
             raise PrunelabError(f"the task {cls.name} needs a budget for {method}; name one, such as 0.5")
+
+
+# -- of language models ----------------------------------------------------------------------------------------------
+
+SIZES: Mapping[str, Metric] = {
+    "gparameters": Metric("parameters held", "G", cost="parameters"),
+    "nonzero_gparameters": Metric("parameters that are not zero", "G", cost="nonzero parameters"),
+    "saving": Metric("parameters gone", "%", higher_is_better=True),
+    "nonzero_saving": Metric("parameters gone or zero", "%", higher_is_better=True),
+    "weight_gbytes": Metric("bytes of weights, codes packed", "G", cost="bytes of weights"),
+    "weight_saving": Metric("bytes of weights saved", "%", higher_is_better=True),
+    "bits": Metric("bits of a prunable weight that is left, scales and zeros included", "bits", higher_is_better=False),
+    "sparsity": Metric(
+        "prunable parameters gone, zero, or what they were before fine-tuning", "%", higher_is_better=True
+    ),
+}
+
+OF_EXPERTS: Mapping[str, Metric] = {
+    "experts_run": Metric("choices of experts that ran", "%"),
+    "activated_gparameters": Metric("parameters that a token uses", "G", cost="parameters a token uses"),
+    "activated_saving": Metric("parameters that a token no longer uses", "%", higher_is_better=True),
+}
+
+
+def of_experts(given: AtRunTime | None) -> AtRunTime | None:
+    """The setting `experts`, read."""
+    if given is not None:
+        given.admit("expert_pruner")
+    return given
+
+
+def expert_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files that the setting `experts` brings."""
+    given = settings.get("experts")
+    return () if given is None else (AtRunTime.model_validate(given).file, "common/experts/apply.py")
 
 
 def nearest(name: str, known: Any) -> str:

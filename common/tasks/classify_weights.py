@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
-from prunelab.common.tasks.perplexity import SIZES
+from prunelab.common.tasks.base import SIZES, Metric, Metrics, Reads, Task
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench

@@ -8,42 +8,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import field_validator
 
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import AtRunTime, Metric, Metrics, Reads, Task
-
-SIZES: Mapping[str, Metric] = {
-    "gparameters": Metric("parameters held", "G", cost="parameters"),
-    "nonzero_gparameters": Metric("parameters that are not zero", "G", cost="nonzero parameters"),
-    "saving": Metric("parameters gone", "%", higher_is_better=True),
-    "nonzero_saving": Metric("parameters gone or zero", "%", higher_is_better=True),
-    "weight_gbytes": Metric("bytes of weights, codes packed", "G", cost="bytes of weights"),
-    "weight_saving": Metric("bytes of weights saved", "%", higher_is_better=True),
-    "bits": Metric("bits of a prunable weight that is left, scales and zeros included", "bits", higher_is_better=False),
-    "sparsity": Metric(
-        "prunable parameters gone, zero, or what they were before fine-tuning", "%", higher_is_better=True
-    ),
-}
-
-OF_EXPERTS: Mapping[str, Metric] = {
-    "experts_run": Metric("choices of experts that ran", "%"),
-    "activated_gparameters": Metric("parameters that a token uses", "G", cost="parameters a token uses"),
-    "activated_saving": Metric("parameters that a token no longer uses", "%", higher_is_better=True),
-}
+from prunelab.common.tasks.base import (
+    OF_EXPERTS,
+    SIZES,
+    AtRunTime,
+    Metric,
+    Metrics,
+    Reads,
+    Task,
+    expert_files,
+    of_experts,
+)
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
-
-
-def of_experts(given: AtRunTime | None) -> AtRunTime | None:
-    """The setting `experts`, read."""
-    if given is not None:
-        given.admit("expert_pruner")
-    return given
-
-
-def expert_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The files that the setting `experts` brings."""
-    given = settings.get("experts")
-    return () if given is None else (AtRunTime.model_validate(given).file, "common/experts/apply.py")
 
 
 class Perplexity(Task):

@@ -10,8 +10,17 @@ from pydantic import field_validator
 
 from prunelab.common.measures.scores import HARNESS_SHARES
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import AtRunTime, Metric, Metrics, Reads, Task
-from prunelab.common.tasks.perplexity import OF_EXPERTS, SIZES, expert_files, of_experts
+from prunelab.common.tasks.base import (
+    OF_EXPERTS,
+    SIZES,
+    AtRunTime,
+    Metric,
+    Metrics,
+    Reads,
+    Task,
+    expert_files,
+    of_experts,
+)
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -24,6 +33,7 @@ class ZeroShot(Task):
 
     name: ClassVar[str] = "zero_shot"
     roles: ClassVar[tuple[str, ...]] = ("weight_pruner", "cache_pruner", "token_pruner")
+    by_role: ClassVar[Mapping[str, str]] = {"weight_pruner": "common/measures/perplexity.py"}
     scales: ClassVar[tuple[str, ...]] = ("paper",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "calibration", "own data"})
     metrics: ClassVar[Mapping[str, Metric]] = {

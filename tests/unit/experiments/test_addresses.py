@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from prunelab.common import tasks
 from prunelab.common.catalogue import lookup
 from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
@@ -147,6 +148,16 @@ def test_a_folder_that_can_only_be_read_needs_no_plan(tmp_path, monkeypatch):
     assert plans.of(config).jobs() == plans.made(config).jobs()
 
 
+@pytest.mark.parametrize("task", ["zero_shot", "visual_tasks"])
+def test_a_task_of_several_roles_reaches_the_wing_of_its_method_alone(task):
+    wings = {"token_pruner": "tokens", "cache_pruner": "kv_cache", "weight_pruner": "weights"}
+    methods = {"token_pruner": "fastv", "cache_pruner": "snapkv", "weight_pruner": "wanda"}
+    for role in (None, *tasks.get(task).roles):
+        files = provenance.reached(planning.entries(task, methods.get(role or "")))
+        rooms = {file.split("/")[1] for file in files} & set(wings.values())
+        assert rooms == ({wings[role]} if role else set())
+
+
 TOKENS = {"answer", "classify", "detect", "gallery", "looks", "macs", "prompt_macs", "segment"}
 WEIGHTS = {"perplexity", "size"}
 UNTRAINED = {"macs", "prompt_macs", "size", "function", "summarise"}  # tasks without a testbed
@@ -192,16 +203,16 @@ def nowhere_else(file: str, run: Run) -> bool:
         ("common/costs/meter.py", lambda r: r.task == "size" or prunes_tokens(r)),
         ("common/tokens/apply.py", prunes_tokens),
         ("common/kv_cache/apply.py", of("cache")),
-        ("common/weights/pruning.py", of(*WEIGHTS)),
+        ("common/weights/pruning.py", of(*WEIGHTS, "tune")),
         ("common/speculative/loop.py", of("decode")),
         ("common/constrained/smc.py", of("constrained")),
         ("common/ranking/sentences.py", of("summarise")),
-        ("common/data_selection/role.py", never),
-        ("common/experts/role.py", never),
+        ("common/data_selection/role.py", of("tune")),
+        ("common/experts/role.py", lambda r: r.method == "mc_moe" or "experts" in r.settings),
         ("common/data/detection.py", of("detect")),
         ("common/metrics/average_precision.py", of("detect")),
         ("common/apply.py", never),
-        ("common/training/trainer.py", never),
+        ("common/training/trainer.py", of("tune")),
         ("common/training/recipe.py", lambda r: r.task not in UNTRAINED),
         ("common/testbeds/__init__.py", lambda r: r.task not in UNTRAINED),
         ("common/models/batching.py", of("classify", "perplexity")),
