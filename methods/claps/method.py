@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeFloat, PositiveInt
 from prunelab.common.ranking.role import Ranker, Ranking
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -116,9 +117,9 @@ class ClaPS(Ranker[Sequence[str]]):
 
     score: Score = "reward"
     kind: Kind = "cross_entropy"
-    correct: float = 200.0
-    incorrect: float = 180.0
-    batch: int = 256
+    correct: NonNegativeFloat = 200.0
+    incorrect: NonNegativeFloat = 180.0
+    batch: PositiveInt = 256
 
     name: ClassVar[str] = "claps"
     services: ClassVar[tuple[str, ...]] = ("class_logits", "targets")

@@ -207,7 +207,7 @@ def nowhere_else(file: str, run: Run) -> bool:
         ("common/speculative/loop.py", of("decode")),
         ("common/constrained/smc.py", of("constrained")),
         ("common/ranking/sentences.py", of("summarise")),
-        ("common/data_selection/role.py", of("tune")),
+        ("common/data_selection/role.py", of("tune", "subset")),
         ("common/experts/role.py", lambda r: r.method == "mc_moe" or "experts" in r.settings),
         ("common/data/detection.py", of("detect")),
         ("common/metrics/average_precision.py", of("detect")),
