@@ -26,6 +26,7 @@ class WeightPruner(Method):
     role: ClassVar[str] = "weight_pruner"
     needs_base: ClassVar[bool] = False  # prunes what fine-tuning changed, and reads the model before it
     quantises: ClassVar[bool] = False  # takes budgets in bits, and no others
+    corpora: ClassVar[tuple[str, ...]] = ()  # parts of the calibration set that it reads by name
     traces: ClassVar[bool] = False  # follows what flows back through a classifier, and reads labelled samples
 
     @property

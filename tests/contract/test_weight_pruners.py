@@ -17,7 +17,7 @@ from prunelab.common.weights import WeightPlan, prune
 from prunelab.common.weights.role import WeightPruner
 from tests.contract.families import WEIGHT_FAMILIES, answer, images
 from tests.contract.references import MagnitudeWeights, NormChannels, invariant, language_model, token_ids
-from tests.contract.weights_references import REFERENCES, DomainFisher, triplets
+from tests.contract.weights_references import REFERENCES, triplets
 
 SMALLER: dict[str, dict[str, Any]] = {  # searches as long as a paper's are beyond a test
     "tyr": {"iterations": 2, "generations": 2, "offspring": 4, "tokens": (24,), "survivors": (2,), "least_neurons": 2},
@@ -57,7 +57,7 @@ def data(method: WeightPruner) -> dict[str, Any]:
     """What the method is calibrated on."""
     if method.traces:
         return {"calibration": (images("vgg"), torch.tensor([1, 4, 6]))}
-    if not isinstance(method, DomainFisher):
+    if not method.corpora:
         return {"calibration": token_ids()}
     corpora = {"domain": triplets(4, 1), "general": triplets(3, 2)}
     return {"calibration": corpora, "objective": "contrastive"}

@@ -219,6 +219,7 @@ class DomainFisher(WeightPruner):
     whatever the objective is."""
 
     name: ClassVar[str] = "reference_corpora"
+    corpora = ("domain", "general")
 
     def covers(self, target: Target) -> bool:
         return ".mlp." in target.name
