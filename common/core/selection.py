@@ -253,7 +253,9 @@ def merged(tokens: Tensor, outputs: int, start: Mix | None = None) -> Mix:
     while whole.outputs > max(outputs, 1):
         matching = bipartite_matching(tokens, whole.outputs - outputs)
         step = matching.mix(torch.ones(tokens.shape[:2], device=tokens.device))
-        tokens, whole = step.apply(tokens), chained(whole, step)
+        whole = chained(whole, step)
+        if whole.outputs > max(outputs, 1):  # the last round's tokens are made with all others' by the mixture
+            tokens = step.apply(tokens)
     return whole
 
 

@@ -98,10 +98,16 @@ def merged_axes(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]) ->
     return selection.chained(rowwise, Mix(target, source, down.weight.T.reshape(1, -1), height * width))
 
 
+def merged_maps(tokens: Tensor, count: int, grid: tuple[int, int]) -> Mix:
+    """Halves the maps [T, H * W, D] as the model's pooling does, then merges the alike tokens of each to `count`."""
+    pooled = selection.resized(grid, halved(grid), batch=len(tokens), device=tokens.device)
+    return selection.merged(pooled.apply(tokens.float()), count, pooled)
+
+
 def resize(tokens: Tensor | None, count: int, grid: tuple[int, int], how: Assigner, device: torch.device) -> Mix:
     """One frame's map, of `grid` (height, width), brought to at most `count` tokens, batch 1.
 
-    tokens [N, D]: needed to merge alike ones only. `merge` first halves the map as the model's pooling does.
+    tokens [N, D]: needed to merge alike ones only.
     """
     size = grid_of(count)
     if how in ("bilinear", "average"):
@@ -112,8 +118,7 @@ def resize(tokens: Tensor | None, count: int, grid: tuple[int, int], how: Assign
     assert tokens is not None
     if how == "axes":
         return merged_axes(tokens.float(), grid, size)
-    pooled = selection.resized(grid, halved(grid), device=device)
-    return selection.merged(pooled.apply(tokens.float().unsqueeze(0)), count, pooled)
+    return merged_maps(tokens.unsqueeze(0), count, grid)
 
 
 def halved(grid: tuple[int, int]) -> tuple[int, int]:
@@ -132,15 +137,22 @@ def assign(
     units = grid[0] * grid[1]
     flat = how in ("linspace", "merge")
     known: dict[int, Mix] = {}
+    ready: dict[int, Mix] = {}  # by frame, of those that are merged to as many together
+    if how == "merge" and tokens is not None:
+        for count in {count for count in counts if count > 0}:
+            alike = [t for t, other in enumerate(counts) if other == count]
+            mix = merged_maps(tokens[alike], count, grid)
+            rows = zip(mix.target.split(1), mix.source.split(1), mix.weight.split(1), strict=True)
+            ready |= {t: Mix(*row, mix.outputs) for t, row in zip(alike, rows, strict=True)}
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     places: list[Tensor] = [torch.zeros(0, 3, dtype=torch.long)]
     first = 0
     for t, count in enumerate(counts):
         if count <= 0:
             continue
-        if tokens is not None or count not in known:
+        if t not in ready and (tokens is not None or count not in known):
             known[count] = resize(None if tokens is None else tokens[t], count, grid, how, device)
-        mix = known[count]
+        mix = ready[t] if t in ready else known[count]
         parts.append((mix.target + first, mix.source + t * units, mix.weight))
         first += mix.outputs
         order = torch.arange(mix.outputs)
