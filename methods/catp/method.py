@@ -113,13 +113,13 @@ class CATP(TokenPruner):
             growth = attention_growth(signals.last_row, signals.at(Reading("last_row", site.layer - 2)))
             of = question if signals.valid is None else question & signals.valid
             scores = (growth + self.relevance * likeness(signals.hidden, of)).masked_fill(mine, float("inf"))
-            counts = self.counts(sizes[0], share, mine)
+            counts = self.counts(sizes[0], share, mine, signals)
         else:
             others = ~mine if signals.valid is None else ~mine & signals.valid
             context = others & ~question & (image if self.context == "image" else others)
             context = torch.where(context.any(1, keepdim=True), context, others)  # a question without examples
             scores = likeness(signals.hidden, context).masked_fill(image & ~mine, float("inf"))
-            counts = self.counts(sizes[1], share, image & ~mine)
+            counts = self.counts(sizes[1], share, image & ~mine, signals)
         return Plan(signals.keep(counts, scores=scores), positions=self.positions)
 
     def share(self, budget: Budget, signals: TokenSignals) -> float:
@@ -129,9 +129,12 @@ class CATP(TokenPruner):
         total = signals.state.setdefault("total", max(signals.available()))
         return budget.count(total) / max(total, 1)
 
-    def counts(self, sizes: Sequence[int], share: float, whole: Tensor) -> list[int]:
+    def counts(self, sizes: Sequence[int], share: float, whole: Tensor, signals: TokenSignals) -> list[int]:
         """How many image tokens stay: a share of so many, and all of a mask [B, N]."""
-        stay = [0] * len(whole) if whole.device.type == "meta" else whole.sum(1).tolist()
+        if whole.device.type == "meta":  # one picture is the question's, of whose tokens all or a share stay
+            stay = [0 if size else n for size, n in zip(sizes, signals.available(), strict=True)]
+        else:
+            stay = whole.sum(1).tolist()
         return [int(round(share * n, 6)) + more for n, more in zip(sizes, stay, strict=True)]
 
     def first_stage(self, signals: TokenSignals, budget: Budget) -> Plan:

@@ -81,6 +81,12 @@ def test_a_single_picture_is_the_question():
     visual = 16 + 8 * 9
     assert round(handle.report().tokens[0][0]) == 7 + int(0.75 * visual)
     assert round(handle.report().tokens[-1][0]) == 7 + visual // 2
+    model, given = vlm("llava", num_hidden_layers=6), prompt("llava", images("llava", 1))
+    with apply(CATP(layer=1), model, 0.5) as handle:
+        costed = [tokens for tokens, _ in handle.report().tokens]  # before anything is seen: by shapes alone
+        assert [round(tokens - costed[-1]) for tokens in costed] == [4, 4, 4, 0, 0, 0]
+        model(**given)
+        assert [round(t) - 7 for t, _ in handle.report().tokens] == [12, 12, 12, 8, 8, 8]
 
 
 def test_the_formula_gives_the_unpruned_figure():
