@@ -27,9 +27,9 @@ def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
     folder, records = results / "paper_tables", join.Records(results)
     plan = plans.of(config)
     sections = [_section(slug, plan, records) for slug in plan.slugs]
-    contests = cross.contests(((s.paper.slug, board) for s in sections for board in s.boards), records)
+    leaderboards = cross.leaderboards(((s.paper.slug, board) for s in sections for board in s.boards), records)
     made = provenance.environment()
-    site = page.Site(sections, contests, config, records, folder, made)
+    site = page.Site(sections, leaderboards, config, records, folder, made)
     files: dict[str, str] = {}
     for section in sections:
         slug = section.paper.slug
@@ -39,8 +39,8 @@ def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
             files |= _downloads(slug, name, tables.board_csv(board), tables.board_grid(slug, board))
         files[f"{slug}/cite.bib"] = cite.entries(section.paper, made["commit"], config["scale"])
         files[f"{slug}/index.html"] = site.paper(section)
-    for contest in contests:
-        files |= _downloads("boards", contest.name, cross.csv(contest), cross.grid(contest))
+    for leaderboard in leaderboards:
+        files |= _downloads("boards", leaderboard.name, cross.csv(leaderboard), cross.grid(leaderboard))
     files["cite.bib"] = cite.prunelab(made["commit"])
     files["boards.html"] = site.boards()
     files["index.html"] = site.index()
@@ -59,10 +59,10 @@ def _downloads(place: str, name: str, values: str, grid: grids.Grid) -> dict[str
 
 
 def _section(slug: str, plan: plans.Plan, records: join.Records) -> page.Section:
-    found, boards = join.tables(slug, plan, records), join.boards(slug, plan, records)
-    lines = [line for table in found for line in table.lines]
+    result, boards = join.tables(slug, plan, records), join.boards(slug, plan, records)
+    lines = [line for table in result for line in table.lines]
     drawn, made = figures.of(slug, plan, lines, boards, records)
-    return page.Section(papers.load(slug), found, boards, tables.file_names(found, boards), drawn, made)
+    return page.Section(papers.load(slug), result, boards, tables.file_names(result, boards), drawn, made)
 
 
 def counts(lines: list[join.Line]) -> str:

@@ -24,7 +24,7 @@ OWN = ("calibration",)  # settings that a method has and the unpruned model has 
 
 
 @dataclass(frozen=True)
-class Place:
+class Entry:
     """One method under one budget. difference and interval are paired with the unpruned model, samples alike."""
 
     method: str
@@ -39,7 +39,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Contest:
+class Leaderboard:
     """All methods that ran on one model and data set, judged by one metric; the unpruned model stands at every
     budget."""
 
@@ -52,8 +52,8 @@ class Contest:
     scale: str
     stands_for: str  # the papers' models that this one stands in for; empty at paper scale
     settings: str  # in words
-    unpruned: Place | None
-    budgets: Mapping[str, Sequence[Place]]  # best first
+    unpruned: Entry | None
+    budgets: Mapping[str, Sequence[Entry]]  # best first
 
     @property
     def size(self) -> int:
@@ -68,7 +68,7 @@ class Contest:
     @property
     def costed(self) -> bool:
         """Whether any entry has a cost beside its metric."""
-        return any(p.cost is not None for places in self.budgets.values() for p in places)
+        return any(p.cost is not None for entries in self.budgets.values() for p in entries)
 
     @property
     def reach(self) -> tuple[float, float]:
@@ -78,19 +78,19 @@ class Contest:
         return min(ends), max(ends)
 
     @property
-    def blocks(self) -> dict[str, list[Place]]:
-        """Every budget's places with the unpruned model among them, best first."""
+    def blocks(self) -> dict[str, list[Entry]]:
+        """Every budget's entries with the unpruned model among them, best first."""
         extra = [self.unpruned] if self.unpruned else []
-        return {b: sorted([*extra, *places], key=self._rank) for b, places in self.budgets.items()}
+        return {b: sorted([*extra, *entries], key=self._rank) for b, entries in self.budgets.items()}
 
-    def _rank(self, place: Place) -> tuple[float, str]:
-        return (place.value.value or 0.0) * (1 if self.lower else -1), place.method
+    def _rank(self, entry: Entry) -> tuple[float, str]:
+        return (entry.value.value or 0.0) * (1 if self.lower else -1), entry.method
 
 
 Point = tuple[str, BoardTable, str, str | None, dict[str, Any]]  # slug, board, entry, budget, record
 
 
-def contests(boards: Iterable[tuple[str, BoardTable]], records: Records) -> list[Contest]:
+def leaderboards(boards: Iterable[tuple[str, BoardTable]], records: Records) -> list[Leaderboard]:
     """Every group with two methods or more under one budget, from the papers' boards, given with their slugs."""
     groups: dict[str, list[Point]] = {}
     for slug, board in boards:
@@ -105,70 +105,70 @@ def contests(boards: Iterable[tuple[str, BoardTable]], records: Records) -> list
             same = (run["task"], run["scale"], run["ids"].get("model"), run["ids"].get("data"), _settings(run))
             key = files.digest((*same, board.board.metric, board.board.cost))
             groups.setdefault(key, []).append((slug, board, point.entry, point.budget, record))
-    found = [contest for contest in map(_contest, groups.values()) if contest.budgets]
+    results = [leaderboard for leaderboard in map(_leaderboard, groups.values()) if leaderboard.budgets]
     sizes: Counter[tuple[str, str, str]] = Counter()
-    for contest in found:
-        sizes[contest.scale, contest.model, contest.data] += contest.size
-    found.sort(
+    for leaderboard in results:
+        sizes[leaderboard.scale, leaderboard.model, leaderboard.data] += leaderboard.size
+    results.sort(
         key=lambda c: (-sizes[c.scale, c.model, c.data], c.model, c.data, c.scale, -c.size, c.metric, c.settings)
     )
     taken: dict[str, int] = {}
-    for i, contest in enumerate(found):  # what differs in settings alone is told apart by a number
-        taken[contest.name] = taken.get(contest.name, 0) + 1
-        if taken[contest.name] > 1:
-            found[i] = replace(contest, name=f"{contest.name}-{taken[contest.name]}")
-    return found
+    for i, leaderboard in enumerate(results):  # what differs in settings alone is told apart by a number
+        taken[leaderboard.name] = taken.get(leaderboard.name, 0) + 1
+        if taken[leaderboard.name] > 1:
+            results[i] = replace(leaderboard, name=f"{leaderboard.name}-{taken[leaderboard.name]}")
+    return results
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in run["settings"].items() if k not in OWN}
 
 
-def _contest(group: Sequence[Point]) -> Contest:
+def _leaderboard(group: Sequence[Point]) -> Leaderboard:
     _, board, _, _, record = group[0]
     stated, run = board.board, record["run"]
     unique: dict[str, Point] = {}
     for point in group:
         unique.setdefault(point[-1]["identity"], point)
     base = next((r["metrics"][stated.metric] for *_, r in unique.values() if r["run"]["method"] is None), None)
-    places = [_place(slug, entry, budget, r, stated, base) for slug, _, entry, budget, r in unique.values()]
-    unpruned = next((p for p in places if p.method == UNPRUNED), None)
-    budgets: dict[str, list[Place]] = {}
-    for place in places:
-        if place is not unpruned:
-            budgets.setdefault(place.budget or "none", []).append(place)
-    matched = {b: _distinct(found) for b, found in sorted(budgets.items()) if len({p.method for p in found}) > 1}
+    entries = [_entry(slug, label, budget, r, stated, base) for slug, _, label, budget, r in unique.values()]
+    unpruned = next((p for p in entries if p.method == UNPRUNED), None)
+    budgets: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry is not unpruned:
+            budgets.setdefault(entry.budget or "none", []).append(entry)
+    matched = {b: _distinct(result) for b, result in sorted(budgets.items()) if len({p.method for p in result}) > 1}
     models = dict.fromkeys(b.board.model for _, b, *_ in group if b.board.model)
     model, data = _named(run["ids"].get("model")), _named(run["ids"].get("data"))
     name = tables.identifier(" ".join((model, data, stated.metric, stated.cost, run["scale"])))
     stands = "" if run["scale"] == "paper" else ", ".join(models)
     settings = ", ".join(f"{k} {v}" for k, v in _settings(run).items())
     lower = not tasks.get(stated.task).metric(stated.metric).higher_is_better
-    return Contest(
+    return Leaderboard(
         name, model, data, board.metric, lower, board.cost, run["scale"], stands, settings, unpruned, matched
     )
 
 
-def _distinct(places: Sequence[Place]) -> list[Place]:
+def _distinct(entries: Sequence[Entry]) -> list[Entry]:
     """Places whose methods would read the same are told apart by their options."""
-    names = Counter(p.method for p in places)
-    return [replace(p, method=f"{p.method} ({p.options or 'defaults'})") if names[p.method] > 1 else p for p in places]
+    names = Counter(p.method for p in entries)
+    return [replace(p, method=f"{p.method} ({p.options or 'defaults'})") if names[p.method] > 1 else p for p in entries]
 
 
-def _place(
-    slug: str, entry: str, budget: str | None, record: Mapping[str, Any], stated: papers.Board, base: Any
-) -> Place:
+def _entry(
+    slug: str, label: str, budget: str | None, record: Mapping[str, Any], stated: papers.Board, base: Any
+) -> Entry:
     run, figures = record["run"], record["metrics"]
-    found = figures[stated.metric]
+    result = figures[stated.metric]
     address = f"{record['identity']}-{record['sources']}"
     value = Value(
-        run["scale"], found["value"], found.get("stderr"), found.get("n"), address, None, found.get("protocol", "")
+        run["scale"], result["value"], result.get("stderr"), result.get("n"), address, None, result.get("protocol", "")
     )
-    paired = uncertainty.paired_difference(found, base) if base is not None and run["method"] is not None else None
+    paired = uncertainty.paired_difference(result, base) if base is not None and run["method"] is not None else None
     spent, saved = (figures.get(key, {}).get("value") for key in (stated.cost, saving(stated.cost)))
     options = ", ".join(f"{k}={v}" for k, v in run["options"].items())
-    name = UNPRUNED if run["method"] is None else entry
-    return Place(name, options, slug, budget, value, spent, saved, *(paired or (None, None)))
+    name = UNPRUNED if run["method"] is None else label
+    return Entry(name, options, slug, budget, value, spent, saved, *(paired or (None, None)))
 
 
 def _named(identity: Mapping[str, Any] | None) -> str:
@@ -183,30 +183,32 @@ def _named(identity: Mapping[str, Any] | None) -> str:
     return " ".join([str(name).replace("_", " "), *more])
 
 
-def grid(contest: Contest) -> Grid:
-    """All budgets of a contest, one block after the other."""
+def grid(leaderboard: Leaderboard) -> Grid:
+    """All budgets of a leaderboard, one block after the other."""
     notes, rows = Notes(), []
-    for budget, places in contest.blocks.items():
-        for place in places:
-            note = notes(place.value.protocol) if place.value.protocol else ""
-            spent = tables.cost(place.cost) if place.cost is not None else "–"
-            saved = f"{place.saving:.1f} %" if place.saving is not None else "–"
-            cells = [budget, place.method, f"{tables.shown(place.value, 2)} {note}".strip(), spent, saved]
-            rows.append([*cells, tables.gap(place.difference, place.interval)])
-    header = ["budget", "method", contest.metric, contest.cost, "saved", "difference to unpruned"]
-    head = (f"{contest.scale} scale" + (f", in place of {contest.stands_for}." if contest.stands_for else "."),)
-    return Grid(contest.title, head, header, [False, False, True, True, True, True], rows, (), notes.texts)
+    for budget, entries in leaderboard.blocks.items():
+        for entry in entries:
+            note = notes(entry.value.protocol) if entry.value.protocol else ""
+            spent = tables.cost(entry.cost) if entry.cost is not None else "–"
+            saved = f"{entry.saving:.1f} %" if entry.saving is not None else "–"
+            cells = [budget, entry.method, f"{tables.shown(entry.value, 2)} {note}".strip(), spent, saved]
+            rows.append([*cells, tables.gap(entry.difference, entry.interval)])
+    header = ["budget", "method", leaderboard.metric, leaderboard.cost, "saved", "difference to unpruned"]
+    head = (
+        f"{leaderboard.scale} scale" + (f", in place of {leaderboard.stands_for}." if leaderboard.stands_for else "."),
+    )
+    return Grid(leaderboard.title, head, header, [False, False, True, True, True, True], rows, (), notes.texts)
 
 
-def csv(contest: Contest) -> str:
+def csv(leaderboard: Leaderboard) -> str:
     """One line a method and budget."""
-    found = [(budget, place) for budget, places in contest.blocks.items() for place in places]
+    results = [(budget, entry) for budget, entries in leaderboard.blocks.items() for entry in entries]
     header = ("budget", "method", "options", "paper", "value", "stderr", "samples", "cost", "saving", "difference")
     rows = (
         (
             b, p.method, p.options, p.slug, p.value.value, p.value.stderr, p.value.samples, p.cost, p.saving,
             p.difference, p.interval, p.value.record,
         )
-        for b, p in found
+        for b, p in results
     )  # fmt: skip
     return tables.csv_text((*header, "interval", "record"), rows)

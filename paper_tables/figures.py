@@ -35,16 +35,16 @@ def of(
     context = Context(slug, plan.config, lines, boards, runs, record)
     own = hook(slug)
     curves: Mapping[str, Curves] = own.curves(context) if own and hasattr(own, "curves") else {}
-    found = trade_off(boards, curves)
+    result = trade_off(boards, curves)
     if own and hasattr(own, "figures"):
-        found += own.figures(context)
+        result += own.figures(context)
     made = [r for r in map(record, (job.run for job in runs)) if r is not None]
-    return found, [f"{r['identity']}-{r['sources']}" for r in made]
+    return result, [f"{r['identity']}-{r['sources']}" for r in made]
 
 
 def trade_off(boards: Sequence[BoardTable], reported: Mapping[str, Curves]) -> list[Figure]:
     """Each board as curves of quality against cost; what the paper reports stands in a panel and on axes of its own."""
-    found = []
+    results = []
     for name in dict.fromkeys(board.name for board in boards):
         same = [b for b in boards if b.name == name and b.scale != "analytic"]  # exact costs need no curve
         shown = [b for b in same if any(p.value.value is not None and p.cost for p in b.points)]
@@ -70,8 +70,8 @@ def trade_off(boards: Sequence[BoardTable], reported: Mapping[str, Curves]) -> l
             caption += " Bars are 95 % intervals of each value alone; the table below has the paired differences."
         if theirs and shown:
             caption += " The panels have different models, data and axes and do not compare."
-        found.append(Figure(name, f'<div class="panels">{"".join(panels)}</div>', caption))
-    return found
+        results.append(Figure(name, f'<div class="panels">{"".join(panels)}</div>', caption))
+    return results
 
 
 def _curves(board: BoardTable) -> tuple[Curves, tuple[str, float] | None]:

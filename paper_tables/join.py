@@ -141,20 +141,20 @@ class Records:
     @cached_property
     def _older(self) -> Mapping[str, Path]:
         """A record of each identity, whatever sources made it."""
-        found: dict[str, Path] = {}
+        results: dict[str, Path] = {}
         for path in sorted((self.results / "records").glob("*.json")):
-            found.setdefault(path.stem.partition("-")[0], path)
-        return found
+            results.setdefault(path.stem.partition("-")[0], path)
+        return results
 
     def get(self, run: Run) -> tuple[dict[str, Any] | None, bool]:
         """The run's record and whether it is stale; (None, False) where there is none."""
         path = run.path(self.results)
         old = False
         if not path.exists():
-            found = self._older.get(run.identity) if run.scale == "paper" else None
-            if found is None:
+            result = self._older.get(run.identity) if run.scale == "paper" else None
+            if result is None:
                 return None, False
-            path, old = found, True
+            path, old = result, True
         return self._at(path), old
 
     def at(self, address: str) -> dict[str, Any]:
@@ -190,11 +190,11 @@ class Records:
             return Value(f"not run: needs {run.needs or (ON_REQUEST if run.scale == 'paper' else MISSING)}")
         if metric not in record["metrics"]:
             return Value(f"not run: needs the metric '{metric}', which the record {run.address} lacks")
-        found = record["metrics"][metric]
+        result = record["metrics"][metric]
         address = f"{record['identity']}-{record['sources']}"
-        protocol = found.get("protocol", "")
+        protocol = result.get("protocol", "")
         status = "stale" if old else status
-        return Value(status, found["value"], found.get("stderr"), found.get("n"), address, self.count(run), protocol)
+        return Value(status, result["value"], result.get("stderr"), result.get("n"), address, self.count(run), protocol)
 
 
 def tables(slug: str, plan: Plan, records: Records) -> list[PaperTable]:

@@ -67,14 +67,14 @@
   const pick = document.querySelector("form.pick");
   let show = () => false;
   if (pick) {
-    const contests = all(".contest");
+    const leaderboards = all(".leaderboard");
     const { model, metric, budget } = pick.elements;
     const fill = (list, values, wanted) => {
       const unique = [...new Set(values)];
       list.replaceChildren(...unique.map((value) => new Option(value, value)));
       list.value = unique.includes(wanted) ? wanted : unique[0];
     };
-    const ofModel = () => contests.filter((c) => c.dataset.model === model.value);
+    const ofModel = () => leaderboards.filter((c) => c.dataset.model === model.value);
     const twin = (c) => ofModel().some((other) => other !== c && other.dataset.metric === c.dataset.metric);
     const label = (c) => (twin(c) ? `${c.dataset.metric} (${c.dataset.settings})` : c.dataset.metric);
     const current = () => ofModel().find((c) => label(c) === metric.value);
@@ -83,14 +83,14 @@
       fill(metric, ofModel().map(label), metric.value);
       const chosen = current();
       fill(budget, [...budgets(chosen), "all"], budget.value);
-      for (const c of contests) c.hidden = c !== chosen;
+      for (const c of leaderboards) c.hidden = c !== chosen;
       for (const block of all(".block", chosen)) block.hidden = budget.value !== "all" && block.dataset.budget !== budget.value;
       const entries = all(".block", chosen).filter((block) => !block.hidden);
       pick.querySelector("output").textContent = `${entries.reduce((n, block) => n + block.querySelectorAll("tbody tr").length, 0)} entries`;
     };
     show = (id) => {
       const block = document.getElementById(id);
-      const chosen = block && block.closest(".contest");
+      const chosen = block && block.closest(".leaderboard");
       if (!chosen) return false;
       model.value = chosen.dataset.model;
       fill(metric, ofModel().map(label), label(chosen));
@@ -98,7 +98,7 @@
       update();
       return true;
     };
-    fill(model, contests.map((c) => c.dataset.model));
+    fill(model, leaderboards.map((c) => c.dataset.model));
     pick.addEventListener("input", () => {
       update();
       const block = all(".block", current()).find((b) => !b.hidden);

@@ -217,7 +217,7 @@ class Site:
     """What all pages share."""
 
     sections: Sequence[Section]
-    contests: Sequence[cross.Contest]
+    leaderboards: Sequence[cross.Leaderboard]
     config: Mapping[str, Any]
     records: join.Records
     folder: Path  # where index.html will lie
@@ -226,19 +226,19 @@ class Site:
     @cached_property
     def _templates(self) -> jinja2.Environment:
         script = (HERE / "page.js").read_text(encoding="utf-8")
-        found = jinja2.Environment(
+        result = jinja2.Environment(
             loader=jinja2.FileSystemLoader(HERE),
             autoescape=True,
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
         )
-        found.globals |= {
+        result.globals |= {
             "css": Markup((HERE / "page.css").read_text(encoding="utf-8")),
             "js": Markup(script),
             "js_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             "sections": self.sections,
-            "contests": self.contests,
+            "leaderboards": self.leaderboards,
             "scale": self.config["scale"],
             "assets": bool(self.config["assets"]),
             "commit": self.made["commit"],
@@ -254,7 +254,7 @@ class Site:
             "web": lambda link: link.startswith(("https://", "http://")),
             "plain": lambda tag: tag.replace("_", " "),
         }
-        return found
+        return result
 
     def index(self) -> str:
         """Papers with their status at a glance."""
@@ -302,12 +302,12 @@ class Site:
 def _code(slug: str, folder: Path) -> list[tuple[str, str | None]]:
     """The method's files with links from the page, where the page lies in the same tree."""
     root, here = files.ROOT.resolve(), folder.resolve()
-    found = []
+    results = []
     for name in ("method.py", "paper.yaml", "reported.csv"):
         path = papers.METHODS / slug / name
         link = Path(os.path.relpath(path, here)).as_posix() if here.is_relative_to(root) else None
-        found.append((f"methods/{slug}/{name}", link))
-    return found
+        results.append((f"methods/{slug}/{name}", link))
+    return results
 
 
 def _readme(slug: str) -> Markup | None:

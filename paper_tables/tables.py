@@ -196,13 +196,13 @@ def cost(value: float) -> str:
 
 def tolerances(table: PaperTable) -> list[str]:
     """What the columns' numbers are held to and why, one text a reason."""
-    found: dict[str, dict[str, list[float]]] = {}
+    results: dict[str, dict[str, list[float]]] = {}
     for line in table.lines:
         if line.tolerance:
-            columns = found.setdefault(line.tolerance.reason, {})
+            columns = results.setdefault(line.tolerance.reason, {})
             columns.setdefault(line.reported.column, []).append(line.tolerance.value)
     said = []
-    for reason, columns in found.items():
+    for reason, columns in results.items():
         spans: dict[str, list[str]] = {}
         for column, values in columns.items():
             low, high = held(min(values)), held(max(values))

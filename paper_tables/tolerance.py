@@ -78,15 +78,15 @@ def _set(metric: str, data: str | None) -> EvaluationSet | None:
     """The set over which a metric is a share: that of the data set, or of the task that the metric names first."""
     task, _, measure = metric.partition(" ")
     name, measured = (data, metric) if data else (task, measure.partition(",")[0])
-    found = evaluation_sets().get(name or "")
-    return found if found and measured in found.shares else None
+    result = evaluation_sets().get(name or "")
+    return result if result and measured in result.shares else None
 
 
 def sets(column: papers.Column, metric: str) -> tuple[EvaluationSet, ...]:
     """The sets behind a column's metric, one for each part of an average; none unless all are shares."""
     parts = column.settings.get("average", ()) if metric in MEANS else (metric,)
-    found = [_set(part, column.data) for part in parts]
-    return tuple(s for s in found if s) if all(found) else ()
+    results = [_set(part, column.data) for part in parts]
+    return tuple(s for s in results if s) if all(results) else ()
 
 
 def unsized(column: papers.Column, metric: str) -> list[str]:

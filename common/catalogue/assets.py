@@ -19,15 +19,15 @@ from prunelab.common.core.files import file_digest, inside
 
 def uses() -> dict[str, list[str]]:
     """The models and data sets of the catalogues that are read from an entry of the assets, by its name."""
-    found: dict[str, list[str]] = {}
+    results: dict[str, list[str]] = {}
     for name, entry in lookup.models().items():
         if "assets" in entry:
             where = entry["assets"]
-            found.setdefault(where if isinstance(where, str) else where["folder"], []).append(name)
+            results.setdefault(where if isinstance(where, str) else where["folder"], []).append(name)
     for name, entry in lookup.datasets().items():
         if "assets" in entry:
-            found.setdefault(entry["assets"].get("listed", entry["assets"]["folder"]), []).append(name)
-    return found
+            results.setdefault(entry["assets"].get("listed", entry["assets"]["folder"]), []).append(name)
+    return results
 
 
 def tests_only() -> dict[str, str]:

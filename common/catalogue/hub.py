@@ -179,8 +179,8 @@ def identity(entry: Mapping[str, Any], kind: Kind, config: Mapping[str, Any]) ->
 
 def listing(folder: Path) -> list[tuple[str, int, int]]:
     """The files below a folder with size and time of change, which tell whether it was touched."""
-    found = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
-    return [(path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+    result = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [(path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in result]
 
 
 def surroundings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,15 +197,15 @@ def surroundings(config: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def fingerprint(folder: Path, kind: Kind) -> str:
     """A hash of a folder's files: names, sizes, and their first and last MB, as a whole checkpoint takes minutes."""
-    found = {}
+    results = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and wanted(p.name, kind)):
         size = path.stat().st_size
         with path.open("rb") as file:
             read = hashlib.sha256(file.read(_SAMPLE))
             file.seek(max(size - _SAMPLE, 0))
             read.update(file.read(_SAMPLE))
-        found[path.relative_to(folder).as_posix()] = (size, read.hexdigest())
-    return files.digest(found)[:20]
+        results[path.relative_to(folder).as_posix()] = (size, read.hexdigest())
+    return files.digest(results)[:20]
 
 
 def wanted(name: str, kind: Kind) -> bool:
@@ -217,14 +217,14 @@ def folder(identity: Mapping[str, Any], kind: Kind, config: Mapping[str, Any]) -
     """The folder with the files of a repository that a run's identity names."""
     name = str(identity["hub"])
     if "local" in identity:
-        found = stand_in(name, kind, config)
+        result = stand_in(name, kind, config)
     elif "revision" in identity:
-        found = checked(identity, kind, config)
+        result = checked(identity, kind, config)
     else:
         raise PrunelabError(f"pin a revision of {name} first (python -m prunelab prefetch --lock)")
-    if found is None:
+    if result is None:
         raise PrunelabError(f"{name} cannot be had here; download it first (python -m prunelab prefetch)")
-    return found
+    return result
 
 
 def file(identity: Mapping[str, Any], kind: Kind, config: Mapping[str, Any]) -> Path:

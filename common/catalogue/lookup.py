@@ -155,31 +155,31 @@ def resolve(kind: hub.Kind, name: str, scale: str, config: Mapping[str, Any]) ->
     missing = _model_missing(entry, scale, config) if kind == "model" else _data_missing(entry, config)
     if missing and scale != "paper":
         return Resolved({}, missing)
-    found = _model(name, entry, scale, config) if kind == "model" else _data(entry, scale, config)
-    return Resolved(found, missing, gpus=entry.get("gpus", 1) if scale == "paper" else 1)
+    result = _model(name, entry, scale, config) if kind == "model" else _data(entry, scale, config)
+    return Resolved(result, missing, gpus=entry.get("gpus", 1) if scale == "paper" else 1)
 
 
 def _model(name: str, entry: Any, scale: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if scale == "testbed":
         return {"testbed": entry, "sha256": _testbed_hash(str(entry))}
     if scale == "paper":
-        found = _content(entry, "model", config)
+        result = _content(entry, "model", config)
     else:
-        found = {"assets": entry} if isinstance(entry, str) else {"assets": entry["folder"], **entry}
-        found.pop("folder", None)
-        found["sha256"] = _assets_hash(config, found["assets"])
-    if "file" in found and "architecture" in model(name):
-        found["architecture"] = model(name)["architecture"]
-    return found
+        result = {"assets": entry} if isinstance(entry, str) else {"assets": entry["folder"], **entry}
+        result.pop("folder", None)
+        result["sha256"] = _assets_hash(config, result["assets"])
+    if "file" in result and "architecture" in model(name):
+        result["architecture"] = model(name)["architecture"]
+    return result
 
 
 def _data(entry: Mapping[str, Any], scale: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    found = _content(entry, "dataset", config)
-    if "packages" in found:  # data cut from installed packages change with their versions
-        found["versions"] = {package: _version(package) for package in found["packages"]}
+    result = _content(entry, "dataset", config)
+    if "packages" in result:  # data cut from installed packages change with their versions
+        result["versions"] = {package: _version(package) for package in result["packages"]}
     if scale == "assets":  # folders that several data sets share name theirs as `listed`
-        found["sha256"] = _assets_hash(config, found.pop("listed", found["folder"]))
-    return found
+        result["sha256"] = _assets_hash(config, result.pop("listed", result["folder"]))
+    return result
 
 
 def surroundings(config: Mapping[str, Any]) -> dict[str, Any]:

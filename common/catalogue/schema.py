@@ -157,5 +157,5 @@ def check(file: str, content: Any) -> Mapping[str, Any]:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise PrunelabError(f"configs/{file}, {where or 'top level'}: {first['msg']}") from None
-    found: Mapping[str, Any] = content
-    return found
+    results: Mapping[str, Any] = content
+    return results

@@ -81,19 +81,19 @@ def run(
         testbed_question(kind, shown, question)  # its mistakes are told before weights are read
     model, processor = loading.vision_language({"testbed": name} if kind else {"folder": name}, config)
     query = testbed_question(kind, shown, question) if kind else processed(processor, model, shown, question)
-    found = inspect(model, query, method, budget, counted=True)
-    lines = [question, f"unpruned: {found.dense}", f"{method.name} at {budget}: {found.pruned}"]
+    result = inspect(model, query, method, budget, counted=True)
+    lines = [question, f"unpruned: {result.dense}", f"{method.name} at {budget}: {result.pruned}"]
     if kind:
         lines.append(f"{name} is a toy of ours that knows drawn digits alone: of anything else it says nothing.")
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
-    console.print(str(found.report))
-    if len(found.tokens) > 1:
-        for stage in found.stages:
+    console.print(str(result.report))
+    if len(result.tokens) > 1:
+        for stage in result.stages:
             each = " ".join(sheets.amount(n) for n in stage.tokens)
             console.print(f"tokens of each frame or crop {stage.name}: {each}", soft_wrap=True)
-    pictures = panels(query, processor, shown, len(found.tokens))
-    drawn = sheets.standalone(drawing(pictures, found, lines, f"What {method.name} leaves of {file.name}"))
+    pictures = panels(query, processor, shown, len(result.tokens))
+    drawn = sheets.standalone(drawing(pictures, result, lines, f"What {method.name} leaves of {file.name}"))
     console.print(deliver(out, drawn, "picture"), soft_wrap=True)
     console.print("paler patches have less left, blue ones more than they had")
 

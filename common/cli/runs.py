@@ -30,32 +30,36 @@ def plan(
     values = settings(config)
     if only:
         values["papers"] = only
-    found = overview.overview(values)
+    result = overview.overview(values)
     if as_json:
-        told = {"numbers": found.reported, "executable": found.executable, "reasons": dict(found.reasons.most_common())}
+        told = {
+            "numbers": result.reported,
+            "executable": result.executable,
+            "reasons": dict(result.reasons.most_common()),
+        }
         print(json.dumps(told, indent=1))
         return
     table = Table("runs", "scale", "needed", "there", box=None, pad_edge=False)
-    for (kind, scale), (needed, there) in found.runs.items():
+    for (kind, scale), (needed, there) in result.runs.items():
         table.add_row(kind, scale or "any", str(needed), str(there))
-    totals = [sum(counts) for counts in zip(*found.runs.values(), strict=True)] or [0, 0]
+    totals = [sum(counts) for counts in zip(*result.runs.values(), strict=True)] or [0, 0]
     table.add_row("in all", "", *map(str, totals))
     console.print(table)
-    console.print(f"\n{found.made} of {found.reported} reported numbers come from these runs")
-    console.print(f"{found.executable} have a run, here or where its data and a GPU are")
-    if found.reasons:
-        console.print(f"{found.reasons.total()} have none; they take")
-        for reason, count in found.reasons.most_common():
+    console.print(f"\n{result.made} of {result.reported} reported numbers come from these runs")
+    console.print(f"{result.executable} have a run, here or where its data and a GPU are")
+    if result.reasons:
+        console.print(f"{result.reasons.total()} have none; they take")
+        for reason, count in result.reasons.most_common():
             console.print(f"{count:5d}  {papers.REASONS[reason]}", markup=False)
-    if found.lacking:
-        shown = found.lacking.most_common(None if everything else REASONS)
-        console.print(f"{found.lacking.total()} lack something; what most of them lack:")
+    if result.lacking:
+        shown = result.lacking.most_common(None if everything else REASONS)
+        console.print(f"{result.lacking.total()} lack something; what most of them lack:")
         for reason, count in shown:
             line = f"{count:5d}  {reason}"
             fits = everything or len(line) <= console.width
             console.print(line if fits else line[: console.width - 1] + "…", markup=False, soft_wrap=True)
-        if len(shown) < len(found.lacking):
-            console.print(f"and {len(found.lacking) - len(shown)} further reasons; --all shows all of them")
+        if len(shown) < len(result.lacking):
+            console.print(f"and {len(result.lacking) - len(shown)} further reasons; --all shows all of them")
     if totals[1] < totals[0]:
         console.print("make the missing ones with: snakemake paper_tables")
 

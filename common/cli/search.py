@@ -52,7 +52,7 @@ def monte_carlo(
         lookup.resolve("model", model_name, scale, config),
         lookup.resolve("dataset", data_name, scale, config),
     )
-    if lacking := "; ".join(found.missing for found in (data, model) if found.missing):
+    if lacking := "; ".join(results.missing for results in (data, model) if results.missing):
         raise PrunelabError(f"this search needs {lacking}")
     net = loading.architecture(lookup.architecture(model_name))
     judge, transform = loading.load(model.identity, config)
@@ -64,7 +64,7 @@ def monte_carlo(
             report = handle.report()
             return report.macs - report.scoring_macs + 5 * meter.norm_elements(net, handle.adapter.example())
 
-    found = []
+    results = []
     for _ in track(range(trials), "searching", transient=True):
         method, start = space.propose(info, rng)
         budget = match.fit(lambda level: space.scale(start, level), lambda b: cost_at(method, b), gflops * 1e9)  # noqa: B023
@@ -73,7 +73,7 @@ def monte_carlo(
             continue  # these layers cannot meet the cost
         with apply(method, judge, budget), torch.inference_mode():
             correct = torch.cat([judge(x).argmax(-1) == y for x, y in batches])
-        found.append(
+        results.append(
             {
                 "accuracy": round(100 * correct.float().mean().item(), 3),
                 "gflops": round(used, 4),
@@ -83,6 +83,6 @@ def monte_carlo(
                 "scale": scale,
             }
         )
-    if not found:
+    if not results:
         raise PrunelabError(f"no configuration met {gflops:g} G; ask for another cost or more trials")
-    return sorted(found, key=lambda trial: -trial["accuracy"])
+    return sorted(results, key=lambda trial: -trial["accuracy"])

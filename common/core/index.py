@@ -64,15 +64,15 @@ class Entry:
 @cache
 def entries() -> Mapping[str, Entry]:
     """Every method by name. Raises PrunelabError where two share a name or a file cannot be read."""
-    found: dict[str, Entry] = {}
+    results: dict[str, Entry] = {}
     for path in sorted(METHODS.glob("*/method.py")):
         for entry in _read(path):
-            if entry.name in found:
+            if entry.name in results:
                 raise PrunelabError(
-                    f"two methods are named '{entry.name}': {found[entry.name].module} and {entry.module}; rename one"
+                    f"two methods are named '{entry.name}': {results[entry.name].module} and {entry.module}; rename one"
                 )
-            found[entry.name] = entry
-    return found
+            results[entry.name] = entry
+    return results
 
 
 def _read(path: Path) -> Iterator[Entry]:
@@ -205,7 +205,7 @@ def _literal(module: _Module, value: ast.expr) -> ast.expr:
 
 def _options(lineage: list[tuple[_Module, ast.ClassDef]]) -> tuple[Option, ...]:
     """The fields of a dataclass: those of its bases first, each in the place where it first stood."""
-    found: dict[str, Option] = {}
+    results: dict[str, Option] = {}
     for module, node in reversed(lineage):
         if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
             continue
@@ -214,8 +214,8 @@ def _options(lineage: list[tuple[_Module, ast.ClassDef]]) -> tuple[Option, ...]:
                 kind = ast.unparse(statement.annotation).strip("'\"")
                 if not kind.rpartition("typing.")[2].startswith("ClassVar"):
                     name = statement.target.id
-                    found[name] = Option(name, _hint(module, statement.annotation), _default(module, statement.value))
-    return tuple(found.values())
+                    results[name] = Option(name, _hint(module, statement.annotation), _default(module, statement.value))
+    return tuple(results.values())
 
 
 def _default(module: _Module, value: ast.expr | None) -> str | None:

@@ -156,13 +156,13 @@ def words(hint: Any) -> str:
 
 
 def _bounds(metadata: Iterable[Any]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for part in metadata:
         for kind in (Ge, Gt, Le, Lt):
             name = kind.__name__.lower()
             if isinstance(part, kind | Interval) and getattr(part, name) is not None:
-                found[name] = getattr(part, name)
-    return found
+                results[name] = getattr(part, name)
+    return results
 
 
 def _range(bounds: Mapping[str, float]) -> str:

@@ -46,7 +46,7 @@ def files(split: Split) -> tuple[str, ...]:
     if split not in get_args(Split):
         raise PrunelabError(f"there is no split '{split}' of the source code; use train or held_out")
     seen: set[str] = set()
-    found: list[tuple[bytes, str]] = []
+    results: list[tuple[bytes, str]] = []
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
@@ -62,8 +62,8 @@ def files(split: Split) -> tuple[str, ...]:
             seen.add(text)
             order = hashlib.sha256(place.as_posix().encode()).digest()
             if (order[0] < _HELD_OUT) == (split == "held_out"):
-                found.append((order, text))
-    return tuple(text for _, text in sorted(found))
+                results.append((order, text))
+    return tuple(text for _, text in sorted(results))
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:

@@ -106,9 +106,9 @@ def scenes(
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     canvas, objects = [], []
     for _ in range(0, count, CHUNK):
-        x, found = _chunk(split, generator, clutter, deformed)
+        x, result = _chunk(split, generator, clutter, deformed)
         canvas.append(x)
-        objects += found
+        objects += result
     scene = torch.cat(canvas)[:count] if canvas else torch.zeros(0, 1, SIDE, SIDE)
     return scene, objects[:count]
 
@@ -224,7 +224,7 @@ def _collection(data: Mapping[str, Any], folder: Path) -> Collection:
         raise PrunelabError(
             f"the annotations of {folder} list no image, or one twice; give a file that lists each once"
         )
-    found: dict[Any, list[tuple[list[float], int, bool, float]]] = {image: [] for image in size}
+    results: dict[Any, list[tuple[list[float], int, bool, float]]] = {image: [] for image in size}
     for entry in data["annotations"]:
         name, image = f"annotation {entry['id']} of {folder}", entry["image_id"]
         if image not in size or entry["category_id"] not in label:
@@ -239,9 +239,9 @@ def _collection(data: Mapping[str, Any], folder: Path) -> Collection:
             )
         area = float(entry.get("area", width * height))
         box = [x, y, x + width, y + height]
-        found[image].append((box, label[entry["category_id"]], bool(entry.get("iscrowd", 0)), area))
+        results[image].append((box, label[entry["category_id"]], bool(entry.get("iscrowd", 0)), area))
     paths = [files.inside(folder, entry["file_name"]) for entry in data["images"]]
-    objects = [_objects(*size[image], found[image]) for image in size]
+    objects = [_objects(*size[image], results[image]) for image in size]
     return Collection(lambda i: _read(paths[i], objects[i]), objects, ids)
 
 

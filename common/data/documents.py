@@ -78,7 +78,7 @@ def api_docs(limit: int | None = None, shuffled: bool = True) -> tuple[Document,
     Sources are read and parsed, never imported. Entries are in order of package, module and qualified name; a
     summary or a text that occurred before is left out. The entries depend on the installed versions.
     """
-    found: list[Document] = []
+    results: list[Document] = []
     seen: set[object] = set()
     for package in API_PACKAGES:
         for name, docstring in _docstrings(package):
@@ -89,12 +89,12 @@ def api_docs(limit: int | None = None, shuffled: bool = True) -> tuple[Document,
             seen |= {summary, prose}
             if shuffled:
                 prose = tuple(sorted(prose, key=lambda s: hashlib.sha256(s.encode("utf8", "replace")).digest()))
-            found.append(Document(name, (prose,), (summary,)))
-            if len(found) == limit:
-                return tuple(found)
-    if not found:
+            results.append(Document(name, (prose,), (summary,)))
+            if len(results) == limit:
+                return tuple(results)
+    if not results:
         raise PrunelabError(f"none of {', '.join(API_PACKAGES)} is installed; install this project's requirements")
-    return tuple(found)
+    return tuple(results)
 
 
 def describe(docstring: str) -> tuple[str, tuple[str, ...]]:
@@ -177,14 +177,14 @@ def opinosis(assets: Path) -> tuple[Document, ...]:
     """Opinosis: 51 topics, each a list of sentences from reviews, with three to five short human summaries."""
     with files.archive(_asset(assets, "opinosis/OpinosisDataset1.0_0.zip")) as archive:
         names = sorted(files.names(archive))
-        found = []
+        results = []
         for name in names:
             if match := re.fullmatch(r"topics/(.*)\.txt\.data", name):
                 lines = files.member(archive, name).decode("latin-1").splitlines()
                 gold = [n for n in names if n.startswith(f"summaries-gold/{match[1]}/") and n.endswith(".gold")]
                 references = tuple(_one_line(files.member(archive, n).decode("latin-1")) for n in gold)
-                found.append(Document(match[1], (tuple(_one_line(s) for s in lines if text.words(s)),), references))
-    return tuple(found)
+                results.append(Document(match[1], (tuple(_one_line(s) for s in lines if text.words(s)),), references))
+    return tuple(results)
 
 
 def bbc(assets: Path, every: int = 20) -> tuple[Document, ...]:
@@ -195,13 +195,13 @@ def bbc(assets: Path, every: int = 20) -> tuple[Document, ...]:
         def read(name: str) -> str:
             return files.member(archive, members[name]).decode("latin-1")
 
-        found = []
+        results = []
         for name in sorted(n for n in members if n.startswith("News Articles/"))[::every]:
             _, _, body = read(name).partition("\n")
             key = name.removeprefix("News Articles/").removesuffix(".txt")
             references = (_one_line(read(f"Summaries/{key}.txt")),)
-            found.append(Document(key, (tuple(text.sentences(body)),), references))
-    return tuple(found)
+            results.append(Document(key, (tuple(text.sentences(body)),), references))
+    return tuple(results)
 
 
 def cnndm(assets: Path) -> tuple[Document, ...]:
@@ -244,7 +244,7 @@ def duc(folder: Path) -> tuple[Document, ...]:
     summaries: dict[str, list[Path]] = {}
     for path in sorted(models.rglob("*.M.*"), key=lambda p: p.name):
         summaries.setdefault(path.name.split(".")[0].lower(), []).append(path)
-    found = []
+    results = []
     for cluster in sorted(p for p in (folder / "docs").iterdir() if p.is_dir()):
         stories = tuple(_story(path) for path in sorted(cluster.iterdir()) if path.is_file())
         human = summaries.get(cluster.name.lower().rstrip("abcdefghijklmnopqrstuvwxyz"), [])
@@ -253,10 +253,10 @@ def duc(folder: Path) -> tuple[Document, ...]:
             raise PrunelabError(f"{models} has no summary of cluster {cluster.name}; expected files such as {expected}")
         if not any(stories):
             raise PrunelabError(f"{cluster} holds no story; expected SGML files with text between <TEXT> and </TEXT>")
-        found.append(Document(cluster.name, stories, tuple(_plain(p.read_text("latin-1")) for p in human)))
-    if not found:
+        results.append(Document(cluster.name, stories, tuple(_plain(p.read_text("latin-1")) for p in human)))
+    if not results:
         raise PrunelabError(f"{folder / 'docs'} holds no cluster; expected folders such as d30001t")
-    return tuple(found)
+    return tuple(results)
 
 
 def _story(path: Path) -> tuple[str, ...]:

@@ -65,14 +65,14 @@ def sequences(
             raise PrunelabError(
                 f"the text has {len(tokens)} tokens, fewer than one sequence of {length}; shorten the length"
             )
-        found = list(tokens[: count * length].view(count, length))
+        results = list(tokens[: count * length].view(count, length))
     else:
-        found = [torch.tensor(_tokens(tokenizer, document)[:length]) for document in documents]
+        results = [torch.tensor(_tokens(tokenizer, document)[:length]) for document in documents]
     if samples is None:
-        return found
-    if samples > len(found):
-        raise PrunelabError(f"the text has {len(found)} sequences of {length} tokens, not {samples}; ask for fewer")
-    return [found[i * len(found) // samples] for i in range(samples)]
+        return results
+    if samples > len(results):
+        raise PrunelabError(f"the text has {len(results)} sequences of {length} tokens, not {samples}; ask for fewer")
+    return [results[i * len(results) // samples] for i in range(samples)]
 
 
 def windows(
@@ -117,8 +117,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _source_code(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
     """Python files, as many as `files` says; with `dialect`, in the one that `dialect` makes of them."""
-    found = code.files("held_out" if split == "test" else "train")[: identity.get("files", _FILES)]
-    return tuple(map(dialect, found)) if identity.get("dialect") else found
+    result = code.files("held_out" if split == "test" else "train")[: identity.get("files", _FILES)]
+    return tuple(map(dialect, result)) if identity.get("dialect") else result
 
 
 def _stories(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
@@ -155,11 +155,11 @@ def _ultrachat(identity: Mapping[str, Any], config: Mapping[str, Any], split: Sp
     paths = sorted(hub.folder(identity, "dataset", config).glob("*.jsonl"))
     if not paths:
         raise PrunelabError(f"{identity['hub']} holds no JSON lines; download it again")
-    found: list[str] = []
+    results: list[str] = []
     for path in paths:
         with path.open(encoding="utf8") as lines:
-            found += [turn for line in lines if line.strip() for turn in json.loads(line)["data"]]
-    return tuple(found)
+            results += [turn for line in lines if line.strip() for turn in json.loads(line)["data"]]
+    return tuple(results)
 
 
 def _lines(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
@@ -168,10 +168,10 @@ def _lines(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split)
         raise PrunelabError("these prompts are here to measure on; calibrate on another data set")
     path = files.inside(Path(config[identity["setting"]]), identity["file"])
     try:
-        found = path.read_text(encoding="utf8").splitlines()
+        result = path.read_text(encoding="utf8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PrunelabError(f"cannot read {path} ({error}); it is to hold one prompt a line") from None
-    return tuple(line for line in found if line.strip())
+    return tuple(line for line in result if line.strip())
 
 
 def _asset(identity: Mapping[str, Any], config: Mapping[str, Any]) -> Path:

@@ -72,14 +72,14 @@ def _pieces(
         raise PrunelabError(
             f"a prompt of {prompt:g} of {length} tokens leaves no prompt or no response; choose another"
         )
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     for document in documents:
         tokens = torch.tensor(tokenizer(document, verbose=False)["input_ids"])
-        found += tokens[: len(tokens) // length * length].split(length)
-    if len(found) < count:
-        raise PrunelabError(f"the text has {len(found)} pieces of {length} tokens, not {count}; ask for fewer")
-    random.Random(0).shuffle(found)
-    labelled = ((ids, ids.clone()) for ids in found[:count])
+        results += tokens[: len(tokens) // length * length].split(length)
+    if len(results) < count:
+        raise PrunelabError(f"the text has {len(results)} pieces of {length} tokens, not {count}; ask for fewer")
+    random.Random(0).shuffle(results)
+    labelled = ((ids, ids.clone()) for ids in results[:count])
     return [Piece(str(tokenizer.decode(ids)), ids, _without(labels, start)) for ids, labels in labelled]
 
 

@@ -57,7 +57,7 @@ class Context:
         """One metric of the same runs against another: the board `quality` over the board `spent`, entry by entry and
         scale by scale, with the baseline as a level. Entries without a budget have no place on the axis and are told
         in the caption."""
-        found = []
+        results = []
         for board in (b for b in self.boards if b.name == quality):
             other = next((b for b in self.boards if (b.name, b.scale) == (spent, board.scale)), None)
             if other is None:
@@ -83,5 +83,5 @@ class Context:
             )
             if drawn:
                 stand_in = "" if board.scale == "paper" else f" A stand-in: {board.scale} scale."
-                found.append(Figure(title, drawn, caption + "".join(apart) + stand_in))
-        return found
+                results.append(Figure(title, drawn, caption + "".join(apart) + stand_in))
+        return results

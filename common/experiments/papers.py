@@ -346,8 +346,8 @@ def load(slug: str) -> Paper:
     role = next((entry.role for entry in index.entries().values() if entry.slug == slug), "")
     try:
         content = {"slug": slug, **read_yaml(path.read_text())}
-        if (found := re.search(r"(\d{4})$", str(content.get("venue", "")))) and "year" not in content:
-            content["year"] = int(found[1])
+        if (result := re.search(r"(\d{4})$", str(content.get("venue", "")))) and "year" not in content:
+            content["year"] = int(result[1])
         content["taxonomy"] = {**TAXONOMY, **OF_ROLES.get(role, {}), **content.get("taxonomy", {})}
         for table in content.get("tables", ()):
             for columns in (table, *(row for row in (table.get("rows") or {}).values() if isinstance(row, dict))):
@@ -371,7 +371,7 @@ def load(slug: str) -> Paper:
 @cache
 def reported(slug: str) -> tuple[Reported, ...]:
     """Every number of reported.csv, in file order. Raises PrunelabError with the first line that is none."""
-    found: dict[tuple[str, str, str], Reported] = {}
+    results: dict[tuple[str, str, str], Reported] = {}
     path = METHODS / slug / "reported.csv"
     if not path.exists():
         raise PrunelabError(f"methods/{slug} has no reported.csv; write the numbers that the paper reports there")
@@ -380,11 +380,11 @@ def reported(slug: str) -> tuple[Reported, ...]:
         for line in lines:
             try:
                 number = _number(line)
-                if found.setdefault((number.table, number.row, number.column), number) is not number:
+                if results.setdefault((number.table, number.row, number.column), number) is not number:
                     raise ValueError("an earlier line has the same table, row and column")
             except ValueError as error:
                 raise PrunelabError(f"methods/{slug}/reported.csv, line {lines.line_num}: {error}") from None
-    return tuple(found.values())
+    return tuple(results.values())
 
 
 def _number(line: Mapping[str, str]) -> Reported:

@@ -51,18 +51,18 @@ def entries(
     That is what builds a model (a testbed's module, a backbone, a method's learned parts), the engine of the method's
     wing, and the adapter that the catalogue names for the model, each where something that looks it up is reached.
     """
-    found = [f"common/tasks/{task}.py", *tasks.get(task).files(settings or {})]
+    results = [f"common/tasks/{task}.py", *tasks.get(task).files(settings or {})]
     if method is not None:
         by_role = tasks.get(task).by_role.get(registry.entry(method).role)
-        found += [_method(method), *_engine(_method(method)), *([by_role] if by_role else [])]
+        results += [_method(method), *_engine(_method(method)), *([by_role] if by_role else [])]
     for identity in (ids or {}).values():
-        found += _builders(identity) if isinstance(identity, Mapping) else ()
+        results += _builders(identity) if isinstance(identity, Mapping) else ()
     entry = lookup.model(model) if model else {}
-    reached = provenance.reached(tuple(found))
+    reached = provenance.reached(tuple(results))
     for wing, key in (("tokens", "adapter"), ("weights", "weight_adapter")):
         if key in entry and f"common/{wing}/adapters/__init__.py" in reached:
-            found.append(f"common/{wing}/adapters/{entry[key]}.py")
-    return tuple(dict.fromkeys(found))
+            results.append(f"common/{wing}/adapters/{entry[key]}.py")
+    return tuple(dict.fromkeys(results))
 
 
 def _engine(method: str) -> Iterator[str]:
@@ -120,14 +120,14 @@ def resolve(
         ids = {"model": lookup.architecture(str(model))}
     elif task.reads:
         used = _used(task, method, model, data, settings)
-        found = {of: lookup.resolve(kind, entry, scale, config) for of, (kind, entry) in used.items()}
-        lacking = "; ".join(dict.fromkeys(r.missing for r in found.values() if r.missing))
-        if lacking and (scale != "paper" or not all(r.listed for r in found.values())):
+        results = {of: lookup.resolve(kind, entry, scale, config) for of, (kind, entry) in used.items()}
+        lacking = "; ".join(dict.fromkeys(r.missing for r in results.values() if r.missing))
+        if lacking and (scale != "paper" or not all(r.listed for r in results.values())):
             return lacking
         needs = lacking or needs
-        ids = {of: r.identity for of, r in found.items()}
+        ids = {of: r.identity for of, r in results.items()}
         names = list(used.values()) if scale == "paper" else []
-        gpus = max(r.gpus for r in found.values())
+        gpus = max(r.gpus for r in results.values())
     return Run(
         name, scale if task.scales else "", method, configuration.options, budget, settings, ids,
         entries(name, method, model, ids, settings), needs, tuple(names), gpus,
@@ -259,8 +259,8 @@ def points(slug: str, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
     """Every point of a paper's boards at the scales asked for."""
     for board in papers.load(slug).boards:
         with papers.place(slug, f"board '{board.name}'"):
-            found = list(_points(slug, board, config))
-        yield from found
+            results = list(_points(slug, board, config))
+        yield from results
 
 
 def _points(slug: str, board: papers.Board, config: Mapping[str, Any]) -> Iterator[BoardPoint]:

@@ -55,13 +55,13 @@ class Plan:
     def cells(self, slug: str) -> list[Cell]:
         """Every reported number of a paper with its runs."""
         tables = {table.name: table for table in papers.load(slug).tables}
-        found = []
+        results = []
         for number, entry in zip(papers.reported(slug), self.content["papers"][slug]["cells"], strict=True):
             metric, status, runs, count, reason = entry
             column = None if reason else tables[number.table].column(number)
             at = {scale: self._named(run) for scale, run in runs.items()}
-            found.append(Cell(number, metric, status, column, at, self.runs[count] if count else None, reason))
-        return found
+            results.append(Cell(number, metric, status, column, at, self.runs[count] if count else None, reason))
+        return results
 
     def points(self, slug: str) -> list[BoardPoint]:
         """Every point of a paper's boards."""

@@ -46,18 +46,18 @@ class Item:
     @property
     def locked(self) -> hub.Locked | None:
         """What the lock says of it; None where it says nothing, or not of the files that this entry needs."""
-        found = hub.lock().of(self.kind).get(self.entry.get("hub", ""))
-        if found is None or self.entry.get("revision", found.revision) != found.revision:
+        result = hub.lock().of(self.kind).get(self.entry.get("hub", ""))
+        if result is None or self.entry.get("revision", result.revision) != result.revision:
             return None
-        return found if found.whole or self.entry.get("file") in found.files else None
+        return result if result.whole or self.entry.get("file") in result.files else None
 
     @property
     def files(self) -> dict[str, hub.File]:
         """The files that are needed, with what the hub states of them; none where they are not locked."""
-        found = self.locked.files if self.locked else {}
+        result = self.locked.files if self.locked else {}
         if "file" in self.entry:
-            return {name: file for name, file in found.items() if name == self.entry["file"]}
-        return {name: file for name, file in found.items() if hub.wanted(name, self.kind)}
+            return {name: file for name, file in result.items() if name == self.entry["file"]}
+        return {name: file for name, file in result.items() if hub.wanted(name, self.kind)}
 
     @property
     def gigabytes(self) -> float | None:
@@ -75,14 +75,14 @@ class Item:
 
 def items(config: Mapping[str, Any]) -> list[Item]:
     """The entries that the tables of the chosen papers read at paper scale, in the order of the tables."""
-    found: dict[tuple[hub.Kind, str], list[str]] = {}
+    results: dict[tuple[hub.Kind, str], list[str]] = {}
     for slug, table, run in _paper_runs(config):
         for kind, name in run.names:
-            found.setdefault((kind, name), []).append(f"{slug}: {table}")
+            results.setdefault((kind, name), []).append(f"{slug}: {table}")
     entries = {"model": lookup.model, "dataset": lookup.dataset}
     return [
         Item(kind, name, entries[kind](name)["paper"], tuple(dict.fromkeys(tables)))
-        for (kind, name), tables in found.items()
+        for (kind, name), tables in results.items()
         if "paper" in entries[kind](name)
     ]
 
@@ -263,8 +263,8 @@ def _ask(api: HfApi, item: Item, commit: str | None, known: hub.Locked | None) -
     if file is None:
         stated = [(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None, s.blob_id) for s in info.siblings or ()]
     else:
-        found: list[Any] = api.get_paths_info(name, [file], repo_type=item.kind, revision=info.sha)
-        stated = [(f.path, f.size, f.lfs.sha256 if f.lfs else None, f.blob_id) for f in found if hasattr(f, "size")]
+        results: list[Any] = api.get_paths_info(name, [file], repo_type=item.kind, revision=info.sha)
+        stated = [(f.path, f.size, f.lfs.sha256 if f.lfs else None, f.blob_id) for f in results if hasattr(f, "size")]
     files = {
         path: hub.File(size=size, sha256=sha256) if sha256 else hub.File(size=size, git=blob)
         for path, size, sha256, blob in stated

@@ -54,7 +54,7 @@ def _executed(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
 @cache
 def _imports(path: Path) -> frozenset[Path]:
     """Files of this project that a file imports, read from its text; packages count with their __init__."""
-    found: set[Path] = set()
+    results: set[Path] = set()
     for node in _executed(_parsed(path).body):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -64,8 +64,8 @@ def _imports(path: Path) -> frozenset[Path]:
         for name in names:
             if name.startswith("prunelab."):
                 base = ROOT.joinpath(*name.split(".")[1:])
-                found.update(p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file())
-    return frozenset(found)
+                results.update(p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file())
+    return frozenset(results)
 
 
 @cache

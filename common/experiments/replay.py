@@ -80,30 +80,32 @@ def run_of(record: Mapping[str, Any]) -> Run:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What of two environments may change sums in their last digits, in words."""
-    found = [f"{key} {then.get(key)}, here {now.get(key)}" for key in ROUNDING if then.get(key) != now.get(key)]
+    results = [f"{key} {then.get(key)}, here {now.get(key)}" for key in ROUNDING if then.get(key) != now.get(key)]
     before, here = then.get("libraries", {}), now.get("libraries", {})
     for name in dict.fromkeys((*before, *here)):
         if before.get(name) != here.get(name):
-            found.append(f"{name} {before.get(name, 'none')}, here {here.get(name, 'none')}")
-    return found
+            results.append(f"{name} {before.get(name, 'none')}, here {here.get(name, 'none')}")
+    return results
 
 
 def changed(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """What of the run itself is another today: its sources, its weights or its data, in words."""
     run = run_of(record)
-    found = []
+    results = []
     if run.sources != record["sources"]:
         made = record["environment"].get("commit") or "an unknown commit"
-        found.append(f"the sources (the record was made at {made[:12]})")
-    found += [f"the {part}" for part, ids in run.ids.items() if isinstance(ids, Mapping) and lookup.moved(ids, config)]
-    return found
+        results.append(f"the sources (the record was made at {made[:12]})")
+    results += [
+        f"the {part}" for part, ids in run.ids.items() if isinstance(ids, Mapping) and lookup.moved(ids, config)
+    ]
+    return results
 
 
 def compare(
     task: str, recorded: Mapping[str, Any], replayed: Mapping[str, Any], tolerance: float | None
 ) -> list[Compared]:
     """Every metric of both sides. tolerance: relative; None asks for equality, of samples and errors as well."""
-    known, found = tasks.get(task).metrics, []
+    known, result = tasks.get(task).metrics, []
     for name in dict.fromkeys((*recorded, *replayed)):
         before, after = recorded.get(name), replayed.get(name)
         if before is None or after is None:
@@ -114,8 +116,8 @@ def compare(
             verdict = "equal"
         else:
             verdict = "within" if tolerance is not None and _near(before, after, tolerance) else "off"
-        found.append(Compared(name, _shown(before), _shown(after), verdict))
-    return found
+        result.append(Compared(name, _shown(before), _shown(after), verdict))
+    return result
 
 
 def _near(before: Mapping[str, Any], after: Mapping[str, Any], tolerance: float) -> bool:

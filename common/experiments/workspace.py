@@ -52,8 +52,8 @@ def sweep(results: Path) -> list[Path]:
     """Remove files that killed processes left half-written; those of living ones stay."""
     left = []
     for path in results.rglob(".*"):
-        found = _LEFT.fullmatch(path.name)
-        if found and path.is_file() and not _alive(int(found["process"])):
+        result = _LEFT.fullmatch(path.name)
+        if result and path.is_file() and not _alive(int(result["process"])):
             path.unlink(missing_ok=True)
             left.append(path)
     return left

@@ -85,14 +85,14 @@ def _drawn(loader: str, count: int) -> Sequence[Sample]:
 @torch.inference_mode()
 def right(model: nn.Module, asked: Sequence[Sample], scores: Scores | None = None) -> Tensor:
     """Whether the likeliest next word is the answer, bool [n]."""
-    found = []
+    results = []
     for start in track(range(0, len(asked), BATCH), "answering", transient=True):
         part = asked[start : start + BATCH]
         if scores is not None:
             scores.first = start
         said = last_logits(model, part).argmax(-1)
-        found.append(said == torch.tensor([sample.answer for sample in part], device=said.device))
-    return torch.cat(found).cpu()
+        results.append(said == torch.tensor([sample.answer for sample in part], device=said.device))
+    return torch.cat(results).cpu()
 
 
 def last_logits(model: nn.Module, part: Sequence[Sample]) -> Tensor:

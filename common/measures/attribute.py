@@ -64,8 +64,8 @@ def measure(bench: Bench[Attribute.Settings]) -> dict[str, Any]:
             draws = torch.rand(settings.draws, *embeddings.shape, generator=rng).to(embeddings)
             for place, weights in enumerate((importance, control)):
                 with torch.no_grad():
-                    found = faithfulness(embeddings, weights, _distribution(probe), logits.softmax(-1), draws)
-                values = (found.normalised_sufficiency, found.normalised_comprehensiveness)
+                    result = faithfulness(embeddings, weights, _distribution(probe), logits.softmax(-1), draws)
+                values = (result.normalised_sufficiency, result.normalised_comprehensiveness)
                 sums[place] += torch.stack(values).double().cpu()
             tokens = torch.cat([tokens, tokens.new_tensor([target])])
         own.append(sums[0])

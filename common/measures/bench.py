@@ -72,8 +72,8 @@ class Bench(Generic[S]):
         made: Any = registry.create(self.chosen, **self.options)
         classes: tuple[Any, ...] = roles
         assert not roles or isinstance(made, classes)
-        found: M = made
-        return found
+        result: M = made
+        return result
 
     def at_work(self, method: Method | None, model: nn.Module, **more: Any) -> AbstractContextManager[Any]:
         """The `with` block in which the method prunes what passes through the model under the run's budget, or the one

@@ -87,12 +87,12 @@ class _Reader:
         step = 1 if method is not None and while_writing(method) else max(rest, 1)
         with self.bench.at_work(method, model, services=self.services) as handle:
             cache = DynamicCache(config=model.config)
-            found = [model(tokens[:, :start], past_key_values=cache).logits[:, -1:]]
+            results = [model(tokens[:, :start], past_key_values=cache).logits[:, -1:]]
             for part in tokens[:, start:-1].split(step, 1) if rest else ():
-                found.append(model(part, past_key_values=cache).logits)
+                results.append(model(part, past_key_values=cache).logits)
             report = handle.report() if isinstance(method, CachePruner) else held(cache, tokens.shape[1] - 1)
         self.reports.append((len(tokens), report))
-        return torch.cat(found, 1).float()
+        return torch.cat(results, 1).float()
 
 
 def while_writing(method: CachePruner | TokenPruner) -> bool:
@@ -110,14 +110,14 @@ def held(cache: Any, tokens: int) -> CacheReport:
 
 def batches(sequences: Sequence[Tensor]) -> list[Tensor]:
     """Neighbours of one length together, at most `BATCH` of them: [B, T] each. What has one token is left out."""
-    found: list[list[Tensor]] = []
+    results: list[list[Tensor]] = []
     for tokens in sequences:
         if len(tokens) < 2:
             continue
-        if not found or len(found[-1]) == BATCH or len(found[-1][0]) != len(tokens):
-            found.append([])
-        found[-1].append(tokens)
-    return [torch.stack(group) for group in found]
+        if not results or len(results[-1]) == BATCH or len(results[-1][0]) != len(tokens):
+            results.append([])
+        results[-1].append(tokens)
+    return [torch.stack(group) for group in results]
 
 
 def sizes(reports: Sequence[tuple[int, CacheReport]]) -> dict[str, Any]:

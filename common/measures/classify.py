@@ -40,11 +40,11 @@ def measure(bench: Bench[Classify.Settings]) -> dict[str, Any]:
 
     def correct(handle: Handle | None = None) -> Tensor:
         """Which images the model, pruned or not, names rightly."""
-        found, slices, forward = [], batching.Slices("one image"), partial(one_pass, model, handle)
+        result, slices, forward = [], batching.Slices("one image"), partial(one_pass, model, handle)
         for x, y in track(data(samples), "classifying", total=samples and -(-samples // batch), transient=True):
             logits = finite(slices(forward, x.to(device, dtype)), "its weights and the images")
-            found.append(logits.argmax(-1).cpu() == y)
-        return torch.cat(found)
+            result.append(logits.argmax(-1).cpu() == y)
+        return torch.cat(result)
 
     out: dict[str, Any] = {}
     method, budget = bench.method(TokenPruner), None

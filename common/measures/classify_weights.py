@@ -42,8 +42,8 @@ def measure(bench: Bench[ClassifyWeights.Settings]) -> dict[str, Any]:
 @torch.inference_mode()
 def correct(model: nn.Module, data: Any, device: torch.device) -> Tensor:
     """Which images the model names rightly, bool [N]."""
-    found = []
+    results = []
     for x, y in track(data, "classifying", transient=True):
         logits = finite(model(x.to(device)), "its weights and the budget")
-        found.append(logits.argmax(-1).cpu() == y)
-    return torch.cat(found)
+        results.append(logits.argmax(-1).cpu() == y)
+    return torch.cat(results)

@@ -39,12 +39,12 @@ def measure(bench: Bench[Constrained.Settings]) -> dict[str, Any]:
         raise PrunelabError(
             f"the model has {vocabulary} entries and its tokenizer {len(tokenizer)}; use one of its own"
         )
-    found = places(texts.load(bench.ids["data"], bench.config), settings.after, pattern, settings.samples)
+    result = places(texts.load(bench.ids["data"], bench.config), settings.after, pattern, settings.samples)
     budget = bench.budget
     rng = torch.Generator().manual_seed(bench.seed)
     runs = []
     with torch.inference_mode():
-        for prompt, _ in track(found, "sampling", transient=True):
+        for prompt, _ in track(result, "sampling", transient=True):
             behind = Prompt(model, tokens(tokenizer, prompt)[-settings.context :])
             runs.append(
                 smc.run(
@@ -54,7 +54,7 @@ def measure(bench: Bench[Constrained.Settings]) -> dict[str, Any]:
             )  # fmt: skip
     calls, draws = sum(r.calls for r in runs), sum(r.draws for r in runs)
     per_token = calls / max(draws, 1)
-    pairs = list(zip(runs, (answer for _, answer in found), strict=True))
+    pairs = list(zip(runs, (answer for _, answer in result), strict=True))
     figures = {
         "accuracy": [weight(r, [text == answer for text in written(constraint, r)]) for r, answer in pairs],
         "valid": [weight(r, r.complete) for r in runs],
@@ -118,10 +118,12 @@ def places(documents: Sequence[str], after: str, pattern: str, samples: int) -> 
     """Text up to the end of `after`, and the text behind it that the pattern matches, for places spread evenly over
     all there are."""
     finder = re.compile(f"{re.escape(after)}(?P<answer>{pattern})")
-    found = [(d[: m.start("answer")], m["answer"]) for d in documents for m in finder.finditer(d)]
-    if samples > len(found):
-        raise PrunelabError(f"the pattern stands behind {after!r} in {len(found)} places, not {samples}; ask for fewer")
-    return [found[i * len(found) // samples] for i in range(samples)]
+    results = [(d[: m.start("answer")], m["answer"]) for d in documents for m in finder.finditer(d)]
+    if samples > len(results):
+        raise PrunelabError(
+            f"the pattern stands behind {after!r} in {len(results)} places, not {samples}; ask for fewer"
+        )
+    return [results[i * len(results) // samples] for i in range(samples)]
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -48,11 +48,11 @@ def measure(bench: Bench[Decode.Settings]) -> dict[str, Any]:
             answer(asked[0], plain, tokenizer)
             if decode is not None:
                 answer(asked[0], decode, tokenizer)
-        greedy, found = [], []
+        greedy, result = [], []
         for prompt in track(asked, "decoding", transient=True):
             greedy.append(answer(prompt, plain, tokenizer))
-            found.append(greedy[-1] if decode is None else answer(prompt, decode, tokenizer))
-    return summary(found, greedy)
+            result.append(greedy[-1] if decode is None else answer(prompt, decode, tokenizer))
+    return summary(result, greedy)
 
 
 def _is_plain(bench: Bench[Decode.Settings]) -> bool:

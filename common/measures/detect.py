@@ -48,7 +48,7 @@ def measure(bench: Bench[Detect.Settings]) -> dict[str, Any]:
         budget = match.match(method, model, bench.budget, calibration)
         out["budget"] = {"text": str(budget)}
     truth: list[Objects] = []
-    found: list[Detections] = []
+    results: list[Detections] = []
     items: list[dict[str, Any]] = []
     with bench.at_work(method, model, budget=budget) as handle, torch.inference_mode():
         total = -(-len(data.objects) // batch)
@@ -58,11 +58,11 @@ def measure(bench: Bench[Detect.Settings]) -> dict[str, Any]:
             if len(truth) < shown:
                 items += _items(x, objects, boxes, handle)
             truth += objects
-            found += boxes
+            results += boxes
         report = None if handle is None else handle.report()
     dense, inside = _dense(model)
     used, scoring = (dense, 0.0) if report is None else (report.macs, report.scoring_macs)
-    out |= {name.lower(): metric for name, metric in with_uncertainty(truth, found).items()}
+    out |= {name.lower(): metric for name, metric in with_uncertainty(truth, results).items()}
     for name, value in {"gmacs": used, "encoder_gmacs": inside - (dense - used), "scoring_gmacs": scoring}.items():
         out[name] = {"value": round(value / 1e9, 6)}
     out["saving"] = {"value": round(100 * (1 - used / dense), 3)}

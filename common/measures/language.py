@@ -38,8 +38,8 @@ def experts_run(model: nn.Module, handle: ExpertHandle | None) -> dict[str, Any]
     used = held - sum(size * (1 - k / n) for (size, n), k in zip(sizes, report.chosen, strict=True))
     left = sum(size / n * (k - ran) for (size, n), k, ran in zip(sizes, report.chosen, report.run, strict=True))
     figures = {"experts_run": 100 * report.ratio, "activated_saving": 100 * left / used}
-    found = {name: {"value": round(value, 3)} for name, value in figures.items()}
-    return found | {"activated_gparameters": {"value": round((used - left) / 1e9, 9)}}
+    results = {name: {"value": round(value, 3)} for name, value in figures.items()}
+    return results | {"activated_gparameters": {"value": round((used - left) / 1e9, 9)}}
 
 
 def sizes(model: nn.Module, report: WeightReport | None = None) -> dict[str, Any]:

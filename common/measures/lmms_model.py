@@ -76,15 +76,15 @@ class VisualModel(lmms):
 
     def _answers(self, asked: Mapping[int, Request]) -> Iterator[tuple[int, str]]:
         """The answers of one batch by place: questions with something to see, then those without."""
-        found: dict[bool, dict[int, ChatMessages]] = {}
+        results: dict[bool, dict[int, ChatMessages]] = {}
         for place, (_, messages, _, document, task, split) in asked.items():
             turn = ChatMessages(messages=messages(self.task_dict[task][split][document]))
             shown, filmed, heard = turn.extract_media()
             if heard:
                 raise PrunelabError(f"the task {task} plays sounds, which these models do not hear")
-            found.setdefault(bool(shown or filmed), {})[place] = turn
+            results.setdefault(bool(shown or filmed), {})[place] = turn
         settings = next(iter(asked.values()))[2]
-        for sees, turns in sorted(found.items(), reverse=True):
+        for sees, turns in sorted(results.items(), reverse=True):
             with self.pruned() if sees else nullcontext():
                 yield from zip(turns, self._generate(list(turns.values()), settings), strict=True)
 

@@ -43,7 +43,7 @@ def measure(bench: Bench[Perplexity.Settings]) -> dict[str, Any]:
     if key not in _UNPRUNED:
         _UNPRUNED[key] = predicted(model, test)
     dense, out, calibrated = _UNPRUNED[key], sizes(model), ""
-    found = {name: dict(metric) for name, metric in dense.items()}
+    results = {name: dict(metric) for name, metric in dense.items()}
     method = bench.method(WeightPruner)
     if method is not None:
         report, calibrated = prune(bench, method, model, tokenizer)
@@ -51,14 +51,14 @@ def measure(bench: Bench[Perplexity.Settings]) -> dict[str, Any]:
     pruned = method is not None or bench.settings.experts is not None
     if pruned:
         with without_experts(bench, model) as handle:
-            found = predicted(model, test)
+            results = predicted(model, test)
         out |= experts_run(model, handle)
     whole = "join" in ids["data"]
     conditions = f"{len(test)} sequences of {'' if whole else 'up to '}{length} tokens ({ids['data']['loader']})"
-    for name, metric in found.items():
+    for name, metric in results.items():
         unpruned = f"unpruned {dense[name]['value']:.4g}" if pruned else ""
         metric["protocol"] = "; ".join(part for part in (conditions, calibrated, unpruned) if part)
-    return {**found, "tokens": {"value": sum(len(tokens) - 1 for tokens in test)}, **out}
+    return {**results, "tokens": {"value": sum(len(tokens) - 1 for tokens in test)}, **out}
 
 
 def prune(

@@ -43,7 +43,7 @@ def timed(bench: Bench[Prefill.Settings], device: torch.device, warm_up: int, re
     given = contents(adapter, prompt, device)
     with bench.at_work(bench.method(TokenPruner), model):
         own = answered(model, given, new, warm_up, repeats)
-    found: dict[str, float | None] = {
+    results: dict[str, float | None] = {
         "ttft": own.first,
         "ttft_ms": 1000 * own.first,
         "decode": own.decode,
@@ -52,7 +52,7 @@ def timed(bench: Bench[Prefill.Settings], device: torch.device, warm_up: int, re
     }
     if settings.against_dense:
         dense = answered(model, given, new, warm_up, repeats)
-        found |= {"ttft_speedup": dense.first / own.first, "decode_speedup": own.decode / dense.decode}
+        results |= {"ttft_speedup": dense.first / own.first, "decode_speedup": own.decode / dense.decode}
     where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     told = (
         f"random weights in {str(adapter.body.dtype).removeprefix('torch.')} on {where}; {prompt.text} text tokens and"
@@ -60,7 +60,7 @@ def timed(bench: Bench[Prefill.Settings], device: torch.device, warm_up: int, re
     )
     return {
         name: {"value": round(value, 5), "n": repeats, "protocol": told}
-        for name, value in found.items()
+        for name, value in results.items()
         if value is not None
     }
 

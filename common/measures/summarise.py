@@ -23,8 +23,8 @@ def measure(bench: Bench[Summarise.Settings]) -> dict[str, Any]:
     method = bench.method(SentenceRanker)
     if method is None:
         raise PrunelabError("documents are summarised by a ranker; name one under `configuration` in paper.yaml")
-    found = load(bench.ids["data"], bench.config, bench.settings.samples)
-    return run(method, found, bench.budget, progress=True)
+    result = load(bench.ids["data"], bench.config, bench.settings.samples)
+    return run(method, result, bench.budget, progress=True)
 
 
 def run(

@@ -97,16 +97,16 @@ def _before(
     whole = [sample.model_input() for sample in data.samples]
     if method.requires() == {"text"}:
         corpus = [sample.text for sample in data.samples]
-        found = select(method, corpus, bench.budget, target=[s.text for s in data.clean], seed=bench.seed)
-        chosen: list[Any] = [whole[i] for i in found.indices]
+        result = select(method, corpus, bench.budget, target=[s.text for s in data.clean], seed=bench.seed)
+        chosen: list[Any] = [whole[i] for i in result.indices]
     else:
         services = _services(method, bench, model, data)
-        found = select(method, whole, bench.budget, model=model, services=services, seed=bench.seed)
-        chosen = list(found)
+        result = select(method, whole, bench.budget, model=model, services=services, seed=bench.seed)
+        chosen = list(result)
     total, left = (sum(int(counted(s["labels"][None]).sum()) for s in samples) for samples in (whole, chosen))
     kept = {"samples": _percent(len(chosen), len(whole)), "tokens": _percent(left, total)}
-    if found.plan.tokens is None:
-        kept["kl_reduction"] = {"value": _reduction(data, found.indices)}
+    if result.plan.tokens is None:
+        kept["kl_reduction"] = {"value": _reduction(data, result.indices)}
     return chosen, kept
 
 
@@ -185,11 +185,11 @@ def _with_adapters(model: nn.Module, settings: Tune.Settings) -> nn.Module:
 @torch.inference_mode()
 def _predicted(model: nn.Module, samples: Sequence[Piece]) -> list[Tensor]:
     """Negative log likelihoods of the response tokens of every sample."""
-    found = []
+    results = []
     for start in range(0, len(samples), 8):
         batch = collate([sample.model_input() for sample in samples[start : start + 8]])
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         losses = finite(token_loss(model(**inputs, use_cache=False).logits.float(), batch["labels"]), "the rate")
         mask = counted(batch["labels"])
-        found += [row[kept].double() for row, kept in zip(losses, mask, strict=True)]
-    return found
+        results += [row[kept].double() for row, kept in zip(losses, mask, strict=True)]
+    return results

@@ -33,7 +33,7 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     data = {str(value["hub"]): value for name, value in bench.ids.items() if name.startswith("data of ")}
     tasks = [lmms_eval.api.task.ConfigurableMessagesTask(config=e | located(e, data, bench.config)) for e in read]
     with TemporaryDirectory() as folder:  # some tasks write their answers to a file when they are scored
-        found = lmms_eval.evaluator.simple_evaluate(
+        result = lmms_eval.evaluator.simple_evaluate(
             model=asked,
             tasks=tasks,
             task_manager=index(settings.include),
@@ -41,10 +41,10 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
             log_samples=False,
             cli_args=Namespace(output_path=folder, process_with_media=True, reasoning_tags=None),
         )
-    counts = {task: int(count["effective"]) for task, count in found["n-samples"].items()}
-    measured = percentages(found["results"], counts)
+    counts = {task: int(count["effective"]) for task, count in result["n-samples"].items()}
+    measured = percentages(result["results"], counts)
     measured |= group_means(groups, measured)
-    versions = ", ".join(f"{task} {version}" for task, version in sorted(found["versions"].items()))
+    versions = ", ".join(f"{task} {version}" for task, version in sorted(result["versions"].items()))
     versions = versions.replace(" Yaml", "")  # the library's word for a task without a version
     protocol = f"lmms-eval {importlib.metadata.version('lmms_eval')} ({versions}); videos of {settings.frames} frames"
     if settings.prompts:
@@ -101,7 +101,7 @@ def definitions(
             for part in read["task"]:
                 yield from entries(part)
 
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     groups: dict[str, list[str]] = {}
     for name in names:
         read = list(entries(name))
@@ -112,8 +112,8 @@ def definitions(
             if not prompts.keys() <= given.keys():  # type: ignore[union-attr]
                 raise PrunelabError(f"prompts of {entry['task']} have {', '.join(given) or 'nothing'} to change")
             entry["lmms_eval_specific_kwargs"] = {"default": {**given, **(prompts or {})}}
-        found += read
-    return found, groups
+        results += read
+    return results, groups
 
 
 def located(
@@ -137,7 +137,7 @@ def located(
 def percentages(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) -> dict[str, Any]:
     """Metrics of the library's results by task, whose keys are `metric,filter`, shares as percent, with the counts of
     the tasks' questions. The filter `none` is not named; files of answers for a server are left out."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for task, metrics in results.items():
         for key, value in metrics.items():
             metric, comma, chosen = key.partition(",")
@@ -145,24 +145,24 @@ def percentages(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, i
                 continue
             factor = 100 if metric in SHARES else 1
             name = f"{task} {metric}" + ("" if chosen == "none" else f",{chosen}")
-            found[name] = {"value": round(factor * float(value), 4), "samples": counts[task]}
+            result[name] = {"value": round(factor * float(value), 4), "samples": counts[task]}
             error = metrics.get(f"{metric}_stderr,{chosen}")
             if metric in COUNTED:
                 error, factor = metrics.get(f"{metric}_stderr_clt,{chosen}"), 100
             if isinstance(error, float | int):  # it is the text N/A where there is none
-                found[name]["stderr"] = round(factor * float(error), 4)
+                result[name]["stderr"] = round(factor * float(error), 4)
             if metric in CAPTIONS:
-                found[f"{name} x100"] = {**found[name], "value": round(100 * float(value), 4)}
+                result[f"{name} x100"] = {**result[name], "value": round(100 * float(value), 4)}
         for metric, parts in SUMS.items():
-            if all(f"{task} {part}" in found for part in parts):
-                total = sum(float(found[f"{task} {part}"]["value"]) for part in parts)
-                found[f"{task} {metric}"] = {"value": round(total, 4), "samples": counts[task]}
-    return found
+            if all(f"{task} {part}" in result for part in parts):
+                total = sum(float(result[f"{task} {part}"]["value"]) for part in parts)
+                result[f"{task} {metric}"] = {"value": round(total, 4), "samples": counts[task]}
+    return result
 
 
 def group_means(groups: Mapping[str, Sequence[str]], measured: Mapping[str, Any]) -> dict[str, Any]:
     """Of each group the metrics that all its tasks have, as means over their questions: `mvbench mvbench_accuracy`."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for group, tasks in groups.items():
         names = [name.partition(" ")[2] for name in measured if name.partition(" ")[0] == tasks[0]]
         for metric in names:
@@ -170,5 +170,5 @@ def group_means(groups: Mapping[str, Sequence[str]], measured: Mapping[str, Any]
             total = sum(part["samples"] for part in parts)
             if len(parts) == len(tasks):
                 mean = sum(part["value"] * part["samples"] for part in parts) / total
-                found[f"{group} {metric}"] = {"value": round(mean, 4), "samples": total}
-    return found
+                results[f"{group} {metric}"] = {"value": round(mean, 4), "samples": total}
+    return results

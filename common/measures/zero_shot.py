@@ -34,14 +34,14 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
         acting = method
     asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch)
     with bench.at_work(acting, model), without_experts(bench, model) as handle:
-        found = lm_eval.simple_evaluate(
+        result = lm_eval.simple_evaluate(
             model=asked,
             tasks=located(settings.tasks, bench.ids, bench.config),
             num_fewshot=settings.shots,
             limit=settings.limit,
             log_samples=False,
         )
-    measured = percentages(found["results"])
+    measured = percentages(result["results"])
     protocol = "; ".join(part for part in (f"lm-evaluation-harness {lm_eval.__version__}", calibrated) if part)
     for metric in measured.values():
         metric["protocol"] = protocol
@@ -53,15 +53,15 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
 def located(tasks: Sequence[str], ids: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:
     """Tasks of the harness that read their data from where they were downloaded at their locked revision, as members
     of a group, which alone may change what a task says; those whose data the run does not name are left as they are."""
-    found: list[Any] = list(tasks)
+    results: list[Any] = list(tasks)
     for name, data in ids.items():
         if name.startswith("data of "):
             begins = tuple(f"{task}_" for task in data["tasks"])
             place = str(hub.folder(data, "dataset", config))
             for i, task in enumerate(tasks):
                 if f"{task}_".startswith(begins):
-                    found[i] = {"task": task, "dataset_path": place}
-    return found if found == list(tasks) else [{"group": "prunelab", "task": found}]
+                    results[i] = {"task": task, "dataset_path": place}
+    return results if results == list(tasks) else [{"group": "prunelab", "task": results}]
 
 
 def harness() -> tuple[Any, Any]:
@@ -79,15 +79,15 @@ def harness() -> tuple[Any, Any]:
 def percentages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Metrics of the harness's results by task, whose keys are `metric,filter`, as percent. The filter `none` is not
     named; what is no share of right answers is left out."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for task, metrics in results.items():
         for key, value in metrics.items():
             metric, _, chosen = key.partition(",")
             if metric not in HARNESS_SHARES and not metric.endswith("_score"):
                 continue
             name = f"{task} {metric}" + ("" if chosen in ("", "none") else f",{chosen}")
-            found[name] = {"value": round(100 * float(value), 4)}
+            result[name] = {"value": round(100 * float(value), 4)}
             error = metrics.get(f"{metric}_stderr,{chosen}")
             if isinstance(error, float):  # it is the text N/A where there is none
-                found[name]["stderr"] = round(100 * error, 4)
-    return found
+                result[name]["stderr"] = round(100 * error, 4)
+    return result

@@ -54,7 +54,7 @@ def faithfulness(
     """
     keep = importance[:, None]
     masked = [embeddings * (draws < share) for share in (keep, 1 - keep)]
-    found = probabilities(torch.cat([*masked, torch.zeros_like(embeddings)[None]]))
-    apart = distance(found, original)
+    result = probabilities(torch.cat([*masked, torch.zeros_like(embeddings)[None]]))
+    apart = distance(result, original)
     kept, dropped = apart[: len(draws)].mean(), apart[len(draws) : -1].mean()
     return Faithfulness(1 - kept, 1 - apart[-1], dropped)

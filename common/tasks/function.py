@@ -32,8 +32,8 @@ class Function(Task):
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         module, name = bench.settings.call.split(":")
-        found: Metrics = getattr(importlib.import_module(module), name)(**bench.settings.arguments)
-        return found
+        result: Metrics = getattr(importlib.import_module(module), name)(**bench.settings.arguments)
+        return result
 
     @classmethod
     def files(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:

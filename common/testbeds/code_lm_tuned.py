@@ -62,14 +62,14 @@ class CodeLMTuned(Testbed):
     def evaluate(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
         """Perplexity and share of next tokens right on held-out files of both languages: the new one, and as
         `before_...` the one that the base model speaks."""
-        found: dict[str, float] = {}
+        results: dict[str, float] = {}
         for prefix, stream in (("", self.stream("held_out")), ("before_", self.stream("held_out", False))):
             tokens = code.windows(stream, QUICK if quick else 4 * QUICK, self.length)
             logits = model(tokens, use_cache=False).logits[:, :-1]
             nll = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
-            found[f"{prefix}perplexity"] = float(nll.exp())
-            found[f"{prefix}accuracy"] = float((logits.argmax(-1) == tokens[:, 1:]).float().mean())
-        return found
+            results[f"{prefix}perplexity"] = float(nll.exp())
+            results[f"{prefix}accuracy"] = float((logits.argmax(-1) == tokens[:, 1:]).float().mean())
+        return results
 
     def extras(self) -> dict[str, str]:
         return {TOKENIZER: self.tokenizer.to_str(pretty=False)}

@@ -67,8 +67,8 @@ class CodeMedusa(Testbed):
         held_out = code.stream("held_out", CodeLM().vocabulary)
         tokens = code.windows(held_out, QUICK if quick else FULL, self.length)
         best = torch.stack([guessed(model, row).argmax(-1) for row in tokens.split(1)], 1).squeeze(2)
-        found = [own[:, : -2 - k] == tokens[:, 2 + k :] for k, own in enumerate(best)]
-        return {f"head_{k + 1}": float(right.float().mean()) for k, right in enumerate(found)}
+        results = [own[:, : -2 - k] == tokens[:, 2 + k :] for k, own in enumerate(best)]
+        return {f"head_{k + 1}": float(right.float().mean()) for k, right in enumerate(results)}
 
 
 def guessed(heads: nn.Module, tokens: Tensor) -> Tensor:

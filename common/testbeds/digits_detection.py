@@ -99,10 +99,10 @@ class DigitsDetection(Testbed):
         x, objects = detection.scenes("test", count, TEST_SEED)
 
         def precision() -> float:
-            found: list[Detections] = []
+            results: list[Detections] = []
             for part, shown in zip(x.split(BATCH), range(0, count, BATCH)):
-                found += detections(model(part), objects[shown : shown + BATCH], range(10))
-            return average_precision(objects, found)["AP"]
+                results += detections(model(part), objects[shown : shown + BATCH], range(10))
+            return average_precision(objects, results)["AP"]
 
         dense = precision()
         with _pruned(model, TESTED):

@@ -212,11 +212,11 @@ class DigitsQA(Testbed):
 
 def answers(model: Any, samples: Sequence[questions.Sample]) -> list[int]:
     """The token that the model finds likeliest behind each prompt."""
-    found: list[int] = []
+    results: list[int] = []
     for start in range(0, len(samples), BATCH):
         given = questions.inputs(samples[start : start + BATCH])
-        found += model(**given, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
-    return found
+        results += model(**given, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
+    return results
 
 
 @cache

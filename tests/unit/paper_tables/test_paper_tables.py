@@ -551,25 +551,25 @@ def test_citation_file_is_whole() -> None:
 # -- boards across papers --------------------------------------------------------------------------------------------
 
 
-def contests(config: dict[str, Any], slugs: tuple[str, ...] = (SLUG,)) -> list[cross.Contest]:
+def leaderboards(config: dict[str, Any], slugs: tuple[str, ...] = (SLUG,)) -> list[cross.Leaderboard]:
     records, plan = join.Records(Path(config["results"])), plans.made(config)
-    return cross.contests(((slug, board) for slug in slugs for board in join.boards(slug, plan, records)), records)
+    return cross.leaderboards(((slug, board) for slug in slugs for board in join.boards(slug, plan, records)), records)
 
 
 def test_methods_stand_in_order_beside_the_unpruned_model(config: dict[str, Any]) -> None:
-    (contest,) = contests(config)
-    assert set(contest.budgets) == {"0.9cost", "0.8cost", "0.7cost", "0.6cost", "0.5cost"} and not contest.lower
-    for places in contest.blocks.values():
-        values = [p.value.value for p in places]
-        assert len(places) == 6 and values == sorted(values, reverse=True) and places[0] is contest.unpruned
-        assert all(p.value.stderr and p.cost and p.value.status == "testbed" for p in places)
-        assert places[1].difference == pytest.approx(-10) and places[1].interval and places[0].difference is None
-    low, high = contest.reach
-    assert low < 80 < 90 < high and contest.stands_for == "deit_small"
+    (leaderboard,) = leaderboards(config)
+    assert set(leaderboard.budgets) == {"0.9cost", "0.8cost", "0.7cost", "0.6cost", "0.5cost"} and not leaderboard.lower
+    for entries in leaderboard.blocks.values():
+        values = [p.value.value for p in entries]
+        assert len(entries) == 6 and values == sorted(values, reverse=True) and entries[0] is leaderboard.unpruned
+        assert all(p.value.stderr and p.cost and p.value.status == "testbed" for p in entries)
+        assert entries[1].difference == pytest.approx(-10) and entries[1].interval and entries[0].difference is None
+    low, high = leaderboard.reach
+    assert low < 80 < 90 < high and leaderboard.stands_for == "deit_small"
 
 
 def test_runs_that_papers_share_stand_once(config: dict[str, Any]) -> None:
-    (alone,), (twice,) = contests(config), contests(config, (SLUG, SLUG))
+    (alone,), (twice,) = leaderboards(config), leaderboards(config, (SLUG, SLUG))
     assert {b: len(p) for b, p in twice.budgets.items()} == {b: len(p) for b, p in alone.budgets.items()}
 
 
@@ -589,7 +589,7 @@ def test_what_differs_in_settings_alone_is_told_apart(config: dict[str, Any], mo
             )
 
     monkeypatch.setattr(plans.Plan, "points", both)
-    found = contests(config)
+    found = leaderboards(config)
     assert len(found) == 2 and found[1].name == f"{found[0].name}-2" and found[0].settings != found[1].settings
 
 
@@ -597,8 +597,8 @@ def test_less_is_better_where_the_metric_says_so(config: dict[str, Any], monkeyp
     task = tasks.get("classify")
     turned = replace(task.metrics["top1"], higher_is_better=False)
     monkeypatch.setattr(task, "metrics", {**task.metrics, "top1": turned})
-    (contest,) = contests(config)
-    assert all(places[-1] is contest.unpruned for places in contest.blocks.values())
+    (leaderboard,) = leaderboards(config)
+    assert all(entries[-1] is leaderboard.unpruned for entries in leaderboard.blocks.values())
 
 
 def test_error_bars_are_drawn_where_records_have_errors(config: dict[str, Any]) -> None:
