@@ -23,6 +23,7 @@ from prunelab.common.data_selection.losses import counted, token_loss
 from prunelab.common.data_selection.ngrams import HashedNgrams, kl_reduction
 from prunelab.common.data_selection.role import DataSelector
 from prunelab.common.measures.bench import Bench, finite
+from prunelab.common.measures.perplexity import sizes
 from prunelab.common.metrics.likelihood import exponential, per_token
 from prunelab.common.models import devices, loading
 from prunelab.common.training import engine, trainer
@@ -53,7 +54,11 @@ def measure(bench: Bench[Tune.Settings]) -> dict[str, Any]:
     if method is None:
         tuned = _trained(bench, model, whole)
     elif isinstance(method, TrainingMethod):
-        engine.train(method, model, bench.budget, whole, _recipe(settings), seed=bench.seed, progress=False)
+        teacher = {"teacher": copy.deepcopy(model)} if "teacher" in method.services else {}
+        plan = engine.train(
+            method, model, bench.budget, whole, _recipe(settings), services=teacher, seed=bench.seed, progress=False
+        )
+        kept = sizes(model, plan.report)
     elif method.when == "before":
         chosen, kept = _before(method, bench, model, data)
         tuned = _trained(bench, model, chosen)
@@ -66,7 +71,7 @@ def measure(bench: Bench[Tune.Settings]) -> dict[str, Any]:
             "tokens": _percent(int(handle.kept_tokens), int(handle.tokens)),
         }
     loss = per_token(_predicted(tuned, data.held_out))
-    return {"perplexity": exponential(loss), "loss": loss, **kept}
+    return {"perplexity": exponential(loss), "loss": loss, **sizes(tuned), **kept}
 
 
 def _percent(part: float, whole: float) -> dict[str, Any]:

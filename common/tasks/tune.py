@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Catalogue, Metric, Metrics, Reads, Task
+from prunelab.common.tasks.perplexity import SIZES
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -17,7 +18,8 @@ class Tune(Task):
     """The data set is what the model is to learn; `among` names another whose pieces make up half of what there is to
     choose from, so that there is something to leave out. Without a method the model is trained on all of it, for as
     many steps. Pieces begin with a prompt that enters no loss. The service `reference` is the model trained on a clean
-    sample of the data set, `history` the model as it was."""
+    sample of the data set, `history` the model as it was, `teacher` that model for the methods that train. Bytes and
+    parameters are those of what comes out."""
 
     name: ClassVar[str] = "tune"
     roles: ClassVar[tuple[str, ...]] = ("data_selector", "training_method")
@@ -31,6 +33,7 @@ class Tune(Task):
         "kl_reduction": Metric("KL reduction against a random choice", "nats", higher_is_better=True),
         "samples": Metric("samples that entered the training", "%", cost="samples"),
         "tokens": Metric("tokens that entered the loss", "%", cost="tokens trained on"),
+        **SIZES,
     }
 
     class Settings(base.Settings):
