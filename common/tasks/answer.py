@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from prunelab.common.core.options import PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
@@ -37,7 +38,7 @@ class Answer(Task):
         from the words of each question alone. frame_scores: how the frames of a video are weighed for a method that
         asks for it: by the attention of a pass of the unpruned model, which is in none of the metrics."""
 
-        samples: int
+        samples: PositiveInt
         match: bool = False
         blind: bool = False
         frame_scores: Literal["attention"] | None = None

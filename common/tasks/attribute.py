@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
@@ -34,10 +35,10 @@ class Attribute(Task):
         """length: of contexts that are cut from texts, in tokens. samples: contexts (all prompts). new: tokens that
         the model adds. draws: masks a token, over which the measures are averaged."""
 
-        length: int = 32
-        samples: int | None = None
-        new: int = 1
-        draws: int = 1
+        length: PositiveInt = 32
+        samples: PositiveInt | None = None
+        new: PositiveInt = 1
+        draws: PositiveInt = 1
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import attribute

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.options import NonNegativeInt
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -49,7 +50,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
 
 class AtRunTime(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import PositiveInt, Within
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
@@ -38,10 +39,10 @@ class Cache(Task):
         while writing gets the rest token by token, any other at once. What needs a draft model gets the model itself a
         second time."""
 
-        length: int
-        prompt: float = 0.75
-        samples: int | None = None
-        pairs: int | None = None
+        length: PositiveInt
+        prompt: Within = 0.75
+        samples: PositiveInt | None = None
+        pairs: PositiveInt | None = None
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
@@ -31,7 +32,7 @@ class Classify(Task):
     class Settings(base.Settings):
         """samples: images (all). against_dense: adds `drop`, against the unpruned model on the same images."""
 
-        samples: int | None = None
+        samples: PositiveInt | None = None
         against_dense: bool = False
 
     def measure(self, bench: Bench[Any]) -> Metrics:

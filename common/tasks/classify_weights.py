@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import SIZES, Metric, Metrics, Reads, Task
 
@@ -26,8 +27,8 @@ class ClassifyWeights(Task):
         """samples: images (all). calibration: training images of `calibration_data` (the same data) to
         calibrate with, where the method measures anything."""
 
-        samples: int | None = None
-        calibration: int = 128
+        samples: PositiveInt | None = None
+        calibration: NonNegativeInt = 128
         calibration_data: str | None = None
 
     def measure(self, bench: Bench[Any]) -> Metrics:

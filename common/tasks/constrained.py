@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from prunelab.common.core.options import PositiveInt, Share
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
@@ -41,13 +42,13 @@ class Constrained(Task):
         place, drawn anew where their effective share falls below `threshold`. max_tokens: of a text."""
 
         pattern: str = ""
-        json_depth: int | None = Field(None, alias="json")
+        json_depth: PositiveInt | None = Field(None, alias="json")
         after: str
-        samples: int
-        context: int = 128
-        particles: int = 5
-        threshold: float = 0.5
-        max_tokens: int = 100
+        samples: PositiveInt
+        context: PositiveInt = 128
+        particles: PositiveInt = 5
+        threshold: Share = 0.5
+        max_tokens: PositiveInt = 100
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import constrained

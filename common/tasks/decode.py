@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Catalogue, Metric, Metrics, Reads, Task
 
@@ -39,16 +40,16 @@ class Decode(Task):
         learned parts, and of the texts that it retrieves from. temperature, top_p: of sampling, which also the plain
         decoding that speeds are compared with then does; 0 is greedy."""
 
-        new: int = 128
-        prompt: int = 64
-        samples: int | None = None
+        new: PositiveInt = 128
+        prompt: NonNegativeInt = 64
+        samples: PositiveInt | None = None
         task: str | None = None
-        warmup: int = 3
+        warmup: NonNegativeInt = 3
         draft: str | None = None
         heads: str | None = None
         store: str | None = None
-        temperature: float = 0.0
-        top_p: float = 1.0
+        temperature: NonNegativeFloat = 0.0
+        top_p: PositiveShare = 1.0
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import decode

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
@@ -42,9 +43,9 @@ class Detect(Task):
         was kept and found on each of them, for a picture. Testbed scenes alone are shown: most data sets forbid
         passing images on."""
 
-        samples: int | None = None
-        batch: int | None = None
-        shown: int = 0
+        samples: PositiveInt | None = None
+        batch: PositiveInt | None = None
+        shown: NonNegativeInt = 0
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import detect

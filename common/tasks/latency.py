@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
@@ -32,7 +33,7 @@ class Latency(Task):
         """batch: images at most, halved until the memory holds them. against_dense: adds `speedup`, against the
         unpruned model on the same batch."""
 
-        batch: int = 256
+        batch: PositiveInt = 256
         against_dense: bool = False
 
     def measure(self, bench: Bench[Any]) -> Metrics:

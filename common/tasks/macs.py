@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Status, Task
 
@@ -43,7 +44,7 @@ class Macs(Task):
         """size: height and width of the image. module: path of the submodule in which the method works, which adds its
         cost alone with the scoring."""
 
-        size: tuple[int, int] | None = None
+        size: tuple[PositiveInt, PositiveInt] | None = None
         module: str | None = None
 
     def measure(self, bench: Bench[Any]) -> Metrics:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import field_validator
 
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import (
     OF_EXPERTS,
@@ -46,9 +47,9 @@ class Perplexity(Task):
         of them (all). calibration: how many to calibrate with, of the same length, from `calibration_data` (the same
         data). experts: a method with options and budget that leaves out experts of tokens while the text is read."""
 
-        length: int
-        samples: int | None = None
-        calibration: int = 32
+        length: PositiveInt
+        samples: PositiveInt | None = None
+        calibration: NonNegativeInt = 32
         calibration_data: str | None = None
         experts: AtRunTime | None = None
 

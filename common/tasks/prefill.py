@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
@@ -38,9 +39,9 @@ class Prefill(Task):
         """frames: of a video, else it is an image. text: tokens around it. new: tokens of the answer (64 are an
         assumption). against_dense: adds the ratios to the unpruned model."""
 
-        frames: int = 0
-        text: int | None = None
-        new: int = 64
+        frames: NonNegativeInt = 0
+        text: NonNegativeInt | None = None
+        new: PositiveInt = 64
         against_dense: bool = False
 
     def measure(self, bench: Bench[Any]) -> Metrics:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Status, Task
 
@@ -38,8 +39,8 @@ class PromptMacs(Task):
     class Settings(base.Settings):
         """text: tokens of the prompt that are not visual. frames: of a video, else it is an image."""
 
-        text: int | None = None
-        frames: int = 0
+        text: NonNegativeInt | None = None
+        frames: NonNegativeInt = 0
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import prompt_macs

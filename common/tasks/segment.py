@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
@@ -36,9 +37,9 @@ class Segment(Task):
         """samples: images (all). presence: see `Segmenter`. gallery: a number of the testbed's scenes of which `scenes`
         tells what left where."""
 
-        samples: int | None = None
+        samples: PositiveInt | None = None
         presence: Literal["last", "exit"] = "last"
-        gallery: int = 0
+        gallery: NonNegativeInt = 0
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import segment

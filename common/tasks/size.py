@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Status, Task
 
@@ -35,7 +36,7 @@ class Size(Task):
     class Settings(base.Settings):
         """length: of the text in tokens."""
 
-        length: int = 128
+        length: PositiveInt = 128
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
@@ -32,14 +33,14 @@ class Subset(Task):
         a student. early: steps before scores are taken. students: with different weights to start from, whose accuracy
         is averaged."""
 
-        alpha: float = 0.0
-        temperature: float = 4.0
-        width: int = 64
-        steps: int = 300
-        batch: int = 64
-        rate: float = 3e-3
-        early: int = 20
-        students: int = 3
+        alpha: NonNegativeFloat = 0.0
+        temperature: NonNegativeFloat = 4.0
+        width: PositiveInt = 64
+        steps: PositiveInt = 300
+        batch: PositiveInt = 64
+        rate: PositiveFloat = 3e-3
+        early: NonNegativeInt = 20
+        students: PositiveInt = 3
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import subset

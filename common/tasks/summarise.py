@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import PositiveInt
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
 
@@ -29,7 +30,7 @@ class Summarise(Task):
     class Settings(base.Settings):
         """samples: documents (all)."""
 
-        samples: int | None = None
+        samples: PositiveInt | None = None
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import summarise

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt, Share, Within
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Catalogue, Metric, Metrics, Reads, Task
 from prunelab.common.tasks.perplexity import SIZES
@@ -42,18 +43,18 @@ class Tune(Task):
         steps, batch: of the training. rate, warmup: of the learning rate, which falls in a line. rank, alpha: of
         low-rank adapters (the extra `training`), which alone learn where there is a rank."""
 
-        length: int
+        length: PositiveInt
         among: str | None = None
-        samples: int = 256
-        prompt: float = 0.25
-        clean: int = 64
-        held_out: int = 48
-        steps: int = 24
-        batch: int = 8
-        rate: float = 3e-4
-        warmup: float = 0.1
-        rank: int = 0
-        alpha: int = 16
+        samples: PositiveInt = 256
+        prompt: Within = 0.25
+        clean: NonNegativeInt = 64
+        held_out: PositiveInt = 48
+        steps: PositiveInt = 24
+        batch: PositiveInt = 8
+        rate: PositiveFloat = 3e-4
+        warmup: Share = 0.1
+        rank: NonNegativeInt = 0
+        alpha: NonNegativeInt = 16
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import tune

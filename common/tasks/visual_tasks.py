@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.options import PositiveFloat, PositiveInt
 from prunelab.common.measures.scores import CAPTIONS, OTHERS, SHARES
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
@@ -35,13 +36,13 @@ class VisualTasks(Task):
         number for each of them, such as the unpruned model's, of which `relative` is the mean share."""
 
         tasks: tuple[str, ...]
-        frames: int = 32
-        limit: int | None = None
-        batch: int = 1
+        frames: PositiveInt = 32
+        limit: PositiveInt | None = None
+        batch: PositiveInt = 1
         prompts: dict[str, Any] | None = None
         include: str | None = None
         average: tuple[str, ...] = ()
-        against: tuple[float, ...] = ()
+        against: tuple[PositiveFloat, ...] = ()
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import visual_tasks

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import field_validator
 
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.measures.scores import HARNESS_SHARES
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import (
@@ -48,12 +49,12 @@ class ZeroShot(Task):
         calibration, calibration_data: of the calibration set, as in `perplexity`, and `experts` as there."""
 
         tasks: tuple[str, ...]
-        shots: int | None = None
-        limit: int | None = None
-        batch: int = 8
+        shots: NonNegativeInt | None = None
+        limit: PositiveInt | None = None
+        batch: PositiveInt = 8
         average: tuple[str, ...] = ()
-        length: int | None = None
-        calibration: int = 32
+        length: PositiveInt | None = None
+        calibration: NonNegativeInt = 32
         calibration_data: str | None = None
         experts: AtRunTime | None = None
 

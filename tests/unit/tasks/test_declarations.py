@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 
 from prunelab.common import tasks
 from prunelab.common.catalogue import lookup
-from prunelab.common.core import index, registry
+from prunelab.common.core import index, options, registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 from prunelab.common.experiments import papers, planning, plans
@@ -33,6 +33,13 @@ def test_a_task_is_one_module_that_says_what_it_is(name):
         assert setting in ("seed", "samples") or setting in documented or setting in (task.__doc__ or ""), setting
 
 
+@pytest.mark.parametrize("name", tasks.names())
+def test_every_number_of_a_task_has_a_range(name):
+    settings = tasks.get(name).Settings
+    for setting, hint in get_type_hints(settings, include_extras=True).items():
+        assert setting == "model_config" or not options.unbounded(hint), f"{name}: {setting}, see core/options.py"
+
+
 def test_declarations_need_no_torch():
     code = (
         "import sys; from prunelab.common import tasks; [tasks.get(name) for name in tasks.names()];"
@@ -49,6 +56,7 @@ def test_settings_are_read_by_their_types():
         ({"lenght": 512}, "no setting 'lenght'; did you mean 'length'"),
         ({}, "needs the setting 'length'"),
         ({"length": "many"}, "the setting 'length' of the task perplexity: "),
+        ({"length": 0}, "the setting 'length' of the task perplexity: .* greater than 0"),
     ):
         with pytest.raises(PrunelabError, match=message):
             perplexity.read(given)
