@@ -33,8 +33,8 @@ def measure(bench: Bench[Cache.Settings]) -> dict[str, Any]:
     settings, length, share = bench.settings, bench.settings.length, bench.settings.prompt
     model, tokenizer = loading.language(bench.ids["model"], bench.config)
     context = model.config.max_position_embeddings
-    if not 2 <= length <= context or not 0 < share < 1:
-        raise PrunelabError(f"give a length of 2 to {context} tokens and a prompt of a share between 0 and 1 of it")
+    if not 2 <= length <= context:
+        raise PrunelabError(f"a length of {length} tokens does not fit this model; give 2 to {context}")
     model = devices.place(model, bench.device, half=True)
     text = texts.sequences(bench.ids["data"], bench.config, tokenizer, length, settings.samples)
     read = _Reader(bench, model)

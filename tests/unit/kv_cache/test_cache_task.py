@@ -94,7 +94,7 @@ def test_a_draft_is_the_model_a_second_time_and_strangers_are_refused(config):
         runner.measure(run("wanda", "0.5"), config)
     with pytest.raises(PrunelabError, match="leave `pairs` out"):
         runner.measure(run(pairs=2), config)
-    with pytest.raises(PrunelabError, match="a share between 0 and 1"):
+    with pytest.raises(PrunelabError, match="less than 1"):
         runner.measure(run(prompt=1.0), config)
 
 
