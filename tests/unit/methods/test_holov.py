@@ -28,7 +28,7 @@ def test_parts_follow_the_papers_rule_and_the_first_are_longer():
 def spelled_out(tokens, attention, method, keep):
     """One sample, part by part."""
     bounds, start = [], 0
-    for count, size in parts_of(len(tokens), keep, method.parts):
+    for count, size in parts_of(len(tokens), keep, method.crops):
         for _ in range(count):
             bounds.append(range(start, start + size))
             start += size
