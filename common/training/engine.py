@@ -251,7 +251,7 @@ def _with_values(
     decisions: Mapping[str, Decision], training: Training, touched: Collection[int]
 ) -> list[tuple[Target, Decision]]:
     """Every decision with the values that its target has learned, and one that keeps all for every further weight that
-    learned. Weights come before the structures they lie in, which change their shapes."""
+    learned. Weights come before the structures they lie in, which change their shapes; hidden channels lie in all."""
     adapter = training.adapter
     known = {target.name: target for target in training.targets}
     unknown = decisions.keys() - known.keys()
@@ -269,7 +269,7 @@ def _with_values(
         if decision is not None:
             kept[target.name] = (target, decision)
     structures = [(t, decisions[t.name]) for t in training.targets if not t.loose and t.name in decisions]
-    return sorted([*kept.values(), *structures], key=lambda entry: (entry[0].block, not entry[0].loose))
+    return sorted([*kept.values(), *structures], key=lambda e: (e[0].unit == "hidden", e[0].block, not e[0].loose))
 
 
 def _carried_out(

@@ -21,7 +21,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.hadamard import turn
 
-Unit = Literal["linear", "heads", "channels", "experts", "layers", "sublayers", "tensor", "attention_output"]
+Unit = Literal["linear", "heads", "channels", "experts", "layers", "sublayers", "tensor", "attention_output", "hidden"]
 Statistics = Mapping[str, Tensor]
 
 
@@ -31,9 +31,9 @@ class Target:
 
     unit:   `linear` has single weights as units, `heads` key-value groups of attention (with plain multi-head
             attention these are the heads), `channels` intermediate channels of an MLP, `experts` and `layers` what
-            they say, `sublayers` the attention or the MLP of a layer with its norm, `tensor` the entries of any other
-            parameter, `attention_output` single query heads where the output projection reads them, which are silenced
-            and never leave;
+            they say, `sublayers` the attention or the MLP of a layer with its norm, `hidden` the channels of the
+            residual stream, `tensor` the entries of any other parameter, `attention_output` single query heads where
+            the output projection reads them, which are silenced and never leave;
     name:   unique in the model, and the same in every model of its architecture;
     block:  index of the block it lies in, -1 outside of all;
     role:   its place in the block (`self_attn.q_proj`), `attention` or `mlp` for sublayers, the unit for other

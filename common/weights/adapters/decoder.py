@@ -12,7 +12,13 @@ from torch import Tensor
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.adapters.mixture import Mixtures
 from prunelab.common.weights.adapters.projections import IN, OUT, length
-from prunelab.common.weights.adapters.rotation import check_rotation, commutes, rotate_stream
+from prunelab.common.weights.adapters.rotation import (
+    check_rotation,
+    commutes,
+    narrow_stream,
+    rotate_stream,
+    stream_size,
+)
 from prunelab.common.weights.targets import Target
 
 
@@ -61,6 +67,28 @@ class Decoder(Mixtures):
         heads = self.targets("heads")
         sizes = {"residual": int(self.model.get_input_embeddings().weight.shape[1])}
         return {**sizes, "values": self._value_size(heads[0])} if heads else sizes
+
+    def _hidden(self, block: int) -> list[Target]:
+        """The channels of the residual stream, where nothing but norms, embeddings and plain projections holds any."""
+        final = getattr(self.model.base_model, "norm", None)
+        blocks = list(self.blocks)
+        mixed = any(self._part(i, self.experts) is not None for i in range(len(blocks)))
+        if block or mixed or final is None or not commutes(blocks, final):
+            return []
+        width = int(self.model.get_input_embeddings().weight.shape[1])
+        return [Target("hidden", "hidden", -1, "hidden", (width,), stream_size(self.model, blocks, final))]
+
+    def remove(self, target: Target, kept: Tensor) -> None:
+        if target.unit != "hidden":
+            super().remove(target, kept)
+            return
+        self.reshaped = True
+        narrow_stream(self.model, list(self.blocks), self.model.base_model.norm, kept)
+
+    def sizes(self, target: Target) -> dict[str, int]:
+        if target.unit != "hidden":
+            return super().sizes(target)
+        return {"hidden_size": target.units, "head_dim": int(getattr(self._part(0, self.attention), self.head_size))}
 
     def _value_size(self, target: Target) -> int:
         return self.projections(target)["v"].entries.shape[1]

@@ -95,7 +95,7 @@ class Pretrained(Blocks):
         if not self.reshaped:
             return True
         changes: dict[str, Any] = {option: True for option in self.options if hasattr(self.model.config, option)}
-        for unit in (*READS, "experts"):
+        for unit in (*READS, "experts", "hidden"):
             targets = self.targets(unit)  # type: ignore[arg-type]
             if len({target.shape for target in targets}) > 1:
                 return False

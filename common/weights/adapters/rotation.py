@@ -1,5 +1,5 @@
 """Rotations of a decoder's spaces that leave what it computes as it is (SliceGPT, arXiv 2401.15024; QuaRot,
-arXiv 2404.00456).
+arXiv 2404.00456), and channels that leave its residual stream.
 
 An RMS norm without a gain commutes with every rotation. Its gain therefore moves into the linears behind it, and then
 the residual stream h becomes h Q: what writes into it gets Q on its outputs, what reads it gets Q on its inputs.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.adapters.projections import IN, OUT, cut, taken
 
 READS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa"}
 READS |= {"gate_proj", "up_proj", "gate_up_proj", "shared_expert_gate"}
@@ -46,6 +47,40 @@ def rotate_stream(model: Any, blocks: list[nn.Module], final: nn.Module, rotatio
             if bias is not None:
                 _write(bias, rotation)
     _read(head.weight, rotation, _gain(final))
+
+
+def stream_size(model: Any, blocks: list[nn.Module], final: Any) -> int:
+    """Parameters of each channel of the residual stream; those of a tied head count once."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    size = len(embedding.weight) + (0 if head.weight is embedding.weight else len(head.weight)) + final.weight.dim()
+    for block in blocks:
+        size += sum(weight.numel() // weight.shape[-1] for weight, _ in _reading(block)) + len(NORMS)
+        size += sum(weight.numel() // len(weight) + (bias is not None) for weight, bias in _writing(block))
+    return size
+
+
+def narrow_stream(model: Any, blocks: list[nn.Module], final: nn.Module, kept: Tensor) -> None:
+    """Keep these channels [K] of the residual stream. The gains of norms, which divide by a mean over channels, grow by
+    the root of how many there were to one that stays: where the others were zero, the model computes what it did."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied, whole = head.weight is embedding.weight, embedding.weight.shape[1]
+    embedding.weight = taken(embedding.weight, kept, 1)
+    embedding.embedding_dim = len(kept)
+    if tied:
+        head.weight, head.in_features = embedding.weight, len(kept)
+    else:
+        cut(head, IN, kept)
+    norms: list[Any] = [*(block.get_submodule(name) for block in blocks for name in NORMS), final]
+    for norm in norms:
+        offset = float(type(norm).__name__.startswith("Gemma"))
+        norm.weight = taken(norm.weight, kept, 0)
+        with torch.no_grad():
+            norm.weight.add_(offset).mul_((whole / len(kept)) ** 0.5).sub_(offset)
+    for block in blocks:
+        for path, module in block.named_modules():
+            name = path.rpartition(".")[2]
+            if isinstance(module, nn.Linear) and name in READS | WRITES:
+                cut(module, IN if name in READS else OUT, kept)
 
 
 def _reading(block: nn.Module) -> Iterator[tuple[Tensor, int]]:
