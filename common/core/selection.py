@@ -127,21 +127,26 @@ def scaled_distance(tokens: Tensor) -> Tensor:
     return torch.cdist(tokens, tokens) / tokens.shape[-1] ** 0.5
 
 
-def density_peaks(distance: Tensor, clusters: int, neighbours: int, noise: Tensor | None = None) -> Tensor:
-    """DPC-KNN: the `clusters` tokens [B, C], best first, that are dense and far from any denser one.
+def peak_scores(distance: Tensor, neighbours: int, noise: Tensor | None = None) -> Tensor:
+    """DPC-KNN: how much each token [B, N] is a centre, dense and far from any denser one.
 
-    distance [B, N, N]. A token's density is exp(-mean squared distance to its nearest neighbours, itself included),
-    of whom there are at most `clusters`; `noise` [B, N] is added to part equal ones. Its score is the density times the
-    distance to the nearest strictly denser token; the densest takes the sample's largest distance there.
+    distance [B, N, N]. A token's density is exp(-mean squared distance to its nearest neighbours, itself included);
+    `noise` [B, N] is added to part equal ones. Its score is the density times the distance to the nearest strictly
+    denser token; the densest takes the sample's largest distance there.
     """
-    near = distance.topk(min(neighbours, clusters), dim=-1, largest=False).values
+    near = distance.topk(neighbours, dim=-1, largest=False).values
     density = (-near.square().mean(-1)).exp()
     if noise is not None:
         density = density + noise
     denser = density.unsqueeze(1) > density.unsqueeze(2)  # [B, N, N]
     farthest = distance.flatten(1).amax(1)[:, None, None]
-    apart = torch.where(denser, distance, farthest).amin(-1)
-    return descending(apart * density)[:, :clusters]
+    return torch.where(denser, distance, farthest).amin(-1) * density
+
+
+def density_peaks(distance: Tensor, clusters: int, neighbours: int, noise: Tensor | None = None) -> Tensor:
+    """The `clusters` tokens [B, C], best first, with the largest `peak_scores`; there are at most as many
+    neighbours."""
+    return descending(peak_scores(distance, min(neighbours, clusters), noise))[:, :clusters]
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,18 @@ def behind(mix: Mix, first: int) -> Mix:
     target, source = torch.cat([kept.target, mix.target + first], 1), torch.cat([kept.source, mix.source + first], 1)
     valid = None if mix.valid is None else torch.cat([kept.weight > 0, mix.valid], 1)
     return Mix(target, source, torch.cat([kept.weight, mix.weight], 1), first + mix.outputs, valid)
+
+
+def side_by_side(mixes: Sequence[Mix]) -> Mix:
+    """Mixtures of single samples, of different sizes, as one with what does not count behind."""
+    outputs, entries = max(mix.outputs for mix in mixes), max(mix.target.shape[1] for mix in mixes)
+    target, source, weight = (
+        torch.cat([torch.nn.functional.pad(part, (0, entries - part.shape[1])) for part in column])
+        for column in zip(*((mix.target, mix.source, mix.weight) for mix in mixes), strict=True)
+    )
+    counts = torch.tensor([mix.outputs for mix in mixes], device=target.device).unsqueeze(1)
+    valid = torch.arange(outputs, device=counts.device) < counts
+    return Mix(target, source, weight, outputs, None if len({mix.outputs for mix in mixes}) == 1 else valid)
 
 
 def of_crops(mix: Mix, crops: int, units: int) -> Mix:

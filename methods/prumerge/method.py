@@ -80,18 +80,6 @@ def merged(scores: Tensor, keys: Tensor, kept: Tensor, neighbours: int = 32) -> 
     return Mix(target.expand(batch, -1), source, weight, count + 1)
 
 
-def side_by_side(mixes: Sequence[Mix]) -> Mix:
-    """Mixtures of single samples, of different sizes, as one with what does not count behind."""
-    outputs, entries = max(mix.outputs for mix in mixes), max(mix.target.shape[1] for mix in mixes)
-    target, source, weight = (
-        torch.cat([torch.nn.functional.pad(part, (0, entries - part.shape[1])) for part in column])
-        for column in zip(*((mix.target, mix.source, mix.weight) for mix in mixes), strict=True)
-    )
-    counts = torch.tensor([mix.outputs for mix in mixes], device=target.device).unsqueeze(1)
-    valid = torch.arange(outputs, device=counts.device) < counts
-    return Mix(target, source, weight, outputs, None if len({mix.outputs for mix in mixes}) == 1 else valid)
-
-
 @dataclass(frozen=True)
 class PruMerge(TokenPruner):
     """LLaVA-PruMerge (arXiv 2403.15388): keeps the patches whose class attention is an outlier, adds to each what its
@@ -169,7 +157,7 @@ class PruMerge(TokenPruner):
         scores, most = class_attention(query.squeeze(1), torch.cat([own, keys], 1)), budget.count(patches)
         if self.adaptive and scores.device.type != "meta":
             rows = [(scores[i : i + 1], keys[i : i + 1]) for i in range(len(scores))]
-            mix = side_by_side([merged(s, k, self.kept(s, most), self.neighbours) for s, k in rows])
+            mix = selection.side_by_side([merged(s, k, self.kept(s, most), self.neighbours) for s, k in rows])
         else:
             kept = selection.descending(scores)[:, :most] if self.adaptive else self.kept(scores, most)
             mix = merged(scores, keys, kept, self.neighbours)
