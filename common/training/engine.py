@@ -200,8 +200,8 @@ class _Job(trainer.Observer):
 
     def before_step(self, step: int) -> None:
         self.training.step, self.drawn = step, 0
-        self.absent = self.absent + self.training.removed()
         self.method.before_step(self.further, self.training)
+        self.absent = self.absent + self.training.removed()
         chosen = set(self.method.trainable(list(self.learn), self.training))
         for name, parameter in self.learn.items():
             parameter.requires_grad_(name in chosen)
