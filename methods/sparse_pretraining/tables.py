@@ -1,12 +1,14 @@
-"""The law on runs of our own: small language models on source code, dense of several sizes and pruned on the way."""
+"""The law on runs of our own: small language models of bytes, dense of several sizes and pruned on the way."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.data import code
@@ -14,77 +16,73 @@ from prunelab.common.training.engine import train
 from prunelab.common.training.recipe import Recipe
 from prunelab.methods.sparse_pretraining.method import SparsePretraining, fitted, law
 
-LENGTH, BATCH, STEPS, HELD_OUT = 64, 16, 400, 60_000  # tokens are bytes
-WIDTHS = (8, 16, 24, 32, 40)  # of dense models
-LARGE = 40  # of the one that is pruned
-SCHEDULES = ((0.5, 0.25, 0.75), (0.25, 0.25, 0.75), (0.25, 0.0, 0.5), (0.25, 0.5, 1.0))  # share kept, begin, end
-VOCABULARY = 256
+CONTEXT, WIDTH, BYTES = 6, 16, 256  # bytes that are read, numbers for each, and how many there are
+BATCH, STEPS, READ, HELD_OUT = 512, 800, 2_000_000, 60_000
+HIDDEN = (8, 16, 32, 64, 128)  # units of dense models
+LARGE = 128  # of the one that is pruned
+SCHEDULES = ((0.5, 0.25, 0.75), (0.25, 0.25, 0.75), (0.25, 0.0, 0.5), (0.25, 0.1, 0.6))
 
 
-def model(width: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
+def network(hidden: int) -> nn.Module:
+    """The next byte by the last ones: an embedding and two layers (Bengio et al., JMLR 2003)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes))
+        return nn.Sequential(
+            nn.Embedding(BYTES, WIDTH), nn.Flatten(), nn.Linear(CONTEXT * WIDTH, hidden), nn.Tanh(),
+            nn.Linear(hidden, BYTES),
+        )  # fmt: skip
 
 
 def text(split: code.Split, size: int) -> Tensor:
-    return torch.frombuffer(bytearray("\n".join(code.files(split)).encode()[:size]), dtype=torch.uint8).long()
+    """Windows [N, CONTEXT + 1] of source code."""
+    tokens = torch.frombuffer(bytearray("\n".join(code.files(split)).encode()[:size]), dtype=torch.uint8).long()
+    return tokens.unfold(0, CONTEXT + 1, 1)
 
 
-def prunable(network: nn.Module) -> int:
-    """Weights of all linears, the head's among them, without the embeddings, as the paper counts."""
-    return sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear))
-
-
-@torch.inference_mode()
-def loss_of(network: nn.Module, held: Tensor) -> float:
-    windows = held[: len(held) // LENGTH * LENGTH].view(-1, LENGTH)
-    found = [float(network(input_ids=part, labels=part).loss) for part in windows.split(64)]
-    return float(np.mean(found))
+def objective(model: nn.Module, batch: Any) -> Any:
+    logits = model(batch["input_ids"][:, :-1])
+    return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits, batch["input_ids"][:, -1]))
 
 
 def trained(
-    method: SparsePretraining, width: int, keep: float, tokens: Tensor, held: Tensor
+    method: SparsePretraining, hidden: int, keep: float, windows: Tensor, held: Tensor
 ) -> tuple[float, float, float]:
-    """Average and last number of prunable parameters, and the loss on held-out text."""
-    network = model(width)
-    whole = prunable(network)
+    """Average and last number of the linears' weights, and the loss on held-out text."""
+    model = network(hidden)
+    whole = sum(m.weight.numel() for m in model if isinstance(m, nn.Linear))
 
     def batch(number: int) -> dict[str, Tensor]:
         draws = torch.Generator().manual_seed(number)
-        starts = torch.randint(len(tokens) - LENGTH, (BATCH,), generator=draws)
-        ids = torch.stack([tokens[start : start + LENGTH] for start in starts.tolist()])
-        return {"input_ids": ids, "labels": ids}
+        return {"input_ids": windows[torch.randint(len(windows), (BATCH,), generator=draws)]}
 
     recipe = Recipe(steps=STEPS, batch=BATCH, rate=1e-2, check_every=STEPS, save_every=STEPS)
-    plan = train(method, network, Budget(keep), batch, recipe, progress=False)
+    plan = train(method, model, Budget(keep), batch, recipe, objective=objective, progress=False)
     absent = plan.report.dense_parameters - (plan.report.average_parameters or 0)
-    return whole - absent, whole * keep, loss_of(network.eval(), held)
+    with torch.inference_mode():
+        return whole - absent, whole * keep, float(objective(model.eval(), {"input_ids": held}).loss)
 
 
 def grid() -> dict[str, dict[str, Any]]:
     """`kind/run/figure`: average and last parameters and losses of dense and sparse runs, the law that fits the dense
     ones, and how far it is off for the sparse ones with either number."""
-    tokens, held = text("train", 2_000_000), text("held_out", HELD_OUT)
+    windows, held = text("train", READ), text("held_out", HELD_OUT)
+    runs = {
+        "dense": [trained(SparsePretraining(), hidden, 1.0, windows, held) for hidden in HIDDEN],
+        "sparse": [
+            trained(SparsePretraining(begin, end, every=5), LARGE, keep, windows, held)
+            for keep, begin, end in SCHEDULES
+        ],
+    }
     found: dict[str, dict[str, Any]] = {}
-    runs: dict[str, list[tuple[float, float, float]]] = {"dense": [], "sparse": []}
-    for width in WIDTHS:
-        runs["dense"].append(trained(SparsePretraining(), width, 1.0, tokens, held))
-    for keep, begin, end in SCHEDULES:
-        runs["sparse"].append(trained(SparsePretraining(begin, end, every=20), LARGE, keep, tokens, held))
     for kind, of_kind in runs.items():
         for place, figures in enumerate(of_kind):
             for name, value in zip(("average", "last", "loss"), figures, strict=True):
                 found[f"{kind}/{place}/{name}"] = {"value": round(value, 4)}
     dense, sparse = (np.array(runs[kind]) for kind in ("dense", "sparse"))
-    seen = np.full(len(dense), float(STEPS * BATCH * LENGTH))
-    coefficients = fitted(dense[:, 0], seen, dense[:, 2])
+    coefficients = fitted(dense[:, 0], np.full(len(dense), float(STEPS * BATCH)), dense[:, 2])
     for name, value in coefficients.items():
         found[f"law//{name}"] = {"value": round(value, 6)}
     for column, name in enumerate(("average", "last")):
-        predicted = law(sparse[:, column], seen[: len(sparse)], **coefficients)
+        predicted = law(sparse[:, column], np.full(len(sparse), float(STEPS * BATCH)), **coefficients)
         found[f"error//{name}"] = {"value": round(float(np.abs(predicted - sparse[:, 2]).mean()), 4)}
     return found
