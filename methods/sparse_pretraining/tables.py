@@ -49,7 +49,7 @@ def trained(
 ) -> tuple[float, float, float]:
     """Average and last number of the linears' weights, and the loss on held-out text."""
     model = network(hidden)
-    whole = sum(m.weight.numel() for m in model if isinstance(m, nn.Linear))
+    whole = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
 
     def batch(number: int) -> dict[str, Tensor]:
         draws = torch.Generator().manual_seed(number)
