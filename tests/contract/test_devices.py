@@ -16,13 +16,15 @@ from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.data_selection import engine as selection
 from prunelab.common.measures.constrained import Prompt, Unconstrained
-from prunelab.common.ranking.sentences import Passage
+from prunelab.common.ranking.attribution import Attribution, Explained, alike
+from prunelab.common.ranking.sentences import Passage, SentenceRanker
 from prunelab.common.speculative.reader import info
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.training import engine as training
 from prunelab.common.training.recipe import Recipe
 from prunelab.common.weights import prune
+from prunelab.common.weights.role import WeightPruner
 from prunelab.methods.selective_context.method import SelectiveContext, self_information
 from prunelab.methods.sparsegpt.method import SparseGPT
 from tests.contract import caches_references, families, references, test_data_selectors, test_weight_pruners, vlms
@@ -32,7 +34,6 @@ from tests.contract.selector_references import SELECTORS
 from tests.contract.test_other_roles import TEXT
 from tests.contract.test_token_pruners import FIRST, PAIRS
 from tests.contract.training_references import REFERENCES as TRAINERS
-from tests.contract.weights_references import REFERENCES as WEIGHTS
 from tests.contract.weights_references import RoundedMagnitude
 from tests.unit.constrained.test_constraints import VOCABULARY, vocabulary
 from tests.unit.methods.test_selective_context import Letters
@@ -42,9 +43,10 @@ EXTRA = [
     *(m for m, _ in FIRST if m.name.startswith("reference")),
     *(references.ReceivedCache(), caches_references.NewestCache(), caches_references.WeakestExperts()),
     *(references.BigramDrafts(), references.Rejection(), references.LengthRanker()),
-    *(references.MagnitudeWeights(), references.NormChannels(), *SELECTORS, *TRAINERS, *WEIGHTS),
+    *(*SELECTORS, *TRAINERS),
 ]
-METHODS = [cls() for cls in registry.load().values()] + EXTRA
+OTHERS = [cls() for cls in registry.load().values() if not issubclass(cls, WeightPruner)]
+METHODS = [*OTHERS, *test_weight_pruners.METHODS, *EXTRA]
 
 
 def tokens(labels: Labels, method: Any) -> None:
@@ -115,8 +117,8 @@ def experts(labels: Labels, method: Any) -> None:
 
 def weights(labels: Labels, method: Any) -> None:
     family = test_weight_pruners.families(method)[0]
-    model = moved(labels, language_model(family))
-    base = moved(labels, language_model(family, seed=5)) if method.needs_base else None
+    model = moved(labels, test_weight_pruners.build(family))
+    base = moved(labels, test_weight_pruners.build(family, seed=5)) if method.needs_base else None
     given = test_weight_pruners.data(method)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the kernels of a device are not here
@@ -138,7 +140,7 @@ def selectors(labels: Labels, method: Any) -> None:
         data = [{"x": torch.randn(5, generator=rng), "labels": torch.tensor(i % 3)} for i in range(18)]
         model = moved(labels, made.classifier())
         selection.select(method, data, budget, model=model, forward=lambda m, b: m(b["x"]), **options)
-    elif method.requires() - {"text"}:
+    elif method.requires() - {"text"} or "tokens" in method.chooses:
         options |= {"model": moved(labels, language_model()), "tokenizer": made.tokenizer}
         selection.select(method, made.TEXTS, budget, **options)
     else:
@@ -172,8 +174,14 @@ def ranked(labels: Labels, method: Any) -> None:
         model = moved(labels, language_model(vocab_size=300, max_position_embeddings=256))
         services = {"information": self_information(model, Letters())}
         replace(method, level="token").compress(" ".join(TEXT), Budget(0.5), services)
-    else:
+    elif isinstance(method, SentenceRanker):
         method.plan(Passage(TEXT), Budget(0.5))
+    elif isinstance(method, Attribution):
+        model = Explained(moved(labels, language_model()))
+        known = {"model": model, "next_token_logits": model.next_token_logits, "replace": alike([0] * 61)}
+        method.plan(moved(labels, token_ids(1, 8)[0]), Budget(0.5), {name: known[name] for name in method.services})
+    else:
+        pytest.skip("ranks units of a kind of its own, as its own tests do")
 
 
 RUNS: dict[str, Callable[[Labels, Any], None]] = {
