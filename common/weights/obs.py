@@ -70,17 +70,18 @@ def sweep(weight: Tensor, factor: Tensor, width: int, columns: Columns, within: 
     weight, total = weight.clone(), weight.shape[1]
     for start in range(0, total, width):
         stop = min(start + width, total)
-        block, local = weight[:, start:stop].clone(), factor[start:stop, start:stop]
-        diagonal, errors = local.diagonal(), torch.zeros_like(block)
+        turned, local = weight[:, start:stop].T.contiguous(), factor[start:stop, start:stop]
+        block, errors, diagonal = turned.T, torch.empty_like(turned), local.diagonal()  # columns lie in one piece
         columns.enter(slice(start, stop), weight, diagonal)
         for i in range(stop - start):
             settled = columns.settle(start + i, block, diagonal, i)
-            errors[:, i] = (block[:, i] - settled) / diagonal[i]
-            if within:
-                block[:, i:].addmm_(errors[:, i : i + 1], local[i : i + 1, i:], alpha=-1)
-            block[:, i] = settled
+            torch.sub(turned[i], settled, out=errors[i])
+            errors[i] /= diagonal[i]
+            if within and i + 1 < stop - start:
+                turned[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+            turned[i] = settled
         weight[:, start:stop] = block
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+        weight[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
     return weight
 
 

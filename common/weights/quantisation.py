@@ -140,7 +140,7 @@ class Rounding:
         self.quantiser, self.scale, self.zero = quantiser, scale, zero
         self.group, self.laid, self.updated = group, laid, updated
         self.width = quantiser.width(len(group))
-        self.codes = scale.new_zeros(len(scale), len(group))
+        self.codes = scale.new_zeros(len(group), len(scale)).T  # columns lie in one piece
         self.weight = self.codes
         self.at_column: tuple[Tensor, Tensor] = (scale, zero)  # of the columns [R, width] of the block at hand
 
@@ -160,7 +160,7 @@ class Rounding:
     def look(self, columns: slice) -> None:
         """Grids of the columns of a block."""
         group = self.group[columns]
-        self.at_column = self.scale[:, group], self.zero[:, group]
+        self.at_column = self.scale.T[group].T, self.zero.T[group].T
 
     def settle(self, column: int, block: Tensor, diagonal: Tensor, at: int) -> Tensor:
         if self.updated and not self.laid and column % self.width == 0:
@@ -200,7 +200,7 @@ def gptq(
     group = (place if order is None or not static else order) // size
     rounding = Rounding(quantiser, scale, zero, group, laid, updated)
     sweep(alive if order is None else alive[:, order], factor, width, rounding, within)
-    codes, index = rounding.codes, None
+    codes, index = rounding.codes.contiguous(), None
     if order is not None:
         back = order.argsort()
         codes, index = codes[:, back], None if laid else group[back].int()
