@@ -40,13 +40,14 @@ DEPTH = 4  # decoder layers of the cut models: enough for what acts before the t
 DECISIONS: Mapping[str, Mapping[str, Any]] = {
     "random_drop": {"layers": [0], "where": "packed"}, "uniform_tokens": {}, "pooled_tokens": {}, "fastv": {},
     "divprune": {}, "fastervlm": {}, "aim": {"layers": [1, 3]}, "holitom": {"layer": 2},
-    "quota": {"weighting": "query"},
+    "quota": {"weighting": "query"}, "pyramiddrop": {"layers": [2]}, "vtw": {}, "dart": {}, "hired": {},
+    "fitprune": {}, "globalcom2": {}, "vflowopt": {"layers": [2]}, "mustdrop": {"layers": [1]}, "catp": {"layer": 1},
 }  # fmt: skip
 WHOLE: Mapping[str, Mapping[str, Any]] = {
     "random_drop": {"layers": [0], "where": "packed"}, "uniform_tokens": {}, "pooled_tokens": {}, "fastv": {},
     "divprune": {}, "aim": {"layers": [13, 22]}, "holitom": {"layer": 18}, "quota": {"weighting": "query"},
 }  # fmt: skip
-IMAGES_ONLY, VIDEOS_ONLY = ("fastervlm",), ("holitom", "quota")
+IMAGES_ONLY, VIDEOS_ONLY = ("fastervlm", "hired", "globalcom2", "mustdrop", "fitprune", "catp"), ("holitom", "quota")
 
 
 def clocked(name: str, options: Mapping[str, Any]) -> tuple[TokenPruner, list[float]]:
