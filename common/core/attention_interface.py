@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelab.common.core import attention
+from prunelab.common.core import attention, hooks
 from prunelab.common.core.errors import PrunelabError
 
 NAME = "prunelab"
@@ -41,6 +41,7 @@ class Recorder(threading.local):
     def __init__(self, causal: bool) -> None:
         self.causal = causal
         self.ahead = False  # whether the layer is asked for queries and keys alone, before its turn
+        self.only: Tensor | None = None  # [B, 1] then the token whose query is wanted; None: all
         self.clear()
 
     def clear(self) -> None:
@@ -62,13 +63,14 @@ class Recorder(threading.local):
         self.scale = queries.shape[-1] ** -0.5 if scale is None else scale
 
     @contextmanager
-    def asking(self) -> Iterator[None]:
-        """Inside the block the layer makes queries and keys for this recorder alone, and attends to nothing."""
-        self.ahead = True
+    def asking(self, only: Tensor | None = None) -> Iterator[None]:
+        """Inside the block the layer makes keys and queries for this recorder alone, the latter of the one token [B, 1]
+        if that is given, and attends to nothing. See `spared`."""
+        self.ahead, self.only = True, only
         try:
             yield
         finally:
-            self.ahead = False
+            self.ahead, self.only = False, None
 
     def shown(self) -> Tensor:
         """The queries [B, H, N, d] of the last forward pass."""
@@ -204,6 +206,31 @@ def record(layer: Any) -> tuple[Recorder, Callable[[], Any]]:
         back()
 
     return recorder, stop
+
+
+def spared(layer: Any, recorder: Recorder) -> list[Callable[[], Any]]:
+    """Let an attention layer, while its recorder asks, multiply no more than it is asked for: neither values nor an
+    output, and one query a sample where one is wanted. Returns what undoes it."""
+
+    def queries(x: Tensor) -> Tensor:
+        if recorder.only is None:
+            whole: Tensor = project(x)
+            return whole
+        one: Tensor = project(x.gather(1, recorder.only.unsqueeze(-1).expand(-1, -1, x.shape[2])))
+        return one.expand(-1, x.shape[1], -1)
+
+    def idle(projection: Any) -> Callable[[Tensor], Tensor]:
+        own = projection.forward
+
+        def work(x: Tensor) -> Tensor:
+            out: Tensor = x.new_zeros(()).expand(*x.shape[:-1], projection.out_features) if recorder.ahead else own(x)
+            return out
+
+        return work
+
+    project = layer.q_proj.forward
+    idlers = [hooks.replaced(part, "forward", idle(part)) for part in (layer.v_proj, layer.o_proj)]
+    return [hooks.replaced(layer.q_proj, "forward", queries), *idlers]
 
 
 @contextmanager

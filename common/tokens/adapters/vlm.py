@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelab.common.core.attention_interface import Recorder, record
+from prunelab.common.core.attention_interface import Recorder, record, spared
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
@@ -210,6 +210,9 @@ class VisionLanguage(DecoderSide):
                     wanted.setdefault(site.layer, set())
             for layer, names in wanted.items():
                 self._record(layer, names, removers)
+            for site in application.sites:
+                if application.method.requires(site) & _AHEAD:
+                    removers += spared(self.blocks[site.layer].self_attn, self.recorders[site.layer])
             for stop in eased(self, application):
                 removers.append(stop)
             projector: Any = getattr(self.body, "multi_modal_projector", None)
@@ -279,7 +282,7 @@ class VisionLanguage(DecoderSide):
         ahead: dict[str, Callable[[], Tensor]] = {}
         if site.where == "input":
             ahead = {
-                "coming_row": lambda: row(self._coming(site.layer, x), last_index(x, self.running.tokens.valid)),
+                "coming_row": functools.partial(self._coming_row, site.layer, x),
                 "coming_text": functools.partial(self._coming_text, site.layer, x),
                 "normed": lambda: self.decoder.norm(x),
             }
@@ -301,16 +304,22 @@ class VisionLanguage(DecoderSide):
             "received": lambda: received(seen, valid),
         }
 
-    def _coming(self, layer: int, x: Tensor) -> Recorder:
-        """What a layer's attention will work on, of the tokens x [B, N, D] which are about to enter it."""
+    def _coming(self, layer: int, x: Tensor, only: Tensor | None = None) -> Recorder:
+        """What a layer's attention will work on, of the tokens x [B, N, D] which are about to enter it; of queries that
+        of one token [B, 1], if it is given."""
         block, recorder, tokens = self.blocks[layer], self.recorders[layer], self.running.tokens
-        with recorder.asking():
+        with recorder.asking(only):
             block.self_attn(
                 block.input_layernorm(x),
                 position_embeddings=self.decoder.rotary_emb(x, self.axes(self.running.positions)),
                 attention_mask=self._mask(tokens.valid, x, tokens.bias),
             )
         return recorder
+
+    def _coming_row(self, layer: int, x: Tensor) -> Tensor:
+        """[B, H, N] the attention that the last token will pay there."""
+        last = last_index(x, self.running.tokens.valid)
+        return row(self._coming(layer, x, last), last)
 
     def _coming_text(self, layer: int, x: Tensor) -> Tensor:
         """[B, H, R, N] the attention that the text behind the picture will pay there."""
