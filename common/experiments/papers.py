@@ -106,6 +106,10 @@ class Column(_Strict):
     count: dict[str, Any] | None = None  # the prompt, as settings of `prompt_macs`, of our own count beside a cost
 
 
+def _fits(pattern: str, name: str) -> bool:
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None
+
+
 class Row(_Strict):
     """What a row of a table runs; `needs` says why nothing here can run it: `{reason: what exactly}`."""
 
@@ -117,23 +121,30 @@ class Row(_Strict):
 
 
 class Table(_Strict):
-    """One table of the paper, named as in reported.csv."""
+    """One table of the paper, named as in reported.csv; `budget` is that of its rows, `models` says which model those
+    rows run whose names begin so."""
 
     name: str
     caption: str = ""
     note: str = ""
     model: str | None = None
+    models: dict[str, str] = Field(default_factory=dict)
+    budget: str | None = None
     columns: dict[str, Column] = Field(default_factory=dict)
     rows: dict[str, Row | str] = Field(default_factory=dict)
     needs: Needs | None = None
     smoke: bool = False
 
     def row(self, name: str) -> Row:
-        """The entry of a reported row; a bare string names a configuration, `*` stands for all others."""
-        entry = self.rows.get(name, self.rows.get("*"))
+        """The entry of a reported row; a bare string names a configuration, and an asterisk stands for any text, so
+        that `*` alone stands for all others. Of several that fit the longest counts."""
+        fitting = (key for key in sorted(self.rows, key=len, reverse=True) if "*" in key and _fits(key, name))
+        entry = self.rows.get(name, self.rows.get(next(fitting, "")))
         if entry is None:
             return Row(needs=self.needs) if self.needs else Row()
-        return Row(configuration=entry) if isinstance(entry, str) else entry
+        row = Row(configuration=entry) if isinstance(entry, str) else entry
+        model = next((model for start, model in self.models.items() if name.startswith(start)), None)
+        return row.model_copy(update={"model": row.model or model, "budget": row.budget or self.budget})
 
     def column(self, number: Reported) -> Column | None:
         """How a reported number is made: by its row's own column, else by the table's, `*` for all not named."""

@@ -8,7 +8,7 @@ from typing import Any
 from prunelab.common.core.errors import PrunelabError
 
 # lm-evaluation-harness: metrics between 0 and 1, beside LongBench's, which end in `_score`.
-HARNESS_SHARES = frozenset({"acc", "acc_norm", "exact_match"})
+HARNESS_SHARES = frozenset({"acc", "acc_norm", "exact_match", "contains"})
 
 # lmms-eval 0.7: shares of right answers become percent; what is not named here (MME's points, WUPS, judges' scores,
 # percentages) stays as it is.

@@ -5,29 +5,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from prunelab.common.core import files
-from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import tuning
 from prunelab.common.data.tuning import Corpus, Piece
-from prunelab.common.data_selection.engine import applied, select
+from prunelab.common.data_selection.engine import applied
 from prunelab.common.data_selection.examples import collate
 from prunelab.common.data_selection.losses import counted, token_loss
 from prunelab.common.data_selection.ngrams import HashedNgrams, kl_reduction
 from prunelab.common.data_selection.role import DataSelector
+from prunelab.common.measures import fitting
 from prunelab.common.measures.bench import Bench, finite
 from prunelab.common.measures.perplexity import sizes
 from prunelab.common.metrics.likelihood import exponential, per_token
 from prunelab.common.models import devices, loading
-from prunelab.common.training import engine, trainer
-from prunelab.common.training.batches import Batches
+from prunelab.common.training import engine
 from prunelab.common.training.method import TrainingMethod
 from prunelab.common.training.recipe import LinearRecipe
 
@@ -66,16 +62,9 @@ def measure(bench: Bench[Tune.Settings]) -> dict[str, Any]:
         block = applied(method, model, bench.budget, services=_services(method, bench, model, data), seed=bench.seed)
         with block as handle:
             tuned = _trained(bench, model, whole)
-        kept = {
-            "samples": _percent(handle.kept_samples, handle.samples),
-            "tokens": _percent(int(handle.kept_tokens), int(handle.tokens)),
-        }
+        kept = fitting.chosen_each_batch(handle)
     loss = per_token(_predicted(tuned, data.held_out))
     return {"perplexity": exponential(loss), "loss": loss, **sizes(tuned), **kept}
-
-
-def _percent(part: float, whole: float) -> dict[str, Any]:
-    return {"value": round(100 * part / whole, 3)}
 
 
 def _services(method: DataSelector, bench: Bench[Tune.Settings], model: nn.Module, data: Corpus) -> dict[str, Any]:
@@ -98,21 +87,15 @@ def _reference(bench: Bench[Tune.Settings], model: nn.Module, data: Corpus) -> n
 def _before(
     method: DataSelector, bench: Bench[Tune.Settings], model: nn.Module, data: Corpus
 ) -> tuple[Sequence[Any], dict[str, Any]]:
-    """The samples that the method leaves for the training, and what share of them and of their tokens that is."""
-    whole = [sample.model_input() for sample in data.samples]
-    if method.requires() == {"text"}:
-        corpus = [sample.text for sample in data.samples]
-        result = select(method, corpus, bench.budget, target=[s.text for s in data.clean], seed=bench.seed)
-        chosen: list[Any] = [whole[i] for i in result.indices]
-    else:
-        services = _services(method, bench, model, data)
-        result = select(method, whole, bench.budget, model=model, services=services, seed=bench.seed)
-        chosen = list(result)
-    total, left = (sum(int(counted(s["labels"][None]).sum()) for s in samples) for samples in (whole, chosen))
-    kept = {"samples": _percent(len(chosen), len(whole)), "tokens": _percent(left, total)}
-    if result.plan.tokens is None:
-        kept["kl_reduction"] = {"value": _reduction(data, result.indices)}
-    return chosen, kept
+    """The samples that the method leaves for the training, what share of them and of their tokens that is, and how much
+    nearer to the clean sample they are than a random choice."""
+    services = {} if method.requires() == {"text"} else _services(method, bench, model, data)
+    left, kept, chosen = fitting.chosen_before(
+        method, data.samples, model, bench.budget, bench.seed, services=services, target=[s.text for s in data.clean]
+    )
+    if chosen is not None:
+        kept["kl_reduction"] = {"value": _reduction(data, chosen)}
+    return left, kept
 
 
 def _reduction(data: Corpus, chosen: Sequence[int]) -> float:
@@ -125,46 +108,9 @@ def _reduction(data: Corpus, chosen: Sequence[int]) -> float:
     return round(sum(each) / len(each), 4)
 
 
-# -- training --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Job:
-    """The training of a model on samples, as the loop sees it."""
-
-    model: nn.Module
-    samples: Sequence[Any]
-    recipe: LinearRecipe
-    seed: int
-    name: str = "tune"
-    numbers: Any = field(default_factory=count)
-
-    @cached_property
-    def batches(self) -> Batches:
-        return Batches(self.samples, self.recipe.batch, self.seed)
-
-    def build(self) -> nn.Module:
-        return self.model
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return self.recipe.optimizer(model)
-
-    def loss(self, model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
-        loss: Tensor = model(**self.batches(next(self.numbers)), use_cache=False).loss
-        return loss
-
-    def evaluate(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
-        return {}
-
-
 def _trained(bench: Bench[Tune.Settings], model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> nn.Module:
-    """The model after its training on samples; with low-rank adapters these are merged in the end."""
     settings = bench.settings
-    recipe = _recipe(settings)
-    learner: Any = _with_adapters(model, settings) if settings.rank else model
-    job = _Job(learner, samples, recipe, bench.seed)
-    trainer.run(job, recipe, None, {"seed": bench.seed}, progress=False)
-    return (learner.merge_and_unload() if settings.rank else learner).eval()
+    return fitting.trained(model, samples, _recipe(settings), bench.seed, settings.rank, settings.alpha)
 
 
 def _recipe(settings: Tune.Settings) -> LinearRecipe:
@@ -172,19 +118,6 @@ def _recipe(settings: Tune.Settings) -> LinearRecipe:
         steps=settings.steps, batch=settings.batch, rate=settings.rate, warmup=settings.warmup, decay=0.0,
         betas=(0.9, 0.999), check_every=settings.steps,
     )  # fmt: skip
-
-
-def _with_adapters(model: nn.Module, settings: Tune.Settings) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise PrunelabError(
-            'low-rank adapters need peft; install it with pip install -e ".[training]", or give rank 0'
-        ) from None
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM",
-    )  # fmt: skip
-    return get_peft_model(model, config)
 
 
 @torch.inference_mode()

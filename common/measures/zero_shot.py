@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.zero_shot`."""
-    lm_eval, wrapper = harness()
-    settings = bench.settings
+    harness()  # before anything is loaded
     model, tokenizer = loading.language(bench.ids["model"], bench.config)
     model = devices.place(model, bench.device, half=True)
     out, calibrated, acting = sizes(model), "", None
@@ -32,22 +31,31 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
         out = sizes(model, report)
     else:
         acting = method
-    asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch)
     with bench.at_work(acting, model), without_experts(bench, model) as handle:
-        result = lm_eval.simple_evaluate(
-            model=asked,
-            tasks=located(settings.tasks, bench.ids, bench.config),
-            num_fewshot=settings.shots,
-            limit=settings.limit,
-            log_samples=False,
-        )
+        measured = scored(bench, model, tokenizer, calibrated)
+    return {**measured, **out, **experts_run(model, handle)}
+
+
+def scored(
+    bench: Bench[Any], model: Any, tokenizer: Any, besides: str = "", batch: int | None = None
+) -> dict[str, Any]:
+    """The model's scores on the run's tasks, each with the protocol it was taken by."""
+    lm_eval, wrapper = harness()
+    settings = bench.settings
+    result = lm_eval.simple_evaluate(
+        model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch or settings.batch),
+        tasks=located(settings.tasks, bench.ids, bench.config),
+        num_fewshot=settings.shots,
+        limit=settings.limit,
+        log_samples=False,
+    )
     measured = percentages(result["results"])
-    protocol = "; ".join(part for part in (f"lm-evaluation-harness {lm_eval.__version__}", calibrated) if part)
+    protocol = "; ".join(part for part in (f"lm-evaluation-harness {lm_eval.__version__}", besides) if part)
     for metric in measured.values():
         metric["protocol"] = protocol
     if settings.average:
         measured["average"] = {"value": average(measured, settings.average), "protocol": protocol}
-    return {**measured, **out, **experts_run(model, handle)}
+    return measured
 
 
 def located(tasks: Sequence[str], ids: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:

@@ -302,3 +302,14 @@ def test_columns_may_be_settings_of_a_method():
     assert sparse.options == {"keys": 0.7, "values": 0.0} and dense.method is None
     assert sparse.ids["model"] == dense.ids["model"] and "licence" in sparse.needs
     assert len(sparse.settings["tasks"]) == len(sparse.settings["average"]) == 16
+
+
+def test_an_asterisk_in_a_row_stands_for_any_text_and_a_table_knows_models_and_budgets_of_its_rows():
+    table = papers.Table(
+        name="t", models={"A-7B": "a", "B": "b"}, budget="0.5",
+        rows={"*": "dense", "*Random": "random", "B-[1] Random": papers.Row(configuration="own", budget="0.2")},
+    )  # fmt: skip
+    found = [table.row(name) for name in ("A-7B Random", "B Full", "B-[1] Random", "C")]
+    assert [row.configuration for row in found] == ["random", "dense", "own", "dense"]
+    assert [row.model for row in found] == ["a", "b", "b", None]
+    assert [row.budget for row in found] == ["0.5", "0.5", "0.2", "0.5"]

@@ -1,0 +1,119 @@
+"""Fine-tuning for a measurement: a causal language model on samples, whole or by low-rank adapters, and what a data
+selector leaves of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data.tuning import Piece
+from prunelab.common.data_selection.engine import Handle, select
+from prunelab.common.data_selection.losses import counted
+from prunelab.common.data_selection.role import DataSelector
+from prunelab.common.training import trainer
+from prunelab.common.training.batches import Batches
+from prunelab.common.training.recipe import Recipe
+
+
+@dataclass
+class _Job:
+    """The training of a model on samples, as the loop sees it."""
+
+    model: nn.Module
+    samples: Sequence[Any]
+    recipe: Recipe
+    seed: int
+    name: str = "tune"
+    numbers: Any = field(default_factory=count)
+
+    @cached_property
+    def batches(self) -> Batches:
+        return Batches(self.samples, self.recipe.batch, self.seed)
+
+    def build(self) -> nn.Module:
+        return self.model
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return self.recipe.optimizer(model)
+
+    def loss(self, model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
+        device = next(model.parameters()).device
+        batch = {name: value.to(device) for name, value in self.batches(next(self.numbers)).items()}
+        loss: Tensor = model(**batch, use_cache=False).loss
+        return loss
+
+    def evaluate(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
+        return {}
+
+
+def trained(
+    model: nn.Module,
+    samples: Sequence[Mapping[str, Any]],
+    recipe: Recipe,
+    seed: int,
+    rank: int = 0,
+    alpha: int = 16,
+    accelerator: Any = None,
+    progress: bool = False,
+) -> nn.Module:
+    """The model after its training on samples, in eval mode; low-rank adapters, where there is a rank, are merged in
+    the end."""
+    learner: Any = _with_adapters(model, rank, alpha) if rank else model
+    job = _Job(learner, samples, recipe, seed)
+    trainer.run(job, recipe, None, {"seed": seed}, accelerator=accelerator, progress=progress)
+    return (learner.merge_and_unload() if rank else learner).eval()
+
+
+def _with_adapters(model: nn.Module, rank: int, alpha: int) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise PrunelabError(
+            'low-rank adapters need peft; install it with pip install -e ".[training]", or give rank 0'
+        ) from None
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def chosen_before(
+    method: DataSelector,
+    pieces: Sequence[Piece],
+    model: nn.Module,
+    budget: Budget,
+    seed: int,
+    *,
+    services: Mapping[str, Any],
+    target: Sequence[str],
+) -> tuple[list[Any], dict[str, Any], Sequence[int] | None]:
+    """The samples that a method leaves for the training, what percent of them and of their tokens that is, and which
+    they are, where it leaves whole ones."""
+    whole: list[Any] = [piece.model_input() for piece in pieces]
+    if method.requires() == {"text"}:
+        result = select(method, [piece.text for piece in pieces], budget, target=target, seed=seed)
+        left: list[Any] = [whole[i] for i in result.indices]
+    else:
+        result = select(method, whole, budget, model=model, services=services, seed=seed)
+        left = list(result)
+    before, after = (sum(int(counted(s["labels"][None]).sum()) for s in samples) for samples in (whole, left))
+    kept = {"samples": _percent(len(left), len(whole)), "tokens": _percent(after, before)}
+    return left, kept, result.indices if result.plan.tokens is None else None
+
+
+def chosen_each_batch(handle: Handle) -> dict[str, Any]:
+    """What percent of samples and tokens a method left of the batches that it saw."""
+    return {
+        "samples": _percent(handle.kept_samples, handle.samples),
+        "tokens": _percent(int(handle.kept_tokens), int(handle.tokens)),
+    }
+
+
+def _percent(part: float, whole: float) -> dict[str, Any]:
+    return {"value": round(100 * part / whole, 3)}
