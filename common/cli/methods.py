@@ -41,7 +41,7 @@ def list_methods(
 def show(name: str) -> None:
     """Show one method: its paper, taxonomy, options with their defaults, and tables."""
     entry = registry.entry(name)
-    paper = listing.paper(entry.slug)
+    paper = papers.load(entry.slug) if listing.paper(entry.slug) else None
     console.print(f"[bold]{name}[/bold]  {entry.role}")
     if paper:
         console.print(f"{paper.title}\n{', '.join(paper.authors)}, {paper.venue}", markup=False)

@@ -32,12 +32,12 @@ def methods(pattern: str = "*", *, role: str = "", family: str = "", tag: str = 
     ]
 
 
-def paper(slug: str) -> papers.Paper | None:
-    """The paper of a folder; None while it has no paper.yaml yet."""
-    return papers.load(slug) if (papers.METHODS / slug / "paper.yaml").is_file() else None
+def paper(slug: str) -> papers.About | None:
+    """The head of a folder's paper; None while it has no paper.yaml yet."""
+    return papers.about(slug) if (papers.METHODS / slug / "paper.yaml").is_file() else None
 
 
-def _tags(paper: papers.Paper | None) -> list[str]:
+def _tags(paper: papers.About | None) -> list[str]:
     return [f"{axis}={v}" for axis, values in paper.taxonomy.items() for v in values] if paper else []
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -217,8 +217,8 @@ class FigureTask(_Strict):
     smoke: bool = False
 
 
-class Paper(_Strict):
-    """paper.yaml."""
+class About(_Strict):
+    """The head of paper.yaml: bibliography, family and taxonomy."""
 
     slug: str
     title: str
@@ -229,13 +229,9 @@ class Paper(_Strict):
     family: str
     taxonomy: dict[str, list[str]] = Field(default_factory=dict)
     status: str
-    configurations: dict[str, Configuration] = Field(default_factory=dict)
-    tables: list[Table] = Field(default_factory=list)
-    boards: list[Board] = Field(default_factory=list)
-    figures: list[FigureTask] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _terms_exist(self) -> Paper:
+    def _terms_exist(self) -> Self:
         known = {"family": FAMILIES, "taxonomy": tuple(AXES), **{f"taxonomy, {axis}": AXES[axis] for axis in AXES}}
         said = {"family": [self.family], "taxonomy": list(self.taxonomy)}
         said |= {f"taxonomy, {axis}": values for axis, values in self.taxonomy.items() if axis in AXES}
@@ -244,6 +240,15 @@ class Paper(_Strict):
                 if name not in known[where]:
                     raise ValueError(f"{where}: there is no '{name}'{nearest(name, known[where])}")
         return self
+
+
+class Paper(About):
+    """paper.yaml."""
+
+    configurations: dict[str, Configuration] = Field(default_factory=dict)
+    tables: list[Table] = Field(default_factory=list)
+    boards: list[Board] = Field(default_factory=list)
+    figures: list[FigureTask] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _configurations_exist(self) -> Paper:
@@ -349,17 +354,19 @@ def slugs() -> list[str]:
 
 
 @cache
+def about(slug: str) -> About:
+    """The head of a paper, for which its tables are not read; errors name file and field."""
+    head = re.split(r"(?m)^(?:configurations|tables|boards|figures):", _text(slug), maxsplit=1)[0]
+    with _errors(slug):
+        return About.model_validate(_completed_head(slug, read_yaml(head)))
+
+
+@cache
 def load(slug: str) -> Paper:
     """A paper, validated; errors name file and field."""
-    path = METHODS / slug / "paper.yaml"
-    if not path.exists():
-        raise PrunelabError(f"there is no paper '{slug}'; known: {', '.join(slugs())}")
-    role = next((entry.role for entry in index.entries().values() if entry.slug == slug), "")
-    try:
-        content = {"slug": slug, **read_yaml(path.read_text())}
-        if (result := re.search(r"(\d{4})$", str(content.get("venue", "")))) and "year" not in content:
-            content["year"] = int(result[1])
-        content["taxonomy"] = {**TAXONOMY, **OF_ROLES.get(role, {}), **content.get("taxonomy", {})}
+    text = _text(slug)
+    with _errors(slug):
+        content = _completed_head(slug, read_yaml(text))
         for table in content.get("tables", ()):
             for columns in (table, *(row for row in (table.get("rows") or {}).values() if isinstance(row, dict))):
                 if columns.get("columns"):
@@ -371,6 +378,30 @@ def load(slug: str) -> Paper:
             for board in (SharedBoards.model_validate(given).expanded() if "shared" in given else [given])
         ]
         return Paper.model_validate(content)
+
+
+def _text(slug: str) -> str:
+    path = METHODS / slug / "paper.yaml"
+    if not path.exists():
+        raise PrunelabError(f"there is no paper '{slug}'; known: {', '.join(slugs())}")
+    return path.read_text(encoding="utf-8")
+
+
+def _completed_head(slug: str, content: dict[str, Any]) -> dict[str, Any]:
+    """With the year that the venue ends with, and the taxonomy of the method's role where it says nothing else."""
+    role = next((entry.role for entry in index.entries().values() if entry.slug == slug), "")
+    content = {"slug": slug, **content}
+    if (year := re.search(r"(\d{4})$", str(content.get("venue", "")))) and "year" not in content:
+        content["year"] = int(year[1])
+    content["taxonomy"] = {**TAXONOMY, **OF_ROLES.get(role, {}), **content.get("taxonomy", {})}
+    return content
+
+
+@contextmanager
+def _errors(slug: str) -> Iterator[None]:
+    """What pydantic and YAML complain of, as one line that names file and field."""
+    try:
+        yield
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

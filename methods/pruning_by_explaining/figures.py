@@ -15,12 +15,12 @@ SETS = {"circle": "two circles", "moon": "two half moons", "mult": "four arms of
 
 def figures(context: Context) -> list[Figure]:
     """The curves, where their run has been made."""
-    return context.drawn("toy", "Accuracy after a third of the units has left", curves)
+    return context.drawn("toy", "Accuracy after a third of the units has left", charts)
 
 
-def curves(metrics: Mapping[str, Any]) -> str:
+def charts(metrics: Mapping[str, Any]) -> str:
     """One chart a set of points, with samples a class on a logarithmic axis and 95 % intervals."""
-    charts = []
+    drawn = []
     for data, words in SETS.items():
         series = []
         for label, name in NAMES.items():
@@ -31,7 +31,7 @@ def curves(metrics: Mapping[str, Any]) -> str:
                 marks.append(svg.Mark(math.log2(samples), cell["value"], 1.96 * cell["stderr"], label=said))
             series.append(svg.Series(name, tuple(marks)))
         level = ("unpruned", float(metrics[f"toy post-pruning/{data} unpruned/train accuracy"]["value"]))
-        charts.append(
+        drawn.append(
             svg.chart(series, title=words, x_label="samples a class, log2", y_label=f"accuracy, {words}", level=level)
         )
-    return "".join(charts)
+    return "".join(drawn)

@@ -353,6 +353,16 @@ def test_the_index_tells_the_status_of_every_paper(config: dict[str, Any]) -> No
         assert f'<span class="count">{number} ×</span> {Markup.escape(reason)}</li>' in text
 
 
+DRAWN = sorted(path.parent.name for path in papers.METHODS.glob("*/figures.py"))
+
+
+@pytest.mark.parametrize("slug", DRAWN)
+def test_figures_of_a_paper_s_own_wait_for_their_records(slug: str, tmp_path: Path) -> None:
+    config = lookup.settings({"papers": slug, "results": str(tmp_path)})
+    index, found = command.build(config)
+    assert index.exists() and (index.parent / slug / "index.html").exists() and len(found) == len(papers.reported(slug))
+
+
 def hostile(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """Put a text wherever a paper's own data may bring one."""
     number = papers.reported(SLUG)[0]

@@ -107,6 +107,7 @@ def written(folder: Path, monkeypatch, **changes: str) -> None:
     )
     monkeypatch.setattr(papers, "METHODS", folder)
     papers.load.cache_clear()
+    papers.about.cache_clear()
     papers.reported.cache_clear()
 
 
@@ -161,6 +162,10 @@ def test_what_nothing_here_can_run_says_so_by_one_of_a_few_reasons(tmp_path, mon
 @pytest.mark.parametrize("slug", papers.slugs())
 def test_every_paper_passes(slug):
     planning.check(slug)
+    paper = papers.load(slug)
+    assert papers.about(slug).model_dump() == paper.model_dump(include=set(papers.About.model_fields)), (
+        "the head is first"
+    )
     for configuration in papers.load(slug).configurations.values():
         if configuration.method is not None:  # planning knows the names of options, the class what they may be
             registry.create(configuration.method, **configuration.options)
@@ -175,6 +180,7 @@ def test_a_folder_without_a_paper_yet_breaks_nothing(tmp_path, monkeypatch):
     (tmp_path / "fastv").mkdir()  # a method whose paper.yaml is still to be written
     monkeypatch.setattr(papers, "METHODS", tmp_path)
     papers.load.cache_clear()
+    papers.about.cache_clear()
     assert papers.slugs() == [] and plans.made(lookup.settings({"papers": "all"})).jobs() == {}
     with pytest.raises(PrunelabError, match="there is no paper 'fastv'"):
         papers.load("fastv")
