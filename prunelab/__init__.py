@@ -199,7 +199,7 @@ def prune(
     rounds: Any = None,
     tune: Any = None,
     learned: Any = None,
-    seed: int = 0,
+    seed: int | None = None,
     folder: Path | str | None = None,
     progress: bool = True,
     **options: Any,
@@ -214,6 +214,7 @@ def prune(
     base : the model before fine-tuning, for methods that prune what fine-tuning changed.
     objective, rounds, tune, learned : what losses are of, in how many rounds, what trains the model after each, and
         what the method learned before; see `prunelab.common.weights.prune`.
+    seed : of whatever is drawn, 0 where none is given; a method whose options have one of that name gets it, too.
     folder : where a run keeps what it needs to go on after a crash.
 
     Raises PrunelabError, before any work, where method, model, budget and calibration set do not go together.
@@ -221,10 +222,10 @@ def prune(
     from prunelab.common.core.budget import Budget
     from prunelab.common.weights.pruning import prune
 
-    chosen = _method(method, options)
+    chosen = _method(method, options if seed is None else _seeded(method, options, seed))
     return prune(
         chosen, model, Budget.of(budget), calibration, base=base, objective=objective, rounds=rounds, tune=tune,
-        learned=learned, seed=seed, folder=folder, progress=progress,
+        learned=learned, seed=seed or 0, folder=folder, progress=progress,
     )  # fmt: skip
 
 

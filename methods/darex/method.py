@@ -137,7 +137,7 @@ class Darex(Dare):
         Given, it is taken as by `Dare`, which then needs no calibration set; None searches.
     rule
         One q for the whole model (`global`), or a layer's own (`analytic`), of which eta is searched.
-    objective
+    search
         What is searched for on the calibration set: the model's own `loss`, which stands for the validation metric of
         the paper, or without labels the squared error of the fine-tuned model's five largest `logits`.
     bounds, step
@@ -151,7 +151,7 @@ class Darex(Dare):
     """
 
     rule: Literal["global", "analytic"] = "global"
-    objective: Literal["loss", "logits"] = "loss"
+    search: Literal["loss", "logits"] = "loss"
     bounds: tuple[PositiveFloat, PositiveFloat] | None = None
     step: PositiveFloat = 0.05
     eta: FiniteFloat | None = None
@@ -207,7 +207,7 @@ class Darex(Dare):
         wanted = [top_logits(probe.logits(s)) for s in probe.samples] if self.objective == "logits" else []
         tried = ((t, self.rescaled(t, probe.signals(t), probe.budget, q(t))) for t in probe.targets)
         with probe.trial(tried):
-            if self.objective == "loss":
+            if self.search == "loss":
                 errors = [float(probe.loss(sample)) for sample in probe.samples]
             else:
                 errors = [logit_error(probe.logits(s), *top) for s, top in zip(probe.samples, wanted, strict=True)]

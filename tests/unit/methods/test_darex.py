@@ -131,7 +131,7 @@ def test_a_searched_q_beats_dare_at_extreme_rates(objective):
         return logit_error(found, *top_logits(whole))
 
     errors = {}
-    for method in (Dare(), Darex(objective=objective)):
+    for method in (Dare(), Darex(search=objective)):
         fine, base = fine_tuned()
         calibration = token_ids() if isinstance(method, Darex) else None
         prune(method, fine, 0.02, calibration, base=base, progress=False)
