@@ -204,7 +204,7 @@ class Darex(Dare):
 
     def trial(self, probe: Probe, q: Callable[[Target], float]) -> float:
         """The negative objective of the model pruned with these q."""
-        wanted = [top_logits(probe.logits(s)) for s in probe.samples] if self.objective == "logits" else []
+        wanted = [top_logits(probe.logits(s)) for s in probe.samples] if self.search == "logits" else []
         tried = ((t, self.rescaled(t, probe.signals(t), probe.budget, q(t))) for t in probe.targets)
         with probe.trial(tried):
             if self.search == "loss":
