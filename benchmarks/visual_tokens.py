@@ -42,12 +42,15 @@ DECISIONS: Mapping[str, Mapping[str, Any]] = {
     "divprune": {}, "fastervlm": {}, "aim": {"layers": [1, 3]}, "holitom": {"layer": 2},
     "quota": {"weighting": "query"}, "pyramiddrop": {"layers": [2]}, "vtw": {}, "dart": {}, "hired": {},
     "fitprune": {}, "globalcom2": {}, "vflowopt": {"layers": [2]}, "mustdrop": {"layers": [1]}, "catp": {"layer": 1},
+    "hiprune": {"layer": 0}, "holov": {}, "flowcut": {}, "fopru": {}, "todre": {"late": [0.75]},
+    "transprune": {"layers": [1, 2, 3], "first": 0},
 }  # fmt: skip
 WHOLE: Mapping[str, Mapping[str, Any]] = {
     "random_drop": {"layers": [0], "where": "packed"}, "uniform_tokens": {}, "pooled_tokens": {}, "fastv": {},
     "divprune": {}, "aim": {"layers": [13, 22]}, "holitom": {"layer": 18}, "quota": {"weighting": "query"},
 }  # fmt: skip
-IMAGES_ONLY, VIDEOS_ONLY = ("fastervlm", "hired", "globalcom2", "mustdrop", "fitprune", "catp"), ("holitom", "quota")
+IMAGES_ONLY = ("fastervlm", "hired", "globalcom2", "mustdrop", "fitprune", "catp", "holov", "flowcut", "todre")
+VIDEOS_ONLY = ("holitom", "quota")
 
 
 def clocked(name: str, options: Mapping[str, Any]) -> tuple[TokenPruner, list[float]]:
