@@ -31,12 +31,13 @@ def max_sum_order(tokens: Tensor, pivot: Tensor, count: int, rule: Rule = "sum",
     by the largest (`max`, version 1: the k-centre rule). Ties go to the earlier token; where `real` [B, N] is False a
     token comes last."""
     unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
+    cosines = unit @ unit.mT  # of all pairs at once: a row for each pick would read every token again
     alike = unit.new_zeros(unit.shape[:2]) if rule == "sum" else torch.full_like(unit[..., 0], -1.0)
     if real is not None:
         alike = alike.masked_fill(~real, float("inf"))
     picks = [pivot] if count else [pivot[:, :0]]
     for _ in range(count - 1):
-        near = (unit @ take(unit, picks[-1]).mT).squeeze(-1)  # [B, N] cosines to the last pick
+        near = take(cosines, picks[-1]).squeeze(1)  # [B, N] to the last pick
         alike = alike + near if rule == "sum" else alike.maximum(near)
         alike = alike.scatter(1, picks[-1], float("inf"))
         picks.append(alike.argmin(-1, keepdim=True))
