@@ -90,9 +90,11 @@ class HashedNgrams:
 
     def bags(self, texts: Sequence[str]) -> Bags:
         """The bags of documents."""
+        kind = np.min_scalar_type(self.buckets - 1)
+        if self.n == 2:
+            return _bigram_bags(list(map(tokens, texts)), _remembered_pairs(self.buckets), kind)
         each = [self.places(text) for text in texts]
         sizes = np.fromiter(map(len, each), np.int64, len(each))
-        kind = np.min_scalar_type(self.buckets - 1)
         return Bags(np.fromiter(chain.from_iterable(each), kind, int(sizes.sum())), sizes)
 
     def counts(self, texts: Iterable[str]) -> Array:
@@ -106,6 +108,72 @@ class HashedNgrams:
     def words(self, sizes: Array) -> Array:
         """Words [n] of documents by how many n-grams each has (of one with fewer than n words, an estimate)."""
         return (sizes + self.n * (self.n - 1) // 2) // self.n
+
+
+class _Pairs:
+    """Words by number, and the buckets of words and of pairs of them."""
+
+    def __init__(self, buckets: int) -> None:
+        self.buckets = buckets
+        self.words: list[str] = []
+        self.number = _Numbers()
+        self.word_buckets = np.empty(0, np.int64)
+        self.pairs: dict[int, int] = {}
+
+    def numbers(self, words: Iterable[str], count: int) -> Array:
+        """The numbers of words; new ones get the next."""
+        found = np.fromiter(map(self.number.__getitem__, words), np.int64, count)
+        new = list(islice(self.number, len(self.words), None))
+        if new:
+            self.words += new
+            more = np.fromiter((bucket_of(word, self.buckets) for word in new), np.int64, len(new))
+            self.word_buckets = np.concatenate([self.word_buckets, more])
+        return found
+
+    def of(self, first: Array, second: Array) -> Array:
+        """The buckets of pairs of words, each different pair looked up once."""
+        codes, places = np.unique(first << 32 | second, return_inverse=True)
+        known, words = self.pairs, self.words
+        each = codes.tolist()
+        for code in each:
+            if code not in known:
+                pair = f"{words[code >> 32]} {words[code & 0xFFFFFFFF]}"
+                digest = sha256(pair.encode("utf-8", "surrogatepass")).digest()
+                known[code] = int.from_bytes(digest, "big") % self.buckets
+        return np.fromiter(map(known.__getitem__, each), np.int64, len(each))[places]
+
+
+class _Numbers(dict[str, int]):
+    """A number for every word, in the order of their first mention."""
+
+    def __missing__(self, word: str) -> int:
+        number = self[word] = len(self)
+        return number
+
+
+_PAIRS: dict[int, _Pairs] = {}
+
+
+def _remembered_pairs(buckets: int) -> _Pairs:
+    known = _PAIRS.get(buckets)
+    if known is None or len(known.pairs) + len(known.words) > _REMEMBERED:
+        known = _PAIRS[buckets] = _Pairs(buckets)
+    return known
+
+
+def _bigram_bags(documents: Sequence[list[str]], known: _Pairs, kind: Any) -> Bags:
+    """Bags of words and pairs; of each document the words come first."""
+    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+    total = int(lengths.sum())
+    words = known.numbers(chain.from_iterable(documents), total)
+    sizes = lengths + np.maximum(lengths - 1, 0)
+    document = np.repeat(np.arange(len(documents)), lengths)
+    place = np.arange(total) + (np.cumsum(sizes) - sizes - (np.cumsum(lengths) - lengths))[document]
+    inside = document[:-1] == document[1:]
+    found = np.empty(int(sizes.sum()), kind)
+    found[place] = known.word_buckets[words]
+    found[(place + lengths[document])[:-1][inside]] = known.of(words[:-1][inside], words[1:][inside])
+    return Bags(found, sizes)
 
 
 def divergence(p: Array, q: Array, epsilon: float = 1e-8) -> float:

@@ -5,9 +5,11 @@ Shape letters: B samples, T tokens, D width of the embeddings, V words of the vo
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -32,17 +34,23 @@ class Explained:
     def next_token_logits(self, tokens: Tensor) -> Tensor:
         """Logits [B, V] behind contexts [B, T]."""
         with torch.no_grad():
-            logits: Tensor = self.model(tokens, use_cache=False).logits[:, -1].float()
+            logits: Tensor = self.model(tokens, use_cache=False, **self._last).logits[:, -1].float()
         return logits
 
+    @cached_property
+    def _last(self) -> dict[str, int]:
+        """What asks a model for the logits of the last position alone, where it can give them."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+
     def embed(self, tokens: Tensor) -> Tensor:
-        """Word embeddings [B, T, D]."""
-        embedded: Tensor = self.model.get_input_embeddings()(tokens).detach()
+        """Word embeddings [B, T, D] in float32, whatever the model's precision, so that paths between them are fine."""
+        embedded: Tensor = self.model.get_input_embeddings()(tokens).detach().float()
         return embedded
 
     def from_embeddings(self, embeddings: Tensor) -> Tensor:
         """Logits [B, V] behind contexts given by their word embeddings [B, T, D]; positions are added inside."""
-        logits: Tensor = self.model(inputs_embeds=embeddings, use_cache=False).logits[:, -1].float()
+        given = embeddings.to(self.model.get_input_embeddings().weight.dtype)
+        logits: Tensor = self.model(inputs_embeds=given, use_cache=False, **self._last).logits[:, -1].float()
         return logits
 
     def positions(self, length: int) -> Tensor | float:

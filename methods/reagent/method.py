@@ -79,7 +79,7 @@ def rationalised(
     """Runs side by side until all of them have stopped.
 
     Steps depend on each other through sums alone, so that `together` of them are read in one pass of the model, and
-    twice as many in every next one; at most `at_once` contexts are in a pass.
+    more when a run takes long; at most `at_once` contexts are in a pass. Runs that have stopped are read no more.
 
     Parameters
     ----------
@@ -102,17 +102,21 @@ def rationalised(
     scores, found, taken = initial, [], 0
     stopped = torch.zeros(runs, dtype=torch.bool, device=initial.device)
     while taken < max_steps and not bool(stopped.all()):
-        masks = uniforms(min(together, max_steps - taken)) < ratio
-        change = before - read(swapped(masks)).softmax(-1)[..., target]
-        each = scores + update(change, masks).cumsum(0)
-        importance = each.softmax(-1)
-        best = importance.topk(min(top_n, length), -1).indices
-        rest = torch.ones_like(masks).scatter(-1, best, False)
+        steps = min(max(together, taken // 4), max_steps - taken)
+        masks, going = uniforms(steps) < ratio, ~stopped
+        change = before - read(swapped(masks[:, going])).softmax(-1)[..., target]
+        each = scores[going] + update(change, masks[:, going]).cumsum(0)
+        best = each.topk(min(top_n, length), -1).indices
+        rest = torch.ones_like(masks[:, going]).scatter(-1, best, False)
         likely = read(swapped(rest)).topk(top_k, -1).indices
-        stop = (likely == target).any(-1)
+        importance = initial.new_zeros(masks.shape)
+        importance[:, going] = each.softmax(-1)
+        stop = torch.zeros(masks.shape[:2], dtype=torch.bool, device=initial.device)
+        stop[:, going] = (likely == target).any(-1)
         found.append((masks, importance, stop))
-        scores, stopped = each[-1], stopped | stop.any(0)
-        taken, together = taken + len(masks), 2 * together
+        scores = scores.clone()
+        scores[going] = each[-1]
+        stopped, taken = stopped | stop.any(0), taken + steps
     masks, importance, stop = (torch.cat(parts) for parts in zip(*found, strict=True))
     first = torch.where(stop.any(0), stop.int().argmax(0), len(stop) - 1)  # a run that has stopped stays as it is
     steps = int(first.max()) + 1

@@ -7,7 +7,7 @@ import pytest
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data_selection import streaming
+from prunelab.common.data_selection import ngrams, streaming
 from prunelab.common.data_selection.engine import select
 from prunelab.common.data_selection.ngrams import HashedNgrams, kl_reduction
 from prunelab.methods.dsir.method import DSIR, Quality, gumbel_top_k, shares
@@ -89,3 +89,15 @@ def test_bad_input_is_one_line(options, budget, target, message):
 
 def test_everything_may_stay():
     assert len(select(DSIR(min_length=5), RAW, 1.0, target=NEWS[:2])) == len(RAW)
+
+
+def test_bags_of_many_documents_are_those_of_each(monkeypatch):
+    texts = [*RAW[:3], "", "alone", RAW[0], "..."]
+    for buckets in (7, 300, 70_000):
+        features = HashedNgrams(2, buckets)
+        for _ in range(2):  # the second time all n-grams are known
+            bags = features.bags(texts)
+            each = np.split(bags.places, bags.sizes.cumsum()[:-1])
+            assert [sorted(own.tolist()) for own in each] == [sorted(features.places(text)) for text in texts]
+            monkeypatch.setattr(ngrams, "_REMEMBERED", 5)  # and then forgotten
+    assert HashedNgrams().bags([""]).sizes.tolist() == [0] and HashedNgrams().bags([]).places.size == 0

@@ -53,6 +53,16 @@ def test_importance_is_a_distribution_and_repeats_itself(method):
             method.rank(TOKENS[:0], given)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_half_precision_gives_nearly_the_same(method):
+    half = Explained(language_model().bfloat16(), baseline=1, end=0)
+    low = {"model": half, "next_token_logits": half.next_token_logits, "replace": alike([0] * 61)}
+    found, wanted = (method.importance(TOKENS, {n: s[n] for n in method.services}, 5) for s in (low, services()))
+    assert found.dtype == torch.float32 and float(found.sum()) == pytest.approx(1, abs=1e-3)
+    if method.name != "reagent":  # its draws meet other stopping steps
+        assert torch.allclose(found, wanted, atol=0.1)
+
+
 def test_the_token_that_decides_is_found():
     found = ReAGent(runs=5, ratio=0.3, top_n=1, top_k=1).importance(
         torch.arange(6), {"next_token_logits": copying, "replace": alike([0] * 31)}
@@ -78,7 +88,7 @@ def test_reading_steps_together_changes_passes_and_nothing_else(together):
     many = ReAGent(together=together, at_once=999, top_n=1, top_k=1, ratio=0.2).trace(tokens, given)
     assert torch.allclose(one.importance, many.importance, atol=1e-6) and torch.equal(one.stop, many.stop)
     assert torch.equal(one.masks, many.masks) and len(one.stop) > 8
-    assert together == 1 or len(passes) - before <= before // 3
+    assert together == 1 or len(passes) - before < before // 2
 
 
 def test_where_no_run_stops_all_of_them_count():
