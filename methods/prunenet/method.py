@@ -7,6 +7,7 @@ learned on one model prunes every model of the same shapes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ IDENTICAL = 99999.0  # the reward of a spectrum that did not change
 
 
 class Policy(nn.Module):
-    """How much each row of W [I, H] matters: sigmoid((W A^T + b) s), for A [I, H], b [I] and s [I, 1]."""
+    """How much each row of W [I, H] matters: alpha = sigmoid((W A^T + b) s), for A [I, H], b [I] and s [I, 1]."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
@@ -34,18 +35,21 @@ class Policy(nn.Module):
         self.row_sparsities = nn.Parameter(torch.rand(rows, 1))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """alpha [I]."""
-        return torch.sigmoid(self.proj(weight) @ self.row_sparsities).squeeze(1)
+        """The logit [I] of alpha, which large weights would round to 0 or 1."""
+        logit: Tensor = self.proj(weight) @ self.row_sparsities
+        return logit.squeeze(1)
 
 
-def keep_probabilities(alpha: Tensor, noise: Tensor) -> Tensor:
-    """Probabilities [I] to keep a row, from alpha [I] and noise [I] uniform in (0, 1): the logits of both added up."""
-    return torch.sigmoid(torch.logit(noise) + torch.logit(alpha))
+def keep_logits(alpha: Tensor, noise: Tensor) -> Tensor:
+    """Logits [I] of the probabilities to keep a row, from that of alpha [I] and noise [I] uniform in (0, 1): those of
+    both added up."""
+    return torch.logit(noise) + alpha
 
 
 def divergence(alpha: Tensor) -> Tensor:
-    """How far alpha is from indifference: the sum of -(1 - a) log a - a log(1 - a) + log 1/2."""
-    return (-alpha.log() * (1 - alpha) - alpha * (1 - alpha).log() + torch.tensor(0.5).log()).sum()
+    """How far alpha, of these logits, is from indifference: the sum of -(1 - a) log a - a log(1 - a) + log 1/2."""
+    a = torch.sigmoid(alpha)
+    return (-F.logsigmoid(alpha) * (1 - a) - a * F.logsigmoid(-alpha) - math.log(2)).sum()
 
 
 def kolmogorov_smirnov(a: Tensor, b: Tensor) -> float:
@@ -67,14 +71,15 @@ def discounted(rewards: Sequence[float], gamma: float) -> list[float]:
     return [r * gamma**place for place, r in enumerate(rewards)]
 
 
-def policy_loss(probabilities: Tensor, rows: Tensor, value: float) -> Tensor:
+def policy_loss(logits: Tensor, rows: Tensor, value: float) -> Tensor:
     """What REINFORCE minimises for one layer: minus the log probability of the rows [k] kept, times the reward."""
-    return -probabilities[rows].log().sum() * value
+    return -F.logsigmoid(logits[rows]).sum() * value
 
 
 def sampled(probabilities: Tensor, count: int, rng: torch.Generator | None) -> Tensor:
     """So many rows, drawn without replacement in proportion to these probabilities [I], in order."""
-    return torch.multinomial(probabilities.detach().cpu(), count, generator=rng).sort().values.to(probabilities.device)
+    chances = probabilities.detach().clamp_min(torch.finfo(probabilities.dtype).tiny).cpu()
+    return torch.multinomial(chances, count, generator=rng).sort().values.to(probabilities.device)
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class PruneNet(WeightPruner):
             for target, spectrum in zip(probe.targets, values, strict=True):
                 weight = self.seen(probe.weights(target))
                 with torch.no_grad():
-                    chance = keep_probabilities(policy(weight), self.noise(target.units, rng, weight))
+                    chance = torch.sigmoid(keep_logits(policy(weight), self.noise(target.units, rng, weight)))
                 rows = sampled(chance, self.count(target, probe.budget), rng)
                 played.append((target, rows, reward(spectrum, weight[rows])))
             if (total := sum(value for _, _, value in played)) > most:
@@ -152,7 +157,7 @@ class PruneNet(WeightPruner):
             for (target, rows, _), value in zip(played, returns, strict=True):
                 weight = self.seen(probe.weights(target))
                 alpha = policy(weight)
-                loss = policy_loss(keep_probabilities(alpha, self.noise(target.units, rng, weight)), rows, value)
+                loss = policy_loss(keep_logits(alpha, self.noise(target.units, rng, weight)), rows, value)
                 if self.divergence_weight:
                     loss = loss + self.divergence_weight * divergence(alpha)
                 optimiser.zero_grad()
@@ -182,7 +187,7 @@ class PruneNet(WeightPruner):
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         """Keep probabilities, under noise of their own each time."""
         alpha = signals["alpha"]
-        return keep_probabilities(alpha, self.noise(target.units, signals.rng, alpha))
+        return torch.sigmoid(keep_logits(alpha, self.noise(target.units, signals.rng, alpha)))
 
     def solve(self, target: Target, signals: WeightSignals, budget: Budget) -> Decision:
         count, chance = self.count(target, budget), self.score(target, signals)

@@ -16,7 +16,7 @@ from prunelab.methods.prunenet.method import (
     PruneNet,
     discounted,
     divergence,
-    keep_probabilities,
+    keep_logits,
     policy_loss,
     reward,
 )  # fmt: skip
@@ -32,13 +32,13 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     method = PruneNet()
     with torch.no_grad():
         alpha = policy(weight)
-        chance = keep_probabilities(alpha, torch.from_numpy(inputs["in_eps"]))
+        chance = keep_logits(alpha, torch.from_numpy(inputs["in_eps"]))
     rows, most = torch.from_numpy(inputs["in_sampled_rows"]), torch.from_numpy(inputs["in_topk_rows"])
     values = torch.linalg.svdvals(weight)
     returns = discounted(inputs["in_rewards"].tolist(), method.gamma)
     target = Target("channels", "mlp", 0, "channels", (len(weight),), read=weight.shape[1])
     out = {
-        "out_alpha": alpha, "out_keep_probs": chance, "out_kld": divergence(alpha),
+        "out_alpha": torch.sigmoid(alpha), "out_keep_probs": torch.sigmoid(chance), "out_kld": divergence(alpha),
         "out_keep_count": torch.tensor(method.count(target, Budget(1 - float(inputs["hp_ratio"])))),
         "out_singular_values": values, "out_reward_sampled": torch.tensor(reward(values, weight[rows])),
         "out_reward_topk": torch.tensor(reward(values, weight[most])),

@@ -13,7 +13,7 @@ from prunelab.methods.prunenet.method import (
     Policy,
     PruneNet,
     divergence,
-    keep_probabilities,
+    keep_logits,
     kolmogorov_smirnov,
     reward,
 )
@@ -31,11 +31,11 @@ def test_the_distance_is_scipys(sizes):
 def test_rewards_and_probabilities_at_their_edges():
     weight = torch.eye(6)
     assert reward(torch.linalg.svdvals(weight), weight[:3]) == 99999, "the same values, whatever their number"
-    half = torch.full((4,), 0.5)
-    assert torch.allclose(
-        keep_probabilities(half, torch.tensor([0.1, 0.5, 0.9, 0.3])), torch.tensor([0.1, 0.5, 0.9, 0.3])
+    noise = torch.tensor([0.1, 0.5, 0.9, 0.3])
+    assert torch.allclose(torch.sigmoid(keep_logits(torch.zeros(4), noise)), noise)
+    assert (
+        float(divergence(torch.zeros(4))) == pytest.approx(0, abs=1e-6) and float(divergence(torch.tensor([2.0]))) > 0
     )
-    assert float(divergence(half)) == pytest.approx(0, abs=1e-6) and float(divergence(torch.tensor([0.9]))) > 0
     assert Policy(8, 4)(torch.randn(8, 4)).shape == (8,)
 
 
@@ -87,3 +87,12 @@ def test_bad_input_is_named():
     plan = prune(PruneNet(episodes=1), language_model(), 0.5, progress=False)
     with pytest.raises(PrunelabError, match="other shapes"):
         prune(PruneNet(episodes=1), language_model(intermediate_size=24), 0.5, learned=plan.learned, progress=False)
+
+
+def test_large_weights_do_not_break_the_policy():
+    model = language_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight.mul_(1e3)
+    plan = prune(PruneNet(episodes=4, divergence_weight=1.0), model, 0.5, progress=False)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in plan.learned.values())
