@@ -45,10 +45,13 @@ def on_meta(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
     An input is a tensor, or one object with `to(device)` and `run(model)` where a model takes more than that."""
     if len(inputs) == 1 and not isinstance(inputs[0], Tensor):
         return on_meta(_Pass(model, inputs[0].to("meta")))
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    shared: dict[int, Tensor] = {}  # by the weight's id: tied ones stay tied
+    meta = {}
+    for path, module in model.named_modules():  # each once: one that has two names would not get its own weights back
+        for name, value in (*module.named_parameters(path, False), *module.named_buffers(path, False)):
+            meta[name] = shared.setdefault(id(value), torch.empty_like(value, device="meta"))
     with torch.no_grad(), plain(model):
-        return functional_call(model, meta, tuple(x.to("meta") for x in inputs), kwargs)
+        return functional_call(model, meta, tuple(x.to("meta") for x in inputs), kwargs, tie_weights=False)
 
 
 @contextmanager
