@@ -20,7 +20,7 @@ from prunelab.common.data_selection.ngrams import HashedNgrams, kl_reduction
 from prunelab.common.data_selection.role import DataSelector
 from prunelab.common.measures import fitting
 from prunelab.common.measures.bench import Bench, finite
-from prunelab.common.measures.perplexity import sizes
+from prunelab.common.measures.language import sizes
 from prunelab.common.metrics.likelihood import exponential, per_token
 from prunelab.common.models import devices, loading
 from prunelab.common.training import engine
