@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import digits
 from prunelab.common.data.digits import Split
+from prunelab.common.data.images import rgb
 
 SIDE, CELL = 40, 4  # pixels of a scene, and of a patch
 TILE = SIDE // 2  # a digit lies within a quarter of the scene
@@ -158,7 +159,7 @@ def read(image: Path, labels: Path, bound: tuple[int, int], norm: str) -> tuple[
     the original size, from 0 on, `IGNORED` where there is none."""
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in NORMS[norm])
     with _open(image) as picture:
-        colours = picture.convert("RGB")
+        colours = rgb(picture)
         factor = min(max(bound) / max(colours.size), min(bound) / min(colours.size))
         wide, high = (max(1, int(side * factor + 0.5)) for side in colours.size)
         pixels = torch.from_numpy(np.array(colours.resize((wide, high), Image.Resampling.BILINEAR))).permute(2, 0, 1)

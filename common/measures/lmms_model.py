@@ -19,6 +19,7 @@ from rich.progress import track
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import videos
+from prunelab.common.data.images import rgb
 
 WORDS = 1024  # new tokens where a task sets no limit, as in the library's wrappers of LLaVA
 Request = tuple[Any, Callable[[Any], list[dict[str, Any]]], dict[str, Any], int, str, str]
@@ -126,7 +127,11 @@ class VisualModel(lmms):
 
 
 def _picture(image: Any) -> Image.Image:
-    return image if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
+    """As tasks hand it over, or read from its file; greys of 16 bits are scaled."""
+    if isinstance(image, Image.Image):
+        return rgb(image) if image.mode.startswith(("I", "F")) else image
+    with Image.open(image) as picture:
+        return rgb(picture)
 
 
 def _path(film: Any) -> Path:
