@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt, Share, Within
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Catalogue, Metric, Metrics, Reads, Task
-from prunelab.common.tasks.perplexity import SIZES
+from prunelab.common.tasks.base import SIZES, Catalogue, Metric, Metrics, Reads, Task
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
