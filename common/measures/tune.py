@@ -49,6 +49,7 @@ def measure(bench: Bench[Tune.Settings]) -> dict[str, Any]:
     tuned: nn.Module = model
     if method is None:
         tuned = _trained(bench, model, whole)
+        kept = {"kl_reduction": {"value": 0.0}}  # all of it is no closer than a random choice of as much
     elif isinstance(method, TrainingMethod):
         teacher = {"teacher": copy.deepcopy(model)} if "teacher" in method.services else {}
         plan = engine.train(

@@ -24,7 +24,6 @@ class Attribute(Task):
     scales: ClassVar[tuple[str, ...]] = ("testbed", "paper")
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
     budgeted: ClassVar[bool] = False
-    cost: ClassVar[str] = "passes"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "soft_ns": Metric("soft normalised sufficiency", "log ratio to random", higher_is_better=True),
         "soft_nc": Metric("soft normalised comprehensiveness", "log ratio to random", higher_is_better=True),

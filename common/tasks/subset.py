@@ -21,7 +21,6 @@ class Subset(Task):
     roles: ClassVar[tuple[str, ...]] = ("data_selector",)
     scales: ClassVar[tuple[str, ...]] = ("testbed",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"data"})
-    cost: ClassVar[str] = "samples"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "top1": Metric("top-1 accuracy of the students", "%", higher_is_better=True),
         "samples": Metric("samples trained on", "%", cost="samples trained on"),

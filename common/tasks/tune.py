@@ -26,7 +26,6 @@ class Tune(Task):
     scales: ClassVar[tuple[str, ...]] = ("testbed",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
     named: ClassVar[Mapping[str, Catalogue]] = {"among": "dataset"}
-    cost: ClassVar[str] = "tokens"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "perplexity": Metric("perplexity of held-out text", higher_is_better=False),
         "loss": Metric("negative log likelihood of held-out text", "nats a token", higher_is_better=False),
