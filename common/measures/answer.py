@@ -135,18 +135,13 @@ def spent(adapter: VisionLanguage, sample: Sample, handle: Handle | None = None)
         tokens = [seen for seen, _ in report.tokens]
     held, whole = adapter.cache_bytes(tokens), adapter.cache_bytes(full)
     return {
-        "kept": {"value": round(100 * share_kept(tokens, example.text, visual), 3)},
+        "kept": {"value": round(100 * match.share_kept(tokens, example.text, visual), 3)},
         "gmacs": {"value": round(used / 1e9, 6)},
         "scoring_gmacs": {"value": round(scoring / 1e9, 6)},
         "saving": {"value": round(100 * (1 - used / dense), 3)},
         "cache_gbytes": {"value": round(held / 1e9, 9)},
         "cache_saving": {"value": round(100 * (1 - held / whole), 3)},
     }
-
-
-def share_kept(tokens: Sequence[float], text: int, visual: int) -> float:
-    """The share of the visual tokens in the sequences that the layers see, in the mean over layers."""
-    return (sum(tokens) / len(tokens) - text) / visual
 
 
 def matched(
@@ -179,7 +174,7 @@ def matched(
         except PrunelabError:
             return 0.0
         sizes.append(sites)
-        return share_kept(seen, example.text, visual)
+        return match.share_kept(seen, example.text, visual)
 
     sizes: list[int] = []
     wanted = target.amounts[0]

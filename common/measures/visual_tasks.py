@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,13 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     model, processor = loading.vision_language(bench.ids["model"], bench.config)
     model = devices.place(model, bench.device, half=True)
     method: Any = bench.method()
+    own = {"budget": matched(bench, method, model)} if settings.match and method is not None else {}
     asked = wrapper(
-        model, processor, batch=settings.batch, frames=settings.frames, pruned=partial(bench.at_work, method, model)
+        model,
+        processor,
+        batch=settings.batch,
+        frames=settings.frames,
+        pruned=partial(bench.at_work, method, model, **own),
     )
     read, groups = definitions(settings.tasks, settings.include, settings.prompts)
     data = {str(value["hub"]): value for name, value in bench.ids.items() if name.startswith("data of ")}
@@ -49,6 +55,8 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     protocol = f"lmms-eval {importlib.metadata.version('lmms_eval')} ({versions}); videos of {settings.frames} frames"
     if settings.prompts:
         protocol += "; prompts with " + ", ".join(f"{key}={value}" for key, value in settings.prompts.items())
+    if own:
+        protocol += f"; the budget {own['budget']} gives the layers {bench.budget} of an image's tokens, in the mean"
     if settings.average:
         measured["average"] = {"value": average(measured, settings.average)}
     if settings.against:
@@ -56,6 +64,13 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     for metric in measured.values():
         metric["protocol"] = protocol
     return measured
+
+
+def matched(bench: Bench[VisualTasks.Settings], method: Any, model: Any) -> Any:
+    """See the setting `match`."""
+    if method.role != "token_pruner":
+        raise PrunelabError(f"{method.name} leaves no visual tokens out; `match` is for methods that do")
+    return importlib.import_module("prunelab.common.tokens.match").match_mean(method, model, bench.budget)
 
 
 def harness() -> tuple[Any, Any]:

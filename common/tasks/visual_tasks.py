@@ -33,7 +33,9 @@ class VisualTasks(Task):
         """tasks: of the library. frames: of a video, evenly sampled. limit: questions of each task (all). batch:
         questions asked together. prompts: changes of what the tasks' definitions let prompts have (`ocr: true` of
         TextVQA). include: a folder with definitions of one's own. average: the metrics whose mean is one. against: a
-        number for each of them, such as the unpruned model's, of which `relative` is the mean share."""
+        number for each of them, such as the unpruned model's, of which `relative` is the mean share. match: the budget
+        is what a layer of the decoder sees of an image's tokens, in the mean, whatever the method itself means by it;
+        papers that compare at 192 of 576 tokens mean that."""
 
         tasks: tuple[str, ...]
         frames: PositiveInt = 32
@@ -43,6 +45,7 @@ class VisualTasks(Task):
         include: str | None = None
         average: tuple[str, ...] = ()
         against: tuple[PositiveFloat, ...] = ()
+        match: bool = False
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import visual_tasks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.costs.meter import macs
+from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.tokens.adapters.vlm import VisionLanguage
 from prunelab.common.tokens.apply import applied
 from prunelab.common.tokens.role import TokenPruner
 
@@ -59,3 +61,41 @@ def match(method: TokenPruner, model: nn.Module, budget: Budget, calibration: Te
             return handle.macs()
 
     return fit(lambda level: method.family(level, sites, info), cost_at, target)
+
+
+def share_kept(tokens: Sequence[float], text: int, visual: int) -> float:
+    """The share of the visual tokens in the sequences that the layers see, in the mean over layers."""
+    return (sum(tokens) / len(tokens) - text) / visual
+
+
+def match_mean(method: TokenPruner, model: nn.Module, budget: Budget) -> Budget:
+    """The method's own budget under which the layers of an image language model see as many visual tokens of its
+    standard prompt, in the mean, as `budget` keeps. It follows from shapes; how many a method leaves that looks at what
+    an image shows is then an estimate.
+    """
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    adapter = adapter_for(twin)
+    if not isinstance(adapter, VisionLanguage):
+        raise PrunelabError(f"budgets are matched by their mean on image language models; {adapter.family} is none")
+    example = adapter.prompt(0)
+    visual = adapter.visual_tokens(example)
+    wanted = budget.count(visual) / visual
+    with applied(method, twin, 1.0) as handle:
+        sites = len(handle.application.sites)
+
+    def kept(trial: Budget) -> float:
+        try:
+            with applied(method, twin, trial) as handle:
+                tokens = [seen for seen, _ in handle.report(example).tokens]
+        except PrunelabError:  # less than the method can work with
+            return 0.0
+        return share_kept(tokens, example.text, visual)
+
+    best = fit(lambda level: method.family(level, sites, adapter.info), kept, wanted, tolerance=0.5 / visual)
+    if (short := abs(kept(best) - wanted) * visual) > max(2.0, 0.02 * visual):
+        raise PrunelabError(
+            f"{method.name} comes no nearer than {short:.0f} tokens to a mean of {wanted * visual:.0f} of {visual}; set"
+            " its layers"
+        )
+    return best
