@@ -10,13 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import accumulate
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
@@ -25,34 +22,8 @@ from prunelab.common.core.options import Cosine, NonNegativeFloat, NonNegativeIn
 from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site, take
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
+from prunelab.common.tokens.video import Outputs, Pooling, by_place, chosen, joined, pooled_video
 from prunelab.methods.holitom.segmentation import Segment, frame_similarity, run_lengths, segment, split
-
-Pooling = Literal["bilinear", "average", "none"]
-
-# -- pooling -----------------------------------------------------------------------------------------------------------
-
-
-def pooled(maps: Tensor, pooling: Pooling) -> Tensor:
-    """Maps [T, H, W, C] at half the size, as the models pool their videos: `bilinear` rounds the size up
-    (LLaVA-OneVision), `average` drops an odd last row and column (LLaVA-Video)."""
-    if pooling == "none":
-        return maps
-    x = maps.movedim(-1, 1)
-    if pooling == "bilinear":
-        half = [math.ceil(side / 2) for side in x.shape[2:]]
-        return nn.functional.interpolate(x, size=half, mode="bilinear").movedim(1, -1)
-    return nn.functional.avg_pool2d(x, 2).movedim(1, -1)
-
-
-@cache
-def footprints(height: int, width: int, pooling: Pooling) -> tuple[Tensor, Tensor]:
-    """What pooling mixes: patches [N, F] behind each of the N pooled tokens of a frame, and their weights [N, F]."""
-    patches = height * width
-    single = torch.eye(patches, device="cpu").view(patches, height, width, 1)
-    matrix = pooled(single, pooling).flatten(1).T  # [N, patches]
-    weight, patch = matrix.topk(int((matrix > 0).sum(1).max()), dim=1)
-    return patch, weight
-
 
 # -- what is left of a video -------------------------------------------------------------------------------------------
 
@@ -65,16 +36,6 @@ def effective_ratio(ratio: float, tokens: int, saved: int) -> float:
 def kept_count(units: int, ratio: float) -> int:
     """Units that a frame keeps of those that change: rounded up."""
     return math.ceil(round(units * ratio, 6))
-
-
-class Outputs(NamedTuple):
-    """Entries of a sparse matrix (see `Mix`) over a video's pooled tokens, counted frame by frame, and the pooled token
-    at whose `place` each output stands."""
-
-    target: Tensor  # [E]
-    source: Tensor  # [E]
-    weight: Tensor  # [E]
-    place: Tensor  # [K]
 
 
 def static_tokens(
@@ -103,50 +64,7 @@ def dynamic_tokens(attention: Tensor, dynamic: Tensor, part: Segment, keep: int)
     first, last = part
     index, _ = selection.top_k(attention[first : last + 1, dynamic], keep)  # [L, keep]
     frames = torch.arange(first, last + 1, device=attention.device).unsqueeze(1)
-    place = (frames * attention.shape[1] + dynamic[index]).flatten()
-    return Outputs(
-        torch.arange(len(place), device=place.device), place, torch.ones_like(place, dtype=torch.float), place
-    )
-
-
-def joined(parts: Sequence[Outputs]) -> Outputs:
-    """One after the other."""
-    starts = accumulate((len(part.place) for part in parts[:-1]), initial=0)
-    moved = [part._replace(target=part.target + start) for part, start in zip(parts, starts, strict=True)]
-    return Outputs(*map(torch.cat, zip(*moved, strict=True)))
-
-
-def by_place(outputs: Outputs) -> Outputs:
-    """Frame by frame in the order of the grid; a repeated token stands in the first frame of its segment."""
-    order = outputs.place.argsort()
-    return outputs._replace(target=order.argsort()[outputs.target], place=outputs.place[order])
-
-
-def through(outputs: Outputs, patch: Tensor, share: Tensor, patches: int) -> Outputs:
-    """The same over the patches, `patches` a frame, that the pooled tokens are made of; see `footprints`."""
-    frame, cell = outputs.source // len(patch), outputs.source % len(patch)
-    source = frame.unsqueeze(1) * patches + patch[cell]  # [E, F]
-    target = outputs.target.unsqueeze(1).expand_as(source)
-    weight = outputs.weight.unsqueeze(1) * share[cell]
-    return outputs._replace(target=target.flatten(), source=source.flatten(), weight=weight.flatten())
-
-
-def stacked(videos: Sequence[Outputs], visual: Tensor, protected: Tensor) -> Mix:
-    """One Mix of a batch of videos over all units: visual [B, N] are the units that the videos count, protected [B, S]
-    stay as they are, in front."""
-    lengths = torch.tensor([len(video.place) for video in videos], device=visual.device) + protected.shape[1]
-    own = torch.arange(protected.shape[1], device=visual.device).expand_as(protected)
-    target, source, weight = (pad_sequence(list(c), batch_first=True) for c in list(zip(*videos, strict=True))[:3])
-    outputs = protected.shape[1] + max(len(video.place) for video in videos)
-    valid = torch.arange(outputs, device=visual.device) < lengths.unsqueeze(1)
-    even = len({len(video.place) for video in videos}) == 1
-    return Mix(
-        torch.cat([own, target + protected.shape[1]], 1),
-        torch.cat([protected, visual.gather(1, source)], 1),
-        torch.cat([torch.ones_like(own, dtype=weight.dtype), weight], 1),
-        outputs,
-        None if even else valid,
-    )
+    return chosen((frames * attention.shape[1] + dynamic[index]).flatten())
 
 
 # -- inside the decoder ------------------------------------------------------------------------------------------------
@@ -243,28 +161,17 @@ class HoliTom(TokenPruner):
     def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         if site.where == "input":  # RoPE goes on with the original positions of those that stay
             return Plan(signals.keep(budget, scores=signals.last_row.mean(1)))
-        signals.one_length(self.name)  # from here on before packing
-        units, (height, frames) = signals.units, (signals.grids[0][0], len(signals.grids))
-        order = signals.prunable.int().argsort(dim=1, descending=True, stable=True)
-        visual, protected = order[:, :units], order[:, units:]
-        width = units // frames // height
-        seen: tuple[Tensor, ...] = (signals.hidden.float(), signals.received.float().mean(1).unsqueeze(-1))
-        seen = seen if protected.shape[1] == 0 else tuple(take(x, visual) for x in seen)  # spares a copy of a video
-        pooling: Pooling = "none" if signals.modality == "image" else self.pooling
-        tokens, attention = (pooled(x.reshape(-1, height, width, x.shape[2]), pooling) for x in seen)
-        cells, side = attention[0].numel(), attention.shape[2]
-        tokens = tokens.reshape(len(visual), frames, cells, -1)
-        attention = attention.reshape(len(visual), frames, cells)
+        found = pooled_video(  # from here on before packing
+            signals,
+            self.name,
+            self.pooling,
+            lambda: (signals.hidden.float(), signals.received.float().mean(1).unsqueeze(-1)),
+        )
+        tokens, attention = found.maps[0], found.maps[1].squeeze(-1)
+        frames, cells = attention.shape[1:]
         ratio = budget.amounts[0] if budget.unit == "ratio" else budget.count(frames * cells) / (frames * cells)
-        noise = self.noise * torch.rand(frames, cells, generator=signals.rng, device=visual.device)  # one for the batch
-        patch, share = (t.to(visual.device) for t in footprints(height, width, pooling))
-        merged = [self.merged(x, a, ratio, noise) for x, a in zip(tokens, attention, strict=True)]
-        reduce = stacked([through(m, patch, share, height * width) for m in merged], visual, protected)
-        if visual.device.type == "meta":
-            return Plan(reduce, positions="renumber")
-        place = pad_sequence([m.place for m in merged], batch_first=True)
-        layout = torch.stack([place // cells, place % cells // side, place % side], -1)
-        return Plan(reduce, nn.functional.pad(layout, (0, 0, protected.shape[1], 0), value=-1), positions="renumber")
+        noise = self.noise * torch.rand(frames, cells, generator=signals.rng, device=found.device)  # one for the batch
+        return found.plan([self.merged(x, a, ratio, noise) for x, a in zip(tokens, attention, strict=True)])
 
     def refine(self, site: Site, hidden: Tensor, signals: TokenSignals, plan: Plan) -> Tensor:
         if site.where != "input":

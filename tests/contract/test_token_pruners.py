@@ -14,7 +14,7 @@ from prunelab.common.apply import apply
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.plan import Gather, Site
+from prunelab.common.core.plan import Gather, Report, Site
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.apply import STAGES
 from prunelab.common.tokens.role import TokenPruner
@@ -222,6 +222,22 @@ def test_keep_all_exemption_is_real(method):
         assert not all(keeps_all(method, family) for m, family in PAIRS if m is method)
 
 
+def saves(report: Report) -> bool:
+    return 0 < report.macs - report.scoring_macs < report.dense_macs
+
+
+@each
+def test_saving_exemption_is_real(method):
+    if "saving" in method.exempt:
+        found = []
+        for family in (f for m, f in PAIRS if m is method):
+            model = FAMILIES[family]()
+            with torch.no_grad(), applied(method, model, 0.5) as handle:
+                output(model, images(family))
+                found.append(saves(handle.report()))
+        assert any(found) and not all(found)
+
+
 @each_pair
 def test_pruned_model_runs_and_is_restored(method, family):
     model, x = FAMILIES[family](), images(family)
@@ -234,7 +250,7 @@ def test_pruned_model_runs_and_is_restored(method, family):
             early = method.eases or any(site.where in STAGES for site in method.sites(info(family)))
             assert report.tokens[-1][1] < report.tokens[0][0] or method.rest == "bypass" or early
             assert min(mlp for _, mlp in report.tokens) < info(family).tokens
-            assert 0 < report.macs - report.scoring_macs < report.dense_macs or method.rest == "bypass"
+            assert saves(report) or method.rest == "bypass" or "saving" in method.exempt
             assert torch.equal(output(model, x), pruned) or "batch" in method.exempt, "report leaves the method applied"
         assert hooks(model) == before and set(model.state_dict()) == names
         assert torch.equal(output(model, x), dense)

@@ -13,6 +13,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import ModelInfo
 from prunelab.common.tokens.adapters.vlm_prompt import with_newlines
 from prunelab.common.tokens.signals import TokenSignals
+from prunelab.common.tokens.video import pooled
 from prunelab.methods.holitom import method, segmentation
 from prunelab.methods.holitom.method import HoliTom
 
@@ -112,7 +113,7 @@ def outer(inputs: Arrays) -> dict[str, Tensor]:
     made = with_newlines(
         plan.reduce.apply(hidden)[0], plan.layout[0], tensor(inputs, "newline"), "row" if rows else "end"
     )
-    maps = method.pooled(features.view(frames, side, side, width), pruner.pooling).flatten(1, 2)
+    maps = pooled(features.view(frames, side, side, width), pruner.pooling).flatten(1, 2)
     return {"visual_embeds": made, **segments(segmentation.frame_similarity(maps), pruner.similarity)}
 
 

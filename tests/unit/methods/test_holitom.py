@@ -20,7 +20,8 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, ModelInfo, Site
 from prunelab.common.experiments import papers
 from prunelab.common.tokens.signals import TokenSignals
-from prunelab.methods.holitom.method import HoliTom, absorbed, footprints, kept_count, pooled
+from prunelab.common.tokens.video import footprints, pooled
+from prunelab.methods.holitom.method import HoliTom, absorbed, kept_count
 from prunelab.methods.holitom.segmentation import frame_similarity, gain_table, run_lengths, segment, split
 from prunelab.methods.holitom.tables import costs
 from tests.contract.references import signals as synthetic
