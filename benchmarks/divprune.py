@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from prunelab.methods.divprune.method import cosine_distance, max_min_order
+from prunelab.common.core.selection import cosine_distance, max_min_order
 
 
 def straightforward(distance: Tensor, count: int) -> Tensor:

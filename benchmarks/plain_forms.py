@@ -24,13 +24,13 @@ from torch.nn import functional as F
 from benchmarks import divprune, holitom, lexrank, weight_pruning
 from prunelab.common.core import attention, selection
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.selection import cosine_distance, max_min_order
 from prunelab.common.ranking.sentences import Passage
 from prunelab.common.ranking.text import words
 from prunelab.common.speculative.trees import Template
 from prunelab.common.weights import prune
 from prunelab.common.weights.obs import inverse_factor
 from prunelab.methods.aim import method as aim
-from prunelab.methods.divprune.method import cosine_distance, max_min_order
 from prunelab.methods.holitom.segmentation import run_lengths, segment
 from prunelab.methods.lexrank.method import LexRank
 from prunelab.methods.quota import method as quota

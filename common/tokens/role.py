@@ -27,6 +27,7 @@ class TokenPruner(Method):
     role: ClassVar[str] = "token_pruner"
     ascending: ClassVar[bool] = True  # kept units come out in their original order
     adaptive: bool = False  # how many units stay depends on the input, the budget is an upper bound
+    observes_prompt: ClassVar[bool] = False  # what `observes` names is shown of the prompt's last token, too
     eases: ClassVar[bool] = False  # layers of a decoder do less for tokens that stay: see `effort`
     rest: Rest = "drop"
     positions: Positions = "original"
@@ -74,9 +75,14 @@ class TokenPruner(Method):
         return frozenset()
 
     def observe(self, signals: TokenSignals) -> None:
-        """Look at a step of decoding, and leave in `signals.memory` what the next passes shall know.
+        """Look at a step of decoding, and leave in `signals.memory` what the next passes shall know. Where
+        `observes_prompt` is set the pass over the prompt is the first: its last token writes the first new one.
 
         The units are all tokens [B, N] of the prompt, also those that left; of these, what is read is zero."""
+
+    def warm_up(self) -> int:
+        """How many prompts, each with what is written behind it, the method looks at before it prunes."""
+        return 0
 
     def family(self, level: float, sites: int, info: ModelInfo) -> Budget:
         """The method's budgets as one curve: level 1 keeps all, level 0 the least. Used to match costs."""

@@ -16,16 +16,11 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site, Where, take
+from prunelab.common.core.selection import cosine_distance, max_min_order
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
 
 Distance = Literal["cosine", "l1", "l2"]
-
-
-def cosine_distance(tokens: Tensor) -> Tensor:
-    """One minus the cosine of every pair of tokens [B, M, D]: [B, M, M]."""
-    unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(tokens.dtype).tiny)
-    return 1 - unit @ unit.transpose(1, 2)
 
 
 DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,34 +28,6 @@ DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
     "l1": lambda tokens: torch.cdist(tokens.float(), tokens.float(), p=1),
     "l2": lambda tokens: torch.cdist(tokens.float(), tokens.float()),
 }
-
-
-def max_min_order(distance: Tensor, count: int, real: Tensor | None = None) -> Tensor:
-    """The first `count` tokens [B, count] in the order in which the greedy algorithm picks them.
-
-    distance [B, M, M] is symmetric; `real` [B, M] is False at padding, which is picked last. First comes the token
-    whose nearest neighbour is farthest, then, each time, the one farthest from all picked before. The distance to the
-    nearest picked token only falls, so one running minimum [B, M] takes the place of a search among all pairs. Ties go
-    to the earlier token.
-    """
-    tokens = distance.shape[-1]
-    if count == 0:
-        return torch.zeros(len(distance), 0, dtype=torch.long, device=distance.device)
-    if real is not None:
-        distance = distance.masked_fill(~real.unsqueeze(1), float("inf"))  # padding is nobody's neighbour
-    own = min(1, tokens - 1)  # the smallest distance is a token's own, unless there is no other
-    nearest = distance.topk(own + 1, dim=-1, largest=False).values[..., own]
-    apart = torch.full_like(nearest, float("inf"))  # [B, M] distance to the nearest pick
-    if real is not None:
-        nearest, apart = (t.masked_fill(~real, float("-inf")) for t in (nearest, apart))
-    picks = [nearest.argmax(-1, keepdim=True)]
-    rows = torch.arange(len(distance), device=distance.device)
-    for _ in range(count - 1):
-        last = picks[-1]
-        apart = torch.minimum(apart, distance[rows, last.squeeze(-1)])
-        apart.scatter_(-1, last, float("-inf"))
-        picks.append(apart.argmax(-1, keepdim=True))
-    return torch.cat(picks, -1)
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ class CausalLM(SequenceAdapter[PromptPass]):
 
         def hook(module: Any, args: Any, output: Any) -> Any:
             running = self.running
-            if running.decoding:
+            if running.decoding or application.method.observes_prompt:
                 prompt = torch.arange(running.cache.prompt, device=output.last_hidden_state.device)
                 prunable = (prompt < running.cache.prompt - 1).expand(len(output.last_hidden_state), -1)
                 if running.cache.real is not None:

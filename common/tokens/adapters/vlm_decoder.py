@@ -17,7 +17,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import refuse_checkpointing, refuse_tracing
 from prunelab.common.core.plan import Gather, Site, take
 from prunelab.common.tokens.adapters.passes import Application, Seen, Tokens, padding_behind, padding_in_front
-from prunelab.common.tokens.adapters.recorded import FIXED, UNSHOWN, fixed, newest_row
+from prunelab.common.tokens.adapters.recorded import FIXED, UNSHOWN, fixed, last_index, newest_row, row
 from prunelab.common.tokens.adapters.vlm_attribution import Attribution, spread
 from prunelab.common.tokens.adapters.vlm_features import FeatureSide
 from prunelab.common.tokens.adapters.vlm_prompt import (
@@ -351,15 +351,18 @@ class DecoderSide(FeatureSide):
         """Behind a step of decoding: what the method is shown of it."""
 
         def hook(module: Any, args: Any, output: Any) -> None:
-            if self.running.decoding:
+            if self.running.decoding or application.method.observes_prompt:
                 self.show(application, self.running.cached.visual, self._newest_row)
 
         return hook
 
     def _newest_row(self, layer: int) -> Tensor:
         """[B, H, N] the attention of the newest token to the tokens of the prompt; the layer lost those at zero."""
-        cached = self.running.cached
-        source = cached.at(layer).source
-        seen = newest_row(self.recorders[layer])[..., : source.shape[1]]
+        cached, recorder = self.running.cached, self.recorders[layer]
+        held = cached.at(layer)
+        source = held.source
+        # of a prompt padding may stand at the end
+        seen = newest_row(recorder) if self.running.decoding else row(recorder, last_index(source, held.valid))
+        seen = seen[..., : source.shape[1]]
         out = seen.new_zeros(*seen.shape[:2], cached.visual.shape[1])
         return out.scatter_add(2, source.unsqueeze(1).expand_as(seen), seen)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from prunelab.methods.divprune.method import cosine_distance, max_min_order
+from prunelab.common.core.selection import cosine_distance, max_min_order
 
 TOLERANCE = {"": (1e-6, 0.0)}
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from benchmarks.divprune import measure, straightforward
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.selection import cosine_distance, max_min_order
 from prunelab.common.experiments import papers
-from prunelab.methods.divprune.method import DISTANCES, DivPrune, cosine_distance, max_min_order
+from prunelab.methods.divprune.method import DISTANCES, DivPrune
 from prunelab.methods.divprune.tables import costs
 from tests.contract.references import signals
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -215,3 +216,41 @@ def test_all_visual_tokens_leave_at_a_layer():
         text = int((given["attention_mask"].bool() & ~visual).sum(1).max())
         sizes = [layer.keys.shape[2] for layer in answer.past_key_values.layers]
         assert sizes[2:] == [text + 2] * 2 and sizes[0] == given["input_ids"].shape[1] + 2
+
+
+@dataclass(frozen=True)
+class FromThePrompt(Remembering):
+    """The same, which counts the row of the prompt's last token as well: it writes the first new one."""
+
+    name: ClassVar[str] = "reference_from_the_prompt"
+    observes_prompt = True
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_the_prompts_own_row_is_observed_where_a_method_asks(padding):
+    given = pair("llava", vlm("llava"))
+    model = vlm("llava")
+    model.set_attn_implementation("eager")
+    if padding == "right":
+        short = given["attention_mask"][1].argmax()
+        for name in ("input_ids", "attention_mask"):
+            given[name][1] = given[name][1].roll(-int(short))
+    ends = given["attention_mask"].shape[1] - 1 - given["attention_mask"].flip(1).argmax(1)
+    maps = model(**given, output_attentions=True).attentions[1]
+    want = torch.stack([maps[b, :, end].mean(0) for b, end in enumerate(ends)])
+    model = vlm("llava")
+    with apply(FromThePrompt(), model, 1.0) as handle:
+        model(**given)
+        assert torch.allclose(handle.memory["seen"], want, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_language_model_shows_the_prompts_own_row():
+    model, tokens = model_of(), ids()
+    eager = model_of()
+    eager.set_attn_implementation("eager")
+    want = eager(tokens, output_attentions=True).attentions[1][:, :, -1].mean(1)
+    with apply(FromThePrompt(), model, 1.0) as handle:
+        model(tokens)
+        assert torch.allclose(handle.memory["seen"], want, atol=1e-5)
