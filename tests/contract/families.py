@@ -112,7 +112,7 @@ FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
     "dino": _dino,
     "deformable_detr": _deformable_detr,
     **{name: partial(vlms.vlm, name, tower=12) for name in vlms.VLMS},  # methods read its ninth and its last layers
-    "llava": partial(vlms.vlm, "llava", tower=12, num_hidden_layers=13),  # and some prune as late as that
+    "llava": partial(vlms.vlm, "llava", tower=12, num_hidden_layers=16),  # and some the sixteenth of the decoder
     "causal_lm": _causal_lm,
 }
 
