@@ -103,6 +103,9 @@ class Engine:
         turn."""
         weights = [target for target in self.at(block) if target.loose]
         structures = [target for target in self.at(block) if not target.loose]
+        chained = [target for target in structures if target.unit == "stream"]  # each is measured behind the one before
+        yield from ([target] for target in chained)
+        structures = [target for target in structures if target.unit != "stream"]
         if structures:
             yield structures
         if structures and weights:

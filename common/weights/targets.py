@@ -21,7 +21,9 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights.hadamard import turn
 
-Unit = Literal["linear", "heads", "channels", "experts", "layers", "sublayers", "tensor", "attention_output", "hidden"]
+Unit = Literal[
+    "linear", "heads", "channels", "experts", "layers", "sublayers", "tensor", "attention_output", "hidden", "stream"
+]
 Statistics = Mapping[str, Tensor]
 
 
@@ -32,8 +34,10 @@ class Target:
     unit:   `linear` has single weights as units, `heads` key-value groups of attention (with plain multi-head
             attention these are the heads), `channels` intermediate channels of an MLP, `experts` and `layers` what
             they say, `sublayers` the attention or the MLP of a layer with its norm, `hidden` the channels of the
-            residual stream, `tensor` the entries of any other parameter, `attention_output` single query heads where
-            the output projection reads them, which are silenced and never leave;
+            residual stream, `stream` its directions behind the embedding, an attention or an MLP, in a basis of that
+            place: the value `basis` [D, kept] of a decision, whose mask keeps the leading ones, `tensor` the entries of
+            any other parameter, `attention_output` single query heads where the output projection reads them, which are
+            silenced and never leave;
     name:   unique in the model, and the same in every model of its architecture;
     block:  index of the block it lies in, -1 outside of all;
     role:   its place in the block (`self_attn.q_proj`), `attention` or `mlp` for sublayers, the unit for other

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-OUTPUT = re.compile(r"^(?!w_)(?:.*_)?out_|^true_")
+OUTPUT = re.compile(r"^(?!w_|in_)(?:.*_)?out_|^true_")
 DEFAULT = (1e-5, 1e-5)
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.weights.adapters.base import Tap
 from prunelab.common.weights.adapters.mixture import Mixtures
 from prunelab.common.weights.adapters.projections import IN, OUT, length
 from prunelab.common.weights.adapters.rotation import (
+    NORMS,
     check_rotation,
     commutes,
     narrow_stream,
     rotate_stream,
     stream_size,
 )
-from prunelab.common.weights.targets import Target
+from prunelab.common.weights.adapters.slicing import Sliceable, Sublayer, make_sliced, sliceable
+from prunelab.common.weights.targets import Decision, Observation, Target
 
 
 def _classes(**names: str) -> tuple[str, ...]:
@@ -49,6 +52,12 @@ class Decoder(Mixtures):
     sublayers = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
     heads = {role: f"self_attn.{role}_proj" for role in "qkvo"}
     mlp = {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
+    stream_norms: ClassVar[tuple[str, ...]] = NORMS  # before attention and MLP, where nothing else is on the stream
+    embeddings: ClassVar[tuple[str, ...]] = ("model.embed_tokens",)  # of which the first block reads the sum
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.sliced: Sliceable | None = None  # while its stream is being sliced
 
     def run(self, sample: Tensor) -> Any:
         return self.model(input_ids=sample.unsqueeze(0), use_cache=False)
@@ -84,6 +93,90 @@ class Decoder(Mixtures):
             return
         self.reshaped = True
         narrow_stream(self.model, list(self.blocks), self.model.base_model.norm, kept)
+
+    # -- a stream with a basis of its own behind every sublayer ----------------------------------------------------
+
+    def _stream(self, block: int) -> list[Target]:
+        """Behind the embedding, which counts to the first block, and behind attention and MLP of every block."""
+        held = self._sliceable()
+        if held is None:
+            return []
+        head, parts, found = self.model.get_output_embeddings(), held.sublayers, []
+        roles = [(-1, "input")] if block == 0 else []
+        for place, role in [*roles, (2 * block, "attention"), (2 * block + 1, "mlp")]:
+            behind = parts[place + 1].readers if place + 1 < len(parts) else (head,)
+            before = [e.weight.shape[0] for e in held.embeddings]
+            if place >= 0:
+                writer = parts[place].writer
+                before = [writer.weight.shape[1] + (writer.bias is not None)]
+            size = sum(before) + sum(reader.weight.shape[0] for reader in behind)
+            found.append(Target("stream", f"{self.prefix(block)}.{role}", block, role, (held.width,), size))
+        return found
+
+    def _sliceable(self) -> Sliceable | None:
+        """What holds the residual stream; None where it cannot be sliced, or was."""
+        blocks = list(self.blocks)
+        holder, _, name = self.norm.rpartition(".")
+        names = [*self.stream_norms]
+        final = (self.model.get_submodule(holder), name)
+        if not names or any(self._part(i, n) is None for i in range(len(blocks)) for n in names):
+            return None
+        norms = [*(self._part(i, n) for i in range(len(blocks)) for n in names), getattr(*final)]
+        others = [n for b in blocks for n, _ in b.named_children() if "norm" in n and n not in names]
+        embeddings = tuple(self.model.get_submodule(path) for path in self.embeddings)
+        if others or not sliceable(norms) or len({e.weight.shape[1] for e in embeddings}) > 1:
+            return None
+        found = []
+        for i, block in enumerate(blocks):
+            attention, mlp = self._modules(i, self.heads), self._modules(i, self.mlp)
+            if not attention or not mlp or not getattr(block, "do_layer_norm_before", True):
+                return None
+            readers = tuple(attention[role] for role in "qkv")
+            found.append(Sublayer(block, names[0], "attention_shortcut", readers, attention["o"]))
+            readers = tuple(module for role, module in mlp.items() if role != "down")
+            found.append(Sublayer(block, names[1], "mlp_shortcut", readers, mlp["down"]))
+        return Sliceable(self.model, embeddings, tuple(found), final)
+
+    def taps(self, target: Target) -> tuple[str, ...]:
+        if target.unit != "stream":
+            return super().taps(target)
+        return (self.stream_norms[1],) if target.role == "attention" else ()
+
+    def observe(
+        self, target: Target, seen: Mapping[str, Tap], before: Tensor, after: Tensor, tokens: Tensor
+    ) -> Observation:
+        if target.unit != "stream":
+            return super().observe(target, seen, before, after, tokens)
+        states = {"input": before, "mlp": after}
+        inputs = states[target.role] if target.role in states else seen[self.stream_norms[1]][0][0]
+        inputs, before, after = (x.flatten(0, -2) for x in (inputs, before, after))
+        return Observation(inputs, {}, before, after, tokens)
+
+    def write(self, target: Target, decision: Decision) -> None:
+        if target.unit != "stream":
+            super().write(target, decision)
+            return
+        with torch.no_grad():
+            if target.role == "input":
+                self.sliced = self._sliceable()
+                if self.sliced is None:
+                    raise PrunelabError("this model's residual stream cannot be sliced; give the dense model")
+                self._own_config()
+                eps = decision.values.get("eps")
+                self.sliced.fuse("centre" in decision.values, None if eps is None else float(eps))
+                make_sliced(list(self.blocks), (self.stream_norms[0], self.stream_norms[1]))
+            if self.sliced is None:
+                raise PrunelabError("the stream is sliced from the embedding on; decide on all of it")
+            place = -1 if target.role == "input" else 2 * target.block + (target.role == "mlp")
+            self.sliced.turn(place, decision.values.get("basis"), decision.kept)
+
+    def finish(self) -> bool:
+        if self.sliced is None:
+            return super().finish()
+        with torch.no_grad():
+            self.sliced.enter()
+        self.sliced = None
+        return False
 
     def sizes(self, target: Target) -> dict[str, int]:
         if target.unit != "hidden":
@@ -133,6 +226,7 @@ class Gemma2(Decoder):
     """Gemma 2 and 3, which norm what a sublayer reads and what it gives."""
 
     family = "gemma2"
+    stream_norms = ()
     model_classes = _classes(gemma2="Gemma2", gemma3="Gemma3")
     sublayers = {
         "attention": ("self_attn", "input_layernorm", "post_attention_layernorm"),
@@ -145,6 +239,7 @@ class DeepSeek(Decoder):
     projections out of the latent vectors; the rotary key that all heads share stays."""
 
     family = "deepseek"
+    stream_norms = ()
     model_classes = _classes(deepseek_v2="DeepseekV2", deepseek_v3="DeepseekV3")
     shared = (("q_a_proj", "q_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
     heads = {"k": "self_attn.kv_b_proj", "v": "self_attn.kv_b_proj", "o": "self_attn.o_proj"}
@@ -177,6 +272,7 @@ class Phi(Decoder):
     """Phi-1, 1.5 and 2: attention and an MLP without gate side by side."""
 
     family = "phi"
+    stream_norms = ()
     model_classes = _classes(phi="Phi")
     norm = "model.final_layernorm"
     sublayers = {"attention": ("self_attn",), "mlp": ("mlp",)}  # one norm for both, which stays
@@ -188,6 +284,7 @@ class Phi3(Decoder):
     """Phi-3: q k v are one projection, and gate and up another."""
 
     family = "phi3"
+    stream_norms = ()
     model_classes = _classes(phi3="Phi3")
     heads = {**dict.fromkeys("qkv", "self_attn.qkv_proj"), "o": "self_attn.o_proj"}
     mlp = {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj", "down": "mlp.down_proj"}
@@ -205,6 +302,7 @@ class GPTNeoX(Decoder):
     """GPT-NeoX and Pythia: one projection gives q k v head by head."""
 
     family = "gpt_neox"
+    stream_norms = ()
     model_classes = _classes(gpt_neox="GPTNeoX")
     layers = "gpt_neox.layers"
     norm = "gpt_neox.final_layer_norm"
@@ -220,6 +318,7 @@ class GPT2(Decoder):
     """GPT-2, whose projections store their weights as [in, out]."""
 
     family = "gpt2"
+    stream_norms = ()
     model_classes = ("transformers.models.gpt2.modeling_gpt2.GPT2LMHeadModel",)
     layers = "transformer.h"
     norm = "transformer.ln_f"
@@ -244,6 +343,8 @@ class OPT(Decoder):
     """OPT, whose MLP is no module of its own but two linears of the block, so that no sublayers can leave."""
 
     family = "opt"
+    stream_norms = ("self_attn_layer_norm", "final_layer_norm")
+    embeddings = ("model.decoder.embed_tokens", "model.decoder.embed_positions")
     model_classes = _classes(opt="OPT")
     layers = "model.decoder.layers"
     norm = "model.decoder.final_layer_norm"

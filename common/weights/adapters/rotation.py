@@ -39,14 +39,14 @@ def rotate_stream(model: Any, blocks: list[nn.Module], final: nn.Module, rotatio
         model.config.tie_word_embeddings = False
     _read(embedding.weight, rotation)
     for block in blocks:
-        gains = [_gain(block.get_submodule(norm)) for norm in NORMS]
+        gains = [gain_of(block.get_submodule(norm)) for norm in NORMS]
         for weight, behind in _reading(block):
             _read(weight, rotation, gains[behind])
         for weight, bias in _writing(block):
             _write(weight, rotation)
             if bias is not None:
                 _write(bias, rotation)
-    _read(head.weight, rotation, _gain(final))
+    _read(head.weight, rotation, gain_of(final))
 
 
 def stream_size(model: Any, blocks: list[nn.Module], final: Any) -> int:
@@ -109,8 +109,8 @@ def _rms(module: nn.Module) -> bool:
     return type(module).__name__.endswith("RMSNorm") and getattr(module, "bias", None) is None
 
 
-def _gain(norm: Any) -> Tensor:
-    """The gain [D] of a norm, which then has none."""
+def gain_of(norm: Any) -> Tensor:
+    """The gain [D] of an RMS norm, which then has none."""
     offset = float(type(norm).__name__.startswith("Gemma"))  # these store what is added to one
     gain: Tensor = norm.weight.detach().double() + offset
     with torch.no_grad():
