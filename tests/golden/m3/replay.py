@@ -1,0 +1,26 @@
+"""M3: projected tokens at every scale, by the authors' pooling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from prunelab.common.core.plan import Mix
+from prunelab.methods.m3.method import kernel, squares
+
+TOLERANCE = {"": (1e-6, 1e-6)}
+
+
+def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    features = torch.from_numpy(inputs["in_features"])
+    units = features.shape[1]
+    side = math.isqrt(units)
+    found = {}
+    for scale in inputs["in_scales"].tolist():
+        mix, _ = squares((side, side), kernel(units, scale))
+        target, source, weight = (part.expand(len(features), -1) for part in (mix.target, mix.source, mix.weight))
+        found[f"out_scale_{scale}"] = Mix(target, source, weight, mix.outputs).apply(features).numpy()
+    return found
