@@ -224,7 +224,12 @@ def _default(module: _Module, value: ast.expr | None) -> str | None:
         if "default_factory" in given:
             return f"{ast.unparse(given['default_factory'])}()"
         value = given.get("default")
-    return None if value is None else ast.unparse(_literal(module, value))
+    if value is None:
+        return None
+    literal = _literal(module, value)
+    if isinstance(literal, ast.BinOp) and isinstance(literal.op, ast.Div):  # such as 1 / 3
+        return repr(ast.literal_eval(literal.left) / ast.literal_eval(literal.right))
+    return ast.unparse(literal)
 
 
 def _hint(module: _Module, node: ast.expr) -> Any:

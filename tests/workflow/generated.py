@@ -62,7 +62,7 @@ def generate(methods: Path, cells: int) -> None:
     columns = {name: f"{{task: macs, metric: {name}}}" for name in COSTS}
     columns |= {name: f"{{task: classify, data: imagenet, metric: {name}}}" for name in ("top1", "drop")}
     columns["speed"] = "{task: latency, metric: images_per_second, scales: [paper], settings: {batch: 64}}"
-    columns["tuned"] = '{needs: "a checkpoint that nobody has"}'
+    columns["tuned"] = '{needs: {setting: "a checkpoint that nobody has"}}'
     for number in range(cells // CELLS):
         folder = methods / f"generated_{number:03d}"
         folder.mkdir()

@@ -25,7 +25,9 @@ BLOCKS = {
 BROUGHT = {
     "model", "small_model", "fine_tuned", "pre_trained", "image_model", "processor", "image_processor", "tokenizer",
     "images", "mask", "targets", "sizes", "parts", "prompt", "prompts", "ids", "token_ids", "batches", "text",
-    "documents", "background", "question", "seconds", "video_frames", "frame_at",
+    "documents", "background", "question", "seconds", "video_frames", "frame_at", "samples", "data", "arguments",
+    "answers", "embeddings", "class_logits", "rewards", "early", "peft_model", "caption_model", "reference",
+    "base_model", "clip", "image_logits", "text_logits", "tokens", "policy", "episode",
 }  # fmt: skip
 
 
@@ -60,6 +62,8 @@ def test_a_block_says_what_is_there(block):
             space |= {alias.asname or alias.name: None for alias in node.names}
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     stored = {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(space)
+    stored |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    stored |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     assert {name.id for name in names} - stored - set(dir(builtins)) <= BROUGHT
     for function, call in calls(tree):
         taken = inspect.signature(getattr(prunelab, function)).parameters

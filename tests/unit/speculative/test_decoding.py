@@ -518,8 +518,9 @@ def test_the_task_compares_with_plain_decoding(asked):
         assert metrics["mat"]["value"] == pytest.approx(96 / metrics["steps"]["value"], abs=1e-3)
         assert metrics["steps_saved"]["value"] == pytest.approx(100 * (1 - metrics["steps"]["value"] / 96), abs=1e-3)
         assert metrics["mat"]["n"] == len(metrics["speedup"]["samples"]) == 3
-        # Means over prompts of a time and of its inverse: the product is 1000 where all take the same, else more.
-        assert metrics["ms_per_token"]["value"] * metrics["tokens_per_second"]["value"] > 999
+        # Means over prompts of a time and of its inverse: the product is 1000 where all take the same, else more;
+        # both are rounded, and taken from medians of their own.
+        assert metrics["ms_per_token"]["value"] * metrics["tokens_per_second"]["value"] > 900
         assert (metrics["drafting"]["value"] > 0) == (name not in ("plain", "lookup"))
     assert found["recycling"]["mat"]["value"] > 1.5
 

@@ -343,7 +343,7 @@ class ThenAll(Attended):
 
     rest: Any = "defer"
     reads: tuple[str, ...] = ("last_row", "keys")
-    keys: list[Tensor] = field(default_factory=list, compare=False)  # of the last site, in each pass
+    keys: Any = field(default_factory=list, compare=False)  # of the last site, in each pass
 
     def plan(self, site, signals, budget):
         self.keys[:] = [*self.keys, signals.keys]

@@ -597,7 +597,7 @@ def test_what_the_release_does_and_the_paper_does_not():
 
 @pytest.mark.parametrize("option", [{"metric": "l3"}, {"align": "copy"}])
 def test_unknown_options_are_named(option):
-    with pytest.raises(PrunelabError, match="is unknown; use"):
+    with pytest.raises(PrunelabError, match="must be one of"):
         VimTokenPruning(**option)
 
 
