@@ -98,7 +98,10 @@ class AIM(TokenPruner):
 
     name: ClassVar[str] = "aim"
     ascending: ClassVar[bool] = False
-    exempt = {"padding": "frames have one length, the even-odd split no padded form; padded samples are refused"}
+    exempt = {
+        "keep_all": "the budget is what merging leaves; tokens leave between the two layers at any",
+        "padding": "frames have one length, the even-odd split no padded form; padded samples are refused",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,7 @@ SAYS = {  # a word of each block -> what it prints
     "wanda": ["MiB of", "tokens a step", "sparsity   50.00 %"],
     "lexrank": ["Every layer of a model reads", "Pruning removes tokens, so that", "False"],
     "supports": [
-        "['fastervlm', 'fastv']",
+        "['fastervlm', 'fastv', 'fastvid']",
         "'wanda'",
         "layer = 2: a whole number",
         "True",

@@ -202,7 +202,7 @@ def nowhere_else(file: str, run: Run) -> bool:
         ("common/backbones/vim.py", scanning),
         ("common/costs/meter.py", lambda r: r.task == "size" or prunes_tokens(r)),
         ("common/tokens/apply.py", prunes_tokens),
-        ("common/kv_cache/apply.py", of("cache")),
+        ("common/kv_cache/apply.py", lambda r: r.task == "cache" or r.method == "dycoke"),
         ("common/weights/pruning.py", of(*WEIGHTS, "tune")),
         ("common/speculative/loop.py", of("decode")),
         ("common/constrained/smc.py", of("constrained")),

@@ -118,7 +118,7 @@ def test_supports_gives_one_answer_for_every_role(vit, decoder):
 
 
 def test_list_methods_by_pattern_role_and_family():
-    assert prunelab.list_methods("fast*") == ["fastervlm", "fastv"]
+    assert prunelab.list_methods("fast*") == ["fastervlm", "fastv", "fastvid"]
     assert "snapkv" in prunelab.list_methods(role="cache_pruner")
     assert set(prunelab.list_methods(family="text")) >= {"lexrank", "lead"}
     with pytest.raises(PrunelabError, match="there are cache_pruner"):
