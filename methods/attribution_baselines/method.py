@@ -8,6 +8,7 @@ library inseq (probability of the target, L2 norm over the embedding, divided by
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -95,9 +96,9 @@ class _OfModel(Attribution):
         model: Explained = services["model"]
         return self.read(model, tokens, likeliest(tokens, model.next_token_logits, target))
 
+    @abstractmethod
     def read(self, model: Explained, tokens: Tensor, target: int) -> Tensor:
         """Importance [T] of the tokens [T] for the target."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
