@@ -72,7 +72,9 @@ def counts(lines: list[join.Line]) -> str:
     named = {"analytic": "analytic", "measured": "measured", "stand-in": "stand-in only", "not run": "not run"}
     if how["stale"]:
         named["stale"] = "stale"
-    return ", ".join([f"{len(lines)} reported", *(f"{how[k]} {v}" for k, v in named.items())]) + f"; {off} off"
+    assumed = sum(line.outcome == "assumed" for line in lines)
+    said = ", ".join([f"{len(lines)} reported", *(f"{how[k]} {v}" for k, v in named.items())]) + f"; {off} off"
+    return said + (f", {assumed} under an assumption" if assumed else "")
 
 
 def main(arguments: list[str] | None = None) -> int:

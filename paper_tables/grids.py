@@ -71,9 +71,9 @@ _LATEX: Mapping[str, str] = {
     "|": r"\textbar{}", "`": r"\textasciigrave{}",
     '"': r"\textquotedbl{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "≈": r"$\approx$",
     "≤": r"$\leq$", "≥": r"$\geq$", "→": r"$\to$", "·": r"$\cdot$", "–": "--", "—": "---", "…": r"\dots{}",
-    "●": r"$\bullet$", "▲": r"$\blacktriangle$", "◌": r"$\circ$", "◇": r"$\diamond$", "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$", "²": "$^2$", "α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "λ": r"$\lambda$",
-    "τ": r"$\tau$",
+    "●": r"$\bullet$", "▲": r"$\blacktriangle$", "◌": r"$\circ$", "◇": r"$\diamond$", "□": r"$\square$",
+    "↑": r"$\uparrow$", "↓": r"$\downarrow$", "²": "$^2$", "α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$",
+    "λ": r"$\lambda$", "τ": r"$\tau$",
 }  # fmt: skip
 
 

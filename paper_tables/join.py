@@ -28,7 +28,7 @@ FOLDER = "own folder"  # scale of what ran on a folder of the user's in the plac
 UNPUBLISHED = "the published files, which a folder of yours stands in for (--config hub)"
 Z95 = 1.96
 
-Outcome = Literal["within", "off", "stale", "stand-in", "not run"]
+Outcome = Literal["within", "off", "assumed", "stale", "stand-in", "not run"]
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,19 @@ class Line:
     reported: papers.Reported
     reproduced: Value
     difference: float | None
-    within: bool | None  # inside the tolerance; None where nothing was reproduced
+    within: bool | None  # inside the tolerance; None where nothing was reproduced, or under an assumption
     tolerance: Tolerance | None  # None where nothing here can make the number
     others: Mapping[str, Value]  # one entry for every other scale asked for
     reason: str = ""  # why nothing here can run it, of `papers.REASONS`
+    assumes: str = ""  # under which assumption it runs
 
     @property
     def outcome(self) -> Outcome:
         """The line in one word; a stand-in never counts as reproduced."""
         if self.reproduced.status == "stale":
             return "stale"
+        if self.reproduced.value is not None and self.assumes:
+            return "assumed"
         if self.within is not None:
             return "within" if self.within else "off"
         return "stand-in" if any(v.value is not None for v in self.others.values()) else "not run"
@@ -219,9 +222,9 @@ def tables(slug: str, plan: Plan, records: Records) -> list[PaperTable]:
         allowed = tolerance.of(cell, reproduced.stderr, reproduced.samples)
         if reproduced.value is not None and allowed:
             difference = reproduced.value - cell.reported.value
-            within = allowed.allows(difference)
+            within = None if cell.assumes else allowed.allows(difference)
         lines.setdefault(cell.reported.table, []).append(
-            Line(cell.reported, reproduced, difference, within, allowed, others, cell.reason)
+            Line(cell.reported, reproduced, difference, within, allowed, others, cell.reason, cell.assumes)
         )
     described = {table.name: table for table in paper.tables}
     return [PaperTable(n, described[n].caption, described[n].note, tuple(rows)) for n, rows in lines.items()]

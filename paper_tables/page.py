@@ -59,7 +59,7 @@ class Section:
     def lacking(self) -> list[tuple[str, int]]:
         """What numbers that were not reproduced would take, with how many, the most frequent first. A number may take
         several things."""
-        needs = (v.reproduced.needs or v.reproduced.status for v in self.lines if v.within is None)
+        needs = (v.reproduced.needs or v.reproduced.status for v in self.lines if v.reproduced.value is None)
         return Counter(part for text in needs for part in dict.fromkeys(text.split("; "))).most_common()
 
     @property

@@ -13,10 +13,13 @@ from prunelab.paper_tables.grids import Grid, Notes
 from prunelab.paper_tables.join import BoardTable, Line, Outcome, PaperTable, Value
 from prunelab.paper_tables.tolerance import decimals
 
-SHAPES: dict[Outcome, str] = {"within": "●", "off": "▲", "stale": "◌", "stand-in": "◇", "not run": "–"}
+SHAPES: dict[Outcome, str] = {
+    "within": "●", "off": "▲", "assumed": "□", "stale": "◌", "stand-in": "◇", "not run": "–",
+}  # fmt: skip
 WORDS: dict[Outcome, str] = {
     "within": "within tolerance",
     "off": "off",
+    "assumed": "under an assumption",
     "stale": "stale",
     "stand-in": "stand-in only",
     "not run": "not run",
@@ -24,6 +27,10 @@ WORDS: dict[Outcome, str] = {
 COUNTS = (
     "A cost is reproduced as the paper counts it; our count is in multiply-adds of matrix products alone, of a prompt"
     " those of the decoder, with the method's scoring included and named."
+)
+ASSUMED = (
+    "What runs under an assumption decides something that the source does not say; its difference is shown and not"
+    " judged."
 )
 STAND_IN = "stand-in"  # what a number of another scale is: never the paper's, whatever it comes to
 
@@ -36,6 +43,7 @@ _OURS = (
     "within_tolerance",
     "status",
     "needs",
+    "assumes",
     "record",
     "our_gmacs",
     "our_scoring_gmacs",
@@ -101,7 +109,7 @@ def table_csv(table: PaperTable) -> str:
         r, own = line.reported, line.reproduced
         cells: list[object] = [r.table, r.row, r.column, r.text, r.unit, r.source, r.quality]
         cells += [own.value, line.difference, *(_tolerance(line)), line.within]
-        cells += [own.status, own.needs, own.record]
+        cells += [own.status, own.needs, line.assumes, own.record]
         cells += (own.ours.gmacs, own.ours.scoring, own.ours.cache, own.ours.record) if own.ours else (None,) * 4
         for scale in others:
             v = line.others[scale]
@@ -181,9 +189,16 @@ def status(line: Line) -> str:
     if line.tolerance and line.outcome in ("within", "off"):
         most = f"±{held(line.tolerance.value)}"
         return f"{how}, within {most}" if line.within else f"{how}, off by more than {most}"
+    if line.outcome == "assumed":
+        return f"{how}, {WORDS['assumed']}"
     if line.outcome == "stale":
         return "stale: made by other sources than these"
     return WORDS[line.outcome]
+
+
+def assumption(line: Line) -> str:
+    """What the line's run takes for granted, in words."""
+    return f"{WORDS['assumed']}: {line.assumes}"
 
 
 def cost(value: float) -> str:
@@ -228,7 +243,8 @@ def table_grid(slug: str, table: PaperTable) -> Grid:
             told = f" {notes(own.ours.protocol)}" if own.ours and own.ours.protocol else ""
             cells.append(counted(own) + told)
         cells.append("–" if line.difference is None else signed(line.difference, digits))
-        cells.append(f"{SHAPES[line.outcome]} {status(line)}")
+        under = f" {notes(assumption(line))}" if line.assumes else ""
+        cells.append(f"{SHAPES[line.outcome]} {status(line)}{under}")
         for scale in others:
             v = line.others[scale]
             samples = f" (n = {v.samples})" if v.samples else ""
@@ -240,6 +256,8 @@ def table_grid(slug: str, table: PaperTable) -> Grid:
     header += [f"stand-in: {scale}" for scale in others]
     right = [name not in ("row", "column", "status") for name in header]
     legend = ["± is the 95 % half width. A stand-in is another model on other data, not the paper's number."]
+    if any(line.assumes for line in table.lines):
+        legend.append(ASSUMED)
     if own_counts:
         legend.append(COUNTS)
     rows = [row(line) for line in table.lines]

@@ -35,6 +35,7 @@ def plan(
         told = {
             "numbers": result.reported,
             "executable": result.executable,
+            "assumed": result.assumed,
             "reasons": dict(result.reasons.most_common()),
         }
         print(json.dumps(told, indent=1))
@@ -46,7 +47,8 @@ def plan(
     table.add_row("in all", "", *map(str, totals))
     console.print(table)
     console.print(f"\n{result.made} of {result.reported} reported numbers come from these runs")
-    console.print(f"{result.executable} have a run, here or where its data and a GPU are")
+    assumed = f", {result.assumed} of them under an assumption" if result.assumed else ""
+    console.print(f"{result.executable} have a run, here or where its data and a GPU are{assumed}")
     if result.reasons:
         console.print(f"{result.reasons.total()} have none; they take")
         for reason, count in result.reasons.most_common():
@@ -102,6 +104,7 @@ def run(
                 metric = provenance.read(path)["metrics"][cell.metric]
                 value = f"{metric['value']:g}" + (f" ± {metric['stderr']:g}" if metric.get("stderr") else "")
                 status = cell.status if scale == "paper" else scale
+                status += f", under an assumption: {cell.assumes}" if cell.assumes else ""
             shown.add_row(
                 cell.reported.column, f"{cell.reported.text} {cell.reported.unit}", scale if job else "", value, status
             )

@@ -14,13 +14,14 @@ from prunelab.common.experiments import plans
 @dataclass(frozen=True)
 class Overview:
     """runs: by kind and scale, how many are needed and how many have a record. reported: how many numbers the papers
-    report, executable: how many of them have a run at paper scale or one that needs no scale, whatever it lacks here;
-    reasons: why the others have none, of `papers.REASONS`. made: how many the runs make. lacking: what the others need,
-    with how many numbers need it."""
+    report, executable: how many of them have a run at paper scale or one that needs no scale, whatever it lacks here,
+    assumed: how many of those run under an assumption; reasons: why the others have none, of `papers.REASONS`. made:
+    how many the runs make. lacking: what the others need, with how many numbers need it."""
 
     runs: Mapping[tuple[str, str], tuple[int, int]]
     reported: int
     executable: int
+    assumed: int
     made: int
     lacking: Counter[str]
     reasons: Counter[str]
@@ -45,6 +46,7 @@ def overview(config: Mapping[str, Any]) -> Overview:
         {key: (needed[key], made[key]) for key in sorted(needed)},
         len(numbers),
         sum(ready),
+        sum(bool(number.assumes) for number, there in zip(numbers, ready, strict=True) if there),
         len(numbers) - lacking.total(),
         lacking,
         Counter(number.reason or "unbuilt" for number, there in zip(numbers, ready, strict=True) if not there),

@@ -67,6 +67,7 @@ Needs = Annotated[  # one reason, with what exactly
     dict[Literal["judge", "server", "licence", "setting", "hardware", "robot", "unbuilt"], str],
     Field(min_length=1, max_length=1),
 ]
+Assumption = Annotated[str, Field(pattern=r"^(\S.{8,})?$")]  # what decides a run and the source does not say, in words
 
 
 class _Strict(BaseModel):
@@ -75,12 +76,14 @@ class _Strict(BaseModel):
 
 class Configuration(_Strict):
     """A method with its options and budget; without a method it is the unpruned model. Its settings, such as a
-    calibration set of its own, go before those of a column or board."""
+    calibration set of its own, go before those of a column or board; `assumes` says what its runs take for granted that
+    the source does not say."""
 
     method: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     budget: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
+    assumes: Assumption = ""
 
 
 class Tolerance(_Strict):
@@ -92,10 +95,11 @@ class Tolerance(_Strict):
 
 class Column(_Strict):
     """How the cells of a column are made: the task, its data set, and the metric to show; `needs` says why nothing
-    here can make them: `{reason: what exactly}`."""
+    here can make them: `{reason: what exactly}`; `assumes` under which assumption they are made."""
 
     task: str = ""
     needs: Needs | None = None
+    assumes: Assumption = ""
     metric: str = ""
     data: str | None = None
     model: str | None = None  # where columns are models; else that of the row or table
@@ -111,18 +115,20 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 class Row(_Strict):
-    """What a row of a table runs; `needs` says why nothing here can run it: `{reason: what exactly}`."""
+    """What a row of a table runs; `needs` says why nothing here can run it: `{reason: what exactly}`; `assumes` under
+    which assumption it runs."""
 
     configuration: str | None = None
     model: str | None = None
     budget: str | None = None
     needs: Needs | None = None
+    assumes: Assumption = ""
     columns: dict[str, Column] = Field(default_factory=dict)
 
 
 class Table(_Strict):
     """One table of the paper, named as in reported.csv; `budget` is that of its rows, `models` says which model those
-    rows run whose names begin so."""
+    rows run whose names begin so, `assumes` under which assumption all of it runs."""
 
     name: str
     caption: str = ""
@@ -133,6 +139,7 @@ class Table(_Strict):
     columns: dict[str, Column] = Field(default_factory=dict)
     rows: dict[str, Row | str] = Field(default_factory=dict)
     needs: Needs | None = None
+    assumes: Assumption = ""
     smoke: bool = False
 
     def row(self, name: str) -> Row:

@@ -28,7 +28,8 @@ SMOKE_SAMPLES = 32
 @dataclass(frozen=True)
 class Cell:
     """A reported number and, per scale, the run that reproduces it, or what that run would need. reason: one of
-    `papers.REASONS` where nothing here can run it."""
+    `papers.REASONS` where nothing here can run it. assumes: what the run takes for granted that the source does not
+    say, so that its number neither confirms nor refutes the reported one."""
 
     reported: papers.Reported
     metric: str
@@ -37,6 +38,7 @@ class Cell:
     runs: Mapping[str, Run | str]
     count: Run | None = None  # our own count of a cost that the paper's formula gives
     reason: str = ""
+    assumes: str = ""
 
 
 def entries(
@@ -241,7 +243,9 @@ def _cell(slug: str, table: papers.Table, number: papers.Reported, config: Mappi
     count = None
     if column.count is not None and chosen is not None and (config["scale"] != "smoke" or table.smoke):
         count = resolve("prompt_macs", "", config, configuration, model=model, budget=row.budget, settings=column.count)
-    return Cell(number, metric, task.status, column, runs, count if isinstance(count, Run) else None)
+    own = paper.configuration(chosen).assumes if chosen else ""
+    assumes = "; ".join(dict.fromkeys(said for said in (table.assumes, row.assumes, own, column.assumes) if said))
+    return Cell(number, metric, task.status, column, runs, count if isinstance(count, Run) else None, assumes=assumes)
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,17 @@ from prunelab.common.experiments.planning import BoardPoint, Cell, FigureRun
 from prunelab.common.experiments.run import Run
 
 FOLDER = "plans"  # in the results folder
-FORMAT = 1
+FORMAT = 2
 _ELSEWHERE = ("results", "batch")  # settings that decide nothing of a plan
 
 
 class Outcome(NamedTuple):
     """What becomes of one number: addresses of runs, or what they need in words, by scale; why nothing here can run it
-    (of `papers.REASONS`)."""
+    (of `papers.REASONS`); under which assumption it runs."""
 
     runs: Mapping[str, str]
     reason: str
+    assumes: str
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ class Plan:
         tables = {table.name: table for table in papers.load(slug).tables}
         results = []
         for number, entry in zip(papers.reported(slug), self.content["papers"][slug]["cells"], strict=True):
-            metric, status, runs, count, reason = entry
+            metric, status, runs, count, reason, assumes = entry
             column = None if reason else tables[number.table].column(number)
             at = {scale: self._named(run) for scale, run in runs.items()}
-            results.append(Cell(number, metric, status, column, at, self.runs[count] if count else None, reason))
+            own = self.runs[count] if count else None
+            results.append(Cell(number, metric, status, column, at, own, reason, assumes))
         return results
 
     def points(self, slug: str) -> list[BoardPoint]:
@@ -82,8 +84,9 @@ class Plan:
     def outcomes(self) -> Iterator[Outcome]:
         """What becomes of each number, without reading a paper."""
         for paper in self.content["papers"].values():
-            for _, _, runs, _, reason in paper["cells"]:
-                yield Outcome({scale: run if isinstance(run, str) else run[0] for scale, run in runs.items()}, reason)
+            for _, _, runs, _, reason, assumes in paper["cells"]:
+                at = {scale: run if isinstance(run, str) else run[0] for scale, run in runs.items()}
+                yield Outcome(at, reason, assumes)
 
     def jobs(self) -> dict[str, Run]:
         """The runs that the tables need at the scales asked for and that can be made here, by address."""
@@ -133,7 +136,8 @@ def made(config: Mapping[str, Any]) -> Plan:
             scale: named(run, scale in scales or (isinstance(run, Run) and run.scale == ""))
             for scale, run in cell.runs.items()
         }
-        return [cell.metric, cell.status, at, named(cell.count)[0] if cell.count else None, cell.reason]
+        count = named(cell.count)[0] if cell.count else None
+        return [cell.metric, cell.status, at, count, cell.reason, cell.assumes]
 
     def of_paper(slug: str) -> dict[str, Any]:
         paper = papers.load(slug)

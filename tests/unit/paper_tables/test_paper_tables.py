@@ -154,6 +154,27 @@ def test_tolerance_decides_between_within_and_off(config: dict[str, Any]) -> Non
     assert near.reproduced.status == "analytic"
 
 
+def test_what_runs_under_an_assumption_is_shown_and_not_judged(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paper = papers.load(SLUG)
+    changed = [t.model_copy(update={"assumes": "a <drawn> half"}) for t in paper.tables if t.name == "DeiT-S main"]
+    others = [t for t in paper.tables if t.name != "DeiT-S main"]
+    monkeypatch.setattr(papers, "load", lambda slug: paper.model_copy(update={"tables": [*changed, *others]}))
+    _, found = command.build(config)
+    near = next(v for v in found if (v.reported.row, v.reported.column) == ("+Zero-TP-a", "GFLOPs"))
+    assert near.outcome == "assumed" and near.within is None
+    assert near.difference == pytest.approx(0.0012)
+    assert Counter(v.outcome for v in found)["within"] == Counter(v.outcome for v in found)["off"] == 0
+    written = {(r["row"], r["column"]): r for r in rows(config, "deit-s-main")}
+    assert written["+Zero-TP-a", "GFLOPs"]["assumes"] == "a <drawn> half"
+    assert written["+Zero-TP-a", "GFLOPs"]["within_tolerance"] == "" and written["DeiT-S", "GFLOPs"]["difference"]
+    text = page_of(config).read_text(encoding="utf-8")
+    assert "analytic, under an assumption" in text and "under an assumption: a &lt;drawn&gt; half" in text
+    assert "2 under an assumption" in command.counts(found)
+    assert all(row["assumes"] == "" for t in others for row in rows(config, tables.identifier(t.name)))
+
+
 def test_a_record_of_other_sources_is_stale_at_paper_scale(bare: dict[str, Any], tmp_path: Path) -> None:
     config = bare | {"scale": "paper", "imagenet": str(tmp_path)}
     run = run_of("DeiT-S main", "DeiT-S", "top-1", "paper", config)

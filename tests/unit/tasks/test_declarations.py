@@ -159,6 +159,28 @@ def test_what_nothing_here_can_run_says_so_by_one_of_a_few_reasons(tmp_path, mon
     assert set(papers.REASONS) == set(get_args(get_args(get_args(papers.Needs)[0])[0]))
 
 
+def test_what_runs_under_an_assumption_says_so_wherever_it_is_said(tmp_path, monkeypatch):
+    assumes = {
+        "{method: tome": "{assumes: ties go to the first, method: tome",
+        "{task: TASK": "{assumes: a drawn half of the set, task: TASK",
+        "  - name: T1": "  - name: T1\n    assumes: seed 0 of the authors",
+        "rows: {r: half}": "rows: {r: {configuration: half, assumes: seed 0 of the authors}}",
+    }
+    written(tmp_path, monkeypatch, **assumes)
+    config = lookup.settings({"papers": "wrong"})
+    (cell,) = planning.cells("wrong", config)
+    assert cell.assumes == "seed 0 of the authors; ties go to the first; a drawn half of the set"
+    plan = plans.made(config)
+    (again,), (outcome,) = plan.cells("wrong"), plan.outcomes()
+    assert again.assumes == outcome.assumes == cell.assumes and outcome.runs["paper"] in plan.runs
+
+
+def test_an_assumption_has_words(tmp_path, monkeypatch):
+    written(tmp_path, monkeypatch, **{"{method: tome": "{assumes: yes, method: tome"})
+    with pytest.raises(PrunelabError, match=r"configurations\.half\.assumes"):
+        planning.check("wrong")
+
+
 @pytest.mark.parametrize("slug", papers.slugs())
 def test_every_paper_passes(slug):
     planning.check(slug)
