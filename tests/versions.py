@@ -23,6 +23,7 @@ WHOLE = (
     *SAMPLE,
     "tests/contract/test_expert_pruners.py",
     "tests/contract/test_token_pruners.py",
+    "tests/contract/test_vlm_kin.py",
     "tests/contract/test_weight_pruners.py",
     "tests/unit/tokens",
     "tests/unit/kv_cache",

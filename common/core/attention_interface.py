@@ -24,7 +24,7 @@ from prunelab.common.core.errors import PrunelabError
 NAME = "prunelab"
 FAMILIES = (  # decoders, by model type
     "llama", "qwen2", "qwen3", "mistral", "phi", "gpt_neox", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
-    "qwen2_5_vl_text",
+    "qwen2_5_vl_text", "qwen2_vl_text",
 )  # fmt: skip
 
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], Tensor | None]

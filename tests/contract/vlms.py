@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 IMAGE, VIDEO, VOCABULARY = 60, 61, 64
-_VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 3}
-_TEXT = {
+VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 3}
+TEXT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -31,11 +32,11 @@ def vlm(family: str, *, tower: int = 3, **text: Any) -> Any:
     import transformers as t
 
     torch.manual_seed(0)
-    small = _VISION | {"num_hidden_layers": tower}
+    small = VISION | {"num_hidden_layers": tower}
     clip = t.CLIPVisionConfig(**small, image_size=32, patch_size=8)
     side = _SIDES.get(family, 32)
     siglip = t.SiglipVisionConfig(**small, image_size=side, patch_size=8, vision_use_head=False)
-    options = _TEXT | text
+    options = TEXT | text
     model: nn.Module
     if family == "llava":
         llama = t.LlamaConfig(**options)
@@ -84,6 +85,11 @@ def vlm(family: str, *, tower: int = 3, **text: Any) -> Any:
             vision_end_token_id=59,
         )
         model = t.Qwen2_5_VLForConditionalGeneration(config)
+    return lively(model)
+
+
+def lively(model: Any) -> Any:
+    """With weights large enough for attention to be uneven."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() > 1:
@@ -158,7 +164,7 @@ def ids(samples: list[list[tuple[Any, int]]], left: bool = True, seed: int = 5) 
 
 def typed(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """With the token types that Qwen's processor adds; unchanged for others."""
-    if type(model).__name__.startswith("Qwen"):
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         tokens = given["input_ids"]
         given = given | {"mm_token_type_ids": (tokens == IMAGE).long() + 2 * (tokens == VIDEO).long()}
     return given

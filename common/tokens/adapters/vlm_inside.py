@@ -38,6 +38,10 @@ class TowerSide(VisionSide):
             raise PrunelabError(f"{method.name} prunes inside the encoder and right behind it; do one of them")
         if any(site.class_token for site in sites) and not (depth and self.class_token):
             raise PrunelabError(f"{method.name} keeps the encoder's class token, and this model's has none")
+        if any(site.class_token for site in sites) and "tower" not in self.signals:
+            raise PrunelabError(
+                f"{method.name} keeps the encoder's class token, which cannot stand among patches that {self.family} joins"
+            )
 
     def readable_of_tower(self, site: Site, reading: Reading) -> str | None:
         """Why a reading of the encoder's layers cannot be had; None where it can."""
@@ -93,14 +97,14 @@ class TowerSide(VisionSide):
 
     def _watch_tower_layer(self, layer: int, names: set[str]) -> Iterator[Callable[[], Any]]:
         """Hooks that keep what these signals of a layer are made from."""
-        block = self.encoder()[layer]
-        self.tower_recorders[layer], stop = record(block.self_attn)
+        block, attention = self.encoder()[layer], self.attention(layer)
+        self.tower_recorders[layer], stop = record(attention)
         yield stop
         yield before(block, self._see_tower(layer))
         if "hidden" in names:
             yield after(block, keeper(functools.partial(self._seen, layer), "hidden"))
         if "values" in names:
-            yield after(block.self_attn.v_proj, keeper(functools.partial(self._seen, layer), "values"))
+            yield after(attention.v_proj, keeper(functools.partial(self._seen, layer), "values"))
 
     def _seen(self, layer: int) -> Seen:
         return self.encoding.seen[layer]
@@ -170,6 +174,8 @@ class TowerSide(VisionSide):
         """A signal of a layer of the tower, [crops, N, channels] of each image."""
         layer, special = self.tower_layer(reading), int(self.class_token)
         whole = encoded.seen.signal(reading.name, layer, self.tower_head, special, part)
+        if part == "patches":
+            whole = self.pooled(encoded.seen.modality, whole)
         return list(whole.split([len(features) for features in encoded.features]))
 
     def _from_tower(self, reading: Reading, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL, through transformers' own class: images and videos of any size, positions with three axes."""
+"""Qwen2-VL and Qwen2.5-VL, through transformers' own classes: images and videos of any size, positions with three axes."""
 
 from __future__ import annotations
 
@@ -35,16 +35,15 @@ def received(queries: Tensor, keys: Tensor) -> Tensor:
     return attention.received(lambda start, stop: attention.weights(queries[:, :, start:stop], keys, scale), shape)
 
 
-class Qwen25VL(VisionLanguage):
-    """Qwen2.5-VL: two by two patches of the encoder make one token; a token's position has a time, a row and a column.
+class Qwen2VL(VisionLanguage):
+    """Qwen2-VL: two by two patches of the encoder make one token; a token's position has a time, a row and a column.
 
-    Its encoder has no class token, and most of its layers attend within windows. What a token receives in one of them
-    is the mean over its patches of what they would receive if every patch of the frame attended to every other, as
-    methods for this model have it.
+    Its encoder has no class token. What a token receives in a layer of it is the mean over its patches of what they
+    receive from their frame.
     """
 
-    family = "qwen2_5_vl"
-    model_classes = ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLForConditionalGeneration",)
+    family = "qwen2_vl"
+    model_classes = ("transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLForConditionalGeneration",)
     tokens = {"image": "image_token_id", "video": "video_token_id"}
     tower_reads = frozenset({"received"})
     signals = {where: known for where, known in VisionLanguage.signals.items() if where not in ("tower", "encoded")}
@@ -116,12 +115,8 @@ class Qwen25VL(VisionLanguage):
         return found
 
     def _windows(self, grid: tuple[int, int]) -> Tensor:
-        """The tokens [N] of a frame in the order in which the encoder has them: window by window."""
-        vision = self.config.vision_config
-        side = vision.window_size // vision.spatial_merge_size // vision.patch_size
-        rows, columns = torch.arange(grid[0]).unsqueeze(1), torch.arange(grid[1])
-        window = rows // side * -(-grid[1] // side) + columns // side
-        return window.flatten().argsort(stable=True)
+        """The tokens [N] of a frame in the order in which the encoder has them."""
+        return torch.arange(grid[0] * grid[1])
 
     @property
     def class_token(self) -> bool:
@@ -175,3 +170,20 @@ class Qwen25VL(VisionLanguage):
 
     def visual_tokens(self, prompt: Prompt) -> int:
         return int(self._grids(prompt.modality, prompt.pixels).prod(-1).sum())
+
+
+class Qwen25VL(Qwen2VL):
+    """Qwen2.5-VL: as Qwen2-VL, but most layers of the encoder attend within windows. What a token receives in one of
+    them is what it would if every patch of the frame attended to every other, as methods for this model have it.
+    """
+
+    family = "qwen2_5_vl"
+    model_classes = ("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLForConditionalGeneration",)
+
+    def _windows(self, grid: tuple[int, int]) -> Tensor:
+        """The tokens [N] of a frame in the order in which the encoder has them: window by window."""
+        vision = self.config.vision_config
+        side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+        rows, columns = torch.arange(grid[0]).unsqueeze(1), torch.arange(grid[1])
+        window = rows // side * -(-grid[1] // side) + columns // side
+        return window.flatten().argsort(stable=True)

@@ -72,6 +72,7 @@ class VisionSide(SequenceAdapter[Prefill]):
     """A model of transformers whose `model.get_image_features` (and `get_video_features`) feed a decoder."""
 
     tower_reads: ClassVar[frozenset[str]] = READ  # what methods may read of the tower's layers
+    tower_attention: ClassVar[str] = "self_attn"  # what the tower's layers call it
     tokens: ClassVar[Mapping[str, str]] = {"image": "image_token_id"}  # placeholder of each modality, in the config
 
     def __init__(self, model: nn.Module) -> None:
@@ -128,6 +129,11 @@ class VisionSide(SequenceAdapter[Prefill]):
         """Features [crops, patches, D] of each image or video behind the projector and before packing."""
         return [] if self.features is None else list(self.features.split(self.counts(modality, given)))
 
+    def pooled(self, modality: str, values: Tensor) -> Tensor:
+        """Values [crops, patches, C] of the tower's patches as those of what enters the projector: the same, or where
+        it is made of several patches their mean."""
+        return values
+
     def newline(self, modality: str) -> tuple[Tensor, str] | None:
         """The vector that separates rows of a plan's layout, and whether it comes behind each `row` or at the `end`."""
         return None
@@ -158,11 +164,16 @@ class VisionSide(SequenceAdapter[Prefill]):
 
     def encoder(self) -> Sequence[Any]:
         """All layers of the tower; none where they cannot be read."""
-        return [m for m in self.body.vision_tower.modules() if hasattr(getattr(m, "self_attn", None), "q_proj")]
+        tower: nn.Module = self.body.vision_tower
+        return [m for m in tower.modules() if hasattr(getattr(m, self.tower_attention, None), "q_proj")]
+
+    def attention(self, layer: int) -> Any:
+        """The attention of a layer of the tower."""
+        return getattr(self.encoder()[layer], self.tower_attention)
 
     def tower(self) -> Sequence[Any]:
         """The tower's layers up to the one whose output becomes features; none where they cannot be read."""
-        last = self.config.vision_feature_layer
+        last = getattr(self.config, "vision_feature_layer", -1)
         if not isinstance(last, int):
             return []
         layers = self.encoder()
@@ -176,9 +187,9 @@ class VisionSide(SequenceAdapter[Prefill]):
     def tower_info(self) -> ModelInfo | None:
         """Sizes of the tower, for one crop."""
         layers, (height, width) = self.tower(), self.grid()
-        if not layers:
+        if not layers or "tower" not in self.signals:
             return None
-        attention, special = layers[0].self_attn, int(self.class_token)
+        attention, special = self.attention(0), int(self.class_token)
         return ModelInfo(
             family=f"{self.family}_tower",
             depth=len(layers),
@@ -193,12 +204,12 @@ class VisionSide(SequenceAdapter[Prefill]):
     @property
     def class_token(self) -> bool:
         """Whether the tower puts a class token before its patches."""
-        return self.config.vision_feature_select_strategy == "default"
+        return getattr(self.config, "vision_feature_select_strategy", "full") == "default"
 
     @property
     def tower_head(self) -> int:
         """Channels of a head of the tower."""
-        size: int = self.tower()[0].self_attn.head_dim
+        size: int = self.attention(0).head_dim
         return size
 
     def _watch_encoder(self, modality: str) -> Callable[[], Any]:
@@ -242,9 +253,12 @@ class VisionSide(SequenceAdapter[Prefill]):
                 ids = given.get("input_ids")
                 for modality, token in self.tokens.items():
                     features = given.get(f"{modality}_features")
-                    placeholders = None if ids is None else int((ids == getattr(self.config, token)).sum())
-                    if features is not None and placeholders is not None and placeholders != len(features):
-                        raise disagreement(placeholders, len(features)) from None
+                    if features is None or ids is None:
+                        continue
+                    placeholders = int((ids == getattr(self.config, token)).sum())
+                    count = features.numel() // given["inputs_embeds"].shape[-1]
+                    if placeholders != count:
+                        raise disagreement(placeholders, count) from None
                 raise
 
         return replaced(self.body, name, match)

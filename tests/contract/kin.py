@@ -1,0 +1,77 @@
+"""Tiny models of further families of image and video language models, which a handful of methods is tried on: those of
+`vlms` meet every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.contract.vlms import IMAGE, TEXT, VIDEO, VISION, ids, lively, patched, typed
+
+Shown = tuple[dict[str, Any], int]  # arguments of the encoder, and the tokens of each image or video
+
+
+@dataclass(frozen=True)
+class Kin:
+    """A family: its tiny model of so many layers of an encoder, and arguments for pixels [B, 3, 32, 32] of images or
+    [B, T, 3, 32, 32] of videos."""
+
+    build: Callable[[int, dict[str, Any]], nn.Module]
+    shown: Callable[[Tensor], Shown]
+    film: Callable[[Tensor], Shown] | None = None
+    class_token: bool = False  # whether methods can read the encoder's
+
+
+def _qwen2_vl(tower: int, text: dict[str, Any]) -> nn.Module:
+    import transformers as t
+
+    vision = {"depth": tower - 1, "embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    marks = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 58, "vision_end_token_id": 59}
+    config = t.Qwen2VLConfig(vision_config=vision, text_config={**text, "rope_parameters": rope}, **marks)
+    return t.Qwen2VLForConditionalGeneration(config)
+
+
+def _patches(pixels: Tensor) -> Shown:
+    return {"pixel_values": patched(pixels), "image_grid_thw": torch.tensor([[1, 8, 8]] * len(pixels))}, 16
+
+
+def _pairs(videos: Tensor) -> Shown:
+    half = videos.shape[1] // 2
+    cut = torch.cat([patched(video[::2], video[1::2]) for video in videos])
+    return {"pixel_values_videos": cut, "video_grid_thw": torch.tensor([[half, 8, 8]] * len(videos))}, half * 16
+
+
+KIN: Mapping[str, Kin] = {
+    "qwen2_vl": Kin(_qwen2_vl, _patches, _pairs),
+}
+MOVING = tuple(name for name, kin in KIN.items() if kin.film)
+
+
+def kin(family: str, tower: int = 3, **text: Any) -> Any:
+    """A tiny random model of a family."""
+    torch.manual_seed(0)
+    return lively(KIN[family].build(tower, TEXT | text))
+
+
+def asked(family: str, model: Any, questions: tuple[int, ...] = (6, 3), images: tuple[int, ...] = ()) -> dict[str, Any]:
+    """A prompt for each question of so many words, behind as many images (left out: one each); padded in front."""
+    images = images or (1,) * len(questions)
+    pixels = torch.randn(sum(images), 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    given, tokens = KIN[family].shown(pixels)
+    shown = [[(IMAGE, tokens), ("text", 1)] * n for n in images]
+    runs = [[("text", 3), *own, ("text", words)] for own, words in zip(shown, questions, strict=True)]
+    return typed(model, given | ids(runs))
+
+
+def filmed(family: str, model: Any, questions: tuple[int, ...] = (6, 3), frames: int = 4) -> dict[str, Any]:
+    """The same behind a video each."""
+    videos = torch.randn(len(questions), frames, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    film = KIN[family].film
+    assert film is not None
+    given, tokens = film(videos)
+    return typed(model, given | ids([[("text", 3), (VIDEO, tokens), ("text", words)] for words in questions]))
