@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.contract.vlms import IMAGE, TEXT, VIDEO, VISION, ids, lively, patched, typed
+from tests.contract.vlms import IMAGE, TEXT, VIDEO, ids, lively, patched, typed
 
 Shown = tuple[dict[str, Any], int]  # arguments of the encoder, and the tokens of each image or video
 

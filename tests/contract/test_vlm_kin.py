@@ -1,6 +1,6 @@
-"""Families of image and video language models that a handful of methods is tried on, one for each kind of site: keep-all
-is the identity, the rest is what a full forward pass on the kept tokens gives, also padded, with several images, in
-a second turn, and under every way to write."""
+"""Families of image and video language models that a handful of methods is tried on, one for each kind of site:
+keep-all is the identity, the rest is what a full forward pass on the kept tokens gives, also padded, with several
+images, in a second turn, and under every way to write."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ class TowerSide(VisionSide):
             raise PrunelabError(f"{method.name} keeps the encoder's class token, and this model's has none")
         if any(site.class_token for site in sites) and "tower" not in self.signals:
             raise PrunelabError(
-                f"{method.name} keeps the encoder's class token, which cannot stand among patches that {self.family} joins"
+                f"{method.name} keeps the encoder's class token, which cannot stand among patches that {self.family}"
+                " joins"
             )
 
     def readable_of_tower(self, site: Site, reading: Reading) -> str | None:

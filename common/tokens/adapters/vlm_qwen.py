@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL, through transformers' own classes: images and videos of any size, positions with three axes."""
+"""Qwen2-VL and Qwen2.5-VL, through transformers' classes: images and videos of any size, three axes of positions."""
 
 from __future__ import annotations
 
