@@ -62,13 +62,17 @@ def measure(bench: Bench[Perplexity.Settings]) -> dict[str, Any]:
 
 
 def prune(
-    bench: Bench[Any], method: WeightPruner, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    bench: Bench[Any],
+    method: WeightPruner,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int | None = None,
 ) -> tuple[WeightReport, str]:
     """Where a method meets a language model: it stays pruned by it from here on. What became of its weights, and how
-    it was calibrated, in words. The settings are those of `Calibrated`."""
+    it was calibrated, in words: on `calibration` sequences of the settings' `length`, or of the one given."""
     ids, calibration, told = bench.ids, None, "no calibration"
     if method.calibrated:
-        count, length = bench.settings.calibration, bench.settings.length
+        count, length = bench.settings.calibration, length or bench.settings.length
         if length is None:
             raise PrunelabError(f"{method.name} calibrates; set the `length` of its sequences in tokens")
         drawn = texts.windows(ids["calibration"], bench.config, tokenizer, length, count, bench.seed)

@@ -15,6 +15,7 @@ from prunelab.common.measures.scores import HARNESS_SHARES, average
 from prunelab.common.models import devices, loading
 
 if TYPE_CHECKING:
+    from prunelab.common.tasks.base import Questions
     from prunelab.common.tasks.zero_shot import ZeroShot
 
 
@@ -42,20 +43,31 @@ def scored(
     """The model's scores on the run's tasks, each with the protocol it was taken by."""
     lm_eval, wrapper = harness()
     settings = bench.settings
-    result = lm_eval.simple_evaluate(
-        model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch or settings.batch),
-        tasks=located(settings.tasks, bench.ids, bench.config),
-        num_fewshot=settings.shots,
-        limit=settings.limit,
-        log_samples=False,
-    )
-    measured = percentages(result["results"])
+    asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch or settings.batch)
+    results: dict[str, Any] = {}
+    for shots, tasks in by_shots(settings):
+        results |= lm_eval.simple_evaluate(
+            model=asked,
+            tasks=located(tasks, bench.ids, bench.config),
+            num_fewshot=shots,
+            limit=settings.limit,
+            log_samples=False,
+        )["results"]
+    measured = percentages(results)
     protocol = "; ".join(part for part in (f"lm-evaluation-harness {lm_eval.__version__}", besides) if part)
     for metric in measured.values():
         metric["protocol"] = protocol
     if settings.average:
         measured["average"] = {"value": average(measured, settings.average), "protocol": protocol}
     return measured
+
+
+def by_shots(settings: Questions) -> list[tuple[int | None, list[str]]]:
+    """The tasks by their number of worked examples: one call of the harness has one number for all."""
+    groups: dict[int | None, list[str]] = {}
+    for task in settings.tasks:
+        groups.setdefault(settings.shots_of.get(task, settings.shots), []).append(task)
+    return list(groups.items())
 
 
 def located(tasks: Sequence[str], ids: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:

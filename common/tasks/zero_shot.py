@@ -6,22 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import field_validator
-
 from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.measures.scores import HARNESS_SHARES
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import (
-    OF_EXPERTS,
-    SIZES,
-    AtRunTime,
-    Metric,
-    Metrics,
-    Reads,
-    Task,
-    expert_files,
-    of_experts,
-)
+from prunelab.common.tasks.base import OF_EXPERTS, SIZES, Metric, Metrics, Reads, Task
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -43,29 +31,14 @@ class ZeroShot(Task):
         **OF_EXPERTS,
     }
 
-    class Settings(base.Settings):
-        """tasks: of the harness. shots: worked examples in each prompt (those of the task's own definition). limit:
-        questions of each task (all). batch: asked together. average: the metrics whose mean is one. length,
-        calibration, calibration_data: of the calibration set, as in `perplexity`, and `experts` as there."""
+    class Settings(base.Questions, base.WithoutExperts):
+        """Those of `Questions`. batch: asked together. length, calibration, calibration_data: of the calibration set, as
+        in `perplexity`, and `experts` as there."""
 
-        tasks: tuple[str, ...]
-        shots: NonNegativeInt | None = None
-        limit: PositiveInt | None = None
         batch: PositiveInt = 8
-        average: tuple[str, ...] = ()
         length: PositiveInt | None = None
         calibration: NonNegativeInt = 32
         calibration_data: str | None = None
-        experts: AtRunTime | None = None
-
-        @field_validator("experts")
-        @classmethod
-        def _prunes_experts(cls, given: AtRunTime | None) -> AtRunTime | None:
-            return of_experts(given)
-
-    @classmethod
-    def files(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        return expert_files(settings)
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import zero_shot
