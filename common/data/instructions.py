@@ -23,9 +23,9 @@ IGNORED = -100
 def load(
     identity: Mapping[str, Any], config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> list[Piece]:
-    """Every instruction of a JSON file, or of the Parquet files of a repository of which none is named, with its answer,
-    cut off at `length` tokens, of which the answer alone enters the loss. The last turn of a conversation is the answer
-    to what stands before it."""
+    """Every instruction with its answer, cut off at `length` tokens, of which the answer alone enters the loss: of a
+    JSON file, or of the Parquet files of a repository where none is named. The last turn of a conversation is the
+    answer to what stands before it."""
     where = hub.file if "file" in identity else hub.folder
     path = where(identity, "dataset", config)
     try:

@@ -40,9 +40,11 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
     if isinstance(method, TrainingMethod) and not settings.epochs:
         raise PrunelabError(f"{bench.chosen} prunes while a model trains, and 0 epochs train nothing; give some")
     model, tokenizer = loading.language(bench.ids["model"], bench.config)
-    text = None  # read before anything is trained, as what follows
-    if "text" in bench.ids:
-        text = texts.sequences(bench.ids["text"], bench.config, tokenizer, settings.text_length)
+    held_out = {  # read before anything is trained, as what follows
+        metric: texts.sequences(bench.ids[name], bench.config, tokenizer, settings.text_length)
+        for name, metric in (("text", "perplexity"), ("second_text", "second_perplexity"))
+        if name in bench.ids
+    }
     whole: list[Any] = []
     pieces: list[Any] = []
     if settings.epochs:
@@ -79,9 +81,9 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
             model = _trained(bench, model, whole)
         found = fitting.chosen_each_batch(handle)
     if bench.device.type == "cuda":
-        found["gpu_gbytes"] = {"value": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 3)}
-    if text is not None:
-        found = {"perplexity": perplexity.predicted(model, text)["perplexity"], **found}
+        found["memory_gb"] = {"value": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 3)}
+    for metric, text in held_out.items():
+        found[metric] = perplexity.predicted(model, text)["perplexity"]
     return {**(zero_shot.scored(bench, model, tokenizer, batch=ASKED) if settings.tasks else {}), **found}
 
 
@@ -99,8 +101,8 @@ def _trained(bench: Bench[Finetune.Settings], model: Any, samples: list[Any]) ->
 def _recipe(settings: Finetune.Settings, samples: int) -> Recipe:
     steps = max(1, math.ceil(settings.epochs * samples / settings.batch))
     return Recipe(
-        steps=steps, batch=settings.together or settings.batch, rate=settings.rate, warmup=settings.warmup, decay=0.0, betas=(0.9, 0.999),
-        check_every=steps,
+        steps=steps, batch=settings.together or settings.batch, rate=settings.rate, warmup=settings.warmup, decay=0.0,
+        betas=(0.9, 0.999), check_every=steps,
     )  # fmt: skip
 
 

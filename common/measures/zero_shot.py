@@ -34,6 +34,9 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
         acting = method
     with bench.at_work(acting, model), without_experts(bench, model) as handle:
         measured = scored(bench, model, tokenizer, calibrated)
+    if bench.settings.against is not None and "average" in measured:
+        share = 100 * measured["average"]["value"] / bench.settings.against
+        measured["relative"] = {**measured["average"], "value": round(share, 4)}
     return {**measured, **out, **experts_run(model, handle)}
 
 

@@ -26,11 +26,12 @@ class Finetune(Task):
     roles: ClassVar[tuple[str, ...]] = ("data_selector", "weight_pruner", "training_method")
     scales: ClassVar[tuple[str, ...]] = ("paper",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data", "calibration", "own data"})
-    named: ClassVar[Mapping[str, Catalogue]] = {"text": "dataset"}
+    named: ClassVar[Mapping[str, Catalogue]] = {"text": "dataset", "second_text": "dataset"}
     by_role: ClassVar[Mapping[str, str]] = {"training_method": "common/training/engine.py"}
     metrics: ClassVar[Mapping[str, Metric]] = {
         "average": Metric("mean of the scores under `average`", "%", higher_is_better=True),
         "perplexity": Metric("perplexity of `text`", higher_is_better=False),
+        "second_perplexity": Metric("perplexity of `second_text`", higher_is_better=False),
         "samples": Metric("samples that entered the training", "%", cost="samples"),
         "tokens": Metric("tokens that entered the loss", "%", cost="tokens trained on"),
         "gpu_gbytes": Metric(
@@ -40,13 +41,13 @@ class Finetune(Task):
     }
 
     class Settings(base.Questions):
-        """Those of `Questions`. length: of a sample in tokens, prompt included. epochs: over
-        what is kept, in steps of `batch` samples, of which `together` pass through the model at once (all). rate,
-        warmup: of the learning rate, which falls along a cosine. rank, alpha, dropout: of low-rank adapters (the extra
-        `training`), which alone learn; rank 0 trains all weights. limited: instructions of the data set to choose from (all). order: whether weights are pruned before
-        the training or after it. calibration, calibration_data, calibration_length: of the calibration set, as in
-        `perplexity`; the data must be named. text, text_length: what perplexity is of, in sequences of so many
-        tokens."""
+        """tasks, shots, shots_of, limit, average: as in `zero_shot`. length: of a sample in tokens, prompt included.
+        epochs: over what is kept, in steps of `batch` samples, of which `together` pass through the model at once
+        (all). rate, warmup: of the learning rate, which falls along a cosine. rank, alpha, dropout: of low-rank
+        adapters (the extra `training`), which alone learn; rank 0 trains all weights. limited: instructions of the data
+        set to choose from (all). order: whether weights are pruned before the training or after it. calibration,
+        calibration_data, calibration_length: of the calibration set, as in `perplexity`; the data must be named. text,
+        second_text: what perplexity is of, in sequences of `text_length` tokens."""
 
         length: PositiveInt = 2048
         epochs: NonNegativeInt = 3
@@ -63,6 +64,7 @@ class Finetune(Task):
         calibration_data: str | None = None
         calibration_length: PositiveInt = 2048
         text: str | None = None
+        second_text: str | None = None
         text_length: PositiveInt = 2048
 
         @model_validator(mode="after")

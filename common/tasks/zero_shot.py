@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from prunelab.common.core.options import NonNegativeInt, PositiveInt
+from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt
 from prunelab.common.measures.scores import HARNESS_SHARES
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import OF_EXPERTS, SIZES, Metric, Metrics, Reads, Task
@@ -27,14 +27,17 @@ class ZeroShot(Task):
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "calibration", "own data"})
     metrics: ClassVar[Mapping[str, Metric]] = {
         "average": Metric("mean of the scores under `average`", "%", higher_is_better=True),
+        "relative": Metric("the same mean as percent of `against`", "%", higher_is_better=True),
         **SIZES,
         **OF_EXPERTS,
     }
 
     class Settings(base.Questions, base.WithoutExperts):
-        """Those of `Questions`. batch: asked together. length, calibration, calibration_data: of the calibration set, as
-        in `perplexity`, and `experts` as there."""
+        """tasks, shots, shots_of, limit, average: see `Questions`. against: the mean that the
+        paper printed of the unpruned model. batch: asked together. length, calibration,
+        calibration_data: of the calibration set, as in `perplexity`, and `experts` as there."""
 
+        against: PositiveFloat | None = None
         batch: PositiveInt = 8
         length: PositiveInt | None = None
         calibration: NonNegativeInt = 32

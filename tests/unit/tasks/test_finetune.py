@@ -144,10 +144,13 @@ def test_pruned_models_take_low_rank_adapters(folder, asked, monkeypatch):
 
 
 def test_perplexity_is_of_the_text_and_needs_no_task(folder, asked, monkeypatch):
-    monkeypatch.setattr(finetune.texts, "sequences", lambda *arguments: [torch.tensor([5, 6, 35, 36, 37])])
-    monkeypatch.setitem(IDS, "text", {"loader": "wikitext"})
-    before, after = (run(folder, epochs=epochs, tasks=())["perplexity"]["value"] for epochs in (0, 3))
-    assert after < before and not asked
+    made = {"one": torch.tensor([5, 6, 35, 36, 37]), "other": torch.arange(20, 30)}
+    monkeypatch.setattr(finetune.texts, "sequences", lambda identity, *more: [made[identity["loader"]]])
+    monkeypatch.setitem(IDS, "text", {"loader": "one"})
+    monkeypatch.setitem(IDS, "second_text", {"loader": "other"})
+    before, after = (run(folder, epochs=epochs, tasks=()) for epochs in (0, 3))
+    assert after["perplexity"]["value"] < before["perplexity"]["value"] and not asked
+    assert after["second_perplexity"]["value"] > after["perplexity"]["value"]
 
 
 def test_a_batch_in_parts_takes_as_many_steps(folder, asked):

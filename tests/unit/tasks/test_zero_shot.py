@@ -85,7 +85,8 @@ def test_accuracies_come_back_as_percent_with_their_average(harness, tiny):
 
 
 def test_tasks_with_other_worked_examples_are_asked_by_themselves(harness, tiny):
-    found = runner.measure(run(shots_of={"piqa": 5}), {})
+    found = runner.measure(run(shots_of={"piqa": 5}, against=68.75), {})
+    assert found["relative"]["value"] == 100
     assert [(call["tasks"], call["num_fewshot"]) for call in harness] == [(["boolq"], 0), (["piqa"], 5)]
     assert harness[0]["model"] is harness[1]["model"] and found["average"]["value"] == 68.75
     with pytest.raises(PrunelabError, match="names mmlu"):
