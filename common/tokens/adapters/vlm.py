@@ -273,6 +273,7 @@ class VisionLanguage(DecoderSide):
             prunable=running.prunable,
             units=x.shape[1] - running.text if running.tokens.valid is None else int(running.prunable.sum(1).max()),
             modality=running.modality,
+            groups=running.groups,
         )
 
     def grids(self) -> tuple[tuple[int, int], ...]:

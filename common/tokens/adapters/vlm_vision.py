@@ -37,8 +37,8 @@ class Prefill(Pass):
     visual tokens, None where they are of several. whole:
     while decoding, whether no token behind the prompt is padding. made, behind, rows: where
     plans for single images acted, what they made of each, how many tokens stand before these, and
-    the number [B, N] of each token at hand among all. later, now: while decoding, [B, M] which tokens behind the prompt
-    count, and the position ids of the newest.
+    the number [B, N] of each token at hand among all; groups [B, N] of these plans. later, now: while decoding, [B, M]
+    which tokens behind the prompt count, and the position ids of the newest.
     """
 
     encoded: dict[str, Encoded] = field(default_factory=dict)
@@ -53,6 +53,7 @@ class Prefill(Pass):
     made: list[tuple[str, int, Fresh]] = field(default_factory=list)
     behind: int = 0
     rows: Tensor | None = None
+    groups: Tensor | None = None
     taken: Tensor | None = None  # [B, K] the tokens that the last plan took, None where it mixed them
     left: bool = True
     changed: bool = False
