@@ -276,7 +276,7 @@ class InGroups(TokenPruner):
         signals.memory[site.index] = signals.groups
         if site.index:
             return Plan(signals.keep(mask=signals.prunable & (signals.groups & 7 != 1)))
-        every = torch.arange(signals.units).expand(signals.prunable.shape)
+        every = torch.arange(signals.prunable.shape[1]).expand(signals.prunable.shape)
         return Plan(Gather(every), positions="original", groups=every % 3)
 
 
