@@ -47,7 +47,7 @@ class FeatureSide(TowerSide):
             modality, given, found = encoding.modality, encoding.given, args[0]
             self._take_recorders()
             features = list(found.split(self.counts(modality, given)))
-            grids = self.crop_grids(modality, given, features)
+            grids = self.crop_grids(modality, given, len(features))
             pack = self.packing(modality, given)
             lengths = [len(tokens) for tokens in pack([torch.ones(*f.shape[:2], 1) for f in features])]
             encoded = Encoded(lengths, features, pack, grids, encoding, found, self.mosaics(modality, given))
