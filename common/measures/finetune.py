@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import instructions, texts
@@ -53,15 +54,19 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     model = devices.place(model, bench.device, half=True)
+    if settings.epochs and model.dtype == torch.float16:
+        model = model.to(torch.bfloat16)  # whose range needs no scaling of the loss
+    if settings.untie:
+        untie(model)
     seconds = {name: copy.deepcopy(model) for name in services}
     found: dict[str, Any] = {}
     if isinstance(method, WeightPruner):
         if settings.order == "train, prune":
             model = _trained(bench, model, whole)
-        report, _ = perplexity.prune(bench, method, model, tokenizer, settings.calibration_length)
+        plan, _ = perplexity.prune(bench, method, model, tokenizer, settings.calibration_length)
         if settings.order == "prune, train":
             model = _trained(bench, model, whole)
-        found = sizes(model, report)
+        found = sizes(model, plan.report)
     elif isinstance(method, TrainingMethod):
         engine = importlib.import_module("prunelab.common.training.engine")  # by name, see `by_role`
         plan = engine.train(
@@ -87,6 +92,14 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
     return {**(zero_shot.scored(bench, model, tokenizer, batch=ASKED) if settings.tasks else {}), **found}
 
 
+def untie(model: Any) -> None:
+    """Give the output layer a weight of its own."""
+    layer = model.get_output_embeddings()
+    if layer.weight is model.get_input_embeddings().weight:
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
 def _trained(bench: Bench[Finetune.Settings], model: Any, samples: list[Any]) -> Any:
     """The model after its training; as it was where there is nothing to train on."""
     settings = bench.settings
@@ -102,7 +115,7 @@ def _recipe(settings: Finetune.Settings, samples: int) -> Recipe:
     steps = max(1, math.ceil(settings.epochs * samples / settings.batch))
     return Recipe(
         steps=steps, batch=settings.together or settings.batch, rate=settings.rate, warmup=settings.warmup, decay=0.0,
-        betas=(0.9, 0.999), check_every=steps,
+        betas=(0.9, 0.999), clip=settings.clip, check_every=steps,
     )  # fmt: skip
 
 

@@ -28,8 +28,8 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
     method: Any = bench.method()
     if method is not None and method.role == "weight_pruner":
         pruning = importlib.import_module("prunelab.common.measures.perplexity")  # by name, see `by_role`
-        report, calibrated = pruning.prune(bench, method, model, tokenizer)
-        out = sizes(model, report)
+        plan, calibrated = pruning.prune(bench, method, model, tokenizer)
+        out = sizes(model, plan.report)
     else:
         acting = method
     with bench.at_work(acting, model), without_experts(bench, model) as handle:

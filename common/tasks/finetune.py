@@ -34,20 +34,19 @@ class Finetune(Task):
         "second_perplexity": Metric("perplexity of `second_text`", higher_is_better=False),
         "samples": Metric("samples that entered the training", "%", cost="samples"),
         "tokens": Metric("tokens that entered the loss", "%", cost="tokens trained on"),
-        "gpu_gbytes": Metric(
-            "peak memory of the GPU while it was pruned and trained", "G", higher_is_better=False, timed=True
-        ),
+        "memory_gb": Metric("the most that the allocator held", "GB", higher_is_better=False, timed=True),
         **SIZES,
     }
 
     class Settings(base.Questions):
         """tasks, shots, shots_of, limit, average: as in `zero_shot`. length: of a sample in tokens, prompt included.
         epochs: over what is kept, in steps of `batch` samples, of which `together` pass through the model at once
-        (all). rate, warmup: of the learning rate, which falls along a cosine. rank, alpha, dropout: of low-rank
-        adapters (the extra `training`), which alone learn; rank 0 trains all weights. limited: instructions of the data
-        set to choose from (all). order: whether weights are pruned before the training or after it. calibration,
-        calibration_data, calibration_length: of the calibration set, as in `perplexity`; the data must be named. text,
-        second_text: what perplexity is of, in sequences of `text_length` tokens."""
+        (all). rate, warmup: of the learning rate, which falls along a cosine. clip: the largest norm of a gradient.
+        untie: whether embedding and output layer, where they are one parameter, are first made two. rank, alpha,
+        dropout: of low-rank adapters (the extra `training`), which alone learn; rank 0 trains all weights. limited:
+        instructions of the data set to choose from (all). order: whether weights are pruned before the training or
+        after it. calibration, calibration_data, calibration_length: of the calibration set, as in `perplexity`; the
+        data must be named. text, second_text: what perplexity is of, in sequences of `text_length` tokens."""
 
         length: PositiveInt = 2048
         epochs: NonNegativeInt = 3
@@ -55,6 +54,8 @@ class Finetune(Task):
         together: PositiveInt | None = None
         rate: PositiveFloat = 1e-4
         warmup: Share = 0.0
+        clip: PositiveFloat = 1.0
+        untie: bool = False
         rank: NonNegativeInt = 8
         alpha: NonNegativeInt = 16
         dropout: Share = 0.0

@@ -126,7 +126,7 @@ def test_weights_are_pruned_before_the_training_or_after_it_or_while_it_lasts(fo
         assert found["saving"]["value"] > 5
         tuned[order] = found["answers acc"]["value"]
     assert tuned["prune, train"] > tuned["train, prune"]
-    trained = run(folder, "loraprune", "0.5", {"every": 1}, epochs=3)
+    trained = run(folder, "loraprune", "0.5", {"every": 1}, epochs=3, together=2)
     assert trained["saving"]["value"] > 5
     assert run(folder, "pat", "0.75", epochs=4)["saving"]["value"] > 5
     assert run(folder, "vtrans", "0.75", epochs=3)["answers acc"]["value"] < 0  # with the model as it was for a teacher
@@ -177,3 +177,24 @@ def test_instructions_of_parquet_files_are_those_of_json(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", reads)
     pieces = instructions.load(whole, {"hub": str(folder)}, Tokenizer(), 64)
     assert [piece.tokens.tolist() for piece in pieces] == expected
+
+
+def test_tied_embeddings_are_made_two_for_methods_that_change_one(folder, asked, monkeypatch):
+    monkeypatch.setattr(
+        loading, "language", lambda identity, config: (language_model(tie_word_embeddings=True), Tokenizer())
+    )
+    with pytest.raises(PrunelabError, match="tied"):
+        run(folder, "pat", "0.75", epochs=2)
+    assert run(folder, "pat", "0.75", epochs=2, untie=True)["saving"]["value"] > 5
+    assert run(folder, "pat", "1", {"rank": 4}, epochs=2, untie=True)["saving"]["value"] == 0
+
+
+@pytest.mark.parametrize("method", [None, "llm_pruner", "pat", "loraprune", "vtrans", "pst"])
+def test_half_precision_trains_in_bfloat16(folder, asked, monkeypatch, method):
+    monkeypatch.setattr(loading, "language", lambda identity, config: (language_model().half(), Tokenizer()))
+    monkeypatch.setattr(perplexity.texts, "windows", lambda *arguments: [torch.arange(5, 21) for _ in range(4)])
+    monkeypatch.setitem(IDS, "calibration", {"loader": "stories"})
+    more = {"calibration": 4, "calibration_length": 16, "rank": 0 if method is None else 2}
+    run(folder, method, method and "0.75", epochs=2, **more)
+    assert asked[0].dtype == torch.bfloat16
+    assert all(bool(parameter.isfinite().all()) for parameter in asked[0].parameters())
