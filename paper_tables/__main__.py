@@ -67,9 +67,10 @@ def _section(slug: str, plan: plans.Plan, records: join.Records) -> page.Section
 
 def counts(lines: list[join.Line]) -> str:
     """The lines by how they were obtained."""
-    how = Counter("stand-in" if v.outcome == "stand-in" else v.reproduced.status.partition(":")[0] for v in lines)
+    waits = {"ready": "ready", "stand-in": "stand-in only"}
+    how = Counter(v.outcome if v.outcome in waits else v.reproduced.status.partition(":")[0] for v in lines)
+    named = {"analytic": "analytic", "measured": "measured", **waits, "not run": "not run"}
     off = sum(line.outcome == "off" for line in lines)
-    named = {"analytic": "analytic", "measured": "measured", "stand-in": "stand-in only", "not run": "not run"}
     if how["stale"]:
         named["stale"] = "stale"
     assumed = sum(line.outcome == "assumed" for line in lines)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from prunelab.common import tasks
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers, planning, provenance
+from prunelab.common.experiments import forecast, papers, planning, provenance
 from prunelab.common.experiments.plans import Plan
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
@@ -28,7 +28,8 @@ FOLDER = "own folder"  # scale of what ran on a folder of the user's in the plac
 UNPUBLISHED = "the published files, which a folder of yours stands in for (--config hub)"
 Z95 = 1.96
 
-Outcome = Literal["within", "off", "assumed", "stale", "stand-in", "not run"]
+Outcome = Literal["within", "off", "assumed", "stale", "ready", "stand-in", "not run"]
+GPU = "h200"  # that the page foretells times for
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Line:
     others: Mapping[str, Value]  # one entry for every other scale asked for
     reason: str = ""  # why nothing here can run it, of `papers.REASONS`
     assumes: str = ""  # under which assumption it runs
+    ready: str = ""  # the command that makes it and what that takes, where a run waits for a GPU or a download
 
     @property
     def outcome(self) -> Outcome:
@@ -89,6 +91,8 @@ class Line:
             return "assumed"
         if self.within is not None:
             return "within" if self.within else "off"
+        if self.ready:
+            return "ready"
         return "stand-in" if any(v.value is not None for v in self.others.values()) else "not run"
 
 
@@ -203,6 +207,7 @@ class Records:
 def tables(slug: str, plan: Plan, records: Records) -> list[PaperTable]:
     """Every reported table of a paper, line by line."""
     config, paper = plan.config, papers.load(slug)
+    outlook = forecast.Outlook(plan, forecast.gpu(GPU))
     lines: dict[str, list[Line]] = {}
     for cell in plan.cells(slug):
         runs = dict(cell.runs)
@@ -223,8 +228,9 @@ def tables(slug: str, plan: Plan, records: Records) -> list[PaperTable]:
         if reproduced.value is not None and allowed:
             difference = reproduced.value - cell.reported.value
             within = None if cell.assumes else allowed.allows(difference)
+        ready = outlook.told(slug, cell) if reproduced.value is None else ""
         lines.setdefault(cell.reported.table, []).append(
-            Line(cell.reported, reproduced, difference, within, allowed, others, cell.reason, cell.assumes)
+            Line(cell.reported, reproduced, difference, within, allowed, others, cell.reason, cell.assumes, ready)
         )
     described = {table.name: table for table in paper.tables}
     return [PaperTable(n, described[n].caption, described[n].note, tuple(rows)) for n, rows in lines.items()]

@@ -14,13 +14,14 @@ from prunelab.paper_tables.join import BoardTable, Line, Outcome, PaperTable, Va
 from prunelab.paper_tables.tolerance import decimals
 
 SHAPES: dict[Outcome, str] = {
-    "within": "●", "off": "▲", "assumed": "□", "stale": "◌", "stand-in": "◇", "not run": "–",
+    "within": "●", "off": "▲", "assumed": "□", "stale": "◌", "ready": "○", "stand-in": "◇", "not run": "–",
 }  # fmt: skip
 WORDS: dict[Outcome, str] = {
     "within": "within tolerance",
     "off": "off",
     "assumed": "under an assumption",
     "stale": "stale",
+    "ready": "ready",
     "stand-in": "stand-in only",
     "not run": "not run",
 }
@@ -238,7 +239,9 @@ def table_grid(slug: str, table: PaperTable) -> Grid:
     def row(line: Line) -> list[str]:
         r, own, digits = line.reported, line.reproduced, places(line)
         cells = [r.row, r.column, f"{r.text} {r.unit} {notes(f'{r.source} ({r.quality})')}"]
-        cells.append(noted(shown(own, digits), own) if own.value is not None else f"– {notes(own.status)}")
+        cells.append(
+            noted(shown(own, digits), own) if own.value is not None else f"– {notes(line.ready or own.status)}"
+        )
         if own_counts:
             told = f" {notes(own.ours.protocol)}" if own.ours and own.ours.protocol else ""
             cells.append(counted(own) + told)

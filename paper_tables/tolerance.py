@@ -9,30 +9,15 @@ paper.yaml goes before both and carries its own reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunelab.common import tasks
-from prunelab.common.core import files
+from prunelab.common.catalogue.evaluation_sets import EvaluationSet, evaluation_sets
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import papers, planning
 
-FILE = files.ROOT / "configs" / "evaluation_sets.yaml"
 SLACK = 1e-9  # differences are sums of floats
 MEANS = ("average", "relative")  # metrics that are means of several
-
-
-class EvaluationSet(BaseModel):
-    """An evaluation set's size, and its metrics that are shares of right answers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    size: int = Field(gt=0)
-    of: str
-    shares: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -45,16 +30,6 @@ class Tolerance:
     def allows(self, difference: float) -> bool:
         """Whether a reproduction that far off counts as reproduced."""
         return abs(difference) <= self.value + SLACK
-
-
-@cache
-def evaluation_sets() -> Mapping[str, EvaluationSet]:
-    """The sets of `configs/evaluation_sets.yaml`, validated."""
-    try:
-        return {k: EvaluationSet.model_validate(v) for k, v in yaml.safe_load(FILE.read_text(encoding="utf-8")).items()}
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PrunelabError(f"configs/evaluation_sets.yaml, {first['loc']}: {first['msg']}") from None
 
 
 def decimals(text: str) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from prunelab.common.cli.app import Settings, app, console, settings
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import overview, papers, planning, plans, provenance
+from prunelab.common.experiments import forecast, overview, papers, planning, plans, provenance
 from prunelab.common.experiments.run import Run
 
 REASONS = 12  # that `plan` shows unless it is asked for all
@@ -24,12 +25,19 @@ def plan(
     as_json: Annotated[
         bool, typer.Option("--json", help="how many numbers there are, how many a run can make, and why not the others")
     ] = False,
+    gpu: Annotated[
+        str, typer.Option(help=f"what the paper-scale runs take on such GPUs: {', '.join(forecast.GPUS)}")
+    ] = "",
+    fit: Annotated[str, typer.Option(help="which numbers can be made in such a time on one GPU: 48h, 2d")] = "",
     config: Settings = None,
 ) -> None:
     """Tell how many runs the tables need, how many are there, and what the other numbers lack. Runs nothing."""
     values = settings(config)
     if only:
         values["papers"] = only
+    if gpu or fit:
+        _tell_outlook(values, forecast.gpu(gpu or "h200"), _hours(fit) if fit else None, as_json)
+        return
     result = overview.overview(values)
     if as_json:
         told = {
@@ -64,6 +72,48 @@ def plan(
             console.print(f"and {len(result.lacking) - len(shown)} further reasons; --all shows all of them")
     if totals[1] < totals[0]:
         console.print("make the missing ones with: snakemake paper_tables")
+
+
+def _hours(text: str) -> float:
+    """A time such as `48h`, `90m` or `2d`, in hours."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mhd])", text.strip().lower())
+    if found is None:
+        raise PrunelabError(f"'{text}' is no time; write it as 48h, 90m or 2d")
+    return float(found[1]) * {"m": 1 / 60, "h": 1.0, "d": 24.0}[found[2]]
+
+
+def _tell_outlook(values: dict[str, Any], card: forecast.Gpu, hours: float | None, as_json: bool) -> None:
+    """What waits for a GPU, by paper and in all; with `hours` what of it fits into them on one GPU."""
+    outlook = forecast.Outlook(plans.of(values), card)
+    chosen = outlook.waiting if hours is None else outlook.fitting(hours)
+    papers_in = dict.fromkeys(slug for slug, _ in chosen)
+    lines = {slug: outlook.total([run for of, run in chosen if of == slug]) for slug in papers_in}
+    total = outlook.total([run for _, run in chosen])
+    if as_json:
+        print(json.dumps({"gpu": card.name, "papers": lines, "total": total}, indent=1))
+        return
+    columns = ("paper", "numbers", "runs", "GPU hours", "GPUs", "GB each", "GB to download", "gated")
+    table = Table(*columns, box=None, pad_edge=False)
+    for name, line in [*lines.items(), ("in all", total)]:
+        size = f"{line['download_gb']:,.0f}{'+' if line['download_unknown'] else ''}"
+        time, memory = forecast.shown(line["gpu_hours"]), f"{line['memory_gb']:.0f}"
+        figures = (line["numbers"], line["runs"], time, line["gpus"], memory, size, len(line["gated"]))
+        table.add_row(name, *map(str, figures), end_section=name != "in all")
+    console.print(table)
+    told = [
+        f"\nforetold for {card.name} ({card.tflops:g} TFLOPS, {card.tbs:g} TB/s) from shapes, for unpruned models;"
+        " '+' marks downloads of unknown size. In all, each run counts once."
+    ]
+    if total["hours_unknown"]:
+        told.append(f"{total['hours_unknown']} runs take hours that nothing tells")
+    if total["gated"]:
+        told.append(f"gated: {', '.join(total['gated'])}")
+    if lines:
+        told.append(f"download: python -m prunelab prefetch --lock --config papers={','.join(lines)}")
+        single = "python -m prunelab run PAPER TABLE ROW --config scale=paper"
+        told.append(f"run: {forecast.command(lines) if hours is None else single}")
+    for line_of_text in told:
+        console.print(line_of_text, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunelab.common import tasks
-from prunelab.common.experiments import provenance
+from prunelab.common.experiments import forecast, provenance
 from prunelab.common.experiments.run import Run
 from prunelab.common.tasks.base import Metrics
 
@@ -47,6 +47,8 @@ def execute(run: Run, config: Mapping[str, Any]) -> Path:
     torch.set_num_threads(threads)
     torch.manual_seed(int(run.settings.get("seed", 0)))
     devices.begin()
+    if run.scale == "paper" and (memory := devices.memory()):
+        forecast.check_fits(run, memory)
     started, clock = time.time(), time.monotonic()  # the time of day may be set meanwhile
     try:
         metrics = measure(run, config)

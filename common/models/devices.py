@@ -193,6 +193,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def memory() -> float:
+    """GB (1e9 bytes) of the GPUs that this process sees, together; 0 where there is none."""
+    if not torch.cuda.is_available():
+        return 0.0
+    return sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 1e9
+
+
 def environment() -> dict[str, Any]:
     """Of a run that ended: `device`, `dtype` of its weights, `clocks` in MHz (null where nobody read them or they
     cannot be read), and `memory_gib`, the most that the GPU's allocator held at once (null on the CPU)."""

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.core.options import PositiveInt
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
+
+CONTEXTS, PASSES = 100, 100  # guesses to foretell time by: of a set, and to explain one token
 
 
 class Attribute(Task):
@@ -38,6 +40,12 @@ class Attribute(Task):
         samples: PositiveInt | None = None
         new: PositiveInt = 1
         draws: PositiveInt = 1
+
+    @classmethod
+    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+        """Each token is explained by some passes over what stands before it."""
+        contexts = settings.samples or held or CONTEXTS
+        return Work(read=PASSES * settings.length * settings.new * settings.draws * contexts)
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import attribute

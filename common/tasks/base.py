@@ -10,14 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.options import NonNegativeInt, PositiveInt
+from prunelab.common.core.options import NonNegativeInt
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -43,6 +43,23 @@ class Metric:
     def label(self) -> str:
         """In words, with its unit."""
         return f"{self.words}, {self.unit}" if self.unit else self.words
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run gives its model to do, to foretell its time by. inputs: of the model's standard size, images or, with
+    `frames`, videos. read, written, trained: tokens of text that are read at once, written one after the other, and
+    trained on. together: sequences that are written at once. seconds: that pass whatever the model is. whole: whether
+    all weights are trained, with an optimiser's state for each."""
+
+    inputs: float = 0
+    frames: int = 0
+    read: float = 0
+    written: float = 0
+    trained: float = 0
+    together: int = 1
+    seconds: float = 0
+    whole: bool = False
 
 
 class Settings(BaseModel):
@@ -77,38 +94,6 @@ class AtRunTime(BaseModel):
         return f"methods/{registry.entry(self.method).slug}/method.py"
 
 
-class WithoutExperts(Settings):
-    """experts: a method with options and budget that leaves out experts of tokens while a language model is
-    measured."""
-
-    experts: AtRunTime | None = None
-
-    @field_validator("experts")
-    @classmethod
-    def _prunes_experts(cls, given: AtRunTime | None) -> AtRunTime | None:
-        if given is not None:
-            given.admit("expert_pruner")
-        return given
-
-
-class Questions(Settings):
-    """tasks: of lm-evaluation-harness. shots: worked examples in each prompt (those of the task's own definition).
-    shots_of: of tasks that have another number of them. limit: questions of each task (all). average: the metrics whose
-    mean is one."""
-
-    tasks: tuple[str, ...]
-    shots: NonNegativeInt | None = None
-    shots_of: Mapping[str, NonNegativeInt] = {}
-    limit: PositiveInt | None = None
-    average: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _shots_are_of_tasks(self) -> Self:
-        if strange := [task for task in self.shots_of if task not in self.tasks]:
-            raise ValueError(f"`shots_of` names {strange[0]}, which is none of the tasks")
-        return self
-
-
 class Task(ABC):
     """A kind of run: one module of this package, whose file has its name.
 
@@ -141,11 +126,16 @@ class Task(ABC):
         """The metrics of a run, each with its `value` and, where there are some, `stderr`, `n` and `samples`."""
 
     @classmethod
+    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+        """What a run of these settings gives its model to do, a method's own passes apart. asked: questions of
+        each task of an evaluation library, held: samples of the data set, None where the catalogue does not know. None
+        where it cannot be told, as for every task that does not say."""
+        return None
+
+    @classmethod
     def files(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """Files of this project, from its root, that settings name and that decide the outcome."""
-        if settings.get("experts") is None:
-            return ()
-        return (AtRunTime.model_validate(settings["experts"]).file, "common/experts/apply.py")
+        return ()
 
     @classmethod
     def known(cls) -> tuple[str, ...]:
@@ -210,6 +200,19 @@ OF_EXPERTS: Mapping[str, Metric] = {
     "activated_gparameters": Metric("parameters that a token uses", "G", cost="parameters a token uses"),
     "activated_saving": Metric("parameters that a token no longer uses", "%", higher_is_better=True),
 }
+
+
+def of_experts(given: AtRunTime | None) -> AtRunTime | None:
+    """The setting `experts`, read."""
+    if given is not None:
+        given.admit("expert_pruner")
+    return given
+
+
+def expert_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files that the setting `experts` brings."""
+    given = settings.get("experts")
+    return () if given is None else (AtRunTime.model_validate(given).file, "common/experts/apply.py")
 
 
 def nearest(name: str, known: Any) -> str:

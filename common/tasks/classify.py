@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.core.options import PositiveInt
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -34,6 +34,11 @@ class Classify(Task):
 
         samples: PositiveInt | None = None
         against_dense: bool = False
+
+    @classmethod
+    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+        samples = settings.samples or held
+        return None if samples is None else Work(inputs=samples)
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import classify

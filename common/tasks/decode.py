@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Catalogue, Metric, Metrics, Reads, Task
+from prunelab.common.tasks.base import Catalogue, Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
+
+PROMPTS = 480  # of Spec-Bench, to foretell time by
 
 
 class Decode(Task):
@@ -50,6 +52,12 @@ class Decode(Task):
         store: str | None = None
         temperature: NonNegativeFloat = 0.0
         top_p: PositiveShare = 1.0
+
+    @classmethod
+    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+        """Prompts are answered plainly as well, to compare the clocks."""
+        prompts = settings.samples or held or PROMPTS
+        return Work(written=2 * settings.new * prompts)
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import decode

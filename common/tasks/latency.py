@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.core.options import PositiveInt
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -35,6 +35,10 @@ class Latency(Task):
 
         batch: PositiveInt = 256
         against_dense: bool = False
+
+    @classmethod
+    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+        return Work(seconds=60)
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import latency

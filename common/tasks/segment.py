@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -40,6 +40,11 @@ class Segment(Task):
         samples: PositiveInt | None = None
         presence: Literal["last", "exit"] = "last"
         gallery: NonNegativeInt = 0
+
+    @classmethod
+    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+        samples = settings.samples or held
+        return None if samples is None else Work(inputs=samples)
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import segment

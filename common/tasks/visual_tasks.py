@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prunelab.common.core.options import PositiveFloat, PositiveInt
 from prunelab.common.measures.scores import CAPTIONS, OTHERS, SHARES
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
+
+# Guesses to foretell time by: tokens of a question with what stands around it, and of an answer.
+QUESTION, ANSWER = 64, 16
 
 
 class VisualTasks(Task):
@@ -46,6 +49,15 @@ class VisualTasks(Task):
         average: tuple[str, ...] = ()
         against: tuple[PositiveFloat, ...] = ()
         match: bool = False
+
+    @classmethod
+    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+        counts = [n for count in asked.values() if (n := settings.limit or count) is not None]
+        if len(counts) < len(asked):
+            return None
+        total = sum(counts)
+        frames = settings.frames if "frames" in settings.model_fields_set else 0
+        return Work(inputs=total, frames=frames, read=QUESTION * total, written=ANSWER * total, together=settings.batch)
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import visual_tasks

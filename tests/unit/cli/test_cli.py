@@ -107,6 +107,14 @@ def test_plan_counts_runs_and_what_is_lacking(cli, tmp_path):
     told = json.loads(cli("plan", "--json", "--papers", "lexrank,wanda", "--config", f"results={tmp_path}")[1])
     assert told["numbers"] == int(needed[2]) == told["executable"] + sum(told["reasons"].values())
     assert told["executable"] > 0 and told["reasons"].keys() <= papers.REASONS.keys() and told["reasons"]["licence"]
+    outlook = ("plan", "--papers", "wanda,lexrank", "--config", f"results={tmp_path}")
+    shown = cli(*outlook, "--gpu", "h200")[1]
+    assert re.search(r"in all +\d+ +\d+", shown) and "foretold for H200" in shown and "snakemake paper_tables" in shown
+    whole, part = (
+        json.loads(cli(*outlook, *more, "--json")[1])["total"] for more in (("--gpu", "a100"), ("--fit", "30m"))
+    )
+    assert 0 < part["gpu_hours"] <= 0.51 < whole["gpu_hours"] and part["numbers"] < whole["numbers"]
+    assert "write it as 48h" in cli(*outlook, "--fit", "soon")[2]
     cli("run", "lexrank", "T1", "d4s1", "--config", f"results={tmp_path}")
     assert re.search(r"function +any +\d+ +1 *\n", cli(*arguments)[1])
     shown, everything = (

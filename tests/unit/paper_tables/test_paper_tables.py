@@ -364,7 +364,8 @@ def test_the_index_tells_the_status_of_every_paper(config: dict[str, Any]) -> No
     index, found = command.build(config)
     text = index.read_text(encoding="utf-8")
     count = Counter(line.outcome for line in found)
-    said = f"{count['within']} within tolerance, {count['off']} off, {count['stand-in']} stand-in only"
+    words = {"within": "within tolerance", "off": "off", "ready": "ready", "stand-in": "stand-in only"}
+    said = ", ".join(f"{count[outcome]} {word}" for outcome, word in words.items())
     assert said in text and f'href="{SLUG}/index.html"' in text and f'id="{SLUG}"' in text
     reasons = Counter(p for line in found if line.within is None for p in set(line.reproduced.needs.split("; ")))
     assert len(reasons) > 3
@@ -435,7 +436,7 @@ def test_readme_is_rendered_without_markup_of_its_own() -> None:
 
 def test_page_without_records_says_so(bare: dict[str, Any]) -> None:
     index, found = command.build(bare)
-    assert {line.outcome for line in found} == {"not run"}
+    assert {line.outcome for line in found} == {"not run", "ready"}
     text = (index.parent / SLUG / "index.html").read_text(encoding="utf-8")
     assert "needs its record" in text and "Reported by the paper" in text and "Nothing has run yet" in text
     assert "No two methods have run" in (index.parent / "boards.html").read_text(encoding="utf-8")
@@ -499,9 +500,10 @@ def test_what_nothing_here_can_make_is_held_to_nothing(config: dict[str, Any]) -
 
 def test_evaluation_sets_are_data_sets_or_tasks() -> None:
     from prunelab.common.catalogue import lookup as entries
+    from prunelab.common.catalogue.evaluation_sets import evaluation_sets
 
     known = entries._read("datasets.yaml")
-    found = tolerance.evaluation_sets()
+    found = evaluation_sets()
     assert found["imagenet"].size == 50000 and "imagenet" in known
     used = {s for slug in papers.slugs() for c in planning.cells(slug, SETTINGS) if c.column
             for s in tolerance.sets(c.column, c.metric)}  # fmt: skip

@@ -1,0 +1,258 @@
+"""What runs at paper scale will take of a GPU: hours, memory, download, licences. From shapes; imports no torch.
+
+The time of a run is that of its multiply-adds, two operations a used parameter and token that is read, six where it is
+trained on, and the encoder's beside them, through a stated share of the GPU's peak; and of its decoding, each step of
+which reads all weights once through a stated share of the memory's bandwidth. Where runs of a task were measured on
+such a GPU, their records correct it. A method's saving is left out: the time is that of the unpruned model.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prunelab.common import tasks
+from prunelab.common.catalogue import lookup, sizes
+from prunelab.common.catalogue.evaluation_sets import evaluation_sets
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.registry import choose
+from prunelab.common.experiments.planning import Cell
+from prunelab.common.experiments.plans import Plan
+from prunelab.common.experiments.run import Run
+from prunelab.common.tasks.base import Work
+
+COMPUTED, READ = 0.35, 0.6  # shares of peak operations and of peak bandwidth that runs like these reach
+LOADED = 1.5  # GB a second of weights, from disk to GPU
+BEGUN = 40.0  # seconds until a process computes
+AROUND = 1.15  # memory for activations, and what the allocator holds beside weights and cache
+HELD = 2048  # tokens of a sequence, where the task says nothing of them
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """As its vendor states it. tflops: dense, in bfloat16. tbs: TB a second. gb: of memory, in 1e9 bytes."""
+
+    name: str
+    tflops: float
+    tbs: float
+    gb: float
+
+
+GPUS = {
+    "h200": Gpu("H200", 989, 4.8, 141),
+    "h100": Gpu("H100", 989, 3.35, 80),
+    "a100": Gpu("A100", 312, 2.04, 80),
+    "a6000": Gpu("RTX A6000", 155, 0.77, 48),
+    "rtx4090": Gpu("GeForce RTX 4090", 165, 1.01, 24),
+    "rtx3090": Gpu("GeForce RTX 3090", 71, 0.94, 24),
+}
+
+
+def gpu(name: str) -> Gpu:
+    """The GPU of that name. Raises PrunelabError where it is not listed."""
+    found: Gpu = choose(GPUS, name.lower(), "GPU")
+    return found
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run takes. hours: of GPUs, all that it holds; None where nothing tells how much it has to do. memory: in
+    GB, of each GPU. gpus: that hold it; more than the catalogue says where its memory asks for them."""
+
+    hours: float | None
+    memory: float
+    gpus: int
+    computes: bool = True
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        if not self.computes:
+            return "no GPU"
+        time = "hours unknown" if self.hours is None else f"{shown(self.hours)} GPU hours"
+        return f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} with {self.memory:.3g} GB, {time}"
+
+
+def shown(hours: float) -> str:
+    """Hours as told: no finer than the foretelling is."""
+    return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
+
+
+def work(run: Run) -> Work | None:
+    """What a run gives its model to do, by its task."""
+    task = tasks.get(run.task)
+    data = [name for kind, name in run.names if kind == "dataset"]
+    held = next((_size(name) for name in data), None)
+    asked = {name: _questions(name) for name in run.settings.get("tasks", ())} if "own data" in task.reads else {}
+    settings = dict(run.settings)
+    if run.method is None and "calibration" in task.reads:
+        settings["calibration"] = 0
+    return task.work(task.read(settings), asked, held)
+
+
+def _size(name: str) -> int | None:
+    if name in evaluation_sets():
+        return evaluation_sets()[name].size
+    found: int | None = lookup.dataset(name).get("paper", {}).get("size")
+    return found
+
+
+def _questions(task: str) -> int | None:
+    """Questions of a task of an evaluation library, or of the data set that it reads."""
+    if task in evaluation_sets():
+        return evaluation_sets()[task].size
+    known = [_size(name) for name in lookup.of_tasks([task])]
+    return next((n for n in known if n), None)
+
+
+def of(run: Run, card: Gpu, corrections: Mapping[str, float] | None = None) -> Forecast:
+    """What a run takes of such GPUs."""
+    if run.scale != "paper" and not tasks.get(run.task).needs_gpu:
+        return Forecast(0.0, 0.0, 0, computes=False)
+    names = [name for kind, name in run.names if kind == "model"]
+    weighed = [known for name in names if (known := sizes.of(name))]
+    done = work(run)
+    if not names and "model" not in run.ids and "weights" not in tasks.get(run.task).reads:
+        return Forecast(done.seconds / 3600 if done else 0.0, 0.0, 1, computes=tasks.get(run.task).needs_gpu)
+    model = weighed[0] if weighed else sizes.Sizes(0, 0, 0)
+    weights = sum(each.gbytes for each in weighed)
+    done_or_none = done or Work()
+    visual = done_or_none.frames * model.frame_tokens if done_or_none.frames else model.input_tokens
+    cache = done_or_none.together * (HELD + visual) * model.cache / 1e9
+    memory = AROUND * (weights * (8 if done_or_none.whole else 1) + cache)
+    gpus = max(run.gpus, -int(-memory // card.gb) if memory > card.gb else 1)
+    if done is None or (names and not weighed):
+        return Forecast(None, memory / gpus, gpus)
+    encoder = 1e9 * (done.frames * model.frame_gmacs if done.frames else model.input_gmacs)
+    macs = done.inputs * (encoder + model.active * visual) + model.active * (done.read + 3 * done.trained)
+    steps = done.written / done.together
+    busy = 2 * macs / (card.tflops * 1e12 * COMPUTED) + steps * weights / (1e3 * card.tbs * READ)
+    if not names and "model" in run.ids:  # an architecture with random weights
+        busy = 0.0
+    seconds = BEGUN + weights / LOADED + busy + done.seconds
+    return Forecast(seconds * gpus * (corrections or {}).get(run.task, 1.0) / 3600, memory / gpus, gpus)
+
+
+def check_fits(run: Run, memory: float) -> None:
+    """Raises PrunelabError where a run takes more than the GPUs at hand have together, in GB: it would fail when it has
+    loaded what it can. What is held beside weights and cache is only an estimate, and no reason to refuse."""
+    foretold = of(run, Gpu("this GPU", 1.0, 1.0, memory))
+    least = foretold.memory * foretold.gpus / AROUND
+    if least > memory:
+        raise PrunelabError(
+            f"this run takes {least:.0f} GB for weights and cache, and its GPUs have {memory:.0f} GB; give it more of"
+            " them (`gpus` of the model in configs/models.yaml), or larger ones"
+        )
+
+
+def corrections(runs: Iterable[Run], results: Path, card: Gpu) -> dict[str, float]:
+    """Of each task what its runs took on such a GPU by what was foretold, in the median; tasks that no record of such a
+    GPU tells of are left out."""
+    ratios: dict[str, list[float]] = {}
+    known = {run.identity: run for run in runs if run.scale == "paper"}
+    for path in (results / "records").glob("*.json"):
+        run = known.get(path.stem.partition("-")[0])
+        if run is None:
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        foretold = of(run, card).hours
+        if card.name in str(record["environment"].get("device")) and foretold:
+            ratios.setdefault(run.task, []).append(record["timing"]["seconds"] * run.gpus / 3600 / foretold)
+    return {task: statistics.median(values) for task, values in ratios.items()}
+
+
+class Outlook:
+    """What a plan still lacks at paper scale, and what it takes on GPUs of a kind."""
+
+    def __init__(self, plan: Plan, card: Gpu) -> None:
+        results = Path(plan.config["results"])
+        self._made = {path.stem.partition("-")[0] for path in (results / "records").glob("*.json")}
+        self._plan, self._card = plan, card
+        self._corrections = corrections(plan.runs.values(), results, card)
+
+    @cached_property
+    def waiting(self) -> list[tuple[str, Run]]:
+        """Numbers that a run would make, as the paper and the run."""
+        cells = ((slug, cell.runs.get("paper")) for slug in self._plan.slugs for cell in self._plan.cells(slug))
+        return [(slug, run) for slug, run in cells if isinstance(run, Run) and waits(run, self._made)]
+
+    def told(self, slug: str, cell: Cell) -> str:
+        """How a number that waits is made, and what that takes; '' of one that does not wait."""
+        run = cell.runs.get("paper")
+        if not isinstance(run, Run) or not waits(run, self._made):
+            return ""
+        number = cell.reported
+        names = " ".join(shlex.quote(name) for name in (slug, number.table, number.row))
+        files = _files([run])
+        size = sum(entry.get("gb") or 0 for entry in files.values())
+        parts = [
+            f"ready: python -m prunelab run {names} --column {shlex.quote(number.column)} --config scale=paper",
+            f"takes {self.of(run).told} ({self._card.name})",
+        ]
+        if files:
+            licences = "; ".join(f"{name} ({_terms(entry)})" for name, entry in files.items())
+            parts.append(f"{size:.3g} GB or more by python -m prunelab prefetch --lock of {licences}")
+        return "; ".join(parts)
+
+    def of(self, run: Run) -> Forecast:
+        """Of one run."""
+        return of(run, self._card, self._corrections)
+
+    def fitting(self, hours: float) -> list[tuple[str, Run]]:
+        """Those that wait and fit into so many hours of one GPU together: runs that make most numbers an hour first."""
+        makes = Counter(run.identity for _, run in self.waiting)
+        foretold = {run.identity: self.of(run) for _, run in self.waiting}
+        able = {name: f.hours for name, f in foretold.items() if f.hours is not None and f.gpus <= 1}
+        chosen, left = set(), hours
+        for name in sorted(able, key=lambda name: able[name] / makes[name]):
+            if able[name] <= left:
+                chosen.add(name)
+                left -= able[name]
+        return [(slug, run) for slug, run in self.waiting if run.identity in chosen]
+
+    def total(self, numbers: Sequence[Run]) -> dict[str, Any]:
+        """Of the runs behind numbers, each counted once: hours, runs whose hours nothing tells, GB that the largest
+        takes of each of its GPUs, GB of files, and the licences and gates to be accepted."""
+        runs = {run.identity: run for run in numbers}.values()
+        foretold = [self.of(run) for run in runs]
+        files = _files(runs)
+        return {
+            "numbers": len(numbers),
+            "runs": len(runs),
+            "gpu_hours": round(sum(f.hours or 0 for f in foretold), 2),
+            "hours_unknown": sum(f.hours is None for f in foretold),
+            "gpus": max((f.gpus for f in foretold), default=0),
+            "memory_gb": round(max((f.memory for f in foretold), default=0), 1),
+            "download_gb": round(sum(entry.get("gb") or 0 for entry in files.values()), 1),
+            "download_unknown": sum("hub" in entry and not entry.get("gb") for entry in files.values()),
+            "licences": sorted({entry["licence"] for entry in files.values() if entry.get("licence")}),
+            "gated": sorted({entry["hub"] for entry in files.values() if entry.get("gated")}),
+        }
+
+
+def waits(run: Run, made: Container[str]) -> bool:
+    """Whether a run is ready and no more: it has no record of any sources, and is at paper scale or for a GPU."""
+    return run.identity not in made and (run.scale == "paper" or tasks.get(run.task).needs_gpu)
+
+
+def command(slugs: Iterable[str]) -> str:
+    """What makes the numbers of these papers where a GPU is."""
+    return f"snakemake paper_tables --profile configs/profiles/gpu --config papers={','.join(slugs)}"
+
+
+def _files(runs: Iterable[Run]) -> dict[str, Mapping[str, Any]]:
+    """What runs read at paper scale, by repository or file, with their catalogue entries."""
+    read = {"model": lookup.model, "dataset": lookup.dataset}
+    entries = {pair: read[pair[0]](pair[1]).get("paper", {}) for run in runs for pair in run.names}
+    return {entry.get("hub") or entry.get("file") or name: entry for (_, name), entry in entries.items()}
+
+
+def _terms(entry: Mapping[str, Any]) -> str:
+    return (entry.get("licence") or "licence not stated") + (", gated" if entry.get("gated") else "")
