@@ -207,6 +207,8 @@ class Plan:
                state is kept or decays over the gap);
     key_bias:  [B, K] added to the logits of attention to each output from here on (ToMe's log size); None leaves
                the bias the units already carry;
+    groups:    [B, K] where plans are for single images and videos: numbers from 0 by which the method knows outputs
+               together at later sites, as `signals.groups`; -1 in none;
     gate:      [B, N] from 0 to 1 for every unit, with gradients, in place of a hard choice while the model trains: all
                units go on, and attention to each is weighed by its gate from here on. Otherwise it has no say.
     """
@@ -216,6 +218,7 @@ class Plan:
     rest: Rest = "drop"
     positions: Positions = "original"
     key_bias: Tensor | None = None
+    groups: Tensor | None = None
     gate: Tensor | None = None
 
 

@@ -185,8 +185,8 @@ def density_peaks(distance: Tensor, clusters: int, neighbours: int, noise: Tenso
 
 @dataclass(frozen=True)
 class Clustering:
-    """N tokens in C clusters, each around one of them: slot [B, N] is every token's cluster, centres [B, C] (ascending)
-    the token in its middle."""
+    """N tokens in C clusters, each around one of them: slot [B, N] is every token's cluster, centres [B, C] the token
+    in its middle."""
 
     slot: Tensor
     centres: Tensor
@@ -205,9 +205,10 @@ class Clustering:
         return Mix(self.slot, source, weight, self.centres.shape[1])
 
 
-def cluster(distance: Tensor, centres: Tensor) -> Clustering:
-    """Every token joins its nearest centre, for distance [B, N, N] and centres [B, C]."""
-    centres = centres.sort(-1).values
+def cluster(distance: Tensor, centres: Tensor, ascending: bool = True) -> Clustering:
+    """Every token joins its nearest centre, for distance [B, N, N] and centres [B, C]; of equally near ones the first.
+    Clusters come in the order of their centres in the sequence, or as the centres are given."""
+    centres = centres.sort(-1).values if ascending else centres
     slot = take(distance.transpose(1, 2), centres).argmin(1)  # distances [B, C, N] to each centre
     own = torch.arange(centres.shape[1], device=centres.device).expand_as(centres)
     return Clustering(slot.scatter(1, centres, own), centres)  # a centre is its own, also beside its double

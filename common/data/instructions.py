@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data.tuning import Piece
+from prunelab.common.data_selection.examples import optional
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,12 +23,13 @@ IGNORED = -100
 def load(
     identity: Mapping[str, Any], config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> list[Piece]:
-    """Every instruction of a JSON file with its answer, cut off at `length` tokens, of which the answer alone enters
-    the loss. The last turn of a conversation is the answer to what stands before it."""
-    path = hub.file(identity, "dataset", config)
+    """Every instruction with its answer, cut off at `length` tokens, of which the answer alone enters the loss: of a
+    JSON file, or of the Parquet files of a repository where none is named. The last turn of a conversation is the
+    answer to what stands before it."""
+    where = hub.file if "file" in identity else hub.folder
+    path = where(identity, "dataset", config)
     try:
-        rows = json.loads(path.read_text(encoding="utf8"))
-        found = [_pair(row) for row in rows]
+        found = [_pair(row) for row in _rows(path)]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise PrunelabError(
             f"{path} is no list of instructions with answers ({type(error).__name__}: {error}); download it again"
@@ -37,6 +40,17 @@ def load(
     return pieces
 
 
+def _rows(path: Path) -> list[Any]:
+    if path.is_file():
+        rows: list[Any] = json.loads(path.read_text(encoding="utf8"))
+        return rows
+    paths = sorted(path.rglob("*.parquet"))
+    if not paths:
+        raise OSError("no Parquet file in it")
+    library = optional("pyarrow.parquet", "Parquet")
+    return [row for file in paths for row in library.read_table(file).to_pylist()]
+
+
 def _pair(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
     """What is asked, turn by turn, and the answer."""
     if "conversations" in row:
@@ -45,7 +59,7 @@ def _pair(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
         return turns[:last], turns[last]["content"]
     asked = "\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
-    return [{"role": "user", "content": asked}], str(row["output"])
+    return [{"role": "user", "content": asked}], str(row["output"] if "output" in row else row["response"])
 
 
 def _piece(

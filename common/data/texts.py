@@ -163,7 +163,7 @@ def _ultrachat(identity: Mapping[str, Any], config: Mapping[str, Any], split: Sp
 
 
 def _lines(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
-    """The lines of a file, one document each."""
+    """The lines of a file, one document each; the spaces around them go where the entry says `strip`."""
     if split != "test":
         raise PrunelabError("these prompts are here to measure on; calibrate on another data set")
     path = files.inside(Path(config[identity["setting"]]), identity["file"])
@@ -171,7 +171,7 @@ def _lines(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split)
         result = path.read_text(encoding="utf8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PrunelabError(f"cannot read {path} ({error}); it is to hold one prompt a line") from None
-    return tuple(line for line in result if line.strip())
+    return tuple(line.strip() if identity.get("strip") else line for line in result if line.strip())
 
 
 def _asset(identity: Mapping[str, Any], config: Mapping[str, Any]) -> Path:

@@ -181,7 +181,7 @@ class Parquet(JsonLines):
     """Documents of a Parquet file, as those of JSON lines; reads with pyarrow, which is not among the requirements."""
 
     def lines(self, skip: int = 0) -> Iterator[bytes]:
-        library = _optional("pyarrow.parquet", "Parquet")
+        library = optional("pyarrow.parquet", "Parquet")
         try:
             batches = library.ParquetFile(self.path).iter_batches()
             rows = (row for batch in batches for row in batch.to_pylist())
@@ -197,12 +197,13 @@ def corpus(path: Path | str, field: str = "text") -> JsonLines:
 
 def _opened(path: Path) -> Any:
     if path.suffix == ".zst":
-        return io.BufferedReader(_optional("zstandard", "Zstandard").open(path, "rb"))  # it gives no lines by itself
+        return io.BufferedReader(optional("zstandard", "Zstandard").open(path, "rb"))  # it gives no lines by itself
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return openers.get(path.suffix, Path.open)(path, "rb")
 
 
-def _optional(module: str, what: str) -> Any:
+def optional(module: str, what: str) -> Any:
+    """A library that reads a kind of file and is not among the requirements."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -166,7 +166,7 @@ def _used(
     used |= {key: (kind, settings.pop(key)) for key, kind in task.named.items() if key in settings}
     if "calibration" in task.reads:
         calibration = settings.pop("calibration_data", data)
-        if method is None:  # then the unpruned model is one run, whatever methods calibrate on
+        if method is None or registry.entry(method).role != "weight_pruner":  # one run, whatever others calibrate on
             settings.pop("calibration", None)
         else:
             if calibration is not None:

@@ -63,23 +63,26 @@ def trained(
     alpha: int = 16,
     accelerator: Any = None,
     progress: bool = False,
+    dropout: float = 0.0,
 ) -> nn.Module:
     """The model after its training on samples, in eval mode; low-rank adapters, where there is a rank, are merged in
     the end."""
-    learner: Any = _with_adapters(model, rank, alpha) if rank else model
+    learner: Any = _with_adapters(model, rank, alpha, dropout) if rank else model
     job = _Job(learner, samples, recipe, seed)
     trainer.run(job, recipe, None, {"seed": seed}, accelerator=accelerator, progress=progress)
     return (learner.merge_and_unload() if rank else learner).eval()
 
 
-def _with_adapters(model: nn.Module, rank: int, alpha: int) -> nn.Module:
+def _with_adapters(model: nn.Module, rank: int, alpha: int, dropout: float) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise PrunelabError(
             'low-rank adapters need peft; install it with pip install -e ".[training]", or give rank 0'
         ) from None
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, config)
 
 

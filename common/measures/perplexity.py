@@ -18,7 +18,7 @@ from prunelab.common.measures.bench import Bench, finite
 from prunelab.common.measures.language import experts_run, sizes, without_experts
 from prunelab.common.metrics.likelihood import exponential, per_token
 from prunelab.common.models import batching, devices, loading
-from prunelab.common.weights import WeightReport
+from prunelab.common.weights import WeightPlan
 from prunelab.common.weights.role import WeightPruner
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ def measure(bench: Bench[Perplexity.Settings]) -> dict[str, Any]:
     results = {name: dict(metric) for name, metric in dense.items()}
     method = bench.method(WeightPruner)
     if method is not None:
-        report, calibrated = prune(bench, method, model, tokenizer)
-        out = sizes(model, report)
+        plan, calibrated = prune(bench, method, model, tokenizer)
+        out = sizes(model, plan.report)
     pruned = method is not None or bench.settings.experts is not None
     if pruned:
         with without_experts(bench, model) as handle:
@@ -62,13 +62,17 @@ def measure(bench: Bench[Perplexity.Settings]) -> dict[str, Any]:
 
 
 def prune(
-    bench: Bench[Any], method: WeightPruner, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[WeightReport, str]:
-    """Where a method meets a language model: it stays pruned by it from here on. What became of its weights, and how
-    it was calibrated, in words. The settings are those of `Calibrated`."""
+    bench: Bench[Any],
+    method: WeightPruner,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int | None = None,
+) -> tuple[WeightPlan, str]:
+    """Where a method meets a language model: it stays pruned by it from here on. What was decided, and how it was
+    calibrated, in words: on `calibration` sequences of the settings' `length`, or of the one given."""
     ids, calibration, told = bench.ids, None, "no calibration"
     if method.calibrated:
-        count, length = bench.settings.calibration, bench.settings.length
+        count, length = bench.settings.calibration, length or bench.settings.length
         if length is None:
             raise PrunelabError(f"{method.name} calibrates; set the `length` of its sequences in tokens")
         drawn = texts.windows(ids["calibration"], bench.config, tokenizer, length, count, bench.seed)
@@ -80,7 +84,7 @@ def prune(
             raise PrunelabError(f"{method.name} needs the model before fine-tuning; name it as base in models.yaml")
         base = loading.language(ids["base"], bench.config)[0].to(model.device, model.dtype)
     plan = weights.prune(method, model, bench.budget, calibration, base=base, seed=bench.seed, progress=False)
-    return plan.report, told
+    return plan, told
 
 
 def predicted(model: nn.Module, test: Sequence[Tensor]) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from prunelab.common.measures.scores import HARNESS_SHARES, average
 from prunelab.common.models import devices, loading
 
 if TYPE_CHECKING:
+    from prunelab.common.tasks.base import Questions
     from prunelab.common.tasks.zero_shot import ZeroShot
 
 
@@ -27,12 +28,15 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
     method: Any = bench.method()
     if method is not None and method.role == "weight_pruner":
         pruning = importlib.import_module("prunelab.common.measures.perplexity")  # by name, see `by_role`
-        report, calibrated = pruning.prune(bench, method, model, tokenizer)
-        out = sizes(model, report)
+        plan, calibrated = pruning.prune(bench, method, model, tokenizer)
+        out = sizes(model, plan.report)
     else:
         acting = method
     with bench.at_work(acting, model), without_experts(bench, model) as handle:
         measured = scored(bench, model, tokenizer, calibrated)
+    if bench.settings.against is not None and "average" in measured:
+        share = 100 * measured["average"]["value"] / bench.settings.against
+        measured["relative"] = {**measured["average"], "value": round(share, 4)}
     return {**measured, **out, **experts_run(model, handle)}
 
 
@@ -42,20 +46,31 @@ def scored(
     """The model's scores on the run's tasks, each with the protocol it was taken by."""
     lm_eval, wrapper = harness()
     settings = bench.settings
-    result = lm_eval.simple_evaluate(
-        model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch or settings.batch),
-        tasks=located(settings.tasks, bench.ids, bench.config),
-        num_fewshot=settings.shots,
-        limit=settings.limit,
-        log_samples=False,
-    )
-    measured = percentages(result["results"])
+    asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch or settings.batch)
+    results: dict[str, Any] = {}
+    for shots, tasks in by_shots(settings):
+        results |= lm_eval.simple_evaluate(
+            model=asked,
+            tasks=located(tasks, bench.ids, bench.config),
+            num_fewshot=shots,
+            limit=settings.limit,
+            log_samples=False,
+        )["results"]
+    measured = percentages(results)
     protocol = "; ".join(part for part in (f"lm-evaluation-harness {lm_eval.__version__}", besides) if part)
     for metric in measured.values():
         metric["protocol"] = protocol
     if settings.average:
         measured["average"] = {"value": average(measured, settings.average), "protocol": protocol}
     return measured
+
+
+def by_shots(settings: Questions) -> list[tuple[int | None, list[str]]]:
+    """The tasks by their number of worked examples: one call of the harness has one number for all."""
+    groups: dict[int | None, list[str]] = {}
+    for task in settings.tasks:
+        groups.setdefault(settings.shots_of.get(task, settings.shots), []).append(task)
+    return list(groups.items())
 
 
 def located(tasks: Sequence[str], ids: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:

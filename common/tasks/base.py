@@ -10,14 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.options import NonNegativeInt
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -94,6 +94,38 @@ class AtRunTime(BaseModel):
         return f"methods/{registry.entry(self.method).slug}/method.py"
 
 
+class WithoutExperts(Settings):
+    """experts: a method with options and budget that leaves out experts of tokens while a language model is
+    measured."""
+
+    experts: AtRunTime | None = None
+
+    @field_validator("experts")
+    @classmethod
+    def _prunes_experts(cls, given: AtRunTime | None) -> AtRunTime | None:
+        if given is not None:
+            given.admit("expert_pruner")
+        return given
+
+
+class Questions(Settings):
+    """tasks: of lm-evaluation-harness. shots: worked examples in each prompt (those of the task's own definition).
+    shots_of: of tasks that have another number of them. limit: questions of each task (all). average: the metrics whose
+    mean is one."""
+
+    tasks: tuple[str, ...]
+    shots: NonNegativeInt | None = None
+    shots_of: Mapping[str, NonNegativeInt] = {}
+    limit: PositiveInt | None = None
+    average: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _shots_are_of_tasks(self) -> Self:
+        if strange := [task for task in self.shots_of if task not in self.tasks]:
+            raise ValueError(f"`shots_of` names {strange[0]}, which is none of the tasks")
+        return self
+
+
 class Task(ABC):
     """A kind of run: one module of this package, whose file has its name.
 
@@ -135,7 +167,9 @@ class Task(ABC):
     @classmethod
     def files(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """Files of this project, from its root, that settings name and that decide the outcome."""
-        return ()
+        if settings.get("experts") is None:
+            return ()
+        return (AtRunTime.model_validate(settings["experts"]).file, "common/experts/apply.py")
 
     @classmethod
     def known(cls) -> tuple[str, ...]:
@@ -200,19 +234,6 @@ OF_EXPERTS: Mapping[str, Metric] = {
     "activated_gparameters": Metric("parameters that a token uses", "G", cost="parameters a token uses"),
     "activated_saving": Metric("parameters that a token no longer uses", "%", higher_is_better=True),
 }
-
-
-def of_experts(given: AtRunTime | None) -> AtRunTime | None:
-    """The setting `experts`, read."""
-    if given is not None:
-        given.admit("expert_pruner")
-    return given
-
-
-def expert_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The files that the setting `experts` brings."""
-    given = settings.get("experts")
-    return () if given is None else (AtRunTime.model_validate(given).file, "common/experts/apply.py")
 
 
 def nearest(name: str, known: Any) -> str:

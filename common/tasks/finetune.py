@@ -1,15 +1,17 @@
-"""A language model fine-tuned on instructions, all of them or what a data selector keeps, by its scores on the tasks of
-lm-evaluation-harness (the extra `evaluation`)."""
+"""A language model fine-tuned on instructions, all of them or what a data selector keeps, pruned before, after or while
+it learns: by its scores on the tasks of lm-evaluation-harness (the extra `evaluation`) and its perplexity."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task, Work
+from prunelab.common.tasks.base import SIZES, Catalogue, Metric, Metrics, Reads, Task, Work
 from prunelab.common.tasks.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
@@ -20,36 +22,60 @@ SAMPLE = 512  # tokens of an instruction with its answer: a guess to foretell ti
 
 class Finetune(Task):
     """The data set is what the model is fine-tuned on; without a method it is trained on all of it, and with 0 epochs
-    not at all. The service `history` is the model as it was. Metrics are named as under `zero_shot`."""
+    not at all. A method that prunes weights does so before or after the training, one that trains is the training. The
+    services `history` and `teacher` are the model as it was. Metrics are named as under `zero_shot`."""
 
     name: ClassVar[str] = "finetune"
-    roles: ClassVar[tuple[str, ...]] = ("data_selector",)
+    roles: ClassVar[tuple[str, ...]] = ("data_selector", "weight_pruner", "training_method")
     scales: ClassVar[tuple[str, ...]] = ("paper",)
-    reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data", "own data"})
+    reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data", "calibration", "own data"})
+    named: ClassVar[Mapping[str, Catalogue]] = {"text": "dataset", "second_text": "dataset"}
+    by_role: ClassVar[Mapping[str, str]] = {"training_method": "common/training/engine.py"}
     metrics: ClassVar[Mapping[str, Metric]] = {
         "average": Metric("mean of the scores under `average`", "%", higher_is_better=True),
+        "perplexity": Metric("perplexity of `text`", higher_is_better=False),
+        "second_perplexity": Metric("perplexity of `second_text`", higher_is_better=False),
         "samples": Metric("samples that entered the training", "%", cost="samples"),
         "tokens": Metric("tokens that entered the loss", "%", cost="tokens trained on"),
+        "memory_gb": Metric("the most that the allocator held", "GB", higher_is_better=False, timed=True),
+        **SIZES,
     }
 
-    class Settings(base.Settings):
-        """tasks, shots, limit, average: as in `zero_shot`. length: of a sample in tokens, prompt included. epochs: over
-        what is kept, in steps of `batch` samples. rate, warmup: of the learning rate, which falls along a cosine. rank,
-        alpha: of low-rank adapters (the extra `training`), which alone learn; rank 0 trains all weights. limited:
-        instructions of the data set to choose from (all)."""
+    class Settings(base.Questions):
+        """tasks, shots, shots_of, limit, average: as in `zero_shot`. length: of a sample in tokens, prompt included.
+        epochs: over what is kept, in steps of `batch` samples, of which `together` pass through the model at once
+        (all). rate, warmup: of the learning rate, which falls along a cosine. clip: the largest norm of a gradient.
+        untie: whether embedding and output layer, where they are one parameter, are first made two. rank, alpha,
+        dropout: of low-rank adapters (the extra `training`), which alone learn; rank 0 trains all weights. limited:
+        instructions of the data set to choose from (all). order: whether weights are pruned before the training or
+        after it. calibration, calibration_data, calibration_length: of the calibration set, as in `perplexity`; the
+        data must be named. text, second_text: what perplexity is of, in sequences of `text_length` tokens."""
 
-        tasks: tuple[str, ...]
-        shots: NonNegativeInt | None = None
-        limit: PositiveInt | None = None
-        average: tuple[str, ...] = ()
         length: PositiveInt = 2048
         epochs: NonNegativeInt = 3
         batch: PositiveInt = 32
+        together: PositiveInt | None = None
         rate: PositiveFloat = 1e-4
         warmup: Share = 0.0
+        clip: PositiveFloat = 1.0
+        untie: bool = False
         rank: NonNegativeInt = 8
         alpha: NonNegativeInt = 16
+        dropout: Share = 0.0
         limited: PositiveInt | None = None
+        order: Literal["prune, train", "train, prune"] = "prune, train"
+        calibration: NonNegativeInt = 32
+        calibration_data: str | None = None
+        calibration_length: PositiveInt = 2048
+        text: str | None = None
+        second_text: str | None = None
+        text_length: PositiveInt = 2048
+
+        @model_validator(mode="after")
+        def _parts_are_equal(self) -> Self:
+            if self.batch % (self.together or 1):
+                raise ValueError(f"`together` divides `batch`; {self.together} does not divide {self.batch}")
+            return self
 
     @classmethod
     def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:

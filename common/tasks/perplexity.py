@@ -5,22 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import field_validator
-
 from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import (
-    OF_EXPERTS,
-    SIZES,
-    AtRunTime,
-    Metric,
-    Metrics,
-    Reads,
-    Task,
-    Work,
-    expert_files,
-    of_experts,
-)
+from prunelab.common.tasks.base import OF_EXPERTS, SIZES, Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -45,25 +32,15 @@ class Perplexity(Task):
         **OF_EXPERTS,
     }
 
-    class Settings(base.Settings):
+    class Settings(base.WithoutExperts):
         """length: of the sequences in tokens, which the papers differ in and perplexity depends on. samples: how many
         of them (all). calibration: how many to calibrate with, of the same length, from `calibration_data` (the same
-        data). experts: a method with options and budget that leaves out experts of tokens while the text is read."""
+        data). experts: as in `WithoutExperts`."""
 
         length: PositiveInt
         samples: PositiveInt | None = None
         calibration: NonNegativeInt = 32
         calibration_data: str | None = None
-        experts: AtRunTime | None = None
-
-        @field_validator("experts")
-        @classmethod
-        def _prunes_experts(cls, given: AtRunTime | None) -> AtRunTime | None:
-            return of_experts(given)
-
-    @classmethod
-    def files(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        return expert_files(settings)
 
     @classmethod
     def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:

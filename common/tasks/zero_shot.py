@@ -6,23 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import field_validator
-
-from prunelab.common.core.options import NonNegativeInt, PositiveInt
+from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt
 from prunelab.common.measures.scores import HARNESS_SHARES
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import (
-    OF_EXPERTS,
-    SIZES,
-    AtRunTime,
-    Metric,
-    Metrics,
-    Reads,
-    Task,
-    Work,
-    expert_files,
-    of_experts,
-)
+from prunelab.common.tasks.base import OF_EXPERTS, SIZES, Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -44,33 +31,21 @@ class ZeroShot(Task):
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "calibration", "own data"})
     metrics: ClassVar[Mapping[str, Metric]] = {
         "average": Metric("mean of the scores under `average`", "%", higher_is_better=True),
+        "relative": Metric("the same mean as percent of `against`", "%", higher_is_better=True),
         **SIZES,
         **OF_EXPERTS,
     }
 
-    class Settings(base.Settings):
-        """tasks: of the harness. shots: worked examples in each prompt (those of the task's own definition). limit:
-        questions of each task (all). batch: asked together. average: the metrics whose mean is one. length,
-        calibration, calibration_data: of the calibration set, as in `perplexity`, and `experts` as there."""
+    class Settings(base.Questions, base.WithoutExperts):
+        """tasks, shots, shots_of, limit, average: see `Questions`. against: the mean that the
+        paper printed of the unpruned model. batch: asked together. length, calibration,
+        calibration_data: of the calibration set, as in `perplexity`, and `experts` as there."""
 
-        tasks: tuple[str, ...]
-        shots: NonNegativeInt | None = None
-        limit: PositiveInt | None = None
+        against: PositiveFloat | None = None
         batch: PositiveInt = 8
-        average: tuple[str, ...] = ()
         length: PositiveInt | None = None
         calibration: NonNegativeInt = 32
         calibration_data: str | None = None
-        experts: AtRunTime | None = None
-
-        @field_validator("experts")
-        @classmethod
-        def _prunes_experts(cls, given: AtRunTime | None) -> AtRunTime | None:
-            return of_experts(given)
-
-    @classmethod
-    def files(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
-        return expert_files(settings)
 
     @classmethod
     def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:

@@ -32,6 +32,7 @@ class View:
     pack: Callable[[Tensor], Tensor] | None = None
     modality: str | None = None
     packed: int | None = None
+    groups: Tensor | None = None
     info: ModelInfo | None = None  # None: the model's
     other: Callable[[Reading], Tensor] | None = None  # computes readings, where the adapter's `read` does not
 
@@ -49,7 +50,9 @@ class TokenSignals(Signals):
     newlines), `pictures` (at a `packed` site: the images and videos of each sample in their order, as a `projected`
     site sees one of them alone), `modality` (what the prunable tokens of a language model show: `image`, `video`, or
     None where it is both or neither), `packed` (how many tokens a decoder would read of the units of a `projected`
-    site, newlines apart; elsewhere `units`), `parts` (the method's learned ones, handed to `apply`), `training`
+    site, newlines apart; elsewhere `units`), `groups` ([B, N] in a decoder
+    behind plans for single images that name groups: equal ones are of one image and one group, -1 is in none; None
+    elsewhere), `parts` (the method's learned ones, handed to `apply`), `training`
     (whether gradients are wanted: a plan is made without unless the method enables them), and two dictionaries for what
     the method leaves: `state` lives for one forward pass and is for its later sites, `memory` outlives it (it is the
     handle's, which resets it).
@@ -77,6 +80,7 @@ class TokenSignals(Signals):
         pack: Callable[[Tensor], Tensor] | None = None,
         modality: str | None = None,
         packed: int | None = None,
+        groups: Tensor | None = None,
         parts: nn.Module | None = None,
         state: dict[str, Any] | None = None,
         training: bool = False,
@@ -93,6 +97,7 @@ class TokenSignals(Signals):
         self.pictures: Callable[[], list[list[TokenSignals]]] | None = None
         self.modality = modality
         self.packed = self.units if packed is None else packed
+        self.groups = groups
         self.parts: Any = parts
         self.training = training
         self.state: dict[str, Any] = {} if state is None else state

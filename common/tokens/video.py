@@ -103,7 +103,7 @@ class Video(NamedTuple):
     maps: list[Tensor]  # each [B, T, N, C]
     side: int  # tokens in a row
     device: torch.device
-    plan: Callable[[Sequence[Outputs]], Plan]  # from what is left of each video
+    plan: Callable[..., Plan]  # from what is left of each video, and the groups [K] of each (see `Plan`), if any
 
 
 def pooled_video(signals: TokenSignals, method: str, pooling: Pooling, read: Callable[[], Sequence[Tensor]]) -> Video:
@@ -125,13 +125,20 @@ def pooled_video(signals: TokenSignals, method: str, pooling: Pooling, read: Cal
     cells = rows * side
     maps = [x.reshape(batch, frames, cells, -1) for x in maps]
 
-    def plan(left: Sequence[Outputs]) -> Plan:
+    def plan(left: Sequence[Outputs], groups: Sequence[Tensor] | None = None) -> Plan:
         patch, share = (t.to(visual.device) for t in footprints(height, width, how))
         reduce = stacked([through(m, patch, share, height * width) for m in left], visual, protected)
+        behind = (protected.shape[1], 0)
+        known = (
+            None
+            if groups is None
+            else nn.functional.pad(pad_sequence(list(groups), batch_first=True, padding_value=-1), behind, value=-1)
+        )
         if visual.device.type == "meta":
-            return Plan(reduce, positions="renumber")
+            return Plan(reduce, positions="renumber", groups=known)
         place = pad_sequence([m.place for m in left], batch_first=True)
         layout = torch.stack([place // cells, place % cells // side, place % side], -1)
-        return Plan(reduce, nn.functional.pad(layout, (0, 0, protected.shape[1], 0), value=-1), positions="renumber")
+        layout = nn.functional.pad(layout, (0, 0, *behind), value=-1)
+        return Plan(reduce, layout, positions="renumber", groups=known)
 
     return Video(maps, side, visual.device, plan)

@@ -33,7 +33,8 @@ class Engine:
     """What is pruned by what, from what. Targets that leave with a structure around them leave the list as well.
 
     samples: of each chain of blocks by its component. alive: masks of what earlier rounds left, by target. final: in
-    rounds before the last what goes is silenced, and stays where it is. learned: see `Probe`.
+    rounds before the last what goes is silenced, and stays where it is. learned: see `Probe`. worth: scores of layers
+    and sublayers by name, of a run that decides at the end.
     """
 
     method: WeightPruner
@@ -52,6 +53,7 @@ class Engine:
     alive: Mapping[str, Tensor] = field(default_factory=dict)
     final: bool = True
     tally: Tally = field(default_factory=Tally)
+    worth: dict[str, float] = field(default_factory=dict)
 
     def go(self) -> None:
         """Prune the model."""
@@ -155,6 +157,7 @@ class Engine:
         """The masks by target, all checked before any of them is used."""
         signals = [self.signals(target, evidence[target.name]) for target in self.targets]
         scores = [evidence[target.name][SCORES] for target in self.targets]
+        self.worth.update({t.name: float(s) for t, s in zip(self.targets, scores, strict=True) if t.whole})
         chosen = self.method.select(self.targets, signals, scores, self.budget)
         for target, mask in zip(self.targets, chosen, strict=True):
             self.check(target, Decision(mask))

@@ -157,7 +157,8 @@ def unpacked_codes(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
 class WeightPlan:
     """The decisions of one run by target, and what was run.
 
-    header: method, budget, seed, model class and report; `tensors` of a block are read where they lie, in memory or in
+    header: method, budget, seed, model class and report, and what layers and sublayers that were scored are `worth`;
+    `tensors` of a block are read where they lie, in memory or in
     a folder, when they are asked for. rotations: of the model's spaces, before anything was decided. learned:
     what the method learned, for `prune(..., learned=...)` on another model. earlier: plans by which the model was
     pruned before, in order; they are saved and carried out with this one.

@@ -131,6 +131,8 @@ def prune(
             header["stock"] = adapter.finish()
     finally:
         whole.train(training)
+    if engine.worth:
+        header["worth"] = dict(engine.worth)
     earlier, state = plans_of(model), {} if part is None else part.state_dict()
     header["stock"] = header["stock"] and all(plan.header["stock"] for plan in earlier)
     plan = WeightPlan(header, engine.targets, work.plan, rotations, state, earlier)

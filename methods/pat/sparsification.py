@@ -88,8 +88,9 @@ class Sparsified(nn.Module):
         self.scale = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.scale * self.mask() * (x + x @ self.down.T @ self.up.T)
-        return found
+        wide = x.to(self.scale.dtype)  # the module learns in its own precision
+        found: Tensor = self.scale * self.mask() * (wide + wide @ self.down.T @ self.up.T)
+        return found.to(x.dtype)
 
     def merged(self, weight: Tensor) -> Tensor:
         """A weight [H, n] whose outputs are what this module makes of this one's, for the channels that stay."""

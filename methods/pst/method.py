@@ -59,7 +59,7 @@ class SparseWeight(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         updated = self.updated(weight)
         scores = self.scores(updated)
-        return straight_through(self.mask(scores), scores) * updated
+        return (straight_through(self.mask(scores), scores) * updated).to(weight.dtype)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.contract.vlms import IMAGE, TEXT, VIDEO, ids, lively, patched, typed
+from tests.contract.vlms import CROPS, IMAGE, TEXT, VIDEO, VISION, ids, lively, patched, typed
 
 Shown = tuple[dict[str, Any], int]  # arguments of the encoder, and the tokens of each image or video
 
@@ -36,6 +36,40 @@ def _qwen2_vl(tower: int, text: dict[str, Any]) -> nn.Module:
     return t.Qwen2VLForConditionalGeneration(config)
 
 
+def _internvl(tower: int, text: dict[str, Any]) -> nn.Module:
+    import transformers as t
+
+    vision = VISION | {"num_hidden_layers": tower, "image_size": 32, "patch_size": 4, "layer_scale_init_value": 1.0}
+    config = t.InternVLConfig(
+        vision_config=vision, text_config=t.Qwen2Config(**text), image_token_id=IMAGE, image_seq_length=16
+    )
+    return t.InternVLForConditionalGeneration(config)
+
+
+def _llava_next_video(tower: int, text: dict[str, Any]) -> nn.Module:
+    import transformers as t
+
+    clip = t.CLIPVisionConfig(**VISION | {"num_hidden_layers": tower}, image_size=32, patch_size=8)
+    marks = {"image_token_index": IMAGE, "video_token_index": VIDEO}
+    config = t.LlavaNextVideoConfig(
+        vision_config=clip, text_config=t.LlamaConfig(**text), image_grid_pinpoints=CROPS, **marks
+    )
+    return t.LlavaNextVideoForConditionalGeneration(config)
+
+
+def _tiles(pixels: Tensor) -> Shown:
+    return {"pixel_values": pixels}, 16
+
+
+def _anyres(pixels: Tensor) -> Shown:
+    crops = torch.stack([pixels, pixels.flip(-1), -pixels, pixels.flip(-2), pixels * 0.5], 1)
+    return {"pixel_values": crops, "image_sizes": torch.tensor([[64, 64]] * len(pixels))}, 16 + 8 * 9
+
+
+def _frames(tokens: int) -> Callable[[Tensor], Shown]:
+    return lambda videos: ({"pixel_values_videos": videos}, videos.shape[1] * tokens)
+
+
 def _patches(pixels: Tensor) -> Shown:
     return {"pixel_values": patched(pixels), "image_grid_thw": torch.tensor([[1, 8, 8]] * len(pixels))}, 16
 
@@ -48,6 +82,8 @@ def _pairs(videos: Tensor) -> Shown:
 
 KIN: Mapping[str, Kin] = {
     "qwen2_vl": Kin(_qwen2_vl, _patches, _pairs),
+    "internvl": Kin(_internvl, _tiles, class_token=True),
+    "llava_next_video": Kin(_llava_next_video, _anyres, _frames(4), class_token=True),
 }
 MOVING = tuple(name for name, kin in KIN.items() if kin.film)
 

@@ -21,7 +21,7 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_CROPS = [[32, 64], [64, 32], [64, 64]]
+CROPS = [[32, 64], [64, 32], [64, 64]]
 VLMS = ("llava", "llava_next", "llava_onevision", "llava_video", "qwen2_5_vl")
 _SIDES = {"llava_onevision": 24, "llava_video": 40}  # pixels of a crop: 3 x 3 and 5 x 5 patches; the others' 32: 4 x 4
 
@@ -46,7 +46,7 @@ def vlm(family: str, *, tower: int = 3, **text: Any) -> Any:
     elif family == "llava_next":
         llama = t.LlamaConfig(**options)
         config = t.LlavaNextConfig(
-            vision_config=clip, text_config=llama, image_token_id=IMAGE, image_grid_pinpoints=_CROPS
+            vision_config=clip, text_config=llama, image_token_id=IMAGE, image_grid_pinpoints=CROPS
         )
         model = t.LlavaNextForConditionalGeneration(config)
     elif family in ("llava_onevision", "llava_video"):
@@ -199,7 +199,7 @@ def processor(family: str) -> Any:
         size: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
         cls, images = t.LlavaProcessor, t.CLIPImageProcessor(**size)
         if family == "llava_next":
-            cls, images = t.LlavaNextProcessor, t.LlavaNextImageProcessor(**size, image_grid_pinpoints=_CROPS)
+            cls, images = t.LlavaNextProcessor, t.LlavaNextImageProcessor(**size, image_grid_pinpoints=CROPS)
         made = cls(
             images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
             chat_template=TEMPLATE,

@@ -106,6 +106,7 @@ class Adapter(ABC, Generic[P]):
             pack=view.pack,
             modality=view.modality,
             packed=view.packed,
+            groups=view.groups,
             info=self.info if view.info is None else view.info,
             rng=application.rng(x.device),
             required=required,
@@ -152,6 +153,10 @@ class Adapter(ABC, Generic[P]):
                     f"{self.family} cannot carry out a plan with rest={plan.rest} of {method.name}, whose own is"
                     f" {method.rest}; let the method's `rest` say it"
                 )
+        if plan.groups is not None and site.where not in ("encoded", "projected"):
+            raise PrunelabError(
+                f"{method.name}: groups are of single images and videos, at `encoded` and `projected` alone"
+            )
         if plan.gate is not None:  # it keeps its gradients
             plan = self.gated(plan, plan.gate) if training else replace(plan, gate=None)
         if site.where in ("encoded", "projected"):

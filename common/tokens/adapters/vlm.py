@@ -105,9 +105,10 @@ class VisionLanguage(DecoderSide):
 
     def visual_tokens(self, prompt: Prompt) -> int:
         """Visual tokens of a prompt."""
-        height, width = self.grid()
         counts = self.counts(prompt.modality, prompt.pixels)
-        patches = [torch.empty(crops, height * width, 1, device="meta") for crops in counts]
+        grids = self.crop_grids(prompt.modality, prompt.pixels, len(counts))
+        sizes = zip(counts, grids, strict=True)
+        patches = [torch.empty(crops, height * width, 1, device="meta") for crops, (height, width) in sizes]
         return sum(map(len, self.packing(prompt.modality, prompt.pixels)(patches)))
 
     def example(self) -> Prompt:
@@ -273,6 +274,7 @@ class VisionLanguage(DecoderSide):
             prunable=running.prunable,
             units=x.shape[1] - running.text if running.tokens.valid is None else int(running.prunable.sum(1).max()),
             modality=running.modality,
+            groups=running.groups,
         )
 
     def grids(self) -> tuple[tuple[int, int], ...]:

@@ -166,7 +166,7 @@ class DecoderSide(FeatureSide):
         plan = padding_in_front(plan) if self.running.left else padding_behind(plan)
         self.running.changed |= plan.reduce.outputs != x.shape[1]
         if plan.rest == "bypass":
-            self.set_aside(application, site, plan, x, "prunable", "source", "positions", "rows")
+            self.set_aside(application, site, plan, x, "prunable", "source", "positions", "rows", "groups")
         else:
             self.follow(application, site, plan, x)
         y = application.method.refine(site, plan.reduce.apply(x), signals, plan)
@@ -174,6 +174,7 @@ class DecoderSide(FeatureSide):
         valid = running.tokens.valid
         running.prunable, running.source = running.prunable.gather(1, source), running.source.gather(1, source)
         running.rows = None if running.rows is None else running.rows.gather(1, source)
+        running.groups = None if running.groups is None else running.groups.gather(1, source)
         kept = running.positions.gather(-1, source.expand(*running.positions.shape[:-1], -1))
         if valid is not None:
             running.prunable = running.prunable & valid

@@ -24,6 +24,7 @@ from prunelab.common.tokens.adapters.vlm_prompt import (
     closed,
     following,
     grid_places,
+    grouped,
     in_packed_order,
     newline_order,
     spliced,
@@ -46,7 +47,7 @@ class FeatureSide(TowerSide):
             modality, given, found = encoding.modality, encoding.given, args[0]
             self._take_recorders()
             features = list(found.split(self.counts(modality, given)))
-            grids = self.crop_grids(modality, given, features)
+            grids = self.crop_grids(modality, given, len(features))
             pack = self.packing(modality, given)
             lengths = [len(tokens) for tokens in pack([torch.ones(*f.shape[:2], 1) for f in features])]
             encoded = Encoded(lengths, features, pack, grids, encoding, found, self.mosaics(modality, given))
@@ -256,6 +257,7 @@ class FeatureSide(TowerSide):
             kept = torch.stack([nn.functional.pad(one, pad) for one, pad in zip(ones, pads, strict=True)])
         running.prunable = rows >= batch * total
         running.rows, running.made, running.behind = rows, made_of, batch * total
+        running.groups = grouped([image for _, _, image in made_of], batch * total, rows)
         sizes = [len(tokens) for tokens in pool]
 
         def root(mass: Tensor) -> Masses:
@@ -316,5 +318,8 @@ class FeatureSide(TowerSide):
                     handed_back, turn=turn, reduce=plan.reduce, row=g, shape=decision.shape, special=decision.special
                 )
                 units = None if units is None else units[turn]
-                made[image] = Fresh(own[turn], source_index, back, units, bool(decision.special))
+                fresh = Fresh(own[turn], source_index, back, units, bool(decision.special))
+                if plan.groups is not None:
+                    fresh.groups = nn.functional.pad(plan.groups[g][real], (0, 1), value=-1)[turn]
+                made[image] = fresh
         return [made[image] for image in range(len(orders))], numbering

@@ -1,5 +1,5 @@
-"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, through transformers' own classes, and LLaVA-Video, which has none there
-and is our reconstruction of OneVision's modules (`prunelab.common.backbones.llava_video`)."""
+"""LLaVA-1.5, LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision, through transformers' own classes, and LLaVA-Video,
+which has none there and is our reconstruction of OneVision's modules (`prunelab.common.backbones.llava_video`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,19 @@ import torch
 from torch import Tensor
 
 from prunelab.common.tokens.adapters.vlm import VisionLanguage
+from prunelab.common.tokens.adapters.vlm_vision import squares
+
+
+def _frames(adapter: VisionLanguage, count: int) -> dict[str, Any]:
+    """Arguments of the video encoder for one video of so many frames."""
+    side = adapter.config.vision_config.image_size
+    return {"pixel_values_videos": torch.empty(1, count, 3, side, side, dtype=adapter.body.dtype, device="meta")}
+
+
+def _lengths(given: Mapping[str, Any]) -> list[int]:
+    """Frames of each video."""
+    batch, frames = given["pixel_values_videos"].shape[:2]
+    return [frames] * batch
 
 
 class Llava(VisionLanguage):
@@ -73,6 +86,39 @@ class LlavaNext(VisionLanguage):
         return [shape if crops > 1 else None for shape, crops in zip(shapes, counts, strict=True)]
 
 
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT-Video: images as LLaVA-NeXT, and videos whose frames are pooled before the projector. No token leaves
+    inside the encoder, where a part of what is pooled could."""
+
+    family = "llava_next_video"
+    model_classes = (
+        "transformers.models.llava_next_video.modeling_llava_next_video.LlavaNextVideoForConditionalGeneration",
+    )
+    tokens = {"image": "image_token_id", "video": "video_token_id"}
+    signals = {where: known for where, known in LlavaNext.signals.items() if where != "tower"}
+
+    def video(self, frames: int) -> dict[str, Any]:
+        return _frames(self, frames)
+
+    def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
+        return _lengths(given) if modality == "video" else super().counts(modality, given)
+
+    def packing(self, modality: str, given: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        if modality == "video":
+            return lambda patches: [frames.flatten(0, 1) for frames in patches]
+        return super().packing(modality, given)
+
+    def newline(self, modality: str) -> tuple[Tensor, str] | None:
+        return None if modality == "video" else super().newline(modality)
+
+    def crop_grids(self, modality: str, given: Mapping[str, Any], count: int) -> list[tuple[int, int]]:
+        stride = self.config.spatial_pool_stride if modality == "video" else 1
+        return [(height // stride, width // stride) for height, width in super().crop_grids(modality, given, count)]
+
+    def pooled(self, modality: str, values: Tensor) -> Tensor:
+        return squares(values, self.config.spatial_pool_stride) if modality == "video" else values
+
+
 class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision: images as LLaVA-NeXT, several images of a prompt as one crop each, and videos whose frames are
     pooled two by two, with one newline token behind the last."""
@@ -84,13 +130,11 @@ class LlavaOnevision(LlavaNext):
     tokens = {"image": "image_token_id", "video": "video_token_id"}
 
     def video(self, frames: int) -> dict[str, Any]:
-        side = self.config.vision_config.image_size
-        return {"pixel_values_videos": torch.empty(1, frames, 3, side, side, dtype=self.body.dtype, device="meta")}
+        return _frames(self, frames)
 
     def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
         if modality == "video":
-            batch, frames = given["pixel_values_videos"].shape[:2]
-            return [frames] * batch
+            return _lengths(given)
         images = given.get("batch_num_images")
         crops = super().counts(modality, given)
         if images is None:

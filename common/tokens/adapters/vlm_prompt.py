@@ -239,13 +239,27 @@ class CachedPrompt:
 class Fresh:
     """One image or video behind a plan: its tokens [K, D], newlines included, for each the packed token it is (None:
     none), and how masses [K] over them become masses over its patches [crops, patches]. units: which of the tower's
-    tokens each of them is, -1 for newlines (None: mixtures); special: whether its class tokens are counted there."""
+    tokens each of them is, -1 for newlines (None: mixtures); special: whether its class tokens are counted there;
+    groups: [K] see `Plan`."""
 
     tokens: Tensor
     source_index: Tensor | None
     back: Callable[[Tensor], Tensor]
     units: Tensor | None = None
     special: bool = False
+    groups: Tensor | None = None
+
+
+def grouped(images: Sequence[Fresh], behind: int, rows: Tensor) -> Tensor | None:
+    """[B, N] the groups of the tokens with the numbers rows [B, N], of which the first `behind` are no images'; those
+    of different images are unlike. None where no plan named any."""
+    if all(image.groups is None for image in images):
+        return None
+    parts = [rows.new_full((behind,), -1)]
+    for number, image in enumerate(images):
+        own = rows.new_full((len(image.tokens),), -1) if image.groups is None else image.groups.to(rows)
+        parts.append(torch.where(own < 0, own, own + (number << 32)))
+    return torch.cat(parts)[rows]
 
 
 @dataclass

@@ -162,14 +162,11 @@ class Qwen2VL(VisionLanguage):
         counts = self.counts(modality, given)
         return [tokens.unflatten(0, (t, -1)) for tokens, t in zip(output.pooler_output, counts, strict=True)]
 
-    def crop_grids(self, modality: str, given: Mapping[str, Any], features: list[Tensor]) -> list[tuple[int, int]]:
+    def crop_grids(self, modality: str, given: Mapping[str, Any], count: int) -> list[tuple[int, int]]:
         return [(int(h), int(w)) for _, h, w in self._grids(modality, given)]
 
     def packing(self, modality: str, given: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
         return lambda patches: [image.flatten(0, 1) for image in patches]
-
-    def visual_tokens(self, prompt: Prompt) -> int:
-        return int(self._grids(prompt.modality, prompt.pixels).prod(-1).sum())
 
 
 class Qwen25VL(Qwen2VL):

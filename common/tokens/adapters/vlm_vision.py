@@ -4,6 +4,8 @@ that gave."""
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prunelab.common.core.attention_interface import Recorder
 from prunelab.common.core.errors import PrunelabError
@@ -37,8 +40,8 @@ class Prefill(Pass):
     visual tokens, None where they are of several. whole:
     while decoding, whether no token behind the prompt is padding. made, behind, rows: where
     plans for single images acted, what they made of each, how many tokens stand before these, and
-    the number [B, N] of each token at hand among all. later, now: while decoding, [B, M] which tokens behind the prompt
-    count, and the position ids of the newest.
+    the number [B, N] of each token at hand among all; groups [B, N] of these plans. later, now: while decoding, [B, M]
+    which tokens behind the prompt count, and the position ids of the newest.
     """
 
     encoded: dict[str, Encoded] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class Prefill(Pass):
     made: list[tuple[str, int, Fresh]] = field(default_factory=list)
     behind: int = 0
     rows: Tensor | None = None
+    groups: Tensor | None = None
     taken: Tensor | None = None  # [B, K] the tokens that the last plan took, None where it mixed them
     left: bool = True
     changed: bool = False
@@ -66,6 +70,13 @@ class Prefill(Pass):
     def anywhere(self) -> Tensor:
         """[B, N] bool: the visual tokens of any modality."""
         return functools.reduce(torch.logical_or, self.visual.values())
+
+
+def squares(values: Tensor, side: int) -> Tensor:
+    """Means [C, tokens, channels] of values [C, patches, channels] over squares of patches, those of a square image."""
+    height = math.isqrt(values.shape[1])
+    pooled = functional.avg_pool2d(values.transpose(1, 2).unflatten(2, (height, -1)), side)
+    return pooled.flatten(2).transpose(1, 2)
 
 
 class VisionSide(SequenceAdapter[Prefill]):
@@ -139,14 +150,14 @@ class VisionSide(SequenceAdapter[Prefill]):
         return None
 
     def grid(self) -> tuple[int, int]:
-        """Patches of one crop or frame, by height and width."""
+        """What enters the projector of one crop, by height and width."""
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
         return side, side
 
-    def crop_grids(self, modality: str, given: Mapping[str, Any], features: list[Tensor]) -> list[tuple[int, int]]:
-        """Height and width of each image's crops, in patches."""
-        return [self.grid()] * len(features)
+    def crop_grids(self, modality: str, given: Mapping[str, Any], count: int) -> list[tuple[int, int]]:
+        """The same of each of `count` images' crops, or videos' frames."""
+        return [self.grid()] * count
 
     def crop_pixels(self, modality: str, given: Mapping[str, Any]) -> list[Tensor] | None:
         """Pixels [crops, 3, H, W] of each image or video, where the encoder takes whole crops."""
@@ -231,8 +242,11 @@ class VisionSide(SequenceAdapter[Prefill]):
             pack, seen = self.packing(modality, given), self.encoding
             self._take_recorders()
             features = self.crops(modality, given, output)
-            lengths = [len(tokens) for tokens in output.pooler_output]
-            grids, first = self.crop_grids(modality, given, features), output.pooler_output[0]
+            lengths = [tokens.shape[:-1].numel() for tokens in output.pooler_output]
+            if len(lengths) != len(counts):  # some classes give frames one by one
+                frames = iter(lengths)
+                lengths = [sum(itertools.islice(frames, count)) for count in counts]
+            grids, first = self.crop_grids(modality, given, len(features)), output.pooler_output[0]
             made = Encoded(lengths, features, pack, grids, seen, first, self.mosaics(modality, given))
             self.encoded = self.encoded | {modality: made}
             return output

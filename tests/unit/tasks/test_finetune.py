@@ -4,13 +4,15 @@ trained. lm-evaluation-harness is an extra, and is asked in `test_language_harne
 from __future__ import annotations
 
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import instructions
-from prunelab.common.measures import zero_shot
+from prunelab.common.measures import finetune, perplexity, zero_shot
 from prunelab.common.measures.bench import Bench
 from prunelab.common.models import loading
 from prunelab.common.tasks import get
@@ -112,3 +114,87 @@ def test_low_rank_adapters_are_merged(folder, asked):
     pytest.importorskip("peft")
     run(folder, epochs=1, rank=2)
     assert not any("lora" in name for name, _ in asked[0].named_parameters())
+
+
+def test_weights_are_pruned_before_the_training_or_after_it_or_while_it_lasts(folder, asked, monkeypatch):
+    """What was removed stays away, and the training makes up for some of it; behind the training it cannot."""
+    monkeypatch.setattr(perplexity.texts, "windows", lambda *arguments: [torch.arange(5, 21) for _ in range(4)])
+    monkeypatch.setitem(IDS, "calibration", {"loader": "stories"})
+    tuned = {}
+    for order in ("prune, train", "train, prune"):
+        found = run(folder, "llm_pruner", "0.5", epochs=3, order=order, calibration=4, calibration_length=16)
+        assert found["saving"]["value"] > 5
+        tuned[order] = found["answers acc"]["value"]
+    assert tuned["prune, train"] > tuned["train, prune"]
+    trained = run(folder, "loraprune", "0.5", {"every": 1}, epochs=3, together=2)
+    assert trained["saving"]["value"] > 5
+    assert run(folder, "pat", "0.75", epochs=4)["saving"]["value"] > 5
+    assert run(folder, "vtrans", "0.75", epochs=3)["answers acc"]["value"] < 0  # with the model as it was for a teacher
+    with pytest.raises(PrunelabError, match="0 epochs"):
+        run(folder, "loraprune", "0.5", epochs=0)
+
+
+def test_pruned_models_take_low_rank_adapters(folder, asked, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(perplexity.texts, "windows", lambda *arguments: [torch.arange(5, 21) for _ in range(4)])
+    monkeypatch.setitem(IDS, "calibration", {"loader": "stories"})
+    for method in ("llm_pruner", "slicegpt", "wanda_sp"):
+        found = run(folder, method, "0.5", epochs=1, rank=2, dropout=0.05, calibration=4, calibration_length=16)
+        assert found["saving"]["value"] > 5
+
+
+def test_perplexity_is_of_the_text_and_needs_no_task(folder, asked, monkeypatch):
+    made = {"one": torch.tensor([5, 6, 35, 36, 37]), "other": torch.arange(20, 30)}
+    monkeypatch.setattr(finetune.texts, "sequences", lambda identity, *more: [made[identity["loader"]]])
+    monkeypatch.setitem(IDS, "text", {"loader": "one"})
+    monkeypatch.setitem(IDS, "second_text", {"loader": "other"})
+    before, after = (run(folder, epochs=epochs, tasks=()) for epochs in (0, 3))
+    assert after["perplexity"]["value"] < before["perplexity"]["value"] and not asked
+    assert after["second_perplexity"]["value"] > after["perplexity"]["value"]
+
+
+def test_a_batch_in_parts_takes_as_many_steps(folder, asked):
+    whole, parts = (run(folder, epochs=2, batch=4, together=n)["answers acc"]["value"] for n in (None, 2))
+    assert parts == pytest.approx(whole, abs=0.5)
+    with pytest.raises(PrunelabError, match="does not divide"):
+        run(folder, batch=4, together=3)
+
+
+def test_instructions_of_parquet_files_are_those_of_json(folder, monkeypatch):
+    """pyarrow is no requirement; a stub with what is used of it stands in."""
+    place = folder / "some" / "rows"
+    expected = [piece.tokens.tolist() for piece in load(folder)]
+    rows = [{"instruction": row["instruction"], "response": row["output"]} for row in ROWS]
+    (place / "rows.json").unlink()
+    whole = {key: value for key, value in IDS["data"].items() if key != "file"}
+    with pytest.raises(PrunelabError, match="no Parquet"):
+        instructions.load(whole, {"hub": str(folder)}, Tokenizer(), 64)
+    for name, part in (("a", rows[:5]), ("b", rows[5:])):
+        (place / f"{name}.parquet").write_text(json.dumps(part))
+    reads = ModuleType("pyarrow.parquet")
+    reads.read_table = lambda path: SimpleNamespace(to_pylist=lambda: json.loads(path.read_text()))
+    monkeypatch.setitem(sys.modules, "pyarrow", ModuleType("pyarrow"))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", reads)
+    pieces = instructions.load(whole, {"hub": str(folder)}, Tokenizer(), 64)
+    assert [piece.tokens.tolist() for piece in pieces] == expected
+
+
+def test_tied_embeddings_are_made_two_for_methods_that_change_one(folder, asked, monkeypatch):
+    monkeypatch.setattr(
+        loading, "language", lambda identity, config: (language_model(tie_word_embeddings=True), Tokenizer())
+    )
+    with pytest.raises(PrunelabError, match="tied"):
+        run(folder, "pat", "0.75", epochs=2)
+    assert run(folder, "pat", "0.75", epochs=2, untie=True)["saving"]["value"] > 5
+    assert run(folder, "pat", "1", {"rank": 4}, epochs=2, untie=True)["saving"]["value"] == 0
+
+
+@pytest.mark.parametrize("method", [None, "llm_pruner", "pat", "loraprune", "vtrans", "pst"])
+def test_half_precision_trains_in_bfloat16(folder, asked, monkeypatch, method):
+    monkeypatch.setattr(loading, "language", lambda identity, config: (language_model().half(), Tokenizer()))
+    monkeypatch.setattr(perplexity.texts, "windows", lambda *arguments: [torch.arange(5, 21) for _ in range(4)])
+    monkeypatch.setitem(IDS, "calibration", {"loader": "stories"})
+    more = {"calibration": 4, "calibration_length": 16, "rank": 0 if method is None else 2}
+    run(folder, method, method and "0.75", epochs=2, **more)
+    assert asked[0].dtype == torch.bfloat16
+    assert all(bool(parameter.isfinite().all()) for parameter in asked[0].parameters())

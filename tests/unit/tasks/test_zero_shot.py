@@ -84,6 +84,15 @@ def test_accuracies_come_back_as_percent_with_their_average(harness, tiny):
     assert call["model"].model is tiny and call["model"].tokenizer == "tokenizer"
 
 
+def test_tasks_with_other_worked_examples_are_asked_by_themselves(harness, tiny):
+    found = runner.measure(run(shots_of={"piqa": 5}, against=68.75), {})
+    assert found["relative"]["value"] == 100
+    assert [(call["tasks"], call["num_fewshot"]) for call in harness] == [(["boolq"], 0), (["piqa"], 5)]
+    assert harness[0]["model"] is harness[1]["model"] and found["average"]["value"] == 68.75
+    with pytest.raises(PrunelabError, match="names mmlu"):
+        runner.measure(run(shots_of={"mmlu": 5}), {})
+
+
 def test_the_harness_gets_the_pruned_model(harness, tiny):
     before = sum(int(p.count_nonzero()) for p in tiny.parameters())
     found = runner.measure(run("wanda", "0.5"), {})

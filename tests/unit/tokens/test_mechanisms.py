@@ -12,6 +12,9 @@ from torch import Tensor
 from prunelab.common.apply import apply
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
+from prunelab.common.tokens.role import TokenPruner
+from prunelab.common.tokens.signals import TokenSignals
 from prunelab.methods.dtop.method import DToP
 from tests.contract.families import FAMILIES
 from tests.contract.references import images as pictures
@@ -254,3 +257,41 @@ def test_a_language_model_shows_the_prompts_own_row():
     with apply(FromThePrompt(), model, 1.0) as handle:
         model(tokens)
         assert torch.allclose(handle.memory["seen"], want, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class InGroups(TokenPruner):
+    """Names groups of pictures' tokens, and sees them in the decoder."""
+
+    where: str = "projected"
+    name = "in_groups"
+
+    def sites(self, info: ModelInfo) -> list[Site]:
+        return [Site(0, self.where), Site(1, "input", 1), Site(2, "input", 2)]
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset()
+
+    def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        signals.memory[site.index] = signals.groups
+        if site.index:
+            return Plan(signals.keep(mask=signals.prunable & (signals.groups & 7 != 1)))
+        every = torch.arange(signals.prunable.shape[1]).expand(signals.prunable.shape)
+        return Plan(Gather(every), positions="original", groups=every % 3)
+
+
+@torch.no_grad()
+def test_groups_of_a_picture_are_known_in_the_decoder():
+    model = vlm("llava")
+    given = prompt("llava", images("llava", 2))
+    with apply(InGroups(), model, 1.0) as handle:
+        model(**given)
+    assert handle.memory[0] is None, "before they are named"
+    visual = (given["input_ids"] == model.config.image_token_id)[0]
+    first, then = handle.memory[1], handle.memory[2]
+    assert (first[:, visual] & 7).tolist() == [[n % 3 for n in range(16)]] * 2
+    assert bool((first[:, ~visual] == -1).all())
+    assert len(first[:, visual].unique()) == 6, "those of two pictures are unlike"
+    assert not (then & 7 == 1).any() and then.shape[1] == first.shape[1] - 5, "they follow the tokens that stay"
+    with pytest.raises(PrunelabError, match="groups are of single images"), apply(InGroups("packed"), model, 1.0):
+        model(**given)
