@@ -26,7 +26,8 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data_selection.losses import IGNORED, counted
 
 SIGNALS = (
-    "text", "loss", "entropy", "logits", "reference_loss", "history_loss", "prompt_attention",
+    "text", "loss", "entropy", "logits", "reference_loss", "history_loss", "prompt_attention", "last_attention",
+    "rater_attention",
 )  # fmt: skip
 
 
@@ -40,8 +41,10 @@ class Examples:
 
     Signals by name, aligned with the tokens, 0 where a token enters no loss: `loss` and `entropy` [n, N] under the
     model that is trained and its `logits` [n, N, V] (or [n, V]); `reference_loss` and `history_loss` [n, N] under the
-    services `reference` and `history`; `prompt_attention` [n, N], what each token pays to the prompt in one layer, the
-    mean over heads. `text`: the texts, an iterable that can be read again and holds one of them at a time.
+    services `reference` and `history`. In one layer, the mean over heads: `prompt_attention` [n, N], what each token
+    pays to the prompt; `rater_attention` [n, N], what it pays to those words of the prompt that the answer is most
+    like; `last_attention` [n, N], what the last token pays to each. `text`: the texts, an iterable that can be read
+    again and holds one of them at a time.
     """
 
     def __init__(
@@ -119,7 +122,10 @@ _REMEDY = {
     "text": "needs texts; give texts or a JSON-lines file",
     "reference_loss": "needs a reference model; give services={'reference': ...}",
     "history_loss": "needs the model of an earlier time; give services={'history': ...}",
-    **dict.fromkeys(("loss", "entropy", "logits", "prompt_attention"), "needs a model; give model="),
+    **dict.fromkeys(
+        ("loss", "entropy", "logits", "prompt_attention", "last_attention", "rater_attention"),
+        "needs a model; give model=",
+    ),
 }
 
 

@@ -38,7 +38,7 @@ class DataSelector(Method):
 
     when: `before` training, on a corpus, or `each_batch` with the model as it is by then. chooses: what its budget
     speaks of; of two amounts the first is for samples and the second for tokens. attention_layer: the layer whose
-    attention the signal `prompt_attention` is.
+    attention the signals `prompt_attention`, `rater_attention` and `last_attention` are of.
     """
 
     role: ClassVar[str] = "data_selector"

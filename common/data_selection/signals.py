@@ -14,12 +14,13 @@ from prunelab.common.core import attention_interface
 from prunelab.common.core.attention import BLOCK
 from prunelab.common.core.attention_interface import Recorder
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data_selection.losses import counted, token_entropy, token_loss
+from prunelab.common.data_selection.losses import IGNORED, counted, token_entropy, token_loss
 
 Batch = Mapping[str, Any]
 Forward = Callable[[nn.Module, Batch], Tensor]
 
-OWN = frozenset(("loss", "entropy", "logits", "prompt_attention"))  # what the model that is trained says
+ATTENTION = frozenset(("prompt_attention", "last_attention", "rater_attention"))  # of one layer
+OWN = frozenset(("loss", "entropy", "logits")) | ATTENTION  # what the model that is trained says
 SERVICES = {"reference_loss": "reference", "history_loss": "history"}
 WEIGHT = "loss_weight"  # field of a batch: what each sample or token counts
 _NO_INPUT = ("labels", "num_items_in_batch", WEIGHT, *SERVICES)
@@ -62,7 +63,8 @@ def sources(
     available: dict[str, Callable[[], Tensor]] = {}
     if model is not None:
         own = _Own(required, batch, model, layer, forward)
-        available |= {"logits": lambda: own.logits, "prompt_attention": lambda: own.prompt_attention}
+        available |= {"logits": lambda: own.logits}
+        available |= {name: lambda name=name: own.attention(name) for name in ATTENTION}  # type: ignore[misc]
         if labels is not None:
             available |= {
                 "loss": lambda: token_loss(own.logits, labels),
@@ -86,8 +88,8 @@ class _Own:
 
     def __init__(self, required: frozenset[str], batch: Batch, model: nn.Module, layer: int, forward: Forward) -> None:
         self.batch, self.model, self.layer, self.forward = batch, model, layer, forward
-        self.attends = "prompt_attention" in required
-        self.attention: Tensor | None = None
+        self.read = sorted(required & ATTENTION)
+        self._attention: dict[str, Tensor] = {}
         self._logits: Tensor | None = None
 
     @property
@@ -95,16 +97,13 @@ class _Own:
         """[B, N, V], or [B, V] of a classifier."""
         if self._logits is None:
             with evaluating(self.model):
-                self._logits = self._recorded() if self.attends else self.forward(self.model, self.batch)
+                self._logits = self._recorded() if self.read else self.forward(self.model, self.batch)
         return self._logits
 
-    @property
-    def prompt_attention(self) -> Tensor:
+    def attention(self, name: str) -> Tensor:
         """[B, N]."""
-        assert self.attends
         _ = self.logits
-        assert self.attention is not None
-        return self.attention
+        return self._attention[name]
 
     def _recorded(self) -> Tensor:
         recorder, stop = attention_interface.record(attention_layer(self.model, self.layer))
@@ -112,10 +111,21 @@ class _Own:
             logits = self.forward(self.model, self.batch)
             labels, tokens = self.batch["labels"], self.batch["input_ids"]
             valid = self.batch.get("attention_mask", torch.ones_like(tokens)).bool()
-            self.attention = prompt_attention(recorder, (labels == -100) & valid) * counted(labels)
+            prompt = (labels == IGNORED) & valid
+            for name in self.read:
+                if name == "last_attention":
+                    found = last_attention(recorder, valid)
+                else:
+                    seen = prompt if name == "prompt_attention" else self._raters(tokens, prompt)
+                    found = prompt_attention(recorder, seen)
+                self._attention[name] = found * counted(labels)
         finally:
             stop()
         return logits
+
+    def _raters(self, tokens: Tensor, prompt: Tensor) -> Tensor:
+        embed: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        return raters(embed(tokens).float(), prompt, counted(self.batch["labels"]))
 
 
 def attention_layer(model: nn.Module, layer: int) -> Any:
@@ -124,6 +134,27 @@ def attention_layer(model: nn.Module, layer: int) -> Any:
     if not -len(layers) <= layer < len(layers):
         raise PrunelabError(f"the model has {len(layers)} layers, and the method reads the attention of layer {layer}")
     return layers[layer]
+
+
+def last_attention(recorder: Recorder, valid: Tensor) -> Tensor:
+    """What the last of the valid [B, N] tokens pays to every token [B, N], the mean over heads."""
+    places = torch.arange(valid.shape[1], device=valid.device)
+    rows = (places * valid).amax(1, keepdim=True)
+    return recorder.weights(rows).float().mean(1).squeeze(1)
+
+
+def raters(embedded: Tensor, prompt: Tensor, answers: Tensor) -> Tensor:
+    """The tokens of the prompt [B, N] that the answers look most alike: those with more than the mean of the softmax
+    over the prompt of their products with the embedded tokens [B, N, D], averaged over answer tokens."""
+    batch, total, _ = embedded.shape
+    found, step = embedded.new_zeros(batch, total), max(1, BLOCK // (batch * total))
+    for start in range(0, total, step):
+        rows = answers[:, start : start + step]
+        alike = (embedded[:, start : start + step] @ embedded.mT).masked_fill(~prompt[:, None], float("-inf"))
+        found += (alike.softmax(-1).nan_to_num() * rows.unsqueeze(-1)).sum(1)
+    mean = found.sum(1, keepdim=True) / prompt.sum(1, keepdim=True).clamp_min(1)
+    best = prompt & (found > mean)
+    return torch.where(best.any(1, keepdim=True), best, prompt)
 
 
 def prompt_attention(recorder: Recorder, prompt: Tensor) -> Tensor:

@@ -36,8 +36,13 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
         zero_shot.harness()  # before anything is loaded
     method: Any = bench.method(DataSelector, WeightPruner, TrainingMethod)
     services = () if method is None else getattr(method, "services", ())
-    if unknown := set(services) - {"history", "teacher"}:
+    if unknown := set(services) - {"history", "teacher", "reference"}:
         raise PrunelabError(f"{bench.chosen} asks for a second model, {min(unknown)}, that this task does not train")
+    if "reference" in services and settings.reference is None:
+        raise PrunelabError(
+            f"{bench.chosen} asks for a reference model; say under the setting 'reference' on how many instructions it"
+            " is fine-tuned"
+        )
     if isinstance(method, TrainingMethod) and not settings.epochs:
         raise PrunelabError(f"{bench.chosen} prunes while a model trains, and 0 epochs train nothing; give some")
     model, tokenizer = loading.language(bench.ids["model"], bench.config)
@@ -59,6 +64,10 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
     if settings.untie:
         untie(model)
     seconds = {name: copy.deepcopy(model) for name in services}
+    if "reference" in services:
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(bench.seed))
+        drawn = sorted(order[: settings.reference].tolist())
+        seconds["reference"] = _trained(bench, seconds["reference"], [whole[i] for i in drawn]).requires_grad_(False)
     found: dict[str, Any] = {}
     if isinstance(method, WeightPruner):
         if settings.order == "train, prune":
@@ -86,7 +95,7 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
             model = _trained(bench, model, whole)
         found = fitting.chosen_each_batch(handle)
     if bench.device.type == "cuda":
-        found["memory_gb"] = {"value": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 3)}
+        found["gpu_gbytes"] = {"value": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 3)}
     for metric, text in held_out.items():
         found[metric] = perplexity.predicted(model, text)["perplexity"]
     return {**(zero_shot.scored(bench, model, tokenizer, batch=ASKED) if settings.tasks else {}), **found}

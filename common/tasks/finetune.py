@@ -23,7 +23,8 @@ SAMPLE = 512  # tokens of an instruction with its answer: a guess to foretell ti
 class Finetune(Task):
     """The data set is what the model is fine-tuned on; without a method it is trained on all of it, and with 0 epochs
     not at all. A method that prunes weights does so before or after the training, one that trains is the training. The
-    services `history` and `teacher` are the model as it was. Metrics are named as under `zero_shot`."""
+    services `history` and `teacher` are the model as it was, `reference` one that the setting of that name tells of.
+    Metrics are named as under `zero_shot`."""
 
     name: ClassVar[str] = "finetune"
     roles: ClassVar[tuple[str, ...]] = ("data_selector", "weight_pruner", "training_method")
@@ -47,9 +48,11 @@ class Finetune(Task):
         (all). rate, warmup: of the learning rate, which falls along a cosine. clip: the largest norm of a gradient.
         untie: whether embedding and output layer, where they are one parameter, are first made two. rank, alpha,
         dropout: of low-rank adapters (the extra `training`), which alone learn; rank 0 trains all weights. limited:
-        instructions of the data set to choose from (all). order: whether weights are pruned before the training or
-        after it. calibration, calibration_data, calibration_length: of the calibration set, as in `perplexity`; the
-        data must be named. text, second_text: what perplexity is of, in sequences of `text_length` tokens."""
+        instructions of the data set to choose from (all). reference: how many of them, drawn with the seed, the
+        service `reference` is fine-tuned on before, by the same recipe. order: whether weights are pruned before the
+        training or after it. calibration, calibration_data, calibration_length: of the calibration set, as in
+        `perplexity`; the data must be named. text, second_text: what perplexity is of, in sequences of `text_length`
+        tokens."""
 
         length: PositiveInt = 2048
         epochs: NonNegativeInt = 3
@@ -63,6 +66,7 @@ class Finetune(Task):
         alpha: NonNegativeInt = 16
         dropout: Share = 0.0
         limited: PositiveInt | None = None
+        reference: PositiveInt | None = None
         order: Literal["prune, train", "train, prune"] = "prune, train"
         calibration: NonNegativeInt = 32
         calibration_data: str | None = None

@@ -7,6 +7,7 @@ already) go; confident errors (high perplexity, low entropy) stay without their 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,6 +21,8 @@ from prunelab.common.data_selection.examples import Examples
 from prunelab.common.data_selection.role import DataPlan, DataSelector, best_samples, best_tokens
 
 Parts = tuple[Literal["samples", "tokens"], ...]
+Quadrants = tuple[Literal["Q1", "Q2", "Q3", "Q4"], ...]
+ALL_QUADRANTS: Quadrants = ("Q1", "Q2", "Q3", "Q4")
 
 
 def answer_mean(values: Tensor, answers: Tensor) -> Tensor:
@@ -41,15 +44,29 @@ def corners(perplexity: Tensor, entropy: Tensor, fraction: Tensor) -> tuple[Tens
     return high & unsure, high & sure, low & sure, low & unsure
 
 
-def bisection(perplexity: Tensor, entropy: Tensor, share: float, upper: float = 0.49, rounds: int = 10) -> Tensor:
-    """The fraction at which Q2 and Q4 hold about `share` of the samples: too few, and both axes relax (algorithm 1).
-    Their intervals move together, so that one fraction stands for both."""
+def within(quadrants: tuple[Tensor, ...], names: Quadrants) -> Tensor:
+    """Mask [n] of the samples in the quadrants named."""
+    mask = torch.zeros_like(quadrants[0])
+    for number, quadrant in enumerate(quadrants, 1):
+        mask = mask | quadrant if f"Q{number}" in names else mask
+    return mask
+
+
+def bisection(
+    perplexity: Tensor,
+    entropy: Tensor,
+    share: float,
+    upper: float = 0.49,
+    rounds: int = 10,
+    kept: Quadrants = ("Q2", "Q4"),
+) -> Tensor:
+    """The fraction at which the kept quadrants hold about `share` of the samples: too few, and both axes relax
+    (algorithm 1). Their intervals move together, so that one fraction stands for both."""
     low, high = perplexity.new_zeros((), dtype=torch.float64), perplexity.new_full((), upper, dtype=torch.float64)
     middle = (low + high) / 2
     for _ in range(rounds):
         middle = (low + high) / 2
-        _, misconceived, _, calibrating = corners(perplexity, entropy, middle)
-        few = (misconceived | calibrating).double().mean() < share
+        few = within(corners(perplexity, entropy, middle), kept).double().mean() < share
         low, high = torch.where(few, middle, low), torch.where(few, high, middle)
     return middle
 
@@ -78,6 +95,11 @@ class QTuning(DataSelector):
         Weight of the neighbours' perplexity, lambda.
     reverse
         Whether the tokens of lowest perplexity go, not those of highest: the ablation "Reversed PPL".
+    tokens : {"perplexity", "excess"}
+        What tokens are ranked by: their perplexity, or, as in Rho-1, by how much their loss exceeds that of a model
+        `reference`; of the latter the largest stay.
+    dropped, thinned
+        Quadrants whose samples go, and those that lose tokens: the ablations of tables 4 and 15.
     upper, rounds
         Where the interval of the bisection ends, 0.49 in the pseudo-code and 0.5 in the text, and how often it is
         halved.
@@ -85,6 +107,9 @@ class QTuning(DataSelector):
 
     neighbours: NonNegativeFloat = 0.5
     reverse: bool = False
+    tokens: Literal["perplexity", "excess"] = "perplexity"
+    dropped: Quadrants = ("Q1", "Q3")
+    thinned: Quadrants = ("Q2",)
     upper: Share = 0.49
     rounds: NonNegativeInt = 10
 
@@ -92,8 +117,12 @@ class QTuning(DataSelector):
     when: ClassVar[Literal["before", "each_batch"]] = "each_batch"
     chooses: ClassVar[Parts] = ("samples", "tokens")
 
+    @property
+    def services(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("reference",) if self.tokens == "excess" else ()
+
     def requires(self) -> frozenset[str]:
-        return frozenset({"loss", "entropy"})
+        return frozenset({"loss", "entropy"} | ({"reference_loss"} if self.tokens == "excess" else set()))
 
     def plan(self, examples: Examples, budget: Budget) -> DataPlan:
         samples, tokens = self.budgets(budget)
@@ -101,16 +130,34 @@ class QTuning(DataSelector):
         perplexity = answer_mean(examples.loss.double(), answers).exp()
         entropy = answer_mean(examples.entropy.double(), answers)
         share = samples.count(len(examples)) / len(examples)
-        fraction = bisection(perplexity, entropy, share, self.upper, self.rounds)
-        noisy, misconceived, known, calibrating = corners(perplexity, entropy, fraction)
+        left = tuple(name for name in ALL_QUADRANTS if name not in self.dropped)
+        fraction = bisection(perplexity, entropy, share, self.upper, self.rounds, left)
+        quadrants = corners(perplexity, entropy, fraction)
         # assumption: where more than the budget lie in Q2 and Q4, supp decides among them, too; where all four corners
         # hold too few, samples of the middle come last.
-        rank = 2.0 * (misconceived | calibrating) + 1.0 * (noisy | known)
+        rank = 2.0 * within(quadrants, left) + 1.0 * within(quadrants, self.dropped)
         kept = best_samples(rank + 0.5 * support(perplexity, entropy), samples)
-        scores = smoothed(examples.loss.double().exp(), answers, self.neighbours)
-        mask = best_tokens(scores if self.reverse else -scores, answers, tokens)
+        mask = best_tokens(self.worth(examples), answers, tokens)
         # assumption: what fills up from other corners keeps all of its tokens, as Q4 does.
-        return DataPlan(kept, torch.where(misconceived[:, None], mask, answers))
+        return DataPlan(kept, torch.where(within(quadrants, self.thinned)[:, None], mask, answers))
+
+    def worth(self, examples: Examples) -> Tensor:
+        """What a quadrant's tokens are kept by [n, N]."""
+        if self.tokens == "excess":
+            return examples.loss - examples.reference_loss
+        scores = smoothed(examples.loss.double().exp(), examples.counted, self.neighbours)
+        return scores if self.reverse else -scores
+
+
+def info_batch(loss: Tensor, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """InfoBatch (arXiv 2303.04947) brought to a batch and a budget: worth [n], by which `count` samples stay, and what
+    each counts [n]. Samples whose loss [n] is below the mean go first, in a random order, then the others; those below
+    it that stay stand for those that went."""
+    low = loss < loss.mean()
+    drawn = torch.rand(len(loss), generator=rng).to(loss.device)
+    gone = (len(loss) - count) / low.sum().clamp_min(1)  # r, the share that goes of those below the mean
+    weight = torch.where(low & (gone < 1), 1 / (1 - gone).clamp_min(1e-12), torch.ones_like(loss))
+    return drawn - 1.0 * low, weight
 
 
 @dataclass(frozen=True)
@@ -120,35 +167,62 @@ class SamplesAndTokens(DataSelector):
 
     Parameters
     ----------
-    samples : {"random", "shortest", "entropy"}
-        At random, all but the longest (the paper's Longest), or those of highest entropy.
-    tokens : {"random", "perplexity"}
-        At random, or all but those of highest perplexity.
+    samples : {"random", "shortest", "entropy", "infobatch"}
+        At random, all but the longest (the paper's Longest), those of highest entropy, or all but those of low loss.
+    tokens : {"random", "perplexity", "fastv", "sparsevlm", "rho1", "token_cleaning"}
+        At random; all but those of highest perplexity; all but those to which the last token pays least in the final
+        layer; all but those that pay least to the prompt's relevant words; those whose loss exceeds that of a model
+        `reference` most, or those whose loss fell most from a model `history` to it.
     """
 
-    samples: Literal["random", "shortest", "entropy"] = "random"
-    tokens: Literal["random", "perplexity"] = "random"
+    samples: Literal["random", "shortest", "entropy", "infobatch"] = "random"
+    tokens: Literal["random", "perplexity", "fastv", "sparsevlm", "rho1", "token_cleaning"] = "random"
 
     name: ClassVar[str] = "samples_and_tokens"
     when: ClassVar[Literal["before", "each_batch"]] = "each_batch"
     chooses: ClassVar[Parts] = ("samples", "tokens")
 
+    @property
+    def services(self) -> tuple[str, ...]:  # type: ignore[override]
+        return {"rho1": ("reference",), "token_cleaning": ("reference", "history")}.get(self.tokens, ())
+
     def requires(self) -> frozenset[str]:
-        return frozenset(n for n in (_SAMPLES[self.samples], _TOKENS[self.tokens]) if n)
+        return frozenset((*_SAMPLES[self.samples], *_TOKENS[self.tokens]))
 
     def plan(self, examples: Examples, budget: Budget) -> DataPlan:
         samples, tokens = self.budgets(budget)
         answers, device = examples.counted, examples.counted.device
-        worth = torch.rand(len(examples), generator=examples.rng).to(device)
+        worth, weight = torch.rand(len(examples), generator=examples.rng).to(device), None
         if self.samples == "entropy":
             worth = answer_mean(examples.entropy, answers)
         elif self.samples == "shortest":
             worth = -examples.lengths.double()
-        scores = torch.rand(answers.shape, generator=examples.rng).to(device)
-        if self.tokens == "perplexity":
-            scores = -examples.loss
-        return DataPlan(best_samples(worth, samples), best_tokens(scores, answers, tokens))
+        elif self.samples == "infobatch":
+            count = samples.count(len(examples))
+            worth, weight = info_batch(answer_mean(examples.loss, answers), count, examples.rng)
+        return DataPlan(best_samples(worth, samples), best_tokens(self.worth(examples), answers, tokens), weight)
+
+    def worth(self, examples: Examples) -> Tensor:
+        """What the tokens [n, N] are kept by."""
+        if self.tokens == "random":
+            return torch.rand(examples.counted.shape, generator=examples.rng).to(examples.counted.device)
+        first, *second = (getattr(examples, name) for name in _TOKENS[self.tokens])
+        scores: Tensor = first - second[0] if second else first
+        return -scores if self.tokens == "perplexity" else scores
 
 
-_SAMPLES = {"random": "", "shortest": "", "entropy": "entropy"}  # rules and the signal that each reads
-_TOKENS = {"random": "", "perplexity": "loss"}
+# Rules and the signals that each reads; of two the difference counts.
+_SAMPLES: Mapping[str, tuple[str, ...]] = {
+    "random": (),
+    "shortest": (),
+    "entropy": ("entropy",),
+    "infobatch": ("loss",),
+}
+_TOKENS: Mapping[str, tuple[str, ...]] = {
+    "random": (),
+    "perplexity": ("loss",),
+    "fastv": ("last_attention",),
+    "sparsevlm": ("rater_attention",),
+    "rho1": ("loss", "reference_loss"),
+    "token_cleaning": ("history_loss", "reference_loss"),
+}

@@ -11,6 +11,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data_selection.engine import applied, select
 from prunelab.common.data_selection.losses import counted, token_loss
+from prunelab.common.data_selection.signals import raters, sources
 from prunelab.methods.prior_vlp.method import Prior, token_weights
 from prunelab.methods.prior_vlp.tables import EXAMPLE, worked_example
 from prunelab.methods.q_tuning.method import (
@@ -18,6 +19,7 @@ from prunelab.methods.q_tuning.method import (
     SamplesAndTokens,
     bisection,
     corners,
+    info_batch,
     quantile,
     smoothed,
     support,
@@ -133,6 +135,67 @@ def test_pairs_of_baselines():
     assert SamplesAndTokens().requires() == frozenset()
     with pytest.raises(PrunelabError, match="samples must be one of"):
         SamplesAndTokens("longest")
+
+
+def test_infobatch_drops_low_losses_first_and_lets_those_left_stand_for_them():
+    loss, rng = T([1.0, 2.0, 3.0, 8.0, 9.0]), torch.Generator().manual_seed(0)
+    worth, weight = info_batch(loss, 4, rng)  # one of the three below the mean goes
+    assert worth[:3].max() < worth[3:].min() and torch.allclose(weight, T([1.5, 1.5, 1.5, 1, 1]))
+    assert info_batch(loss, 2, rng)[1].tolist() == info_batch(loss, 1, rng)[1].tolist() == [1] * 5
+    batch = Batch(T([[0, 1.0, 1.0, 1.0], [0, 5.0, 5.0, 5.0]]), T([1.0, 2.0]))
+    plan = SamplesAndTokens("infobatch").plan(batch, Budget((0.5, 1.0)))
+    assert plan.samples.index.tolist() == [[1]] and plan.weight.tolist() == [1, 1]
+
+
+def test_quadrants_go_and_lose_tokens_as_an_ablation_asks():
+    loss = T([[0, 3.0, 4.0, 5.0], [0, 1.0, 3.0, 5.0], [0, 0.1, 0.1, 0.1], [0, 0.2, 0.3, 0.4]])
+    batch = Batch(loss, T([3.0, 0.1, 0.1, 3.0]))
+    kept = QTuning(neighbours=0.0, dropped=("Q3",), thinned=("Q1", "Q2")).plan(batch, Budget((0.75, 0.34)))
+    assert kept.samples.index.tolist() == [[0, 1, 3]]
+    assert kept.tokens.sum(1).tolist() == [1, 1, 3, 3]
+    every = QTuning(neighbours=0.0, thinned=("Q2", "Q4")).plan(batch, Budget((0.5, 0.34)))
+    assert every.samples.index.tolist() == [[1, 3]] and every.tokens.sum(1).tolist() == [3, 1, 3, 1]
+    batch.reference_loss = torch.zeros_like(batch.loss)
+    excess = QTuning(tokens="excess").plan(batch, Budget((0.5, 0.34)))
+    assert excess.tokens[1].tolist() == [False, False, False, True] and QTuning(tokens="excess").services
+
+
+@pytest.mark.parametrize(
+    ("rule", "signals"),
+    [("fastv", {"last_attention"}), ("sparsevlm", {"rater_attention"}), ("rho1", {"loss", "reference_loss"}),
+     ("token_cleaning", {"history_loss", "reference_loss"})],
+)  # fmt: skip
+def test_tokens_of_largest_score_stay_under_each_rule(rule, signals):
+    method = SamplesAndTokens(tokens=rule)
+    batch = Batch(torch.zeros(1, 4), T([1.0]))
+    for name in signals:
+        setattr(batch, name, T([[0, 3.0, 2.0, 1.0]]) if name != "reference_loss" else torch.zeros(1, 4))
+    assert method.requires() == signals
+    assert method.plan(batch, Budget((1.0, 0.34))).tokens.tolist() == [[False, True, False, False]]
+
+
+def test_the_last_token_and_the_words_that_an_answer_is_like_are_read_from_attention():
+    model, data = language_model(attn_implementation="eager").eval(), batch()
+    valid, labels = data["attention_mask"].bool(), data["labels"]
+    needed = frozenset({"last_attention", "rater_attention", "prompt_attention"})
+    given = sources(needed, data, model, {}, -1)
+    found = {name: given[name]() for name in needed}
+    with torch.no_grad():
+        paid = model(**{**data, "labels": None}, output_attentions=True).attentions[-1].mean(1)
+    prompt, answers = (labels == -100) & valid, counted(labels)
+    last = valid.sum(1) - 1
+    assert torch.allclose(found["last_attention"], paid[torch.arange(6), last] * answers, atol=1e-5)
+    words = model.get_input_embeddings()(data["input_ids"])
+    for i in range(6):
+        alike = (words[i][answers[i]] @ words[i][prompt[i]].T).softmax(-1).mean(0)
+        chosen = prompt[i].nonzero().flatten()[alike > alike.mean()]
+        assert torch.allclose(found["rater_attention"][i], paid[i][:, chosen].sum(-1) * answers[i], atol=1e-5)
+    assert (found["rater_attention"] <= found["prompt_attention"] + 1e-6).all()
+
+
+def test_without_a_relevant_word_the_whole_prompt_rates():
+    same, prompt = torch.ones(1, 4, 2), T([[True, True, False, False]])
+    assert raters(same, prompt, ~prompt).tolist() == prompt.tolist()
 
 
 def test_weights_of_a_caption_have_the_mean_one():

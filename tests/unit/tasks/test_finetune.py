@@ -106,7 +106,26 @@ def test_what_a_selector_leaves_of_batches_and_of_the_data_set_is_told(folder, a
     assert each["samples"]["value"] == 50 and each["tokens"]["value"] <= 50
     once = run(folder, "q_tuning", "1,1", epochs=1)
     assert once["samples"]["value"] == 100
-    with pytest.raises(PrunelabError, match="second model"):
+
+
+@pytest.mark.parametrize("tokens", ["fastv", "sparsevlm", "rho1", "token_cleaning"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_tokens_are_chosen_inside_a_training_by_whatever_the_rule_reads(folder, asked, tokens, rank):
+    if rank:
+        pytest.importorskip("peft")
+    options = {"tokens": tokens, "samples": "infobatch"}
+    found = run(folder, "samples_and_tokens", "0.5,0.5", options, epochs=2, reference=6, rank=rank)
+    assert found["samples"]["value"] == 50 and 0 < found["tokens"]["value"] < 50
+
+
+def test_a_reference_model_is_trained_where_a_rule_asks_for_it_alone(folder, asked, monkeypatch):
+    trained = []
+    own = finetune._trained
+    monkeypatch.setattr(finetune, "_trained", lambda b, m, s: (trained.append(len(s)), own(b, m, s))[1])
+    run(folder, "q_tuning", "0.5,0.5", {"tokens": "excess"}, epochs=1, reference=5)
+    run(folder, "q_tuning", "0.5,0.5", epochs=1, reference=5)
+    assert trained == [5, 12, 12]
+    with pytest.raises(PrunelabError, match="setting 'reference'"):
         run(folder, "rho1", "0.5")
 
 
