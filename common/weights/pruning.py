@@ -289,7 +289,8 @@ def _calibration(
         for name, part in parts.items()
     }
     asked = any(method.statistics(unit) for unit in method.units)
-    for name in chains if several and asked else [""]:
+    measured = [name for name in chains if method.measures(name)]
+    for name in measured if several and asked else [""]:
         if not any(found[key].items for key in ([name] if several and asked else found) if key in found):
             of = f" for {name}" if name else ""
             raise PrunelabError(

@@ -69,6 +69,11 @@ class WeightPruner(Method):
         """Whether the method touches a target of its units."""
         return True
 
+    def measures(self, component: str) -> bool:
+        """Whether a calibration set passes through this component of a model of several, if any does: by default
+        through each."""
+        return True
+
     def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
         """What is accumulated over the calibration set at each target of a unit, by name."""
         return {}

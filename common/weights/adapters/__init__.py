@@ -32,9 +32,9 @@ def weight_adapter(model: Model, names: Sequence[str] = ()) -> WeightAdapter:
     """The adapter of the model's class, else that of its nearest parent class that has one, else one that takes it.
 
     A model of several components is a mapping of modules by name, or has one as its `components`, as the pipelines of
-    diffusers do; `names` are those to prune, by default all of a mapping.
+    diffusers do, and modules may; `names` are those to prune, by default all of a mapping.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or (names and isinstance(getattr(model, "components", None), Mapping)):
         return _components(model, names)
     if names:
         raise PrunelabError(f"a {type(model).__qualname__} has no components by name; give one budget for all of it")
