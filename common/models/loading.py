@@ -282,3 +282,22 @@ def vision_language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> t
         raise PrunelabError(f"{folder} holds no config.json; give a folder in the hub's layout")
     model = pretrained(AutoModelForImageTextToText, folder, dtype="auto", use_safetensors=True, **devices.spread())
     return model.eval(), pretrained(AutoProcessor, folder)
+
+
+def text_to_image(identity: Mapping[str, Any], config: Mapping[str, Any], half: bool = False) -> Any:
+    """A text-to-image pipeline from a hub checkpoint or a folder in its layout, perhaps in half precision."""
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError:
+        raise PrunelabError('this model is a pipeline of diffusers; pip install -e ".[generation]"') from None
+    folder = Path(identity["folder"]) if "folder" in identity else hub.folder(identity, "model", config)
+    options = {"use_safetensors": True, "torch_dtype": torch.float16 if half else torch.float32}
+    return pretrained(DiffusionPipeline, folder, **options)
+
+
+def clip(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A CLIP model of transformers in eval mode and its processor."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    folder = Path(identity["folder"]) if "folder" in identity else hub.folder(identity, "model", config)
+    return pretrained(CLIPModel, folder, use_safetensors=True).eval(), pretrained(CLIPProcessor, folder)
