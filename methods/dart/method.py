@@ -41,8 +41,10 @@ def set_order(index: Tensor, real: Tensor) -> Tensor:
     integers, which depends on the numbers alone."""
     orders = []
     for row, there in zip(index.tolist(), real.tolist(), strict=True):
-        place = {number: i for i, number in enumerate(row) if there[i]}
-        visited = [place[number] for number in set(place)]
+        numbers = [number for number, is_there in zip(row, there, strict=True) if is_there]
+        visited = [
+            row.index(number) for number in set(numbers)
+        ]  # of a list: a dictionary would size the table otherwise
         orders.append(visited + [i for i in range(len(row)) if i not in visited])
     return torch.tensor(orders, device=index.device)
 

@@ -48,6 +48,9 @@ def chosen(method: HiRED, rows: Mapping[str, Tensor], crops: int, total: int, mo
         grids=((round(patches**0.5),) * 2,) * crops,
         mosaic=mosaic,
     )
+    if mosaic is not None:  # also where the budget is everything, which a plan keeps whole
+        early, scores = (importance(signals.at(reading)) for reading in method.readings())
+        return method.of_crops(early, scores, signals, total).index[0]
     return method.plan(method.sites(signals.info)[0], signals, Budget(total, "count")).reduce.index[0]  # type: ignore[union-attr]
 
 

@@ -26,7 +26,7 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
         return merge(inputs)
     if "in_embeddings" in inputs:
         return encoder(inputs)
-    return dual(inputs) if "in_attention_text_rows" in inputs else prefill(inputs)
+    return dual(inputs) if "in_attention_text_rows" in inputs else prefill(inputs, wanted)
 
 
 def merge(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -81,7 +81,7 @@ def encoder(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     model.model.multi_modal_projector = nn.Identity()
     method = MustDrop(threshold=float(inputs["hp_threshold"]), rate=float(inputs["hp_keep_rate"]))
     with apply(method, model.eval(), 1.0) as handle:
-        model.model.get_image_features(torch.zeros(1, 3, side, side), return_dict=True)
+        model.model.get_image_features(torch.zeros(len(x), 3, side, side), return_dict=True)
         seen = handle.adapter.encoding  # type: ignore[attr-defined]
         row = seen.own("cls_row", layers - 1, width // int(inputs["hp_heads"]))[..., 1:]
     tokens = seen.merged if isinstance(seen.reduced, Mix) else handle.adapter.features  # type: ignore[attr-defined]
@@ -118,7 +118,7 @@ class _Decoder(MustDrop):
         return found
 
 
-def prefill(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def prefill(inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
     span = int(inputs["hp_system"]), int(inputs["hp_image"])
     model, prompt = llava(inputs, torch.from_numpy(inputs["in_inputs_embeds"]), [span])
     method = _Decoder(
@@ -136,10 +136,10 @@ def prefill(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             image = (index[0] >= span[0]) & (index[0] < sum(span))
             found[f"out_keep_stage{number}"] = (places[image] - span[0]).numpy()
             before = index[0]
+    stored = "out_cache_key_layer"
+    found |= {n: cache.layers[int(n.removeprefix(stored))].keys.numpy() for n in wanted if n.startswith(stored)}
     return found | {
         "out_last_hidden": output.last_hidden_state.numpy(),
         "out_position_ids_last_layer": seen[-1]["position_ids"][0].numpy(),
         "out_cache_lengths": np.array([cache.get_seq_length(layer) for layer in range(len(seen))]),
-        "out_cache_key_layer2": cache.layers[2].keys.numpy(),
-        "out_cache_key_layer8": cache.layers[8].keys.numpy(),
     }

@@ -10,15 +10,16 @@ from transformers import DynamicCache
 
 from prunelab.common.apply import apply
 from prunelab.common.core.budget import Budget
-from prunelab.methods.pyramiddrop.method import PyramidDrop
+from prunelab.common.core.plan import Plan, Site
+from prunelab.common.tokens.signals import TokenSignals
+from prunelab.methods.pyramiddrop.method import PyramidDrop, similarity
 from tests.golden.llava import entering, llava, positions
 
 TOLERANCE = {"": (1e-5, 1e-4)}
 
 
-def counts(inputs: Mapping[str, np.ndarray]) -> list[int]:
-    """Image tokens of the first sample that each stage leaves; the authors cut floating point products off."""
-    tokens = int(inputs["in_image_tokens" if "in_image_tokens" in inputs else "in_image_tokens_original"][0])
+def counts(tokens: int, inputs: Mapping[str, np.ndarray]) -> list[int]:
+    """Image tokens of so many that each stage leaves; the authors cut floating point products off."""
     return [int(tokens * float(ratio)) for ratio in inputs["hp_ratio_list"]]
 
 
@@ -33,7 +34,7 @@ def whole(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     span = int(inputs["in_image_start"][0]), int(inputs["in_image_tokens"][0])
     model, prompt = llava(inputs, embeds, [span], later)
     layers = tuple(inputs["hp_layer_list"].tolist())
-    method, budget = PyramidDrop(layers, of="image"), Budget(tuple(counts(inputs)), "count")
+    method, budget = PyramidDrop(layers, of="image"), Budget(tuple(counts(span[1], inputs)), "count")
     depth, cache = len(model.model.language_model.layers), DynamicCache(config=model.config.text_config)
     found: dict[str, np.ndarray] = {}
     with apply(method, model, budget) as handle, entering(model) as seen:
@@ -66,11 +67,19 @@ def stage(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     starts = inputs["in_image_start"].tolist()
     images = [(start, int(n - words)) for start, n, words in zip(starts, mask.sum(1), text, strict=True)]
     model, prompt = llava(inputs, torch.from_numpy(inputs["in_features"]), images)
-    budget = Budget(counts(inputs)[int(inputs["hp_stage"])], "count")
-    with apply(PyramidDrop((0,)), model, budget) as handle, entering(model) as seen:
+    number = int(inputs["hp_stage"])
+    left = [counts(tokens, inputs)[number] for tokens in inputs["in_image_tokens_original"].tolist()]
+
+    class Counted(PyramidDrop):
+        """A stage of its own knows neither what came before nor, in an amount for all, unlike images."""
+
+        def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+            return Plan(signals.keep(left, scores=similarity(signals.coming_row)), positions=self.positions)
+
+    with apply(Counted((0,)), model, 1.0) as handle, entering(model) as seen:
         model.model(**prompt, attention_mask=mask.long())
         running = handle.adapter.running  # type: ignore[attr-defined]
-        valid = running.tokens.valid
+        valid = torch.ones_like(seen[0]["x"][..., 0]).bool() if running.tokens.valid is None else running.tokens.valid
         return {
             "out_features": (seen[0]["x"] * valid.unsqueeze(-1)).numpy(),
             "out_attention_mask": valid.numpy(),

@@ -34,7 +34,7 @@ def withdraw(inputs: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, .
             "out_last_logits": logits[-1].numpy(),
             "out_logits_text": logits[-text:].numpy(),
             "out_length": np.array(len(logits)),
-            "out_position_ids_first": np.arange(embeds.shape[1]),
+            "out_position_ids_first": seen[0]["position_ids"][0].numpy(),
             "out_position_ids_last": seen[-1]["position_ids"][0].numpy(),
             "out_cache_lengths": np.array([cache.get_seq_length(layer) for layer in range(depth)]),
         }

@@ -82,3 +82,10 @@ def test_what_cannot_be_is_said():
             DART(**bad)
     with pytest.raises(PrunelabError, match="dart reads keys"), apply(DART((0,)), vlm("llava"), 0.5):
         pass
+
+
+def test_the_set_is_made_of_a_list():
+    """A dictionary's numbers lie in another order: its size is known when the set's table is made."""
+    index = torch.tensor([[229, 345, 325, 636, 546, 552, 437, 638]])
+    order = set_order(index, torch.ones_like(index).bool())
+    assert index.gather(1, order)[0].tolist() == [546, 325, 229, 552, 437, 345, 636, 638]
