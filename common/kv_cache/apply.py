@@ -85,7 +85,7 @@ class CacheHandle:
         config = self.decoder.config
         self.depth: int = config.num_hidden_layers
         self.context: int = config.max_position_embeddings
-        self.info = ModelInfo("decoder", self.depth, config.num_attention_heads, config.hidden_size, self.context)
+        self.info = sizes(config)
         self.layers: list[PrunedLayer] = []  # of the cache that was used last
         if budget.unit not in ("ratio", "count", "removed"):
             raise PrunelabError(f"a cache is pruned to a ratio, a count or by a number removed, not to {budget}")
@@ -447,6 +447,19 @@ def check(method: CachePruner, model: nn.Module) -> None:
             f"layers of a {config.model_type} with a sliding window hide entries by themselves; set"
             " config.sliding_window=None before the model is built"
         )
+    if reason := method.misfit(sizes(config)):
+        raise PrunelabError(reason)
+
+
+def sizes(config: Any) -> ModelInfo:
+    """The sizes of a decoder, by its config."""
+    return ModelInfo(
+        "decoder",
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.hidden_size,
+        config.max_position_embeddings,
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from prunelab.common.core import attention, selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
-from prunelab.common.core.plan import Gather, Plan, Site
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
 from prunelab.common.core.signals import Signals
 from prunelab.common.kv_cache.layer import AllButOne
 
@@ -107,6 +107,10 @@ class CachePruner(Method):
     @abstractmethod
     def requires(self, site: Site) -> frozenset[str]:
         """Names of the signals read at a layer."""
+
+    def misfit(self, info: ModelInfo) -> str | None:
+        """Why the method cannot work on a decoder of these sizes; None where it can. Asked before any work."""
+        return None
 
     def score(self, site: Site, signals: CacheSignals) -> Tensor:
         """Importance [B, KV, N] of every cache entry, larger is better."""

@@ -142,6 +142,14 @@ class DyCokeCache(OwnAttention):
     exempt = {"budget": "nothing leaves the cache: a step reads less of it"}
     when = "decode"
 
+    def misfit(self, info: ModelInfo) -> str | None:
+        if self.layer < info.depth:
+            return None
+        last = info.depth - 1
+        return (
+            f"{self.name} reads less from layer {self.layer} on, but this model has layers 0 to {last}; set its layer"
+        )
+
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"queries", "keys", "values"})
 

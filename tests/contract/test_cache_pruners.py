@@ -21,12 +21,13 @@ from tests.contract import references
 from tests.contract.references import invariant
 
 LENGTH, MORE = 80, 6
+DEPTH = 4  # of the decoder: the defaults of all methods name layers that it has
 METHODS = [c() for c in registry.load().values() if issubclass(c, CachePruner)] + [references.ReceivedCache()]
 every = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 
 
 def decoder(**overrides: Any) -> Any:
-    return references.language_model("llama", max_position_embeddings=256, **overrides)
+    return references.language_model("llama", max_position_embeddings=256, **{"num_hidden_layers": DEPTH, **overrides})
 
 
 def services(method: CachePruner) -> dict[str, Any]:
@@ -76,8 +77,8 @@ def test_budget_is_met_and_order_kept(method, budget):
     _, handle = read(method, decoder(), tokens(), budget)
     extra = MORE * (method.when == "prefill")
     with invariant("budget", method):
-        assert handle.prompt.entries == (budget.count(LENGTH),) * 3
-        assert handle.report().entries == (budget.count(LENGTH) + extra,) * 3
+        assert handle.prompt.entries == (budget.count(LENGTH),) * DEPTH
+        assert handle.report().entries == (budget.count(LENGTH) + extra,) * DEPTH
     for layer in handle.layers:
         assert bool((layer.indices.diff(dim=-1) > 0).all())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from prunelab.common.apply import apply
+from prunelab.common.apply import apply, supports
 from prunelab.common.core.errors import PrunelabError
 from prunelab.methods.dycoke.method import DyCoke, DyCokeCache, temporal_merging
 from tests.contract.references import language_model
@@ -85,3 +85,10 @@ def test_a_settled_step_reads_what_was_chosen_last():
 def test_a_prompt_shorter_than_its_start_is_refused():
     with pytest.raises(PrunelabError, match="say where the video is"):
         steps(DyCokeCache(layer=1, start=99), 0.5)
+
+
+def test_a_decoder_without_its_layer_is_refused_before_any_work():
+    model = language_model("llama", max_position_embeddings=128)
+    with pytest.raises(PrunelabError, match="from layer 3 on, but this model has layers 0 to 2; set its layer"):
+        apply(DyCokeCache(), model, 0.5).__enter__()
+    assert not supports(DyCokeCache(), model) and supports(DyCokeCache(layer=2), model)
