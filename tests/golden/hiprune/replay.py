@@ -19,7 +19,7 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
         middle, last, width = middle.unsqueeze(0), last.unsqueeze(0), int(inputs["in_hw"][1])
         keep = round(middle.shape[1] * round(float(inputs["in_retain_ratio"]), 6))
     else:
-        middle, last = (importance(attention.sum(2)[..., 1:]) for attention in (middle, last))
+        middle, last = (importance(attention.mean(1, keepdim=True).mean(2)[..., 1:]) for attention in (middle, last))
         width, keep = 24, int(inputs["in_retention_total"]) // int(inputs["in_batch"])
     scores = ranked(middle, last, keep, round(float(inputs["in_alpha"]), 6), width)
     index, _ = selection.top_k(scores, keep)
