@@ -8,6 +8,7 @@ attention never runs. Models that share a configuration share the function, not 
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -303,6 +304,21 @@ def cache_in(given: Mapping[str, Any]) -> Any:
     """The cache among a module's arguments or outputs, by the name of any release; None where there is none."""
     found = given.get("cache")
     return given.get("past_key_values") if found is None else found
+
+
+def pixels_name(model: Any) -> str:
+    """What this release of transformers calls the pixels of images that a class's encoder reads."""
+    names = inspect.signature(model.get_image_features).parameters
+    return "pixel_values" if "pixel_values" in names else "pixel_values_images"  # the latter before 5.23
+
+
+def pixels_in(given: Mapping[str, Any], modality: str) -> Tensor:
+    """The pixels among the arguments of an encoder of images or videos, by the name of any release."""
+    if modality == "video":
+        found: Tensor = given["pixel_values_videos"]
+    else:
+        found = given["pixel_values" if given.get("pixel_values") is not None else "pixel_values_images"]
+    return found
 
 
 def with_cache(given: Mapping[str, Any], held: Any) -> dict[str, Any]:

@@ -57,6 +57,34 @@ def _llava_next_video(tower: int, text: dict[str, Any]) -> nn.Module:
     return t.LlavaNextVideoForConditionalGeneration(config)
 
 
+def _video_llava(tower: int, text: dict[str, Any]) -> nn.Module:
+    import transformers as t
+
+    clip = t.CLIPVisionConfig(**VISION | {"num_hidden_layers": tower}, image_size=32, patch_size=8)
+    marks = {"image_token_index": IMAGE, "video_token_index": VIDEO}
+    config = t.VideoLlavaConfig(vision_config=clip, text_config=t.LlamaConfig(**text), **marks)
+    return t.VideoLlavaForConditionalGeneration(config)
+
+
+def _llava_mistral(tower: int, text: dict[str, Any]) -> nn.Module:
+    import transformers as t
+
+    clip = t.CLIPVisionConfig(**VISION | {"num_hidden_layers": tower}, image_size=32, patch_size=8)
+    mistral = t.MistralConfig(**text, sliding_window=None)
+    config = t.LlavaNextConfig(
+        vision_config=clip, text_config=mistral, image_token_id=IMAGE, image_grid_pinpoints=CROPS
+    )
+    return t.LlavaNextForConditionalGeneration(config)
+
+
+def _pictures(pixels: Tensor) -> Shown:
+    import transformers as t
+
+    from prunelab.common.core.attention_interface import pixels_name
+
+    return {pixels_name(t.VideoLlavaModel): pixels}, 16
+
+
 def _tiles(pixels: Tensor) -> Shown:
     return {"pixel_values": pixels}, 16
 
@@ -83,6 +111,8 @@ def _pairs(videos: Tensor) -> Shown:
 KIN: Mapping[str, Kin] = {
     "qwen2_vl": Kin(_qwen2_vl, _patches, _pairs),
     "internvl": Kin(_internvl, _tiles, class_token=True),
+    "video_llava": Kin(_video_llava, _pictures, _frames(17), class_token=True),
+    "llava_mistral": Kin(_llava_mistral, _anyres, class_token=True),
     "llava_next_video": Kin(_llava_next_video, _anyres, _frames(4), class_token=True),
 }
 MOVING = tuple(name for name, kin in KIN.items() if kin.film)

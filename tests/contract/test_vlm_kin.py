@@ -20,12 +20,15 @@ from prunelab.methods.fastervlm.method import FasterVLM
 from prunelab.methods.fastv.method import FastV
 from prunelab.methods.random_drop.method import RandomDrop
 from tests.contract.kin import KIN, MOVING, asked, filmed, kin
+from tests.contract.vlms import VIDEO
 from tests.unit.tokens.test_vlm import Reader, check_generation, oracle
 
 PROJECTED = RandomDrop((0,), "projected", positions="renumber")
 PACKED = RandomDrop((0,), "packed")
 INSIDE = RandomDrop((0, 3), "input")
 CUTS = (PACKED, RandomDrop((0,), "packed", positions="renumber"), INSIDE, FastV(1))
+ENCODED = RandomDrop((0,), "encoded", positions="renumber")
+TOWER = RandomDrop((1,), "tower", positions="renumber")
 KEEPERS = (PROJECTED, PACKED, INSIDE, DivPrune(), FastV(2))
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 every = pytest.mark.parametrize("family", KIN)
@@ -46,6 +49,24 @@ def test_keep_all_is_the_identity(family, ask):
         with apply(method, model, 1.0):
             assert torch.allclose(model(**given).logits[mask], dense[mask], atol=2e-5), method
         assert torch.equal(model(**given).logits, dense), "and everything is as before"
+
+
+@asking
+@torch.no_grad()
+def test_what_happens_before_the_projector(family, ask):
+    """Tokens that leave the encoder, or behind it, leave the sequence; where the class joins patches none leave it."""
+    model = kin(family)
+    given = ask(family, model)
+    dense, mask = model(**given).logits, given["attention_mask"].bool()
+    for method in (ENCODED, TOWER):
+        if method.where not in adapter_for(model).signals:
+            with pytest.raises(PrunelabError, match=f"prunes at '{method.where}', but"), apply(method, model, 0.5):
+                pass
+            continue
+        with apply(method, model, 1.0):
+            assert torch.allclose(model(**given).logits[mask], dense[mask], atol=2e-5), method
+        with apply(method, model, 0.5):
+            assert model(**given).logits.shape[1] < dense.shape[1]
 
 
 @asking
@@ -167,3 +188,10 @@ def test_costs_follow_the_tokens(family):
         assert handle.report().tokens == ((half, half),) * 4
     with apply(PROJECTED, model, 0.5) as handle:
         assert handle.report().macs < report.dense_macs
+    if family in MOVING:
+        given = filmed(family, model, (6,), frames=4)
+        with apply(FastV(2), model, 0.5) as handle:
+            seen = handle.report(adapter.shaped(given))
+            assert seen.tokens[0][0] == given["input_ids"].shape[1]
+        if "video_grid_thw" not in given:  # whose videos have no standard size
+            assert adapter.visual_tokens(adapter.prompt(frames=4)) == int((given["input_ids"] == VIDEO).sum())

@@ -107,8 +107,8 @@ class VisionLanguage(DecoderSide):
         """Visual tokens of a prompt."""
         counts = self.counts(prompt.modality, prompt.pixels)
         grids = self.crop_grids(prompt.modality, prompt.pixels, len(counts))
-        sizes = zip(counts, grids, strict=True)
-        patches = [torch.empty(crops, height * width, 1, device="meta") for crops, (height, width) in sizes]
+        sizes, more = zip(counts, grids, strict=True), int(prompt.modality in self.class_features)
+        patches = [torch.empty(crops, height * width + more, 1, device="meta") for crops, (height, width) in sizes]
         return sum(map(len, self.packing(prompt.modality, prompt.pixels)(patches)))
 
     def example(self) -> Prompt:
@@ -196,7 +196,7 @@ class VisionLanguage(DecoderSide):
 
     def install(self, application: Application) -> Callable[[], None]:
         removers: list[Callable[[], Any]] = []
-        self.recorders, self.tower_recorders, self.encoded = {}, {}, {}
+        self.recorders, self.all_recorders, self.encoded = {}, {}, {}
         try:
             for stop in self._watch_tower(application):
                 removers.append(stop)

@@ -43,8 +43,9 @@ class FeatureSide(TowerSide):
         one size are decided on together."""
 
         def hook(module: Any, args: tuple[Any, ...]) -> Any:
-            encoding, special = self.encoding, int(site.class_token)
+            encoding = self.encoding
             modality, given, found = encoding.modality, encoding.given, args[0]
+            special = int(site.class_token and self.outside(modality))
             self._take_recorders()
             features = list(found.split(self.counts(modality, given)))
             grids = self.crop_grids(modality, given, len(features))
@@ -82,7 +83,7 @@ class FeatureSide(TowerSide):
         if encoding.decisions:
             output = encoding.projected(output)
         elif encoding.reduced is not None:
-            output = encoding.features(output, int(self.class_token))
+            output = encoding.features(output, self.outside(encoding.modality))
         self._own.features = output
         return output
 
@@ -92,6 +93,8 @@ class FeatureSide(TowerSide):
         """Features [crops, units, D] of images of one shape as the units [G, crops * units, D] of a site, `special`
         ones in front of the patches of each crop."""
         count, units = features[0].shape[:2]
+        if encoded.seen.modality in self.class_features:
+            special = 1  # they come with the features
         x = torch.stack([f.flatten(0, 1) for f in features])
         prunable = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if special:
@@ -190,7 +193,7 @@ class FeatureSide(TowerSide):
 
     def _left(self, application: Application, encoded: Encoded, images: Sequence[int]) -> tuple[Tensor, Plan]:
         """Tokens [G, crops * patches, D] of images of one shape, and what is left of them behind the tower."""
-        special, bounds, seen = int(self.class_token), encoded.bounds(), encoded.seen
+        special, bounds, seen = self.outside(encoded.seen.modality), encoded.bounds(), encoded.seen
         crops, size = encoded.features[images[0]].shape[:2]
         if isinstance(seen.reduced, Mix):
             made = [seen.left_of(slice(bounds[i], bounds[i] + crops), crops, special) for i in images]

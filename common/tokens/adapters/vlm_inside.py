@@ -68,13 +68,13 @@ class TowerSide(VisionSide):
 
     def _watch_tower(self, application: Application) -> Iterator[Callable[[], Any]]:
         """Hooks on the layers of the tower that are read, and that tokens leave before."""
-        layers = self.encoder() if self.tower() else []
+        names = dict.fromkeys(self.towers[modality] for modality in self.tokens)
         features, wanted = len(self.tower()) - 1, self._read_of_tower(application)
         sites = [site for site in application.sites if site.where == "tower"]
-        if sites:
+        for layers in map(self.encoder, names if sites else ()):
             yield before(layers[0], self._begin_tower, first=True)
-        for site in sites:  # before what reads the layer
-            yield before(layers[site.layer], self._cut_tower(application, site))
+            for site in sites:  # before what reads the layer
+                yield before(layers[site.layer], self._cut_tower(application, site))
         for site in application.sites:
             required = application.method.requires(site)
             if site.class_token:
@@ -84,8 +84,9 @@ class TowerSide(VisionSide):
                     wanted.setdefault(site.layer - 1, set())
             elif required & FEATURES and (site.where != "input" or not site.layer):
                 wanted.setdefault(features, set())
-        for layer, names in wanted.items():
-            yield from self._watch_tower_layer(layer, names)
+        for name in names:
+            for layer, signals in wanted.items():
+                yield from self._watch_tower_layer(name, layer, signals)
 
     def _read_of_tower(self, application: Application) -> dict[int, set[str]]:
         """What is read of the tower's layers: names by layer."""
@@ -96,10 +97,11 @@ class TowerSide(VisionSide):
                     found.setdefault(self.tower_layer(reading), set()).add(reading.name)
         return found
 
-    def _watch_tower_layer(self, layer: int, names: set[str]) -> Iterator[Callable[[], Any]]:
-        """Hooks that keep what these signals of a layer are made from."""
-        block, attention = self.encoder()[layer], self.attention(layer)
-        self.tower_recorders[layer], stop = record(attention)
+    def _watch_tower_layer(self, tower: str, layer: int, names: set[str]) -> Iterator[Callable[[], Any]]:
+        """Hooks that keep what these signals of a tower's layer are made from."""
+        block = self.encoder(tower)[layer]
+        attention = getattr(block, self.tower_attention)
+        self.all_recorders.setdefault(tower, {})[layer], stop = record(attention)
         yield stop
         yield before(block, self._see_tower(layer))
         if "hidden" in names:
@@ -173,10 +175,12 @@ class TowerSide(VisionSide):
 
     def _of_patches(self, reading: Reading, encoded: Encoded, part: Part = "patches") -> list[Tensor]:
         """A signal of a layer of the tower, [crops, N, channels] of each image."""
-        layer, special = self.tower_layer(reading), int(self.class_token)
-        whole = encoded.seen.signal(reading.name, layer, self.tower_head, special, part)
+        layer, modality = self.tower_layer(reading), encoded.seen.modality
+        if part == "patches" and modality in self.class_features:
+            part = "all"
+        whole = encoded.seen.signal(reading.name, layer, self.tower_head, int(self.class_token), part)
         if part == "patches":
-            whole = self.pooled(encoded.seen.modality, whole)
+            whole = self.pooled(modality, whole)
         return list(whole.split([len(features) for features in encoded.features]))
 
     def _from_tower(self, reading: Reading, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunelab.common.core.attention_interface import pixels_in, pixels_name
 from prunelab.common.tokens.adapters.vlm import VisionLanguage
 from prunelab.common.tokens.adapters.vlm_vision import squares
 
@@ -117,6 +118,27 @@ class LlavaNextVideo(LlavaNext):
 
     def pooled(self, modality: str, values: Tensor) -> Tensor:
         return squares(values, self.config.spatial_pool_stride) if modality == "video" else values
+
+
+class VideoLlava(Llava):
+    """Video-LLaVA: images as LLaVA-1.5, and videos through an encoder of their own, whose frames bring the encoder's
+    class token along: it stands before a frame's patches and stays, except where the decoder's sequence is pruned."""
+
+    family = "video_llava"
+    model_classes = ("transformers.models.video_llava.modeling_video_llava.VideoLlavaForConditionalGeneration",)
+    tokens = {"image": "image_token_id", "video": "video_token_id"}
+    towers = {"image": "image_tower", "video": "video_tower"}
+    class_features = frozenset({"video"})
+
+    def pixels(self) -> dict[str, Any]:
+        (pixels,) = super().pixels().values()
+        return {pixels_name(type(self.body)): pixels}
+
+    def video(self, frames: int) -> dict[str, Any]:
+        return _frames(self, frames)
+
+    def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
+        return _lengths(given) if modality == "video" else [1] * len(pixels_in(given, modality))
 
 
 class LlavaOnevision(LlavaNext):

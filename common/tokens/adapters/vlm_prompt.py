@@ -39,7 +39,7 @@ class Prompt:
         return Encoding(self)
 
     def encode(self, model: Any) -> list[Tensor]:
-        """Visual tokens [N, D] of each image or video."""
+        """Visual tokens [..., D] of each image, video or frame."""
         encode = getattr(model.model, f"get_{self.modality}_features")
         tokens: list[Tensor] = encode(**self.pixels, return_dict=True).pooler_output
         return tokens
@@ -47,7 +47,7 @@ class Prompt:
     def run(self, model: Any) -> Any:
         """Encoder and prefill, with the output layer for the last token alone, as in `generate`. Which tokens are
         visual is told beside the forward, since ids have no values here."""
-        count = sum(map(len, self.encode(model)))
+        count = sum(tokens.shape[:-1].numel() for tokens in self.encode(model))
         weight = model.get_input_embeddings().weight
         sequence = torch.empty(1, self.text + count, weight.shape[1], dtype=weight.dtype, device=weight.device)
         visual = torch.zeros(1, self.text + count, dtype=torch.bool)

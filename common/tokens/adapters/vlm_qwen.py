@@ -45,6 +45,7 @@ class Qwen2VL(VisionLanguage):
     family = "qwen2_vl"
     model_classes = ("transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLForConditionalGeneration",)
     tokens = {"image": "image_token_id", "video": "video_token_id"}
+    towers = {"image": "visual", "video": "visual"}
     tower_reads = frozenset({"received"})
     signals = {where: known for where, known in VisionLanguage.signals.items() if where not in ("tower", "encoded")}
 
@@ -72,7 +73,7 @@ class Qwen2VL(VisionLanguage):
 
     # -- the encoder ---------------------------------------------------------------------------------------------
 
-    def encoder(self) -> Sequence[Any]:
+    def encoder(self, name: str | None = None) -> Sequence[Any]:
         blocks: Sequence[Any] = self.body.visual.blocks
         return blocks
 
@@ -88,7 +89,7 @@ class Qwen2VL(VisionLanguage):
         size: int = self.tower()[0].attn.head_dim
         return size
 
-    def _watch_tower_layer(self, layer: int, names: set[str]) -> Iterator[Callable[[], Any]]:
+    def _watch_tower_layer(self, tower: str, layer: int, names: set[str]) -> Iterator[Callable[[], Any]]:
         """Keeps queries and keys of all patches before windows part them, and how they are turned."""
         attention = self.tower()[layer].attn
 

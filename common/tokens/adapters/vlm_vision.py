@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunelab.common.core.attention_interface import Recorder
+from prunelab.common.core.attention_interface import Recorder, pixels_in
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import arguments, replaced
 from prunelab.common.core.plan import ModelInfo
@@ -84,6 +84,8 @@ class VisionSide(SequenceAdapter[Prefill]):
 
     tower_reads: ClassVar[frozenset[str]] = READ  # what methods may read of the tower's layers
     tower_attention: ClassVar[str] = "self_attn"  # what the tower's layers call it
+    towers: ClassVar[Mapping[str, str]] = {"image": "vision_tower", "video": "vision_tower"}  # of each modality
+    class_features: ClassVar[frozenset[str]] = frozenset()  # modalities whose crops bring their class token along
     tokens: ClassVar[Mapping[str, str]] = {"image": "image_token_id"}  # placeholder of each modality, in the config
 
     def __init__(self, model: nn.Module) -> None:
@@ -91,7 +93,7 @@ class VisionSide(SequenceAdapter[Prefill]):
         owner: Any = model
         self.config: Any = owner.config
         self.body: Any = owner.model
-        self.tower_recorders: dict[int, Recorder] = {}  # by layer of the tower
+        self.all_recorders: dict[str, dict[int, Recorder]] = {}  # by tower and layer
 
     def started(self) -> Prefill:
         return Prefill()
@@ -161,7 +163,7 @@ class VisionSide(SequenceAdapter[Prefill]):
 
     def crop_pixels(self, modality: str, given: Mapping[str, Any]) -> list[Tensor] | None:
         """Pixels [crops, 3, H, W] of each image or video, where the encoder takes whole crops."""
-        pixels = given["pixel_values_videos" if modality == "video" else "pixel_values"]
+        pixels = pixels_in(given, modality)
         if pixels.dim() == 4:
             return list(pixels.unsqueeze(1))
         counts = self.counts(modality, given)
@@ -173,14 +175,19 @@ class VisionSide(SequenceAdapter[Prefill]):
 
     # -- the encoder ---------------------------------------------------------------------------------------------------
 
-    def encoder(self) -> Sequence[Any]:
-        """All layers of the tower; none where they cannot be read."""
-        tower: nn.Module = self.body.vision_tower
-        return [m for m in tower.modules() if hasattr(getattr(m, self.tower_attention, None), "q_proj")]
+    @property
+    def tower_recorders(self) -> dict[int, Recorder]:
+        """Recorders by layer of the tower that is at work in this thread, or was last."""
+        return self.all_recorders.get(self.towers[self.encoding.modality], {})
 
-    def attention(self, layer: int) -> Any:
-        """The attention of a layer of the tower."""
-        return getattr(self.encoder()[layer], self.tower_attention)
+    def outside(self, modality: str) -> int:
+        """How many class tokens of a crop its features come without."""
+        return int(self.class_token and modality not in self.class_features)
+
+    def encoder(self, name: str | None = None) -> Sequence[Any]:
+        """All layers of a tower, left out that of images; none where they cannot be read."""
+        tower: nn.Module = getattr(self.body, self.towers["image"] if name is None else name)
+        return [m for m in tower.modules() if hasattr(getattr(m, self.tower_attention, None), "q_proj")]
 
     def tower(self) -> Sequence[Any]:
         """The tower's layers up to the one whose output becomes features; none where they cannot be read."""
@@ -200,7 +207,7 @@ class VisionSide(SequenceAdapter[Prefill]):
         layers, (height, width) = self.tower(), self.grid()
         if not layers or "tower" not in self.signals:
             return None
-        attention, special = self.attention(0), int(self.class_token)
+        attention, special = getattr(layers[0], self.tower_attention), int(self.class_token)
         return ModelInfo(
             family=f"{self.family}_tower",
             depth=len(layers),
@@ -220,7 +227,7 @@ class VisionSide(SequenceAdapter[Prefill]):
     @property
     def tower_head(self) -> int:
         """Channels of a head of the tower."""
-        size: int = self.attention(0).head_dim
+        size: int = getattr(self.tower()[0], self.tower_attention).head_dim
         return size
 
     def _watch_encoder(self, modality: str) -> Callable[[], Any]:
@@ -237,7 +244,8 @@ class VisionSide(SequenceAdapter[Prefill]):
                 part = "video without a frame" if modality == "video" else "prompt's images without pixels"
                 raise PrunelabError(f"the model was given a {part}; give at least one")
             self._own.features = None
-            self._own.encoding = TowerPass(modality=modality, given=given, recorders=self.tower_recorders)
+            encoding = self._own.encoding = TowerPass(modality=modality, given=given)
+            encoding.recorders = self.tower_recorders
             output = original(*args, **kwargs)
             pack, seen = self.packing(modality, given), self.encoding
             self._take_recorders()
