@@ -1,8 +1,9 @@
-"""Time to the first token, speed of writing and memory of an image or video language model on a CUDA GPU: the published
-architecture with random weights, since weights do not change the speed."""
+"""Time to the first token, speed of writing and memory of a language model, also of images or video, on a CUDA GPU: the
+published architecture with random weights, since weights do not change the speed."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from prunelab.common.models import devices, loading
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.adapters.vlm import VisionLanguage
 from prunelab.common.tokens.adapters.vlm_prompt import Prompt
-from prunelab.common.tokens.role import TokenPruner
 
 if TYPE_CHECKING:
     from prunelab.common.tasks.prefill import Prefill
@@ -36,12 +36,14 @@ def timed(bench: Bench[Prefill.Settings], device: torch.device, warm_up: int, re
     torch.manual_seed(0)
     model = loading.initialised(bench.ids["model"], str(device))
     devices.note(model)
-    adapter = adapter_for(model)
-    assert isinstance(adapter, VisionLanguage)
-    settings, new = bench.settings, bench.settings.new
-    prompt = adapter.prompt(settings.frames, settings.text)
-    given = contents(adapter, prompt, device)
-    with bench.at_work(bench.method(TokenPruner), model):
+    settings, new, method = bench.settings, bench.settings.new, bench.method()
+    given, told = asked(model, settings, device)
+    dense = answered(model, given, new, warm_up, repeats) if settings.against_dense else None
+    if method is not None and method.role == "weight_pruner":
+        cutting = importlib.import_module("prunelab.common.measures.size")  # by name, see `by_role`
+        cutting.cut(method, model, bench.budget)
+        method = None
+    with bench.at_work(method, model):
         own = answered(model, given, new, warm_up, repeats)
     results: dict[str, float | None] = {
         "ttft": own.first,
@@ -49,20 +51,33 @@ def timed(bench: Bench[Prefill.Settings], device: torch.device, warm_up: int, re
         "decode": own.decode,
         "total": own.total,
         "memory_gb": None if own.memory is None else own.memory / 1e9,
+        "memory_mib": None if own.memory is None else own.memory / 2**20,
     }
-    if settings.against_dense:
-        dense = answered(model, given, new, warm_up, repeats)
-        results |= {"ttft_speedup": dense.first / own.first, "decode_speedup": own.decode / dense.decode}
+    if dense is not None:
+        results |= {"ttft_speedup": dense.first / own.first, "total_speedup": dense.total / own.total}
+        results["decode_speedup"] = own.decode / dense.decode
     where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    told = (
-        f"random weights in {str(adapter.body.dtype).removeprefix('torch.')} on {where}; {prompt.text} text tokens and"
-        f" {adapter.visual_tokens(prompt)} visual ones before pruning, {new} written"
-    )
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    told = f"random weights in {dtype} on {where}; {told}, {new} written"
     return {
         name: {"value": round(value, 5), "n": repeats, "protocol": told}
         for name, value in results.items()
         if value is not None
     }
+
+
+def asked(model: Any, settings: Prefill.Settings, device: torch.device) -> tuple[dict[str, Any], str]:
+    """Arguments of the model's `generate` for a prompt, and its size in words."""
+    if hasattr(model.config, "vision_config"):
+        adapter = adapter_for(model)
+        assert isinstance(adapter, VisionLanguage)
+        prompt = adapter.prompt(settings.frames, settings.text)
+        seen = adapter.visual_tokens(prompt)
+        return contents(adapter, prompt, device), f"{prompt.text} text tokens and {seen} visual ones before pruning"
+    if settings.text is None or settings.text < 2 or settings.frames:
+        raise PrunelabError("this language model reads text alone; give text=2 tokens of it or more, and no frames")
+    ids = torch.randint(3, model.config.vocab_size, (1, settings.text)).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, f"a prompt of {settings.text} tokens"
 
 
 def contents(adapter: VisionLanguage, prompt: Prompt, device: torch.device) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Perplexity(Task):
         "loss": Metric("negative log likelihood", "nats a token", higher_is_better=False),
         "accuracy": Metric("next tokens right", "%", higher_is_better=True),
         "tokens": Metric("tokens predicted"),
+        "seconds": Metric("time of reading the text", "s", higher_is_better=False, timed=True),
         **SIZES,
         **OF_EXPERTS,
     }

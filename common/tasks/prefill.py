@@ -1,5 +1,5 @@
-"""Time to the first token, speed of writing and memory of an image or video language model on a CUDA GPU: the published
-architecture with random weights, since weights do not change the speed."""
+"""Time to the first token, speed of writing and memory of a language model, also of images or video, on a CUDA GPU: the
+published architecture with random weights, since weights do not change the speed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 class Prefill(Task):
-    """Medians of 30 timed runs after warm-up, of one prompt of random content, encoder and the method's decisions
-    included."""
+    """Medians of 30 timed runs after warm-up, of one prompt of random content: with the encoder, and with the decisions
+    of methods that prune tokens. Weights are pruned before: as many units leave as the budget says, see `size`."""
 
     name: ClassVar[str] = "prefill"
-    roles: ClassVar[tuple[str, ...]] = ("token_pruner",)
+    roles: ClassVar[tuple[str, ...]] = ("token_pruner", "weight_pruner")
+    by_role: ClassVar[Mapping[str, str]] = {"weight_pruner": "common/measures/size.py"}
     scales: ClassVar[tuple[str, ...]] = ("paper",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"architecture"})
     needs_gpu: ClassVar[bool] = True
@@ -32,11 +33,16 @@ class Prefill(Task):
         "ttft_speedup": Metric(
             "speed of the first token against the unpruned model", higher_is_better=True, timed=True
         ),
+        "total_speedup": Metric(
+            "speed of the whole answer against the unpruned model", higher_is_better=True, timed=True
+        ),
+        "memory_mib": Metric("the most that the allocator held", "MiB", higher_is_better=False, timed=True),
         "decode_speedup": Metric("speed of writing against the unpruned model", higher_is_better=True, timed=True),
     }
 
     class Settings(base.Settings):
-        """frames: of a video, else it is an image. text: tokens around it. new: tokens of the answer (64 are an
+        """frames: of a video, else it is an image. text: tokens around it, or of a prompt
+        of text alone, which must be named. new: tokens of the answer (64 are an
         assumption). against_dense: adds the ratios to the unpruned model."""
 
         frames: NonNegativeInt = 0

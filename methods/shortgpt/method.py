@@ -18,14 +18,16 @@ from prunelab.common.core.options import PositiveInt
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Probe, Statistics, Target, Unit, WeightSignals
 
-Metric = Literal["cosine", "angular"]
+Metric = Literal["cosine", "angular", "magnitude"]
 
 
 def block_influence(before: Tensor, after: Tensor, metric: Metric = "cosine") -> Tensor:
     """Influence [...] of a layer on every token, from hidden states [..., D] in front of it and behind: one minus
-    their cosine (Eq. 1), or the angle between them as a share of a half turn. As released, a cosine with a zero vector
-    is 0.5."""
+    their cosine (Eq. 1), the angle between them as a share of a half turn, or the magnitude of what the layer adds as a
+    share of what comes out. As released, a cosine with a zero vector is 0.5."""
     before, after = before.float(), after.float()  # products of norms overflow half precision
+    if metric == "magnitude":
+        return (after - before).norm(dim=-1) / after.norm(dim=-1).clamp_min(torch.finfo(after.dtype).tiny)
     norms = before.norm(dim=-1) * after.norm(dim=-1)
     cosine = torch.where(norms == 0, 0.5, (before * after).sum(-1) / norms)
     return 1 - cosine if metric == "cosine" else cosine.clamp(-1, 1).arccos() / math.pi
@@ -40,7 +42,8 @@ class ShortGPT(WeightPruner):
     stride
         Tokens of a piece: calibration documents are cut into pieces that are read from position 0.
     metric
-        `cosine`, the paper's, or `angular`, which the authors' metric offers as well.
+        `cosine`, the paper's, `angular`, which the authors' metric offers as well, or `magnitude`: relative magnitude,
+        a baseline of the paper (arXiv 2312.09299).
     final_norm
         As released, the last layer's output is taken behind the final norm, as libraries report it. False takes what
         the layer itself puts out.

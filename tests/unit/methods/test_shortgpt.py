@@ -96,3 +96,8 @@ def test_what_it_cannot_use_is_refused():
     with pytest.raises(PrunelabError, match="NaN"):
         prune(ShortGPT(), model, "1removed", token_ids(), progress=False)
     assert len(model.model.layers) == 3
+
+
+def test_relative_magnitude_is_what_a_layer_adds_over_what_comes_out():
+    before, after = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 0.0]])
+    assert block_influence(before, after, "magnitude").tolist() == [pytest.approx(4 / 3), 0.0]

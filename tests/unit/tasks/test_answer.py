@@ -288,6 +288,35 @@ def test_times_of_a_small_model(entry, method, settings):
         )
 
 
+TEXT = {
+    "library": "transformers", "name": "LlamaForCausalLM",
+    "arguments": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+                  "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "budget"),
+    [
+        (None, {}, None), ("lazyllm", {}, "0.5"), ("random_drop", {"layers": [0], "where": "input"}, "0.5"),
+        ("llm_pruner", {}, "0.5"), ("slicegpt", {}, "0.75"), ("prunenet", {}, "0.7"),
+        ("random_weights", {"units": ["heads", "channels"]}, "0.5"),
+    ],
+)  # fmt: skip
+def test_times_of_a_model_of_text(method, options, budget):
+    settings = {"text": 24, "new": 4, "against_dense": True}
+    run = Run("prefill", "paper", method, options, budget, settings, {"model": TEXT})
+    value = values(found := prefill.timed(runner.bench(run, {}), CPU, 1, 2))
+    assert min(value[name] for name in ("ttft", "total", "ttft_speedup", "total_speedup", "decode_speedup")) > 0
+    assert "a prompt of 24 tokens" in found["ttft"]["protocol"]
+
+
+def test_a_model_of_text_says_what_it_lacks():
+    for settings in ({}, {"text": 24, "frames": 4}):
+        with pytest.raises(PrunelabError, match="reads text alone"):
+            prefill.timed(runner.bench(Run("prefill", "paper", settings=settings, ids={"model": TEXT}), {}), CPU, 0, 1)
+
+
 def test_random_weights_have_the_published_precision():
     model = loading.initialised(SMALL["image"] | {"dtype": "bfloat16"}, "cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
