@@ -51,7 +51,8 @@ class Checkpoint(Strict):
 
     licence: by its name, or in words. needs: what a reader must have or do besides. gated: the hub asks who downloads
     it. gb: what is downloaded, in GB (1e9 bytes), approximately: the hub's own figures are shown where it answers.
-    gpus: how many of 80 GB hold it in 16 bits.
+    gpus: how many of 80 GB hold it in 16 bits. one_view: whether a picture is read whole, where the published processor
+    cuts it into tiles.
     """
 
     licence: str = Field(min_length=1)
@@ -68,6 +69,7 @@ class Checkpoint(Strict):
     processor: Hub | None = None
     transform: dict[str, Any] = Field(default_factory=dict)
     windows: dict[str, Any] = Field(default_factory=dict)
+    one_view: bool = False
 
     @model_validator(mode="after")
     def _comes_from_somewhere(self) -> Checkpoint:

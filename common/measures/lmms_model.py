@@ -20,6 +20,7 @@ from rich.progress import track
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import videos
 from prunelab.common.data.images import rgb
+from prunelab.common.measures.examples import Examples
 
 WORDS = 1024  # new tokens where a task sets no limit, as in the library's wrappers of LLaVA
 Request = tuple[Any, Callable[[Any], list[dict[str, Any]]], dict[str, Any], int, str, str]
@@ -28,9 +29,9 @@ Request = tuple[Any, Callable[[Any], list[dict[str, Any]]], dict[str, Any], int,
 class VisualModel(lmms):
     """A model and processor of transformers behind lmms-eval's interface.
 
-    batch: questions of one `generate`. frames: taken of every video, evenly. pruned: opens the `with` block around each
-    `generate`, such as `lambda: apply(method, model, budget)`; questions without image or video are asked outside it,
-    as they hold nothing to prune.
+    batch: questions of one `generate`. frames: taken of every video, evenly. shown: examples before a question.
+    pruned: opens the `with` block around each `generate`, such as `lambda: apply(method, model, budget)`; questions
+    without image or video are asked outside it, as they hold nothing to prune.
     """
 
     is_simple = False  # tasks hand over messages with their images and videos in place
@@ -42,6 +43,7 @@ class VisualModel(lmms):
         *,
         batch: int = 1,
         frames: int = 32,
+        shown: Examples | None = None,
         pruned: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__()
@@ -49,6 +51,7 @@ class VisualModel(lmms):
             raise PrunelabError("the processor has no chat template; use a checkpoint that ships one")
         self.model, self.processor = model, processor
         self.batch, self.frames, self.pruned = batch, frames, pruned
+        self.shown = shown or Examples()
         processor.tokenizer.padding_side = "left"  # answers begin where prompts end
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -79,7 +82,9 @@ class VisualModel(lmms):
         """The answers of one batch by place: questions with something to see, then those without."""
         results: dict[bool, dict[int, ChatMessages]] = {}
         for place, (_, messages, _, document, task, split) in asked.items():
-            turn = ChatMessages(messages=messages(self.task_dict[task][split][document]))
+            documents = self.task_dict[task][split]
+            before = self.shown.before(messages, task, documents, document)
+            turn = ChatMessages(messages=[*before, *messages(documents[document])])
             shown, filmed, heard = turn.extract_media()
             if heard:
                 raise PrunelabError(f"the task {task} plays sounds, which these models do not hear")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.measures.bench import Bench
+from prunelab.common.measures.examples import Examples
 from prunelab.common.measures.scores import CAPTIONS, COUNTED, SHARES, SUMS, average, relative
 from prunelab.common.models import devices, loading
 
@@ -28,14 +29,15 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     model = devices.place(model, bench.device, half=True)
     method: Any = bench.method()
     own = {"budget": matched(bench, method, model)} if settings.match and method is not None else {}
+    read, groups = definitions(settings.tasks, settings.include, settings.prompts)
     asked = wrapper(
         model,
         processor,
         batch=settings.batch,
         frames=settings.frames,
+        shown=Examples(settings.shots, bench.seed, {e["task"]: e.get("doc_to_target") for e in read}),
         pruned=partial(bench.at_work, method, model, **own),
     )
-    read, groups = definitions(settings.tasks, settings.include, settings.prompts)
     data = {str(value["hub"]): value for name, value in bench.ids.items() if name.startswith("data of ")}
     tasks = [lmms_eval.api.task.ConfigurableMessagesTask(config=e | located(e, data, bench.config)) for e in read]
     with TemporaryDirectory() as folder:  # some tasks write their answers to a file when they are scored
@@ -55,6 +57,8 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     protocol = f"lmms-eval {importlib.metadata.version('lmms_eval')} ({versions}); videos of {settings.frames} frames"
     if settings.prompts:
         protocol += "; prompts with " + ", ".join(f"{key}={value}" for key, value in settings.prompts.items())
+    if settings.shots:
+        protocol += f"; {settings.shots} examples before each question, drawn with seed {bench.seed} from the others"
     if own:
         protocol += f"; the budget {own['budget']} gives the layers {bench.budget} of an image's tokens, in the mean"
     if settings.average:

@@ -263,7 +263,8 @@ def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Pr
 
 def vision_language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, Any]:
     """An image or video language model in eval mode and its processor: a testbed (whose samples come as the model reads
-    them, so that there is none), a folder in hub layout, one of the assets, or a hub checkpoint."""
+    them, so that there is none), a folder in hub layout, one of the assets, or a hub checkpoint. Where the identity
+    says `one_view`, LLaVA-NeXT reads a picture whole, as LLaVA-1.5 does, whose class its weights fit."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     importlib.import_module("prunelab.common.backbones.llava_video")  # makes its class known to both
@@ -280,8 +281,27 @@ def vision_language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> t
         raise PrunelabError(f"cannot load an image or video model from {dict(identity)}; see configs/models.yaml")
     if not (folder / "config.json").exists():
         raise PrunelabError(f"{folder} holds no config.json; give a folder in the hub's layout")
+    if identity.get("one_view"):
+        return _one_view(folder)
     model = pretrained(AutoModelForImageTextToText, folder, dtype="auto", use_safetensors=True, **devices.spread())
     return model.eval(), pretrained(AutoProcessor, folder)
+
+
+def _one_view(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoProcessor, CLIPImageProcessor, LlavaForConditionalGeneration
+    from transformers import LlavaProcessor as WholePictures
+
+    kind = pretrained(AutoConfig, folder).model_type
+    if kind != "llava_next":
+        raise PrunelabError(f"{folder} holds a {kind}; LLaVA-NeXT alone has tiles to leave out")
+    model = pretrained(LlavaForConditionalGeneration, folder, dtype="auto", use_safetensors=True, **devices.spread())
+    tiled = pretrained(AutoProcessor, folder)
+    whole = WholePictures(
+        pretrained(CLIPImageProcessor, folder), tiled.tokenizer, patch_size=tiled.patch_size,
+        vision_feature_select_strategy=tiled.vision_feature_select_strategy, chat_template=tiled.chat_template,
+        num_additional_image_tokens=tiled.num_additional_image_tokens,
+    )  # fmt: skip
+    return model.eval(), whole
 
 
 def text_to_image(identity: Mapping[str, Any], config: Mapping[str, Any], half: bool = False) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from prunelab.common.core.options import PositiveFloat, PositiveInt
+from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt
 from prunelab.common.measures.scores import CAPTIONS, OTHERS, SHARES
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task, Work
@@ -36,9 +36,10 @@ class VisualTasks(Task):
         """tasks: of the library. frames: of a video, evenly sampled. limit: questions of each task (all). batch:
         questions asked together. prompts: changes of what the tasks' definitions let prompts have (`ocr: true` of
         TextVQA). include: a folder with definitions of one's own. average: the metrics whose mean is one. against: a
-        number for each of them, such as the unpruned model's, of which `relative` is the mean share. match: the budget
-        is what a layer of the decoder sees of an image's tokens, in the mean, whatever the method itself means by it;
-        papers that compare at 192 of 576 tokens mean that."""
+        number for each of them, such as the unpruned model's, of which `relative` is the mean share. match: the
+        budget is what a layer of the decoder sees of an image's tokens, in the mean, whatever the method itself means
+        by it; papers that compare at 192 of 576 tokens mean that. shots: examples that stand before each question,
+        with their answers, drawn with the seed from the task's other questions."""
 
         tasks: tuple[str, ...]
         frames: PositiveInt = 32
@@ -48,6 +49,7 @@ class VisualTasks(Task):
         include: str | None = None
         average: tuple[str, ...] = ()
         against: tuple[PositiveFloat, ...] = ()
+        shots: NonNegativeInt = 0
         match: bool = False
 
     @classmethod
