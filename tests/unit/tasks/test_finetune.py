@@ -86,6 +86,14 @@ def test_of_a_conversation_the_last_answer_is_learned(folder):
     assert [WORDS[i] for i in piece.tokens.tolist()][:3] == ["###", "system", "w0"]
 
 
+def test_messages_are_conversations(folder):
+    turns = [("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4")]
+    rows = [{"messages": [{"role": who, "content": said} for who, said in turns]}]
+    (folder / "some" / "rows" / "rows.json").write_text(json.dumps(rows))
+    (piece,) = load(folder)
+    assert [WORDS[i] for i in piece.labels[piece.labels >= 0].tolist()] == ["w4", "<s>"]
+
+
 def test_what_is_too_long_is_cut_off_and_a_prompt_that_fills_the_length_is_left_out(folder):
     assert len(load(folder, 8)[0].tokens) == 8
     with pytest.raises(PrunelabError, match="allow more"):
@@ -116,6 +124,12 @@ def test_tokens_are_chosen_inside_a_training_by_whatever_the_rule_reads(folder, 
     options = {"tokens": tokens, "samples": "infobatch"}
     found = run(folder, "samples_and_tokens", "0.5,0.5", options, epochs=2, reference=6, rank=rank)
     assert found["samples"]["value"] == 50 and 0 < found["tokens"]["value"] < 50
+
+
+@pytest.mark.parametrize("method", ["rho1", "rho1_static", "sstoken"])
+def test_tokens_alone_are_chosen_before_the_training_or_in_it(folder, asked, method):
+    found = run(folder, method, "0.5", epochs=2, reference=6)
+    assert found["samples"]["value"] == 100 and 0 < found["tokens"]["value"] < 100
 
 
 def test_a_reference_model_is_trained_where_a_rule_asks_for_it_alone(folder, asked, monkeypatch):
