@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,18 @@ def per_matrix(scores: Tensor, budget: Budget) -> Tensor:
     if pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     return scores > scores.flatten().kthvalue(min(pruned + 1, scores.numel())).values
+
+
+def within(scores: Sequence[Tensor], sizes: Sequence[int], keep: float) -> list[Tensor]:
+    """Masks of several targets: the best units stay until they hold the share `keep` of all parameters, and at least
+    the best of each target. sizes: parameters of a unit of each."""
+    top = [s.scatter(0, s.argmax(0, keepdim=True), torch.inf) for s in scores]
+    flat = torch.cat(top)
+    each = torch.cat([torch.full_like(s, float(size)) for s, size in zip(scores, sizes, strict=True)])
+    order = flat.argsort(descending=True, stable=True)
+    held = each[order].double().cumsum(0) <= keep * float(each.double().sum()) * (1 + 1e-9)
+    mask = torch.zeros_like(flat, dtype=torch.bool).scatter(0, order, held) | flat.isinf()
+    return list(mask.split([len(s) for s in scores]))
 
 
 def refuse_nan(scores: Tensor, name: str) -> None:

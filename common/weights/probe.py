@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
@@ -171,6 +172,34 @@ class ModelProbe:
             finally:
                 for handle in handles:
                     handle.remove()
+        return {name: {key: a.value() for key, a in accumulators.items()} for name, accumulators in made.items()}
+
+    def curvature(
+        self, factories: Mapping[str, Callable[[Target], Accumulator]], corpus: str | None = None, batch: int = 1
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        items = self._items(corpus)
+        batches = [items[start : start + batch] for start in range(0, len(items), batch)]
+        made, by_parameter, read = self._readers(factories, self.targets)
+        parameters = list(by_parameter)
+        flow = [torch.zeros_like(parameter) for parameter in parameters]
+        turned = [torch.zeros_like(parameter) for parameter in parameters]
+
+        def add(sums: Sequence[Tensor], found: Sequence[Tensor | None], share: float) -> None:
+            for one, other in zip(sums, found, strict=True):
+                if other is not None:
+                    one.add_(other.detach(), alpha=share)
+
+        # Attention's fast kernels cannot be derived twice.
+        with _only_these_learn(self.adapter.model, {*parameters}), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for part in batches:
+                add(flow, torch.autograd.grad(self._loss(part), parameters, allow_unused=True), len(part) / len(items))
+            for part in batches:
+                grads = torch.autograd.grad(self._loss(part), parameters, create_graph=True, allow_unused=True)
+                along = torch.stack([(g * f).sum() for g, f in zip(grads, flow, strict=True) if g is not None]).sum()
+                add(turned, torch.autograd.grad(along, parameters, allow_unused=True), len(part) / len(items))
+            for parameter, product in zip(parameters, turned, strict=True):
+                parameter.grad = product
+                read(parameter)
         return {name: {key: a.value() for key, a in accumulators.items()} for name, accumulators in made.items()}
 
     def _by_block(self, factories: Mapping[str, Callable[[Target], Accumulator]], batches: Sequence[Any]) -> Any:

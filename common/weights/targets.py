@@ -118,12 +118,13 @@ class Routing:
 class Observation:
     """One calibration sequence at one target.
 
-    inputs [T, C]: what the target reads: the linear's input; for heads the output projection's, for channels the down
-    projection's, for experts the mixture's normed input, for layers the block's. Linears of an expert read only the
-    tokens sent to it, so that T may be 0; `rows` are then their places in the sequence. before and after [T, D]: the
-    block's hidden states. tokens: the sequence itself, as it was given. weights as in `WeightSignals`. attend: see
-    `attention`. count: see `frequencies`. memo: one of this sequence at this block, from the first pass that measures
-    the block to the last, for what must not change with the decisions between them.
+    inputs [T, C]: what the target reads: the linear's input; for heads the output projection's, for channels the
+    down projection's, for experts the mixture's normed input, for layers the block's. Linears of an expert read
+    only the tokens sent to it, so that T may be 0; `rows` are then their places in the sequence. before and after
+    [T, D]: the block's hidden states. tokens: the sequence itself, as it was given. weights as in `WeightSignals`.
+    attend: see `attention`. count: see `frequencies`. read: see `given`. memo: one of this sequence at this block,
+    from the first pass that measures the block to the last, for what must not change with the decisions between
+    them.
     """
 
     inputs: Tensor
@@ -135,6 +136,7 @@ class Observation:
     rows: Tensor | None = None
     attend: Callable[[], Tensor] | None = field(default=None, repr=False)
     count: Callable[[], Tensor] | None = field(default=None, repr=False)
+    read: Callable[[], Mapping[str, Tensor]] | None = field(default=None, repr=False)
     memo: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -149,6 +151,13 @@ class Observation:
     def received(self) -> Tensor:
         """That attention [T] of the inputs' tokens alone."""
         return self.attention if self.rows is None else self.attention[self.rows]
+
+    @property
+    def given(self) -> Mapping[str, Tensor]:
+        """What each weight that reads the units of a structure is given [T, n], by role: columns are the weight's."""
+        if self.read is None:
+            raise PrunelabError("it is not known here what reads these units; use a method that needs no such inputs")
+        return self.read()
 
     @property
     def frequencies(self) -> Tensor:
@@ -189,7 +198,8 @@ class WeightSignals:
     """What a target lets a method see.
 
     weights: the model's own tensors by role, to read and never to write: `weight` of a linear [out, in]; `q` `k` `v`
-        `o` of heads; `gate` `up` `down` of channels (no `gate` in a plain MLP); `gate_up` [E, 2I, D], `down`
+        `o` of heads; `gate` `up` `down` of channels (no `gate` in a plain MLP; where several layers make or read them,
+        as in convolutional networks, also `up.0`, `down.0` and so on, one by one); `gate_up` [E, 2I, D], `down`
         [E, D, I] and `router` [E, D] of experts; `weight` of other tensors; biases, where there are any, as `o.bias`;
         of layers and sublayers every parameter under its path, as it is stored;
     statistics: by the names under which the method asked for them;
@@ -337,6 +347,12 @@ class Probe(Protocol):
         for `batch` labelled items: relevance by a `rule`, of the first layer by `first` (see
         `prunelab.common.weights.relevance`), or without one gradients of the cross entropy. Where several layers make
         a unit together, each has statistics of its own, `name.0` and so on."""
+
+    def curvature(
+        self, factories: Mapping[str, Callable[[Target], Accumulator]], corpus: str | None = None, batch: int = 1
+    ) -> Mapping[str, Mapping[str, Tensor]]:
+        """Statistics, as those of `gradients`, of the Hessian of the loss times its gradient, both of all items: how a
+        weight moves the squared norm of the gradient. Each accumulator is told once."""
 
     def trial(self, decisions: Iterable[tuple[Target, Decision]]) -> AbstractContextManager[None]:
         """The model under these decisions for the length of a `with` block; then it is again what it was, to the bit.

@@ -23,6 +23,7 @@ from prunelab.common.training.distillation import distillation
 from prunelab.common.training.method import Batch, Training, TrainingMethod
 from prunelab.common.training.parametrizations import Attachment, NoiseGate
 from prunelab.common.training.schedule import Linear, Schedule
+from prunelab.common.weights import masks
 from prunelab.common.weights.targets import Decision, Target, Unit
 
 
@@ -40,18 +41,6 @@ def log_alpha(mean: Tensor, log_variance: Tensor) -> Tensor:
 def soft_mask(log_alpha: Tensor, slope: float = 10.0) -> Tensor:
     """How much a structure is there [d], from 0 to 1; the sum is the number of those that are expected to stay."""
     return torch.sigmoid(-slope * log_alpha)
-
-
-def best(scores: Sequence[Tensor], sizes: Sequence[int], keep: float) -> list[Tensor]:
-    """Masks of all targets: the best units stay until they hold the share `keep` of all parameters, and at least the
-    best of each target. sizes: parameters of a unit of each."""
-    top = [s.scatter(0, s.argmax(0, keepdim=True), torch.inf) for s in scores]
-    flat = torch.cat(top)
-    each = torch.cat([torch.full_like(s, float(size)) for s, size in zip(scores, sizes, strict=True)])
-    order = flat.argsort(descending=True, stable=True)
-    held = each[order].double().cumsum(0) <= keep * float(each.double().sum()) * (1 + 1e-9)
-    mask = torch.zeros_like(flat, dtype=torch.bool).scatter(0, order, held) | flat.isinf()
-    return list(mask.split([len(s) for s in scores]))
 
 
 class Constraint(nn.Module):
@@ -185,10 +174,11 @@ class VTrans(TrainingMethod):
     def finish(self, training: Training) -> Mapping[str, Decision]:
         scores = [-self.gate(target, training).log_alpha().detach() for target in training.targets]
         if self.decides == "noise":
-            masks = [s > torch.minimum(s.max() - 1e-6, torch.zeros_like(s)) for s in scores]
+            kept = [s > torch.minimum(s.max() - 1e-6, torch.zeros_like(s)) for s in scores]
         else:
-            masks = best(scores, [target.size for target in training.targets], self.share(training.target_budget))
-        return {target.name: Decision(mask) for target, mask in zip(training.targets, masks, strict=True)}
+            sizes = [target.size for target in training.targets]
+            kept = masks.within(scores, sizes, self.share(training.target_budget))
+        return {target.name: Decision(mask) for target, mask in zip(training.targets, kept, strict=True)}
 
     def share(self, budget: Budget) -> float:
         """The share of the parameters that a budget keeps."""

@@ -193,7 +193,9 @@ class Blocks(WeightAdapter):
     ) -> Observation:
         before, after = before.flatten(0, -2), after.flatten(0, -2)
         inputs = before if target.whole else seen[self.taps(target)[0]][0][0].flatten(0, -2)
-        return Observation(inputs, self.weights(target), before, after, tokens)
+        role = READS.get(target.unit)
+        read = None if role is None else lambda: {role: inputs}
+        return Observation(inputs, self.weights(target), before, after, tokens, read=read)
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 

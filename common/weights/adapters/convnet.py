@@ -7,6 +7,7 @@ The whole network is one block. Targets of unit `channels` are coupled channels 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.weights.adapters.base import Tap, WeightAdapter
+from prunelab.common.weights.adapters.base import Tap, View, WeightAdapter
 from prunelab.common.weights.adapters.channel_graph import ChannelGraph, Space, Use, trace
 from prunelab.common.weights.adapters.images import check_image
-from prunelab.common.weights.adapters.projections import Projection, oriented, remove
+from prunelab.common.weights.adapters.projections import IN, Projection, length, remove
 from prunelab.common.weights.targets import Observation, Target
 
 
@@ -89,12 +90,29 @@ class ConvNet(WeightAdapter):
         return {use.path: use.module.weight for use in self._uses(target)}
 
     def weights(self, target: Target) -> dict[str, Tensor]:
-        """Of channels: `up` [C, n], all rows that make one, and `down` [m, C], all weights that read one."""
+        """Of channels: `up` [C, n], all rows that make one, and `down` [m, C], all weights that read one; and layer by
+        layer `up.i` [C, n_i] and `down.i` [out, C * n_i]."""
         if target.unit != "channels":
             return super().weights(target)
+        parts = {role: view(parameter.detach()) for role, (parameter, view) in self.holders(target).items()}
+        up = torch.cat([part for role, part in parts.items() if role.startswith("up.")], 1)
+        down = [
+            part.unflatten(1, (target.units, -1)).movedim(1, -1).flatten(0, -2)
+            for role, part in parts.items()
+            if role.startswith("down.")
+        ]
+        return {"up": up, "down": torch.cat(down), **parts}
+
+    def holders(self, target: Target) -> dict[str, tuple[nn.Parameter, View]]:
+        if target.unit != "channels":
+            return super().holders(target)
         space = self.spaces[target.name]
-        up = [_rows(use.part()) for use in space.made if use.module.weight.dim() > 1]
-        return {"up": torch.cat(up, 1), "down": torch.cat([_columns(use.part()) for use in space.read])}
+        made = [use for use in space.made if use.module.weight.dim() > 1]
+        found: dict[str, tuple[nn.Parameter, View]] = {}
+        for role, uses, view in (("up", made, _rows), ("down", space.read, _columns)):
+            for i, use in enumerate(uses):
+                found[f"{role}.{i}"] = (use.module.weight, partial(view, use))
+        return found
 
     def readers(self, target: Target) -> list[Projection]:
         return [use.part() for use in self.spaces[target.name].read] if target.unit == "channels" else []
@@ -106,25 +124,34 @@ class ConvNet(WeightAdapter):
     # -- what a target reads -----------------------------------------------------------------------------------------
 
     def taps(self, target: Target) -> tuple[str, ...]:
-        return (target.role,) if target.unit == "linear" else (self.spaces[target.name].read[0].path,)
+        return (target.role,) if target.unit == "linear" else tuple(u.path for u in self.spaces[target.name].read)
 
     def observe(
         self, target: Target, seen: Mapping[str, Tap], before: Tensor, after: Tensor, tokens: Tensor
     ) -> Observation:
-        given = seen[self.taps(target)[0]][0][0]
+        given, read = seen[self.taps(target)[0]][0][0], None
         if target.unit == "linear":
             inputs = _patches(self.model.get_submodule(target.role), given)
         else:  # what the first layer that reads the channels is given, place by place
             entries = self.spaces[target.name].read[0].part().entries.to(given.device)  # [units, span]
             inputs = given[0][entries].flatten(1).T  # [span * places, units]
-        return Observation(inputs, self.weights(target), before.flatten(0, -2), after.flatten(0, -2), tokens)
+            uses = self.spaces[target.name].read
+            read = lambda: {f"down.{i}": _given(use, seen[use.path][0][0]) for i, use in enumerate(uses)}  # noqa: E731
+        weights = self.weights(target)
+        return Observation(inputs, weights, before.flatten(0, -2), after.flatten(0, -2), tokens, read=read)
 
     # -- decisions ---------------------------------------------------------------------------------------------------
 
     def assign(self, target: Target, role: str, value: Tensor) -> None:
-        if target.unit == "channels":
-            raise PrunelabError(f"convnet: channels are removed as they are, and '{role}' of {target.name} is shared")
-        super().assign(target, role, value)
+        if target.unit != "channels":
+            return super().assign(target, role, value)
+        if not role.startswith("down."):
+            raise PrunelabError(f"convnet: '{role}' of {target.name} is several layers'; give values as `down.0`")
+        use = self.spaces[target.name].read[int(role.partition(".")[2])]
+        own = use.module.weight.detach()
+        if own.device.type != "meta":
+            wide, entries = own.view(*own.shape[:2], -1), use.part().entries.flatten().to(own.device)
+            wide.index_copy_(1, entries, value.to(own).view(len(own), len(entries), -1))
 
     def remove(self, target: Target, kept: Tensor) -> None:
         remove([use.part() for use in self._uses(target)], kept)
@@ -156,14 +183,28 @@ def _patches(module: Any, given: Tensor) -> Tensor:
     return patches.transpose(1, 2).flatten(0, 1)
 
 
-def _rows(part: Projection) -> Tensor:
-    """Everything that makes a unit [units, n]."""
-    weight = oriented(part.module, part.module.weight.detach())
-    return weight[part.entries.to(weight.device)].flatten(1)
+def _rows(use: Use, tensor: Tensor) -> Tensor:
+    """What makes the units [units, n], of a tensor shaped like the module's weight."""
+    return use.part().view(tensor)
 
 
-def _columns(part: Projection) -> Tensor:
-    """Everything that reads a unit [m, units]."""
-    weight = part.module.weight.detach()
-    spread = weight.reshape(*weight.shape[:2], -1)[:, part.entries.to(weight.device)]  # [out, units, span, k * k]
-    return spread.movedim(1, -1).flatten(0, -2)
+def _columns(use: Use, tensor: Tensor) -> Tensor:
+    """What reads the units [out, units * n], of a tensor shaped like the module's weight."""
+    return _of_units(use, tensor.reshape(*tensor.shape[:2], -1)).flatten(1)
+
+
+def _given(use: Use, given: Tensor) -> Tensor:
+    """What a module's columns for the units read, [places, units * n]."""
+    if not isinstance(use.module, nn.Linear) and not _padded(use.module):
+        raise PrunelabError(f"{use.path} pads with something else than zeros, and what it reads is not known here")
+    patches = _patches(use.module, given)
+    return _of_units(use, patches.view(len(patches), length(use.module, IN), -1)).flatten(1)
+
+
+def _of_units(use: Use, tensor: Tensor) -> Tensor:
+    """Of a tensor [m, in, n] the units' inputs [m, units * span, n]; a view where these lie side by side."""
+    entries = use.part().entries.flatten()
+    start = int(entries[0])
+    if torch.equal(entries, torch.arange(start, start + len(entries))):
+        return tensor.narrow(1, start, len(entries))
+    return tensor[:, entries.to(tensor.device)]

@@ -7,7 +7,8 @@ import torch
 
 from prunelab.common.training import engine
 from prunelab.common.training.recipe import Recipe
-from prunelab.methods.vtrans.method import Constraint, VTrans, best, soft_mask
+from prunelab.common.weights.masks import within
+from prunelab.methods.vtrans.method import Constraint, VTrans, soft_mask
 from tests.contract.references import language_model, token_ids
 
 RECIPE = Recipe(steps=8, batch=4, rate=1e-3)
@@ -21,10 +22,10 @@ def train(method=None, budget=0.5):
 
 def test_the_best_units_of_the_model_fill_the_budget():
     scores = [torch.tensor([5.0, 1.0]), torch.tensor([4.0, 3, 2, 0])]
-    assert [m.tolist() for m in best(scores, [2, 1], 0.5)] == [[True, False], [True, True, False, False]]
-    alone = best(scores, [2, 1], 0.01)
+    assert [m.tolist() for m in within(scores, [2, 1], 0.5)] == [[True, False], [True, True, False, False]]
+    alone = within(scores, [2, 1], 0.01)
     assert [int(m.sum()) for m in alone] == [1, 1]
-    assert all(bool(m.all()) for m in best(scores, [2, 1], 1.0))
+    assert all(bool(m.all()) for m in within(scores, [2, 1], 1.0))
 
 
 @pytest.mark.parametrize("budget", [0.4, 0.8])
