@@ -32,8 +32,10 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
         out = sizes(model, plan.report)
     else:
         acting = method
-    with bench.at_work(acting, model), without_experts(bench, model) as handle:
+    with bench.at_work(acting, model) as acted, without_experts(bench, model) as handle:
         measured = scored(bench, model, tokenizer, calibrated)
+    if acting is not None and acting.role == "token_pruner":
+        measured["computed"] = {"value": round(100 * acted.computed, 3)}
     if bench.settings.against is not None and "average" in measured:
         share = 100 * measured["average"]["value"] / bench.settings.against
         measured["relative"] = {**measured["average"], "value": round(share, 4)}

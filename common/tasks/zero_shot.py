@@ -32,6 +32,7 @@ class ZeroShot(Task):
     metrics: ClassVar[Mapping[str, Metric]] = {
         "average": Metric("mean of the scores under `average`", "%", higher_is_better=True),
         "relative": Metric("the same mean as percent of `against`", "%", higher_is_better=True),
+        "computed": Metric("tokens of prompts that layers computed, those that came back included", "%"),
         **SIZES,
         **OF_EXPERTS,
     }

@@ -53,6 +53,13 @@ class Handle:
         """Forget it, as before a new episode."""
         self.application.memory.clear()
 
+    @property
+    def computed(self) -> float:
+        """Share of the tokens in front of the first layer that the layers worked on, a mean over them and over all that
+        passed so far; 1 where nothing passed."""
+        counts = [float(count) for count in self.application.trace.attention]
+        return sum(counts) / len(counts) / counts[0] if counts[0] else 1.0
+
     def kept(self) -> list[tuple[Site, Tensor]]:
         """For the last batch: at each site the indices [B, K] in the full sequence of the tokens that went on
         (-1 marks padding). Sites behind a merge are left out, since their tokens have no single one."""

@@ -126,3 +126,17 @@ def test_sampling_and_precision(dtype):
         torch.manual_seed(0)
         assert torch.equal(model.generate(tokens, max_new_tokens=6, do_sample=True, top_k=20), once)
     assert once.shape == (2, 26)
+
+
+@torch.no_grad()
+def test_the_share_of_the_prompt_that_was_computed_grows_by_what_came_back():
+    prompt = ids(1, 16)
+    shares = []
+    for new in (1, 8):
+        model = model_of()
+        with apply(LazyLLM(layers=(1,)), model, Budget(0.5)) as handle:
+            model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        shares.append(handle.computed)
+    depth = model.config.num_hidden_layers
+    assert shares[0] == pytest.approx((1 + 0.5 * (depth - 1)) / depth, abs=0.04)  # the newest token always stays
+    assert shares[0] <= shares[1] <= 1
