@@ -86,6 +86,69 @@ class QuantisationErrors(Accumulator):
         return self.total
 
 
+class Curvature(QuantisationErrors):
+    """What rounding an expert to so many bits costs by HAWQ-V2's measure (arXiv 1911.03852), [E, choices]: the mean
+    diagonal of the layer-wise Hessian of each of its linears times the squared change of the weight, summed."""
+
+    def __init__(self, target: Target, choices: Sequence[int], group: int) -> None:
+        super().__init__(target, choices, group, 1)
+        self.traces = torch.zeros(target.units, 2, dtype=torch.float64)  # of what reads the input, and of what writes
+        self.changes = torch.zeros(target.units, 2, len(choices), dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, observed: Observation) -> None:
+        routing = observed.routing
+        assert routing is not None and routing.computed is not None
+        self.tokens += len(observed.inputs)
+        for expert in routing.chosen.unique().tolist():
+            token, _ = routing.chosen.eq(expert).nonzero(as_tuple=True)
+            gate_up, down = (observed.weights[role][expert] for role in ("gate_up", "down"))
+            inputs = observed.inputs[token]
+            inner = routing.computed(gate_up, torch.eye(down.shape[1], dtype=down.dtype, device=down.device), inputs)
+            seen = torch.stack([part.double().square().mean(-1).sum() for part in (inputs, inner)])
+            self.traces[expert] += 2 * seen.cpu()
+            for place, bits in enumerate(self.choices):
+                rounded = self.weights(observed, expert, bits)
+                for part, (new, old) in enumerate(zip(rounded, (gate_up, down), strict=True)):
+                    self.changes[expert, part, place] = (new.double() - old.double()).square().sum().cpu()
+
+    def value(self) -> Tensor:
+        self.kept.clear()
+        return (self.traces.unsqueeze(-1) * self.changes).sum(1) / max(self.tokens, 1)
+
+
+class BlockScore(Accumulator):
+    """How much a mixture turns what passes it, [1]: one minus the cosine of its input and of that input with its output
+    added, a mean over tokens (after QuantMoE-Bench, arXiv 2406.08155)."""
+
+    def __init__(self, target: Target) -> None:
+        self.total, self.tokens = 0.0, 0
+
+    def update(self, observed: Observation) -> None:
+        routing = observed.routing
+        assert routing is not None
+        before = observed.inputs.float()
+        after = before.clone()
+        for expert in routing.chosen.unique().tolist():
+            token, slot, outputs = routing.outputs(expert, observed.inputs)
+            after.index_add_(0, token, outputs.float() * routing.gates[token, slot].float().unsqueeze(-1))
+        self.total += float((1 - torch.cosine_similarity(before, after, dim=-1)).sum())
+        self.tokens += len(before)
+
+    def value(self) -> Tensor:
+        return torch.tensor([self.total / max(self.tokens, 1)], dtype=torch.float64)
+
+
+def by_blocks(scores: Sequence[float], budget: float, low: int = 2, high: int = 4) -> list[int]:
+    """The bits of every mixture's experts: `high` for those of the highest scores, as many as the mean allows, `low`
+    for the others."""
+    if not low <= budget <= high:
+        raise PrunelabError(f"mc_moe: whole mixtures have {low} or {high} bits, and {budget:g} lies outside of these")
+    many = math.floor(len(scores) * (budget - low) / (high - low) + 1e-9)
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])[:many]
+    return [high if i in best else low for i in range(len(scores))]
+
+
 def costs(
     usage: Tensor, mass: Tensor, errors: Tensor, alpha: float = 1.0, beta: float = 1.5, gamma: float = 1.0
 ) -> Tensor:

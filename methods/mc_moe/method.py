@@ -24,7 +24,15 @@ from prunelab.common.weights.obs import InverseFactor, dead, factors
 from prunelab.common.weights.quantisation import Quantiser, gptq
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Accumulator, Decision, Probe, Statistics, Target, Unit, WeightSignals
-from prunelab.methods.mc_moe.allocation import QuantisationErrors, Significance, allocated, costs
+from prunelab.methods.mc_moe.allocation import (
+    BlockScore,
+    Curvature,
+    QuantisationErrors,
+    Significance,
+    allocated,
+    by_blocks,
+    costs,
+)
 
 Bits = Annotated[int, Interval(ge=1, le=8)]
 FEW = 3  # bits up to which the release lets columns of a block not make up for each other
@@ -41,6 +49,10 @@ class MixtureCompressor(WeightPruner):
         Bits that an expert can have; at least one expert of each in `least_one`.
     alpha, beta, gamma
         Exponents of usage, router weight and quantisation error. As released, the paper's gamma of 2 is not used.
+    worth
+        What decides an expert's bits: what it is worth as `released`, or, of the baselines in the paper's tables, the
+        curvature of its loss (`hessian`, HAWQ-V2) or how much its mixture turns what passes it (`blocks`, where whole
+        mixtures have two bits or four).
     attention
         Bits of all other linears.
     group
@@ -59,6 +71,7 @@ class MixtureCompressor(WeightPruner):
     alpha: NonNegativeFloat = 1.0
     beta: NonNegativeFloat = 1.5
     gamma: NonNegativeFloat = 1.0
+    worth: Literal["released", "hessian", "blocks"] = "released"
     attention: Bits = 4
     group: PositiveInt = 128
     batch: PositiveInt = 8
@@ -84,19 +97,37 @@ class MixtureCompressor(WeightPruner):
 
     def precompute(self, probe: Probe) -> Mapping[str, Statistics]:
         """The bits of every expert, from the dense model's routing and outputs."""
+        mixtures = [target for target in probe.targets if target.unit == "experts"]
+        if self.worth == "blocks":
+            scores = probe.statistics({"experts": {"score": BlockScore}})
+            mean = probe.budget.amounts[0]
+            bits = by_blocks([float(scores[target.name]["score"]) for target in mixtures], mean)
+            return self.of_experts(probe, {t.block: [b] * t.units for t, b in zip(mixtures, bits, strict=True)})
+        found = {}
+        for target, cost in zip(mixtures, self.costs(probe, mixtures), strict=True):
+            total = int(round(probe.budget.at(target.block).amounts[0] * target.units, 6))
+            found[target.block] = allocated(cost, self.choices, total, self.least_one)
+        return self.of_experts(probe, found)
+
+    def costs(self, probe: Probe, mixtures: Sequence[Target]) -> list[Tensor]:
+        """What each choice of bits costs each expert [E, choices], mixture by mixture."""
+        if self.worth == "hessian":
+            curved = probe.statistics({"experts": {"errors": lambda t: Curvature(t, self.choices, self.group)}})
+            return [curved[target.name]["errors"] for target in mixtures]
         wanted: Mapping[str, Callable[[Target], Accumulator]] = {
             "significance": Significance,
             "errors": lambda target: QuantisationErrors(target, self.choices, self.group, self.batch),
         }
         seen = probe.statistics({"experts": wanted})
-        found: dict[str, Statistics] = {}
-        for target in (t for t in probe.targets if t.unit == "experts"):
+        found = []
+        for target in mixtures:
             usage, mass = seen[target.name]["significance"]
-            cost = costs(usage, mass, seen[target.name]["errors"], self.alpha, self.beta, self.gamma)
-            total = int(round(probe.budget.at(target.block).amounts[0] * target.units, 6))
-            bits = torch.tensor(allocated(cost, self.choices, total, self.least_one))
-            found |= {t.name: {"bits": bits} for t in probe.targets if t.block == target.block and t.expert >= 0}
+            found.append(costs(usage, mass, seen[target.name]["errors"], self.alpha, self.beta, self.gamma))
         return found
+
+    def of_experts(self, probe: Probe, bits: Mapping[int, Sequence[int]]) -> dict[str, Statistics]:
+        """The bits of every expert, where `allocate` finds them: with its linears."""
+        return {t.name: {"bits": torch.tensor(bits[t.block])} for t in probe.targets if t.expert >= 0}
 
     def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
         def of(target: Target, known: WeightSignals) -> Budget:

@@ -11,7 +11,9 @@ from prunelab.common.apply import apply
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.tasks import get
 from prunelab.common.weights import WeightPlan, prune
-from prunelab.methods.mc_moe.allocation import allocated, costs
+from prunelab.common.weights.adapters import weight_adapter
+from prunelab.common.weights.probe import ModelProbe
+from prunelab.methods.mc_moe.allocation import allocated, by_blocks, costs, fake_quantised
 from prunelab.methods.mc_moe.method import (
     LEAST_LOSS,
     MIXTRAL,
@@ -135,3 +137,59 @@ def test_sizes_are_those_of_the_architecture():
     found = sizes()
     assert found["T4 Mixtral-8x22B/16.00 bit/Params GB"]["value"] == pytest.approx(281.24, abs=0.01)
     assert found["T4 Mixtral-8x7B/Uniform 2.00/Params GB"]["value"] == pytest.approx(13.61, abs=0.05)
+
+
+def bits_of(plan):
+    return {
+        target.name: [plan.decision(f"{target.name}.{e}.down").code.bits for e in range(target.units)]
+        for target, _ in plan.decisions()
+        if target.unit == "experts"
+    }
+
+
+def test_curvature_gives_bits_to_the_expert_whose_inputs_are_large():
+    """An expert that is rounded worst and reads most gets the most bits; one that nobody asks gets the fewest."""
+    model = language_model("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        experts.gate_up_proj[1] *= 5
+        experts.down_proj[1] *= 5
+    found = bits_of(prune(MixtureCompressor(group=8, worth="hessian"), model, "2bits", token_ids(), progress=False))
+    first = next(iter(found.values()))
+    assert first[1] == 3 and sum(first) <= 2 * len(first)
+
+
+def test_curvature_is_that_of_a_plain_count():
+    model = language_model("mixtral")
+    seen = {}
+    layer = model.model.layers[0].mlp
+    layer.experts.register_forward_pre_hook(lambda module, args: seen.setdefault("args", args))
+    samples = token_ids(1)
+    method = MixtureCompressor(group=8, worth="hessian")
+    adapter = weight_adapter(model)
+    with torch.no_grad():
+        model(samples)
+        target = adapter.targets("experts")[0]
+        (cost, *_) = method.costs(ModelProbe(adapter, [target], list(samples)), [target])
+    model.requires_grad_(False)
+    inputs, chosen, _ = seen["args"]
+    for expert in chosen.unique().tolist():
+        own = inputs[(chosen == expert).any(-1)].double()
+        gate_up, down = layer.experts.gate_up_proj[expert].double(), layer.experts.down_proj[expert].double()
+        gate, up = (own @ gate_up.T).chunk(2, -1)
+        inner = torch.nn.functional.silu(gate) * up
+        for place, bits in enumerate((1, 2, 3)):
+            want = sum(
+                2 * (x.square().mean(-1).sum() / len(inputs)) * (fake_quantised(w.float(), bits, 8) - w).square().sum()
+                for x, w in ((own, gate_up), (inner, down))
+            )
+            assert float(cost[expert, place]) == pytest.approx(float(want), rel=1e-4)
+
+
+def test_whole_mixtures_have_two_bits_or_four():
+    assert by_blocks([0.1, 0.4, 0.2, 0.3], 2.5) == [2, 4, 2, 2] and by_blocks([0.1, 0.4], 4) == [4, 4]
+    with pytest.raises(PrunelabError, match="lies outside"):
+        by_blocks([0.1], 1.5)
+    model = language_model("mixtral", num_hidden_layers=4)
+    found = bits_of(prune(MixtureCompressor(group=8, worth="blocks"), model, "2.5bits", token_ids(), progress=False))
+    assert sorted(bits[0] for bits in found.values()) == [2, 2, 2, 4]
