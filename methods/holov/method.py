@@ -40,8 +40,8 @@ def holistic_score(
     size = tokens.shape[2]
     if size == 1:  # nothing to differ from; the attention is not scaled, as released
         return attention
-    unit = tokens / (tokens.norm(dim=-1, keepdim=True) + epsilon)
-    alike = unit @ unit.mT
+    units = (part / (part.norm(dim=-1, keepdim=True) + epsilon) for part in tokens.unbind(1))
+    alike = torch.stack([unit @ unit.mT for unit in units], 1)  # part by part, each of which a cache holds
     alike = alike * (1 - torch.eye(size, dtype=alike.dtype, device=alike.device))
     mean = alike.sum(-1, keepdim=True) / (size - 1)
     variance = (alike - mean).square().sum(-1) / (size - 1)  # the zero of the diagonal counts, as released

@@ -26,9 +26,9 @@ from prunelab.common.tokens.signals import TokenSignals
 SIMILARITY = "text_similarity"  # the service: last hidden states [B, N, C] of patches -> likeness to the text [B, N]
 
 
-def outlier_share(scores: Tensor, neighbours: int) -> float:
-    """The share of scores [N] that are outliers by their local density (LOF, scikit-learn's automatic threshold), among
-    so many neighbours. Of fewer than three scores none is."""
+def outlier_share(scores: Tensor, neighbours: int, contamination: float | Literal["auto"] = "auto") -> float:
+    """The share of scores [N] that are outliers by their local density (LOF, scikit-learn's automatic threshold, or as
+    many as a share), among so many neighbours. Of fewer than three scores none is."""
     from sklearn.neighbors import LocalOutlierFactor
 
     if len(scores) < 3:
@@ -36,7 +36,8 @@ def outlier_share(scores: Tensor, neighbours: int) -> float:
     points = scores.detach().float().cpu().numpy().reshape(-1, 1)
     with warnings.catch_warnings():  # equal scores are meant: those of patches that are kept already
         warnings.simplefilter("ignore", UserWarning)
-        found = LocalOutlierFactor(n_neighbors=min(neighbours, len(scores) - 1)).fit_predict(points)
+        factor = LocalOutlierFactor(n_neighbors=min(neighbours, len(scores) - 1), contamination=contamination)
+        found = factor.fit_predict(points)
     return int((found == -1).sum()) / len(scores)
 
 
@@ -71,17 +72,19 @@ def parted(
     centres_of: Literal["width", "rest"] = "width",
     keys_of: Literal["all", "rest"] = "all",
     most: int | None = None,
+    least: int = 1,
 ) -> Parts:
     """Parts of one picture, for its patches' interest [N], likeness to the text [N] and keys [N, C].
 
     centres_of: what the third share is multiplied by, the features' width, as released, or how many patches rest.
     keys_of: whether a resting patch's place is looked up among all keys, as released, or among those of the rest. most:
-    patches that may be kept.
+    patches that may be kept. least: patches kept by the picture, though none is an outlier (0 in the released code,
+    which then may keep none at all).
     """
     total = len(interest)
     vision_share = outlier_share(interest, neighbours[0])
     most = total if most is None else most
-    vision = selection.descending(interest)[: min(max(1, int(total * vision_share)), max(most, 1))]
+    vision = selection.descending(interest)[: min(max(least, int(total * vision_share)), max(most, 1))]
     likeness = likeness.index_fill(0, vision, float(likeness.min()))
     text_share = outlier_share(likeness, neighbours[1])
     left = total - len(vision)

@@ -19,7 +19,7 @@ from prunelab.common.core import attention
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.options import FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat
-from prunelab.common.core.plan import ModelInfo, Plan, Positions, Site
+from prunelab.common.core.plan import Mix, ModelInfo, Plan, Positions, Site
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -67,12 +67,13 @@ def recycled(
     """What becomes of a large picture's tokens [n]: the first `base`, rows of `side`, are the thumbnail, the others
     rows of `width`, newline included.
 
-    The least important ones, as many as leave and n / cell^2 more, are put into cells of `cell` tokens a side. Returned
+    Equal ones, as newlines are, come in the order that torch's plain sort leaves them in, as released. The least
+    important ones, as many as leave and n / cell^2 more, are put into cells of `cell` tokens a side. Returned
     are what stays [n] (the others, and of each cell the most important), the least important ones [m], which token each
     of them becomes part of [m], and with what weight [m].
     """
     total = len(importance)
-    low = importance.argsort(stable=True)[: min(total, dropped(total, ratio) + int(total / cell**2))]
+    low = importance.argsort()[: min(total, dropped(total, ratio) + int(total / cell**2))]
     local = low >= base
     place, stride = torch.where(local, low - base, low), torch.where(local, width, side)
     row, column = (place // stride / cell).floor().long(), (place % stride / cell).floor().long()
@@ -81,13 +82,23 @@ def recycled(
     slot, slots = (local * down + row) * across + column, 2 * down * across
     value = importance[low]
     best = value.new_zeros(slots).scatter_reduce(0, slot, value, "amax", include_self=False)
-    first = torch.where(value == best[slot], low, total)
-    stands = torch.full((slots,), total, device=low.device).scatter_reduce(0, slot, first, "amin")[slot]
+    turn = torch.arange(len(low), device=low.device)
+    first = torch.full((slots,), len(low), device=low.device)
+    first = first.scatter_reduce(0, slot, torch.where(value == best[slot], turn, len(low)), "amin")
+    stands = low[first[slot]]
     whole = value.new_zeros(slots).index_add(0, slot, value)
     stays = torch.ones(total, dtype=torch.bool, device=low.device)
     stays[low] = False
     stays[stands] = True
     return stays, low, stands, value / whole[slot].clamp_min(torch.finfo(value.dtype).tiny)
+
+
+def merged(tokens: Tensor, low: Tensor, stands: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the tokens [n, D] are changed, [c] ascending, and what they become, [c, D]: the weighted sums of what
+    their cells hold; see `recycled`."""
+    cells, slot = stands.unique(return_inverse=True)
+    mix = Mix(slot.unsqueeze(0), low.unsqueeze(0), weight.unsqueeze(0), len(cells))
+    return cells, mix.apply(tokens.unsqueeze(0))[0]
 
 
 @dataclass(frozen=True)
@@ -176,16 +187,18 @@ class VFlowOpt(TokenPruner):
         signals.state["importance"] = scores
         if scores.device.type == "meta":
             return Plan(signals.keep(counts, scores=scores), positions="renumber")
-        tokens, keep = signals.hidden, torch.zeros_like(signals.prunable)
+        keep = torch.zeros_like(signals.prunable)
+        changed: list[tuple[int, Tensor, Tensor]] = []  # sample, places [c] and what stands there then [c, D]
         for sample, own in enumerate(pictures):
             places = signals.prunable[sample].nonzero().squeeze(1)
             for picture in own:
                 values, broken = self.packed(picture, maps[id(picture)])
                 mine, places = places[: len(values)], places[len(values) :]
                 scores[sample, mine] = values
-                stays, tokens = self.first_stage(picture, values, broken, budget, tokens, sample, mine)
-                keep[sample, mine] = stays
-        signals.state["recycled"] = tokens
+                keep[sample, mine], cells = self.first_stage(picture, values, broken, budget)
+                for low, stands, weight in cells:
+                    changed.append((sample, *merged(signals.hidden[sample], mine[low], mine[stands], weight)))
+        signals.state["recycled"] = changed
         return Plan(signals.keep(mask=keep), positions="renumber")
 
     def share(self, budget: Budget, tokens: int) -> float:
@@ -199,31 +212,22 @@ class VFlowOpt(TokenPruner):
         return picture.pack(values)[0].masked_fill(broken, 1.0), broken
 
     def first_stage(
-        self,
-        picture: TokenSignals,
-        values: Tensor,
-        broken: Tensor,
-        budget: Budget,
-        tokens: Tensor,
-        sample: int,
-        mine: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Which of a picture's tokens [n] go on, and the sequence's tokens [B, N, D] with what was recycled in them."""
+        self, picture: TokenSignals, values: Tensor, broken: Tensor, budget: Budget
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+        """Which of a picture's tokens [n] go on, and, if anything is recycled, what in which of them; see `recycled`."""
         total, ratio = len(values), self.share(budget, len(values))
         if picture.mosaic is None or not self.recycle or ratio == 1:
             best = values.argsort(descending=True, stable=True)[: total - dropped(total, ratio)]
-            return torch.zeros_like(broken).index_fill(0, best, True), tokens
+            return torch.zeros_like(broken).index_fill(0, best, True), []
         height, side = picture.grids[0]
         base = height * side
         width = int(broken.nonzero()[0]) - base + 1
         stays, low, stands, weight = recycled(values, base, side, width, self.cell, ratio)
-        tokens = tokens.clone()
-        merged = tokens.new_zeros(total, tokens.shape[2]).index_add(
-            0, stands, tokens[sample, mine[low]] * weight.unsqueeze(1).to(tokens)
-        )
-        tokens[sample, mine[stands]] = merged[stands]
-        return stays, tokens
+        return stays, [(low, stands, weight)]
 
     def refine(self, site: Site, hidden: Tensor, signals: TokenSignals, plan: Plan) -> Tensor:
-        tokens = signals.state.get("recycled") if site.where == "packed" else None
-        return hidden if tokens is None else plan.reduce.apply(tokens)
+        for sample, places, tokens in signals.state.get("recycled", ()) if site.where == "packed" else ():
+            index, valid = plan.reduce.index[sample], plan.reduce.valid  # type: ignore[union-attr]
+            left = index if valid is None else index.masked_fill(~valid[sample], -1)  # padding is in front or behind
+            hidden[sample, (left == places.unsqueeze(1)).int().argmax(1)] = tokens.to(hidden)
+        return hidden

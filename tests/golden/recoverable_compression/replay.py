@@ -24,7 +24,7 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
         torch.from_numpy(inputs[name]) for name in ("in_q_cls", "in_k_cls_and_patches", "in_patch_features")
     )
     interest = class_interest(query, keys)[0]
-    parts = parted(interest, torch.from_numpy(inputs["in_text_patch_similarity"])[0, 0], keys[0, 1:])
+    parts = parted(interest, torch.from_numpy(inputs["in_text_patch_similarity"])[0, 0], keys[0, 1:], least=0)
     return {
         "out_ratio_vision": np.float32(parts.shares[0]),
         "out_ratio_text": np.float32(parts.shares[1]),

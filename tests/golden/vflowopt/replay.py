@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from prunelab.methods.vflowopt.method import calibrated, dropped, patch_entropy, recycled
+from prunelab.methods.vflowopt.method import calibrated, dropped, merged, patch_entropy, recycled
 
 TOLERANCE = {"entropy": (1e-4, 1e-4), "": (1e-6, 1e-4)}
 
@@ -31,17 +31,17 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
         cell, ratio = float(inputs["in_cell_size_a"]), float(inputs["in_keep_ratio"])
         width = int(inputs["in_local_w_with_newline"])
         stays, low, stands, weight = recycled(importance, side**2, side, width, cell, ratio)
-        merged = torch.zeros_like(features).index_add(0, stands, features[low] * weight.unsqueeze(1))
-        features[stands] = merged[stands]
+        kept, (cells, tokens) = features[stays], merged(features, low, stands, weight)
+        kept[stays.cumsum(0)[cells] - 1] = tokens
         return {
             "out_num_merged_budget": np.array(int(len(importance) / cell**2)),
             "out_keep_mask": stays.numpy(),
-            "out_features": features[stays].numpy(),
+            "out_features": kept.numpy(),
             "out_importance_kept": importance[stays].numpy(),
         }
     start, total, found = int(inputs["in_image_start"]), int(inputs["in_seq_len"]), {}
     for stage, ratio in enumerate(inputs["in_keep_ratios"].tolist()):
-        gone = importance.argsort(stable=True)[: dropped(len(importance), ratio)]
+        gone = importance.argsort()[: dropped(len(importance), ratio)]
         stays = torch.ones(total, dtype=torch.bool).index_fill(0, gone + start, False)
         found[f"out_keep_mask_stage{stage}"] = stays.numpy()
         importance = importance[stays[start : start + len(importance)]]
