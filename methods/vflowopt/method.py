@@ -214,7 +214,7 @@ class VFlowOpt(TokenPruner):
     def first_stage(
         self, picture: TokenSignals, values: Tensor, broken: Tensor, budget: Budget
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-        """Which of a picture's tokens [n] go on, and, if anything is recycled, what in which of them; see `recycled`."""
+        """Which of a picture's tokens [n] go on, and, if anything is recycled, what in which; see `recycled`."""
         total, ratio = len(values), self.share(budget, len(values))
         if picture.mosaic is None or not self.recycle or ratio == 1:
             best = values.argsort(descending=True, stable=True)[: total - dropped(total, ratio)]
