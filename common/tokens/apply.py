@@ -49,6 +49,11 @@ class Handle:
         """What the method remembers from one forward pass to the next."""
         return self.application.memory
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the method's sites left for each other in the last forward pass."""
+        return self.adapter.running.state
+
     def reset(self) -> None:
         """Forget it, as before a new episode."""
         self.application.memory.clear()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class TokenPruner(Method):
     role: ClassVar[str] = "token_pruner"
     ascending: ClassVar[bool] = True  # kept units come out in their original order
     adaptive: bool = False  # how many units stay depends on the input, the budget is an upper bound
+    distils: ClassVar[bool] = False  # while the method is trained, its loss reads what the unpruned model says
     observes_prompt: ClassVar[bool] = False  # what `observes` names is shown of the prompt's last token, too
     eases: ClassVar[bool] = False  # layers of a decoder do less for tokens that stay: see `effort`
     rest: Rest = "drop"
@@ -83,6 +84,15 @@ class TokenPruner(Method):
     def warm_up(self) -> int:
         """How many prompts, each with what is written behind it, the method looks at before it prunes."""
         return 0
+
+    def loss(self, outputs: Any, taught: Any, state: Mapping[str, Any], budget: Budget) -> Tensor:
+        """The loss of one pass of a training with the method at work (`training.tokens`), by default the model's own.
+
+        outputs: what the model gave, with its `loss`. taught: what the unpruned model gives of the same batch, None
+        unless the method `distils`. state: what the sites left in `signals.state`.
+        """
+        loss: Tensor = outputs.loss
+        return loss
 
     def family(self, level: float, sites: int, info: ModelInfo) -> Budget:
         """The method's budgets as one curve: level 1 keeps all, level 0 the least. Used to match costs."""
