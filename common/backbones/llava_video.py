@@ -13,7 +13,6 @@ output: it is too large to fetch where this was written.
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,11 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 )
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
-from prunelab.common.backbones.checkpoint import fill, read
+from prunelab.common.backbones.llava_layout import load_checkpoint as load_checkpoint
+from prunelab.common.backbones.llava_layout import official_name as official_name
 from prunelab.common.core.errors import PrunelabError
 
 STRIDE = 2
-# Where the official checkpoint keeps each part, and where OneVision's modules have it; the first that fits counts.
-NAMES = (
-    (r"model\.vision_tower\.vision_tower\.vision_model\.", "model.vision_tower."),
-    (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-    (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
-    (r"model\.(?=image_newline$)", "model."),
-    (r"model\.", "model.language_model."),
-)
 
 
 class LlavaVideoConfig(LlavaOnevisionConfig):
@@ -126,23 +118,6 @@ def llava_video_7b() -> LlavaVideoForConditionalGeneration:
         "tie_word_embeddings": False,
     }
     return llava_video(text_config=text)  # the tower is that of OneVision's defaults
-
-
-def official_name(name: str) -> str:
-    """The name among OneVision's modules of a weight of the official checkpoint (lmms-lab/LLaVA-Video-7B-Qwen2)."""
-    for pattern, here in NAMES:
-        if re.match(pattern, name):
-            return re.sub(f"^{pattern}", here, name)
-    return name
-
-
-def load_checkpoint(model: nn.Module, path: Path | str) -> None:
-    """Load the official checkpoint, a .safetensors file or the folder of all its shards, with every name checked."""
-    path = Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise PrunelabError(f"{path} holds no .safetensors file; give the folder of the official checkpoint")
-    fill(model, {official_name(name): weight for file in files for name, weight in read(file).items()}, path)
 
 
 def convert(official: Path, onevision: Path, out: Path, model: nn.Module | None = None) -> None:

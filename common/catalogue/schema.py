@@ -52,7 +52,8 @@ class Checkpoint(Strict):
     licence: by its name, or in words. needs: what a reader must have or do besides. gated: the hub asks who downloads
     it. gb: what is downloaded, in GB (1e9 bytes), approximately: the hub's own figures are shown where it answers.
     gpus: how many of 80 GB hold it in 16 bits. one_view: whether a picture is read whole, where the published processor
-    cuts it into tiles.
+    cuts it into tiles. layout: the module of common/backbones that reads it, where it is not as transformers has it;
+    processor: the catalogue's model whose configuration and processor it then takes.
     """
 
     licence: str = Field(min_length=1)
@@ -66,7 +67,8 @@ class Checkpoint(Strict):
     needs: str = ""
     class_: Annotated[Dotted | None, Field(alias="class")] = None
     parts: Name | None = None
-    processor: Hub | None = None
+    layout: Name | None = None
+    processor: Name | None = None
     transform: dict[str, Any] = Field(default_factory=dict)
     windows: dict[str, Any] = Field(default_factory=dict)
     one_view: bool = False
@@ -75,6 +77,8 @@ class Checkpoint(Strict):
     def _comes_from_somewhere(self) -> Checkpoint:
         if self.hub is None and not (self.file and self.source):
             raise ValueError("give `hub`, or `file` with its `source`")
+        if (self.layout is None) != (self.processor is None):
+            raise ValueError("a `layout` of its own needs the `processor` of another model, and nothing else does")
         return self
 
 

@@ -86,6 +86,8 @@ def _builders(identity: Mapping[str, Any]) -> Iterator[str]:
             yield _method(carried)
     if architecture.get("library") == "backbones":
         yield f"common/backbones/{architecture['name'].partition(':')[0]}.py"
+    if "layout" in identity:
+        yield f"common/backbones/{identity['layout']}.py"
     if "parts" in identity:
         yield from ("common/tokens/parts.py", _method(identity["parts"]))
 
@@ -121,7 +123,7 @@ def resolve(
     if "architecture" in task.reads:
         ids = {"model": lookup.architecture(str(model))}
     elif task.reads:
-        used = _used(task, method, model, data, settings)
+        used = _used(task, method, model, data, settings, scale)
         results = {of: lookup.resolve(kind, entry, scale, config) for of, (kind, entry) in used.items()}
         lacking = "; ".join(dict.fromkeys(r.missing for r in results.values() if r.missing))
         if lacking and (scale != "paper" or not all(r.listed for r in results.values())):
@@ -155,7 +157,7 @@ def merged(
 
 
 def _used(
-    task: type[Task], method: str | None, model: str | None, data: str | None, settings: dict[str, Any]
+    task: type[Task], method: str | None, model: str | None, data: str | None, settings: dict[str, Any], scale: str
 ) -> dict[str, tuple[hub.Kind, str]]:
     """The catalogue's names of all that a run reads, by what it is for; what a setting names moves here from there."""
     used: dict[str, tuple[hub.Kind, str]] = {}
@@ -163,6 +165,9 @@ def _used(
         used["data"] = ("dataset", data)
     if model is not None:
         used["model"] = ("model", model)
+        like = lookup.model(model).get(scale, {})
+        if isinstance(like, Mapping) and "processor" in like:
+            used["processor"] = ("model", like["processor"])
     used |= {key: (kind, settings.pop(key)) for key, kind in task.named.items() if key in settings}
     if "calibration" in task.reads:
         calibration = settings.pop("calibration_data", data)

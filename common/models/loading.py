@@ -261,10 +261,15 @@ def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Pr
     return model.eval(), pretrained(AutoTokenizer, folder)
 
 
-def vision_language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, Any]:
+def vision_language(
+    identity: Mapping[str, Any], config: Mapping[str, Any], like: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
     """An image or video language model in eval mode and its processor: a testbed (whose samples come as the model reads
     them, so that there is none), a folder in hub layout, one of the assets, or a hub checkpoint. Where the identity
-    says `one_view`, LLaVA-NeXT reads a picture whole, as LLaVA-1.5 does, whose class its weights fit."""
+    says `one_view`, LLaVA-NeXT reads a picture whole, as LLaVA-1.5 does, whose class its weights fit.
+
+    like: what names the model whose configuration and processor a checkpoint in another `layout` takes.
+    """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     importlib.import_module("prunelab.common.backbones.llava_video")  # makes its class known to both
@@ -283,8 +288,24 @@ def vision_language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> t
         raise PrunelabError(f"{folder} holds no config.json; give a folder in the hub's layout")
     if identity.get("one_view"):
         return _one_view(folder)
+    if "layout" in identity:
+        return _of_layout(identity, folder, like, config)
     model = pretrained(AutoModelForImageTextToText, folder, dtype="auto", use_safetensors=True, **devices.spread())
     return model.eval(), pretrained(AutoProcessor, folder)
+
+
+def _of_layout(
+    identity: Mapping[str, Any], folder: Path, like: Mapping[str, Any] | None, config: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    if like is None:
+        raise PrunelabError(f"{folder} is in a layout of its own; name the `processor` model that it is like")
+    source = hub.folder(like, "model", config) if "hub" in like else Path(like["folder"])
+    made = pretrained(AutoConfig, source)
+    model = AutoModelForImageTextToText.from_config(made, dtype=made.dtype)
+    importlib.import_module(f"prunelab.common.backbones.{identity['layout']}").load_checkpoint(model, folder)
+    return model.eval(), pretrained(AutoProcessor, source)
 
 
 def _one_view(folder: Path) -> tuple[Any, Any]:
