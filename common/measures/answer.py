@@ -20,6 +20,7 @@ from prunelab.common.core.hooks import run_all
 from prunelab.common.costs import meter
 from prunelab.common.data import questions
 from prunelab.common.data.questions import Sample
+from prunelab.common.measures import oracle
 from prunelab.common.measures.bench import Bench, finite
 from prunelab.common.metrics import uncertainty
 from prunelab.common.models import devices, loading
@@ -64,8 +65,14 @@ def measure(bench: Bench[Answer.Settings]) -> dict[str, Any]:
     budget = bench.budget
     if settings.match:
         budget = matched(method, adapter, budget, asked[:TRIED], scores, bench.seed)
-    with applied(method, model, budget, services=_services(scores), seed=bench.seed) as handle:
-        out = accuracy(asked, right(model, asked, scores)) | spent(adapter, asked[0], handle)
+    budgets = oracle.levels(settings.oracle, budget)
+    found = []
+    for each in budgets:
+        with applied(method, model, each, services=_services(scores), seed=bench.seed) as handle:
+            found.append(right(model, asked, scores))
+            out = accuracy(asked, found[-1]) | spent(adapter, asked[0], handle)
+    if settings.oracle:
+        out |= oracle.chosen(torch.stack(found).float(), budgets)
     return out | {"budget": {"text": str(budget)}}
 
 

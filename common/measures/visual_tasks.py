@@ -10,8 +10,12 @@ from functools import cache, partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.measures import oracle
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.examples import Examples
 from prunelab.common.measures.scores import CAPTIONS, COUNTED, SHARES, SUMS, average, relative
@@ -25,30 +29,37 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.visual_tasks`."""
     lmms_eval, wrapper = harness()
     settings = bench.settings
-    model, processor = loading.vision_language(bench.ids["model"], bench.config)
+    model, processor = loading.vision_language(bench.ids["model"], bench.config, bench.ids.get("processor"))
     model = devices.place(model, bench.device, half=True)
     method: Any = bench.method()
     own = {"budget": matched(bench, method, model)} if settings.match and method is not None else {}
+    budgets = oracle.levels(settings.oracle, own.get("budget", bench.budget))
+    if settings.oracle and (method is None or len(settings.average) != 1):
+        raise PrunelabError("an oracle chooses a method's budget by one metric; name it under `average`")
     read, groups = definitions(settings.tasks, settings.include, settings.prompts)
-    asked = wrapper(
-        model,
-        processor,
-        batch=settings.batch,
-        frames=settings.frames,
-        shown=Examples(settings.shots, bench.seed, {e["task"]: e.get("doc_to_target") for e in read}),
-        pruned=partial(bench.at_work, method, model, **own),
-    )
+    shown = Examples(settings.shots, bench.seed, {e["task"]: e.get("doc_to_target") for e in read})
     data = {str(value["hub"]): value for name, value in bench.ids.items() if name.startswith("data of ")}
-    tasks = [lmms_eval.api.task.ConfigurableMessagesTask(config=e | located(e, data, bench.config)) for e in read]
-    with TemporaryDirectory() as folder:  # some tasks write their answers to a file when they are scored
-        result = lmms_eval.evaluator.simple_evaluate(
-            model=asked,
-            tasks=tasks,
-            task_manager=index(settings.include),
-            limit=settings.limit,
-            log_samples=False,
-            cli_args=Namespace(output_path=folder, process_with_media=True, reasoning_tags=None),
+    logged: list[Mapping[str, Any]] = []
+    for budget in budgets:
+        asked = wrapper(
+            model,
+            processor,
+            batch=settings.batch,
+            frames=settings.frames,
+            shown=shown,
+            pruned=partial(bench.at_work, method, model, budget=budget),
         )
+        tasks = [lmms_eval.api.task.ConfigurableMessagesTask(config=e | located(e, data, bench.config)) for e in read]
+        with TemporaryDirectory() as folder:  # some tasks write their answers to a file when they are scored
+            result = lmms_eval.evaluator.simple_evaluate(
+                model=asked,
+                tasks=tasks,
+                task_manager=index(settings.include),
+                limit=settings.limit,
+                log_samples=bool(settings.oracle),
+                cli_args=Namespace(output_path=folder, process_with_media=True, reasoning_tags=None),
+            )
+        logged.append(result.get("samples", {}))
     counts = {task: int(count["effective"]) for task, count in result["n-samples"].items()}
     measured = percentages(result["results"], counts)
     measured |= group_means(groups, measured)
@@ -61,6 +72,8 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
         protocol += f"; {settings.shots} examples before each question, drawn with seed {bench.seed} from the others"
     if own:
         protocol += f"; the budget {own['budget']} gives the layers {bench.budget} of an image's tokens, in the mean"
+    if settings.oracle:
+        measured |= oracle.chosen(each_question(logged, settings.average[0]), budgets)
     if settings.average:
         measured["average"] = {"value": average(measured, settings.average)}
     if settings.against:
@@ -75,6 +88,16 @@ def matched(bench: Bench[VisualTasks.Settings], method: Any, model: Any) -> Any:
     if method.role != "token_pruner":
         raise PrunelabError(f"{method.name} leaves no visual tokens out; `match` is for methods that do")
     return importlib.import_module("prunelab.common.tokens.match").match_mean(method, model, bench.budget)
+
+
+def each_question(logged: Sequence[Mapping[str, Any]], metric: str) -> Tensor:
+    """A metric of single questions [runs, n], of what the library logged of several runs."""
+    task, _, name = metric.partition(" ")
+    rows = [{sample["doc_id"]: sample.get(name) for sample in samples.get(task, ())} for samples in logged]
+    values = [[row[question] for question in sorted(rows[0])] for row in rows]
+    if not rows[0] or not all(isinstance(value, bool | int | float) for row in values for value in row):
+        raise PrunelabError(f"lmms-eval gives no {metric} of single questions; name a metric that is a mean of such")
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def harness() -> tuple[Any, Any]:

@@ -30,18 +30,22 @@ class Answer(Task):
         "cache_gbytes": Metric("the decoder's cache", "GB"),
         "cache_saving": Metric("cache saved", "%", higher_is_better=True),
         "budget": Metric("what a matched budget came to"),
+        "oracle": Metric("answers right under some budget", "%", higher_is_better=True),
+        "oracle_budget": Metric("the least budget that answers right, in the mean", cost="tokens"),
     }
 
     class Settings(base.Settings):
         """samples: questions. match: the budget is the share of the visual tokens to be `kept`, whatever the method
         means by its own, or the nearest to it that the method can go to. blind: no model is asked, but the best guess
         from the words of each question alone. frame_scores: how the frames of a video are weighed for a method that
-        asks for it: by the attention of a pass of the unpruned model, which is in none of the metrics."""
+        asks for it: by the attention of a pass of the unpruned model, which is in none of the metrics. oracle: budgets
+        that rise to the run's own; each question then also counts under the least that answers it right."""
 
         samples: PositiveInt
         match: bool = False
         blind: bool = False
         frame_scores: Literal["attention"] | None = None
+        oracle: tuple[str, ...] = ()
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import answer

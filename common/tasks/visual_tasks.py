@@ -30,6 +30,10 @@ class VisualTasks(Task):
     metrics: ClassVar[Mapping[str, Metric]] = {
         "average": Metric("mean of the scores under `average`", higher_is_better=True),
         "relative": Metric("mean of the same as percent of the numbers under `against`", "%", higher_is_better=True),
+        "oracle": Metric(
+            "the score under `average`, of each question the best of several budgets", "%", higher_is_better=True
+        ),
+        "oracle_budget": Metric("the least budget that gives it, in the mean"),
     }
 
     class Settings(base.Settings):
@@ -39,7 +43,8 @@ class VisualTasks(Task):
         number for each of them, such as the unpruned model's, of which `relative` is the mean share. match: the
         budget is what a layer of the decoder sees of an image's tokens, in the mean, whatever the method itself means
         by it; papers that compare at 192 of 576 tokens mean that. shots: examples that stand before each question,
-        with their answers, drawn with the seed from the task's other questions."""
+        with their answers, drawn with the seed from the task's other questions. oracle: budgets that rise to the
+        run's own, all of which are asked; `average` then names the one metric by which an oracle chooses."""
 
         tasks: tuple[str, ...]
         frames: PositiveInt = 32
@@ -51,13 +56,14 @@ class VisualTasks(Task):
         against: tuple[PositiveFloat, ...] = ()
         shots: NonNegativeInt = 0
         match: bool = False
+        oracle: tuple[str, ...] = ()
 
     @classmethod
     def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
         counts = [n for count in asked.values() if (n := settings.limit or count) is not None]
         if len(counts) < len(asked):
             return None
-        total = sum(counts)
+        total = sum(counts) * (1 + len(settings.oracle))
         frames = settings.frames if "frames" in settings.model_fields_set else 0
         return Work(inputs=total, frames=frames, read=QUESTION * total, written=ANSWER * total, together=settings.batch)
 
