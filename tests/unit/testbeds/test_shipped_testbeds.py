@@ -15,6 +15,7 @@ from prunelab.common.training.recipe import read_extra, read_log
 from prunelab.methods.dtop.method import DToP
 from prunelab.methods.fastv.method import FastV
 from prunelab.methods.focus_detr.method import FocusDETR
+from prunelab.methods.m3.method import M3
 from prunelab.methods.random_drop.method import RandomDrop
 
 
@@ -155,3 +156,19 @@ def test_the_answers_tokenizer_is_the_vocabulary():
     for name in ("digits_qa", "digits_video_qa"):
         shipped = Tokenizer.from_str(read_extra(testbeds.SHIPPED / name, "tokenizer.json"))
         assert shipped.get_vocab() == questions.IDS
+
+
+# -- fine-tuned with a token pruner at work ----------------------------------------------------------------------------
+
+
+def test_scales_that_were_trained_are_worth_more_than_those_that_were_not():
+    tuned, log = testbeds.load("digits_qa_m3")
+    before, asked = testbeds.load("digits_qa")[0], questions.draw("picture", "test", 100, 1)
+    with torch.inference_mode():
+        for scale, gain in (("9count", 0.2), ("1count", 0.1)):
+            found = []
+            for model in (before, tuned):
+                with apply(M3(), model, scale):
+                    found.append(sum(a == s.answer for a, s in zip(answers(model, asked), asked, strict=True)) / 100)
+            assert found[1] > found[0] + gain
+            assert found[1] == pytest.approx(log["test"][f"accuracy_{scale}"], abs=0.12)
