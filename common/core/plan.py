@@ -210,7 +210,8 @@ class Plan:
     groups:    [B, K] where plans are for single images and videos: numbers from 0 by which the method knows outputs
                together at later sites, as `signals.groups`; -1 in none;
     gate:      [B, N] from 0 to 1 for every unit, with gradients, in place of a hard choice while the model trains: all
-               units go on, and attention to each is weighed by its gate from here on. Otherwise it has no say.
+               units go on, and attention to each is weighed by its gate from here on; with `bypass` in that layer
+               alone, of whose changes each unit takes that share. Otherwise it has no say.
     """
 
     reduce: Reduction

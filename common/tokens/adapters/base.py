@@ -170,7 +170,8 @@ class Adapter(ABC, Generic[P]):
         return self.model.training and torch.is_grad_enabled() and x.device.type != "meta"
 
     def gated(self, plan: Plan, gate: Tensor) -> Plan:
-        """The plan while training: all units go on, and attention to each is weighed."""
+        """The plan while training: all units go on, and attention to each is weighed; where others would pass by a
+        layer, so is what the layer changes of each."""
         if not self.gates:
             raise PrunelabError(f"{self.family} has no attention that weighs tokens by a gate; train on a hard plan")
         bias, carried = gate.float().clamp_min(torch.finfo(torch.float32).tiny).log(), self.running.tokens.bias
@@ -179,6 +180,7 @@ class Adapter(ABC, Generic[P]):
             Gather(every, self.running.tokens.valid),
             rest=plan.rest,
             key_bias=bias if carried is None else bias + carried,
+            gate=gate if plan.rest == "bypass" else None,
         )
 
     def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:

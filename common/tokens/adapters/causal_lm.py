@@ -40,6 +40,7 @@ from prunelab.common.tokens.adapters.recorded import (
     ALONE,
     FIXED,
     UNSHOWN,
+    behind_a_bypass,
     fixed,
     keeper,
     newest_row,
@@ -82,6 +83,7 @@ class CausalLM(SequenceAdapter[PromptPass]):
     )
     signals = {"input": _ALWAYS | _ATTENTION}
     rest = frozenset({"drop", "defer", "bypass"})
+    gates = True
     decodes = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -230,6 +232,8 @@ class CausalLM(SequenceAdapter[PromptPass]):
         known = self.caches.get(cache)
         if known is None:
             raise PrunelabError("this cache was filled without the method; run the prompt inside the `with` block")
+        if known.gated:
+            raise PrunelabError("this prompt was read while its tokens' gates learn; read it again in eval mode")
         if seen != known.held[0].columns.shape[1] or len(cache.layers[0].keys) != len(known.segments):
             raise PrunelabError("this cache was changed since; a pruned cache grows, but is not cropped or expanded")
         return known
@@ -339,6 +343,8 @@ class CausalLM(SequenceAdapter[PromptPass]):
         plan, signals = self.decide(application, site, seen)
         assert isinstance(plan.reduce, Gather)
         plan = replace(plan, reduce=in_order(plan.reduce))
+        if plan.key_bias is not None:
+            cache.gated = True
         if plan.rest == "defer":
             cache.defer(running.rows, x)
         if plan.rest == "bypass":
@@ -376,10 +382,14 @@ class CausalLM(SequenceAdapter[PromptPass]):
             active = Entries(columns, valid).of(torch.ones_like(columns), total).bool()
         eager = self.config._attn_implementation == "eager"
         plain = rows.columns.shape[1] in (1, held.columns.shape[1])  # one query, or all of the prompt
-        if plain and active is None and held.valid is None and not eager:
+        bias = running.tokens.bias
+        if plain and active is None and held.valid is None and not eager and bias is None:
             return None
         seen = visible(rows, held, active)
-        return torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min) if eager else seen
+        if not eager and bias is None:
+            return seen
+        mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+        return mask if bias is None else mask + bias[:, None, None, :].to(x.dtype)
 
     # -- signals -------------------------------------------------------------------------------------------------
 
@@ -411,8 +421,9 @@ class CausalLM(SequenceAdapter[PromptPass]):
         newest = torch.full((len(x), 1), running.rows.columns.shape[1] - 1, device=x.device)
         row = functools.partial(seen.weights, newest)
         if not running.decoding:
-            valid = running.tokens.valid
-            return {
+            went = running.passed.get(site.layer - 1)
+            valid = running.tokens.valid if went is None else went.valid
+            known: dict[str, Callable[[], Tensor]] = {
                 "queries": seen.shown,
                 "keys": lambda: seen.keys,
                 "attention_logits": seen.logits,
@@ -420,6 +431,7 @@ class CausalLM(SequenceAdapter[PromptPass]):
                 "last_row": lambda: row().squeeze(2),
                 "received": lambda: received(seen, valid),
             }
+            return known if went is None else behind_a_bypass(known, seen, went, x.shape[1])
         held, columns = running.cache.held[running.segment - 1], running.tokens.origin
         assert columns is not None
         order = torch.arange(held.columns.shape[1], device=x.device)

@@ -44,7 +44,7 @@ class PromptCache:
     real [B, T]: columns that are no padding, None where all are. positions [B or 1, T]: their position ids.
     prompt: columns of the prompt. segments [B, T]: how many of them each token went through, which also says where it
     waits. waiting [B, prompt + 1, D]: hidden states that wait; the last place takes what needs none. held: the cache
-    entries of each segment.
+    entries of each segment. gated: whether attention to tokens was weighed by gates that learn.
     """
 
     prompt: int
@@ -53,6 +53,7 @@ class PromptCache:
     segments: Tensor
     waiting: Tensor | None = None
     held: dict[int, Entries] = field(default_factory=dict)
+    gated: bool = False
 
     @property
     def total(self) -> int:

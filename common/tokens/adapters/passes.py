@@ -232,7 +232,8 @@ class Pass:
 
     state: what the method leaves for its later sites. kept: see `Handle.kept`. checks: what is looked at when the pass
     ends. decoding: whether its tokens follow a cached prompt. seen: layers that later sites read.
-    aside: what waits behind a layer that it passes by. total: tokens before anything was pruned, where the family
+    aside: what waits behind a layer that it passes by. passed: by layer that some tokens passed by, those that went
+    through. total: tokens before anything was pruned, where the family
     counts them. shown: what a layer hands to its own site, until that has its plan.
     """
 
@@ -241,6 +242,7 @@ class Pass:
     decoding: bool = False
     seen: dict[int, Seen] = field(default_factory=dict)
     aside: Any = None
+    passed: dict[int, Gather] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     kept: list[tuple[Site, Tensor]] = field(default_factory=list)
     total: int = 0
@@ -261,15 +263,18 @@ def write_back(hidden: Tensor, updated: Tensor, index: Tensor, kept: Tensor | No
 
 @dataclass(frozen=True)
 class Aside:
-    """Tokens x [B, N, D] as they were before a layer that only some of them go through, and what was known of all."""
+    """Tokens x [B, N, D] as they were before a layer that only some of them go through, and what was known of all.
+    gate [B, N]: while training all go through, and this share of what the layer changes goes on."""
 
     x: Tensor
     reduce: Gather
     known: dict[str, Any]
+    gate: Tensor | None = None
 
     def joined(self, updated: Tensor) -> Tensor:
         """With those that went through the layer, [B, K, D]."""
-        return write_back(self.x, updated, self.reduce.index, self.reduce.valid)
+        whole = write_back(self.x, updated, self.reduce.index, self.reduce.valid)
+        return whole if self.gate is None else torch.lerp(self.x, whole, self.gate.unsqueeze(-1).to(whole.dtype))
 
 
 def padding_in_front(plan: Plan) -> Plan:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from prunelab.common.core import attention
 from prunelab.common.core.attention_interface import Recorder
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import Gather
 from prunelab.common.tokens.adapters.passes import SUBLAYERS, Seen
 
 ALONE = frozenset({"hidden", "queries", "keys", "values", "cls_row", "last_row", "received"})
@@ -103,6 +105,32 @@ def sources(seen: Seen, recorder: Recorder, head: int, text: int = 0) -> dict[st
         "received": lambda: received(recorder, tokens.valid),
         "attention": lambda: text_rows(recorder, seen.kept["visual"], tokens.valid, text),
     }
+
+
+def behind_a_bypass(
+    known: dict[str, Callable[[], Tensor]], recorder: Recorder, went: Gather, total: int
+) -> dict[str, Callable[[], Tensor]]:
+    """The signals of a layer that some of the tokens passed by, for all [B, total] of them: `went` says which the
+    layer's are; what is read of the others is zero."""
+
+    def placed(value: Tensor, *axes: int) -> Tensor:
+        for axis in axes:
+            index = went.index if went.valid is None else went.index.masked_fill(~went.valid, total)
+            shape = [1] * value.dim()
+            shape[0], shape[axis] = index.shape[0], index.shape[1]
+            out = value.new_zeros(*value.shape[:axis], total + 1, *value.shape[axis + 1 :])  # padding goes beside
+            value = out.scatter(axis, index.view(shape).expand_as(value), value).narrow(axis, 0, total)
+        return value
+
+    def refused() -> Tensor:
+        raise PrunelabError("tokens that passed by a layer have no attention logits there; read their attention")
+
+    axes = {"queries": (2,), "keys": (2,), "attention": (2, 3), "received": (2,)}
+    found = {
+        name: functools.partial(lambda read, at: placed(read(), *at), known[name], at) for name, at in axes.items()
+    }
+    last = functools.partial(last_index, went.index, went.valid)
+    return {**found, "attention_logits": refused, "last_row": lambda: placed(row(recorder, last()), 2)}
 
 
 def keeper(kept: Callable[[], Seen], name: str) -> Callable[..., None]:

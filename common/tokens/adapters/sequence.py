@@ -110,7 +110,9 @@ class SequenceAdapter(Adapter[P]):
                 " others as they are, with positions='original'"
             )
         running = self.running
-        running.aside = Aside(x, plan.reduce, {name: getattr(running, name) for name in ("tokens", *names)})
+        known = {name: getattr(running, name) for name in ("tokens", *names)}
+        running.aside = Aside(x, plan.reduce, known, plan.gate)
+        running.passed[site.layer] = plan.reduce
         running.tokens = running.tokens.reduce(plan, x)
         self.note(application, site, running.tokens.kept())
 

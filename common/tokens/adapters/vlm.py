@@ -41,6 +41,7 @@ from prunelab.common.tokens.adapters.passes import SUBLAYERS, Application
 from prunelab.common.tokens.adapters.recorded import (
     ALONE,
     behind,
+    behind_a_bypass,
     last_index,
     received,
     row,
@@ -294,10 +295,9 @@ class VisionLanguage(DecoderSide):
         recorder = self.recorders.get(site.layer - 1)
         if recorder is None:
             return ahead
-        seen, valid = recorder, self.running.tokens.valid
-
-        return {
-            **ahead,
+        seen, went = recorder, self.running.passed.get(site.layer - 1)
+        valid = self.running.tokens.valid if went is None else went.valid
+        known: dict[str, Callable[[], Tensor]] = {
             "queries": seen.shown,
             "keys": lambda: seen.keys,
             "attention_logits": seen.logits,
@@ -305,6 +305,7 @@ class VisionLanguage(DecoderSide):
             "last_row": lambda: row(seen, last_index(x, valid)),
             "received": lambda: received(seen, valid),
         }
+        return ahead | (known if went is None else behind_a_bypass(known, seen, went, x.shape[1]))
 
     def _coming(self, layer: int, x: Tensor, only: Tensor | None = None) -> Recorder:
         """What a layer's attention will work on, of the tokens x [B, N, D] which are about to enter it; of queries that

@@ -295,3 +295,74 @@ def test_groups_of_a_picture_are_known_in_the_decoder():
     assert not (then & 7 == 1).any() and then.shape[1] == first.shape[1] - 5, "they follow the tokens that stay"
     with pytest.raises(PrunelabError, match="groups are of single images"), apply(InGroups("packed"), model, 1.0):
         model(**given)
+
+
+@dataclass(frozen=True)
+class Skipping(TokenPruner):
+    """Every second unit passes by some layers; while training by a gate. What a later layer is shown is kept."""
+
+    layers: tuple[int, ...] = (1, 2)
+    open: float = 0.0
+
+    name = "skipping"
+    rest = "bypass"
+
+    def sites(self, info):
+        return [Site(layer, "input") for layer in self.layers]
+
+    def requires(self, site):
+        return frozenset({"hidden", "last_row", "received", "keys"} if site.layer > self.layers[0] else {"hidden"})
+
+    def plan(self, site, signals, budget):
+        stays = (torch.arange(signals.prunable.shape[1]) % 2 == 0) | ~signals.prunable
+        if site.layer > self.layers[0]:
+            signals.memory["shown"] = (signals.last_row, signals.received, signals.keys, stays)
+        gate = torch.where(stays, 1.0, self.open) + 0 * signals.hidden.mean(-1)
+        return Plan(signals.keep(mask=stays), rest="bypass", gate=gate)
+
+
+def decoders():
+    yield vlm("llava"), pair("llava", vlm("llava"))
+    yield model_of(), {"input_ids": ids()}
+
+
+def test_a_gate_at_a_layer_that_tokens_pass_by_weighs_what_it_changes():
+    for model, given in decoders():
+
+        def run(method: Any, model: Any = model, given: Any = given) -> Tensor:
+            with apply(method, model, 0.5):
+                logits = model(**given, use_cache=False).logits
+            return logits[given.get("attention_mask", torch.ones(logits.shape[:2])).bool()]
+
+        with torch.no_grad():
+            dense, skipped = run(Skipping(())), run(Skipping())
+        model.train()
+        assert torch.allclose(run(Skipping(open=1.0)), dense, atol=1e-4), "open gates change nothing"
+        assert torch.allclose(run(Skipping()), skipped, atol=1e-4), "closed gates are as good as passing by"
+        assert not torch.allclose(skipped, dense, atol=1e-3)
+        run(Skipping(open=0.5)).sum().backward()
+
+
+@torch.no_grad()
+def test_what_a_layer_shows_of_tokens_that_passed_by_is_zero():
+    for model, given in decoders():
+        with apply(Skipping(), model, 0.5) as handle:
+            model(**given, use_cache=False)
+            last, received, keys, stays = handle.memory["shown"]
+        assert last.shape[2] == received.shape[2] == keys.shape[2] == stays.shape[1]
+        gone = ~stays
+        for seen in (last.sum(1), received.sum(1), keys.abs().sum((1, 3))):
+            assert bool((seen[gone] == 0).all())
+        real = given.get("attention_mask", torch.ones_like(gone)).bool()
+        assert torch.allclose(last.sum(2), torch.ones(last.shape[:2]), atol=1e-5)
+        assert torch.allclose(
+            received.sum(2), (stays & real).sum(1, keepdim=True).float().expand(-1, last.shape[1]), atol=1e-3
+        )
+
+
+def test_a_prompt_of_a_language_model_that_was_read_with_gates_is_not_continued():
+    model, tokens = model_of().train(), ids()
+    with apply(Skipping(open=0.5), model, 0.5):
+        read = model(tokens, use_cache=True)
+        with pytest.raises(PrunelabError, match="while its tokens' gates learn"):
+            model(tokens[:, :1], past_key_values=read.past_key_values)
