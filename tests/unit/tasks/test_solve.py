@@ -1,0 +1,175 @@
+"""Problems, how answers to them are graded, and mixtures of experts that are pruned on answers of their own."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import problems, texts
+from prunelab.common.data.problems import Problem, boxed, plain, solved
+from prunelab.common.experiments import papers
+from prunelab.common.measures import solve
+from prunelab.common.measures.bench import Bench
+from prunelab.common.models import loading
+from prunelab.common.tasks import get
+from tests.contract.families import WEIGHT_FAMILIES
+
+WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(40))]
+
+
+class Tokenizer:
+    eos_token_id, pad_token_id, chat_template = 2, 0, None
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [5 + sum(word.encode()) % 30 for word in text.split()]}
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return f"so \\boxed{{{sum(tokens) % 3}}}"
+
+
+def repository(tmp_path, **files):
+    place = tmp_path / "some" / "problems"
+    place.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        name, _, kind = name.rpartition("_")
+        with (place / f"{name}.{kind}").open("w", newline="") as file:
+            if kind == "csv":
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.write(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    return {"hub": str(tmp_path)}
+
+
+def entry(files, **more):
+    return {"loader": "problems", "hub": "some/problems", "local": "0", "files": files, "ask": "q", **more}
+
+
+def test_rows_of_every_kind_of_file_become_problems(tmp_path):
+    rows = [{"q": f"q{n}", "a": n, "year": 2020 + n % 2} for n in range(6)]
+    config = repository(tmp_path, one_csv=rows[:2], two_json=rows[2:4], two_jsonl=rows[4:])
+    found = problems.load(entry("*", answer="a"), config)
+    assert [p.text for p in found] == [f"q{n}" for n in range(6)] and [p.answer for p in found] == list("012345")
+    assert [p.text for p in problems.load(entry("*", answer="a", where={"year": 2021}), config)] == ["q1", "q3", "q5"]
+    some = problems.load(entry("*", answer="a", drawn=3), config)
+    assert len(some) == 3 and some == problems.load(entry("*", answer="a", drawn=3), config)
+    assert all(not p.answer for p in problems.load(entry("*.csv"), config))
+    with pytest.raises(PrunelabError, match="KeyError"):
+        problems.load(entry("*", answer="b"), config)
+    with pytest.raises(PrunelabError, match="no problem in"):
+        problems.load(entry("*.parquet", answer="a"), config)
+
+
+def test_choices_are_listed_and_a_right_one_that_stands_first_is_moved(tmp_path):
+    rows = [{"q": f"q{n}", "A": "x", "B": "y", "right": "good", "wrong": "bad", "key": "B"} for n in range(20)]
+    held = [{"q": "q", "key": "B", "options": {"B": "y", "A": "x"}}]
+    config = repository(tmp_path, one_csv=rows, held_json=held)
+    (listed, *_) = problems.load(entry("one.csv", answer="key", choices=["A", "B"]), config)
+    assert listed == Problem("q0\n\nA. x\nB. y", "B", True)
+    assert problems.load(entry("held.json", answer="key", choices="options"), config)[0].text.endswith("A. x\nB. y")
+    moved = problems.load(entry("one.csv", choices=["right", "wrong"], first="right"), config)
+    assert {p.answer for p in moved} == {"A", "B"} and all(f"{p.answer}. good" in p.text for p in moved)
+    with pytest.raises(PrunelabError, match="none of 2 choices"):
+        problems.load(entry("one.csv", answer="q", choices=["A", "B"]), config)
+
+
+@pytest.mark.parametrize(
+    ("answer", "written", "right"),
+    [
+        ("073", "thus \\boxed{73}.", True),
+        ("73", "first \\boxed{72}, no: \\boxed{73}", True),
+        ("73", "73", False),
+        ("1/2", "$\\boxed{\\dfrac{1}{2}}$", True),
+        ("\\frac{\\sqrt{3}}{2}", "\\boxed{\\frac{\\sqrt{3}}{2}}", True),
+        ("1000", "\\boxed{1,000\\text{ ways}}", True),
+        ("0.50", "\\boxed{0.5}", True),
+        ("3", "\\boxed{30}", False),
+        ("3", "\\boxed{3", False),
+    ],
+)
+def test_the_last_boxed_number_or_formula_counts(answer, written, right):
+    assert solved(Problem("", answer, False), written) is right
+
+
+@pytest.mark.parametrize(
+    ("written", "right"),
+    [
+        ("\\boxed{B}", True),
+        ("\\boxed{\\text{B. yes}}", True),
+        ("\\boxed{A}", False),
+        ("B", False),
+        ("\\boxed{Bad}", False),
+    ],
+)
+def test_of_choices_the_letter_counts(written, right):
+    assert solved(Problem("", "B", True), written) is right
+    assert boxed("\\boxed{a{b}c}") == "a{b}c" and plain("$ 1{,}0 $") == "1{,}0"
+
+
+def run(monkeypatch, config, family, method=None, budget=None, options=None, data=None, **settings):
+    model = WEIGHT_FAMILIES[family]()
+    model.generation_config.eos_token_id = 2
+    monkeypatch.setattr(loading, "language", lambda identity, config: (model, Tokenizer()))
+    ids = {"model": {}, "data": entry("one.jsonl", answer="a")}
+    ids["calibration"] = data or entry("two.jsonl", answer="a")
+    given = get("solve").read({"new": 6, "calibration": 3, "batch": 2, **settings})
+    return get("solve")().measure(Bench("paper", ids, given, config, method, options or {}, budget))
+
+
+@pytest.fixture
+def config(tmp_path):
+    rows = [{"q": f"how many {'w ' * (n % 3)}", "a": str(n % 3)} for n in range(8)]
+    return repository(tmp_path, one_jsonl=rows[:5], two_jsonl=rows[4:])
+
+
+def test_answers_are_sampled_run_by_run_and_come_again_with_the_seed(monkeypatch, config):
+    twice = [run(monkeypatch, config, "qwen3_moe_mixed", runs=3) for _ in range(2)]
+    assert twice[0] == twice[1] != run(monkeypatch, config, "qwen3_moe_mixed", runs=3, seed=1)
+    assert twice[0]["solved"]["n"] == 5 and 0 < twice[0]["written"]["value"] <= 6
+    assert 0 <= twice[0]["unfinished"]["value"] <= 100 and "3 runs, temperature 0.6" in twice[0]["solved"]["protocol"]
+    greedy = run(monkeypatch, config, "qwen3_moe_mixed", runs=2, temperature=0.0)
+    assert set(greedy["solved"]["samples"]) <= {0, 100}, "all runs are one"
+
+
+CHOSEN = ("easy_ep", "without_tokens", "without_norm", "gating", "frequency", "random", "m_smoe", "problems alone",
+          "answers alone", "with references")  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe_mixed"])
+@pytest.mark.parametrize("row", CHOSEN)
+def test_every_row_of_easy_ep_prunes_a_mixture_and_lets_it_answer(monkeypatch, config, family, row):
+    chosen = papers.load("easy_ep").configurations[row]
+    settings = {key: value for key, value in chosen.settings.items() if key != "calibration_data"}
+    found = run(monkeypatch, config, family, chosen.method, "2count", chosen.options, **settings)
+    assert found["solved"]["n"] == 5
+    assert found["saving"]["value"] > 0
+
+
+def test_what_a_method_calibrates_on_is_what_the_setting_says(monkeypatch, config):
+    model, tokenizer = WEIGHT_FAMILIES["qwen3_moe_mixed"](), Tokenizer()
+
+    def seen(**settings):
+        given = get("solve").read({"new": 4, "calibration": 3, **settings})
+        ids = {"calibration": entry("two.jsonl", answer="a")}
+        return [len(t) for t in solve._calibration(Bench("paper", ids, given, config), model, tokenizer)]
+
+    alone, both = seen(shown="problem"), seen()
+    assert [a + b for a, b in zip(alone, seen(shown="answer"), strict=True)] == both
+    assert [a + 1 for a in alone] == seen(shown="reference")
+    with pytest.raises(PrunelabError, match="there are 4 problems"):
+        seen(calibration=9)
+    monkeypatch.setattr(texts, "windows", lambda *arguments: [torch.arange(5, 12)] * 3)
+    given = get("solve").read({"new": 4, "calibration": 3})
+    bench = Bench("paper", {"calibration": {"loader": "c4"}}, given, config)
+    assert [len(t) for t in solve._calibration(bench, model, tokenizer)] == [7] * 3
+
+
+def test_problems_without_answers_are_not_graded(monkeypatch, config, tmp_path):
+    repository(tmp_path, one_jsonl=[{"q": "q", "a": ""}])
+    with pytest.raises(PrunelabError, match="have no answer"):
+        run(monkeypatch, config, "qwen3_moe_mixed")
