@@ -123,6 +123,8 @@ class LLMPruner(WeightPruner):
     released
         As the authors' code has it, importances of query heads are added to the wrong key-value heads where queries
         are grouped (`folded`). False adds them to their own.
+    mode
+        `block` takes heads and neurons, `channel` the channels of the residual stream, in all that reads or writes it.
     """
 
     criterion: Criterion = "param_first"
@@ -131,6 +133,7 @@ class LLMPruner(WeightPruner):
     attention_blocks: tuple[NonNegativeInt, NonNegativeInt] | None = None
     mlp_blocks: tuple[NonNegativeInt, NonNegativeInt] | None = None
     released: bool = True
+    mode: Literal["block", "channel"] = "block"
 
     name: ClassVar[str] = "llm_pruner"
 
@@ -146,9 +149,11 @@ class LLMPruner(WeightPruner):
 
     @property
     def units(self) -> Sequence[Unit]:
-        return ("heads", "channels")
+        return ("hidden",) if self.mode == "channel" else ("heads", "channels")
 
     def covers(self, target: Target) -> bool:
+        if target.unit == "hidden":
+            return True
         blocks = self.attention_blocks if target.unit == "heads" else self.mlp_blocks
         return blocks is None or blocks[0] <= target.block < blocks[1]
 
@@ -168,12 +173,14 @@ class LLMPruner(WeightPruner):
 
     def members(self, target: Target, signals: WeightSignals) -> list[Tensor]:
         """Importance [C] of each member's channels, in the order in which the authors' graph finds the members."""
-        roles = [role for role in MEMBERS[target.unit] if role in signals.weights]
+        roles = [role for role in MEMBERS.get(target.unit, tuple(signals.weights)) if role in signals.weights]
         if self.criterion in ("l1", "l2"):
             norms = {role: signals.weights[role].float() for role in roles}
             found = [member_importance(self.criterion, norms[role], int(role in READERS)) for role in roles]
         else:
             found = [signals[f"importance.{role}"] for role in roles]
+        if target.unit == "hidden":
+            return found
         channels = min(len(member) for member in found)
         return [folded(member, channels, target.units, self.released) for member in found]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.weights.adapters.base import Tap
+from prunelab.common.weights.adapters.base import Tap, View
 from prunelab.common.weights.adapters.mixture import Mixtures
 from prunelab.common.weights.adapters.projections import IN, OUT, length
 from prunelab.common.weights.adapters.rotation import (
@@ -19,6 +19,7 @@ from prunelab.common.weights.adapters.rotation import (
     commutes,
     narrow_stream,
     rotate_stream,
+    stream_holders,
     stream_size,
 )
 from prunelab.common.weights.adapters.slicing import Sliceable, Sublayer, make_sliced, sliceable
@@ -86,6 +87,16 @@ class Decoder(Mixtures):
             return []
         width = int(self.model.get_input_embeddings().weight.shape[1])
         return [Target("hidden", "hidden", -1, "hidden", (width,), stream_size(self.model, blocks, final))]
+
+    def holders(self, target: Target) -> dict[str, tuple[nn.Parameter, View]]:
+        if target.unit != "hidden":
+            return super().holders(target)
+        return dict(stream_holders(self.model, list(self.blocks), self.model.base_model.norm))
+
+    def weights(self, target: Target) -> dict[str, Tensor]:
+        if target.unit != "hidden":
+            return super().weights(target)
+        return {name: view(parameter.detach()) for name, (parameter, view) in self.holders(target).items()}
 
     def remove(self, target: Target, kept: Tensor) -> None:
         if target.unit != "hidden":

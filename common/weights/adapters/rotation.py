@@ -7,7 +7,7 @@ the residual stream h becomes h Q: what writes into it gets Q on its outputs, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,6 +57,31 @@ def stream_size(model: Any, blocks: list[nn.Module], final: Any) -> int:
         size += sum(weight.numel() // weight.shape[-1] for weight, _ in _reading(block)) + len(NORMS)
         size += sum(weight.numel() // len(weight) + (bias is not None) for weight, bias in _writing(block))
     return size
+
+
+def stream_holders(
+    model: Any, blocks: list[nn.Module], final: Any
+) -> dict[str, tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
+    """By name the parameters that hold the channels of the residual stream, and how each is seen as [D, n]."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    reading = [embedding.weight, *(weight for block in blocks for weight, _ in _reading(block)), head.weight]
+    norms: list[Any] = [*(block.get_submodule(name).weight for block in blocks for name in NORMS), final.weight]
+    writing = [weight for block in blocks for weight, _ in _writing(block)]
+    views = [(weight, _turned) for weight in reading] + [(weight, _column) for weight in norms]
+    return {known[id(weight)]: (weight, view) for weight, view in [*views, *((weight, _same) for weight in writing)]}
+
+
+def _turned(weight: Tensor) -> Tensor:
+    return weight.mT
+
+
+def _column(weight: Tensor) -> Tensor:
+    return weight.unsqueeze(1)
+
+
+def _same(weight: Tensor) -> Tensor:
+    return weight
 
 
 def narrow_stream(model: Any, blocks: list[nn.Module], final: nn.Module, kept: Tensor) -> None:

@@ -216,3 +216,46 @@ def test_a_target_without_gate_has_two_members():
     target = Target("channels", "mlp", 0, "channels", (2,))
     weights = {"up": torch.tensor([[1.0, 1], [0, 1]]), "down": torch.tensor([[3.0, 0], [0, 2]])}
     assert LLMPruner("l1").score(target, WeightSignals(weights)).tolist() == [2.5, 1.5]
+
+
+@pytest.mark.parametrize("criterion", [*TAYLOR, "l2"])
+def test_channels_of_the_stream_are_scored_in_all_that_reads_or_writes_them(criterion):
+    model, ids = language_model(), token_ids()
+    (found,) = scores(model, LLMPruner(mode="channel", criterion=criterion), ids).values()
+    params = {n: p for n, p in model.named_parameters() if p.shape[0] == WIDTH or p.shape[-1] == WIDTH}
+    grads, squares = (
+        {n: torch.zeros_like(p) for n, p in params.items()},
+        {n: torch.zeros_like(p) for n, p in params.items()},
+    )
+    for i in range(len(ids)):
+        model.zero_grad()
+        model(ids[i : i + 1], labels=ids[i : i + 1]).loss.backward()
+        for name, p in params.items():
+            grads[name] += p.grad / len(ids)
+            squares[name] += p.grad**2 / len(ids)
+    members = []
+    for name, p in params.items():
+        writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+        lay = (lambda x: x) if writes else (lambda x: x.unsqueeze(1)) if p.dim() == 1 else (lambda x: x.T)
+        weight, gradient, square = (lay(x.detach()) for x in (p, grads[name], squares[name]))
+        curved = weight * square * weight
+        lost = {"param_second": curved, "param_mix": weight * gradient - curved / 2}.get(criterion, weight * gradient)
+        each = lost.sum(1).abs() if criterion == "vectorize" else lost.abs().sum(1)
+        members.append(weight.square().sum(1) if criterion == "l2" else each)
+    assert len(members) == 1 + 1 + 1 + 9 * model.config.num_hidden_layers  # embedding, head, last norm; nine a block
+    want = torch.stack(members).mean(0) if criterion == "l2" else torch.stack(members).sum(0)
+    assert torch.allclose(found, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_channels_of_the_stream_leave_everywhere(tied, tmp_path):
+    model = language_model(tie_word_embeddings=tied)
+    before = sum(p.numel() for p in model.parameters())
+    plan = prune(LLMPruner(mode="channel"), model, 0.75, token_ids(), progress=False)
+    width = WIDTH - removed(WIDTH, 0.75)
+    assert model.config.hidden_size == width and model.lm_head.weight.shape[1] == width
+    assert sum(p.numel() for p in model.parameters()) == before * width // WIDTH
+    assert bool(torch.isfinite(model(token_ids()).logits).all())
+    other = language_model(tie_word_embeddings=tied)
+    plan.apply(other)
+    assert torch.equal(other(token_ids()).logits, model(token_ids()).logits)
