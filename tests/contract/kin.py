@@ -24,6 +24,7 @@ class Kin:
     shown: Callable[[Tensor], Shown]
     film: Callable[[Tensor], Shown] | None = None
     class_token: bool = False  # whether methods can read the encoder's
+    apart: int = 0  # tokens of a frame, where words stand between frames
 
 
 def _qwen2_vl(tower: int, text: dict[str, Any]) -> nn.Module:
@@ -34,6 +35,17 @@ def _qwen2_vl(tower: int, text: dict[str, Any]) -> nn.Module:
     marks = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 58, "vision_end_token_id": 59}
     config = t.Qwen2VLConfig(vision_config=vision, text_config={**text, "rope_parameters": rope}, **marks)
     return t.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen3_vl(tower: int, text: dict[str, Any]) -> nn.Module:
+    import transformers as t
+
+    vision = {"depth": tower - 1, "hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    vision |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    marks = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 58, "vision_end_token_id": 59}
+    words = {**text, "rope_parameters": rope, "head_dim": 8}
+    return t.Qwen3VLForConditionalGeneration(t.Qwen3VLConfig(vision_config=vision, text_config=words, **marks))
 
 
 def _internvl(tower: int, text: dict[str, Any]) -> nn.Module:
@@ -110,6 +122,7 @@ def _pairs(videos: Tensor) -> Shown:
 
 KIN: Mapping[str, Kin] = {
     "qwen2_vl": Kin(_qwen2_vl, _patches, _pairs),
+    "qwen3_vl": Kin(_qwen3_vl, _patches, _pairs, apart=16),
     "internvl": Kin(_internvl, _tiles, class_token=True),
     "video_llava": Kin(_video_llava, _pictures, _frames(17), class_token=True),
     "llava_mistral": Kin(_llava_mistral, _anyres, class_token=True),
@@ -140,4 +153,6 @@ def filmed(family: str, model: Any, questions: tuple[int, ...] = (6, 3), frames:
     film = KIN[family].film
     assert film is not None
     given, tokens = film(videos)
-    return typed(model, given | ids([[("text", 3), (VIDEO, tokens), ("text", words)] for words in questions]))
+    piece = KIN[family].apart or tokens
+    shown = [("text", 2), (VIDEO, piece)] * (tokens // piece)
+    return typed(model, given | ids([[("text", 1), *shown, ("text", words)] for words in questions]))

@@ -174,6 +174,7 @@ class DecoderSide(FeatureSide):
         valid = running.tokens.valid
         running.prunable, running.source = running.prunable.gather(1, source), running.source.gather(1, source)
         running.rows = None if running.rows is None else running.rows.gather(1, source)
+        running.carried = None if running.carried is None else plan.reduce.apply(running.carried)
         running.groups = None if running.groups is None else running.groups.gather(1, source)
         kept = running.positions.gather(-1, source.expand(*running.positions.shape[:-1], -1))
         if valid is not None:

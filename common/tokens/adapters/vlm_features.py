@@ -277,8 +277,29 @@ class FeatureSide(TowerSide):
             positions = closed(positions, kept)
             running.shift = running.shift + following(running.positions, valid) - following(positions, kept)
         running.positions = positions
-        running.tokens = Tokens(valid=kept, origin=running.source)
+        bias = None
+        if any(image.bias is not None for _, _, image in made_of):
+            parts = [x.new_zeros(len(image.tokens)) if image.bias is None else image.bias for _, _, image in made_of]
+            bias = torch.cat([x.new_zeros(batch * total), *(part.to(x) for part in parts)])[rows]
+        running.tokens = Tokens(valid=kept, bias=bias, origin=running.source)
+        if running.carried is not None:
+            more = [image.carried for _, _, image in made_of if image.carried is not None]
+            whole = torch.cat([running.carried.flatten(0, 1), *more])
+            running.carried = whole.index_select(0, rows.flatten()).view(batch, longest, -1)
         return torch.cat(pool).index_select(0, rows.flatten()).view(batch, longest, -1)
+
+    def _carried(self, modality: str) -> list[Tensor] | None:
+        """What the prompt carries of each image's tokens, [tokens, E]; see `Prefill`."""
+        running = self.running
+        if running.carried is None:
+            return None
+        encoded, visual = running.encoded[modality], running.visual[modality]
+        found: dict[int, Tensor] = {}
+        for sample, own in enumerate(encoded.owners(visual.sum(1).tolist())):
+            places = visual[sample].nonzero().squeeze(1).to(running.carried.device)
+            parts = running.carried[sample, places].split([encoded.lengths[i] for i in own])
+            found.update(zip(own, parts, strict=True))
+        return [found[i] for i in range(len(encoded.lengths))]
 
     def _packed(
         self, application: Application, site: Site, modality: str, sequence: Tensor
@@ -286,11 +307,13 @@ class FeatureSide(TowerSide):
         """What the method's plans make of each image of the sequence [B, N, D], and how they number it."""
         encoded, numbering = self.running.encoded[modality], application.method.positions
         made: dict[int, Fresh] = {}
+        carried = self._carried(modality)
         orders, newlines, newline = encoded.order(), encoded.newlines(), self.newline(modality)
         for decision in self._decided(application, site, modality, sequence):
             plan, patches, known = decision.plan, decision.patches(), decision.units()
             numbering = plan.positions
             bare = plan.layout is not None and bool((plan.layout < 0).all())
+            added = None if carried is None else plan.reduce.apply(torch.stack([carried[i] for i in decision.images]))
             for g, image in enumerate(decision.images):
                 real = slice(None) if plan.reduce.valid is None else plan.reduce.valid[g]
                 own, order = decision.tokens[g][real], orders[image]
@@ -324,5 +347,8 @@ class FeatureSide(TowerSide):
                 fresh = Fresh(own[turn], source_index, back, units, bool(decision.special))
                 if plan.groups is not None:
                     fresh.groups = nn.functional.pad(plan.groups[g][real], (0, 1), value=-1)[turn]
+                fresh.carried = None if added is None else added[g][real][turn]
+                if plan.key_bias is not None:
+                    fresh.bias = nn.functional.pad(plan.key_bias[g][real], (0, 1))[turn]
                 made[image] = fresh
         return [made[image] for image in range(len(orders))], numbering

@@ -240,7 +240,7 @@ class Fresh:
     """One image or video behind a plan: its tokens [K, D], newlines included, for each the packed token it is (None:
     none), and how masses [K] over them become masses over its patches [crops, patches]. units: which of the tower's
     tokens each of them is, -1 for newlines (None: mixtures); special: whether its class tokens are counted there;
-    groups: [K] see `Plan`."""
+    groups: [K] see `Plan`; carried: [K, E] see `Prefill`; bias: [K] of the attention paid to each (None: 0)."""
 
     tokens: Tensor
     source_index: Tensor | None
@@ -248,6 +248,8 @@ class Fresh:
     units: Tensor | None = None
     special: bool = False
     groups: Tensor | None = None
+    carried: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def grouped(images: Sequence[Fresh], behind: int, rows: Tensor) -> Tensor | None:

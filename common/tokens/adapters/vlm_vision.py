@@ -4,7 +4,6 @@ that gave."""
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +40,8 @@ class Prefill(Pass):
     while decoding, whether no token behind the prompt is padding. made, behind, rows: where
     plans for single images acted, what they made of each, how many tokens stand before these, and
     the number [B, N] of each token at hand among all; groups [B, N] of these plans. later, now: while decoding, [B, M]
-    which tokens behind the prompt count, and the position ids of the newest.
+    which tokens behind the prompt count, and the position ids of the newest. carried: [B, N, L * D] what is added to
+    the tokens at hand behind each of the first L layers, where a class of models does that.
     """
 
     encoded: dict[str, Encoded] = field(default_factory=dict)
@@ -63,6 +63,7 @@ class Prefill(Pass):
     windows: dict[int, Tensor] = field(default_factory=dict)
     modality: str | None = None
     whole: bool = True
+    carried: Tensor | None = None
     later: Tensor = field(init=False)
     now: Tensor = field(init=False)
 
@@ -238,6 +239,15 @@ class VisionSide(SequenceAdapter[Prefill]):
 
         @functools.wraps(original)
         def encode(*args: Any, **kwargs: Any) -> Any:
+            if getattr(self._own, "encodes", False):  # a class may have its images' encoder read videos
+                return original(*args, **kwargs)
+            self._own.encodes = True
+            try:
+                return watched(*args, **kwargs)
+            finally:
+                self._own.encodes = False
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
             given = arguments(self.body, name, args, kwargs)
             counts = self.counts(modality, given)
             if not counts or min(counts) < 1:
@@ -250,10 +260,7 @@ class VisionSide(SequenceAdapter[Prefill]):
             pack, seen = self.packing(modality, given), self.encoding
             self._take_recorders()
             features = self.crops(modality, given, output)
-            lengths = [tokens.shape[:-1].numel() for tokens in output.pooler_output]
-            if len(lengths) != len(counts):  # some classes give frames one by one
-                frames = iter(lengths)
-                lengths = [sum(itertools.islice(frames, count)) for count in counts]
+            lengths = [len(tokens) for tokens in pack([torch.empty(*f.shape[:2], 1, device="meta") for f in features])]
             grids, first = self.crop_grids(modality, given, len(features)), output.pooler_output[0]
             made = Encoded(lengths, features, pack, grids, seen, first, self.mosaics(modality, given))
             self.encoded = self.encoded | {modality: made}

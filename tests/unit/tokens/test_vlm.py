@@ -505,3 +505,58 @@ def test_costs_follow_the_tokens(family):
     flat = (tokens - half) * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 40)
     attention = 2 * 2 * 32 * (tokens**2 - half**2)
     assert layer == pytest.approx(flat + attention), "the output layer reads the last token alone"
+
+
+class Biased(TokenPruner):
+    """Keeps every other token, and has attention to each of them biased."""
+
+    name: ClassVar[str] = "biased"
+
+    def __init__(self, where: Any) -> None:
+        self.where = where
+
+    def sites(self, info: Any) -> list[Site]:
+        return [Site(0, self.where)]
+
+    def requires(self, site: Site) -> frozenset[str]:
+        return frozenset()
+
+    def plan(self, site: Site, signals: Any, budget: Budget) -> Plan:
+        number = (signals.prunable.cumsum(1) - 1) * signals.prunable  # of each among the visual ones
+        kept = signals.keep(mask=number % 2 == 0)
+        bias = (number % 5 - 2.0) * signals.prunable
+        return Plan(kept, key_bias=bias.gather(1, kept.index))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@torch.no_grad()
+def test_a_bias_of_attention_follows_projected_tokens(family):
+    """As it does those that are packed: in a padded batch, and while writing."""
+    model, found = vlm(family), {}
+    given = pair(family, model)
+    for where in ("projected", "packed"):
+        with apply(Biased(where), model, 0.5):
+            written = model.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+            found[where] = (model(**given).logits, written)
+    with apply(RandomDrop((0,), "packed"), model, 0.5):
+        other = model(**given).logits
+    assert torch.allclose(found["projected"][0][:, -1], found["packed"][0][:, -1], atol=1e-5)
+    assert torch.equal(found["projected"][1], found["packed"][1])
+    assert not torch.allclose(found["projected"][0][:, -1], other[:, -1], atol=1e-2)
+
+
+@torch.no_grad()
+def test_newlines_among_biased_tokens_have_no_bias():
+    model = vlm("llava_next")
+    given = prompt("llava_next", images("llava_next", 1))
+    read: list[Tensor] = []
+    with apply(Biased("projected"), model, 0.5) as handle:
+        first = model.model.language_model.layers[0]
+        hook = first.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        model(**given)
+        hook.remove()
+        bias = handle.adapter.running.tokens.bias
+    newlines = (read[0] == model.model.image_newline).all(-1)
+    assert int(newlines.sum()) == 8 and not bias[newlines].any()
+    assert bias[0, 3:-4].unique().tolist() == [-2.0, -1.0, 0.0, 1.0, 2.0]
+    assert not bias[0, :3].any() and not bias[0, -4:].any()
