@@ -69,16 +69,15 @@ def spread(total: int, parts: int) -> list[int]:
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
-def gathered(tokens: Tensor, anchors: Tensor, pool: Tensor, least: float) -> Outputs:
-    """Tokens at `anchors` [A] of tokens [N, D], each mixed with the mean of those of the `pool` [P] that are most like
-    it: its own weight is 1 / (their number + 1), and at least `least`."""
-    unit = nn.functional.normalize(tokens, dim=-1)
-    slot = (unit[pool] @ unit[anchors].T).argmax(1)
-    count = torch.zeros(len(anchors), device=tokens.device).scatter_add(
-        0, slot, torch.ones_like(slot, dtype=torch.float)
-    )
+def gathered(unit: Tensor, anchors: Tensor, pool: Tensor, span: slice, least: float) -> Outputs:
+    """Tokens at `anchors` [A], each mixed with the mean of those of the `pool` [P], all within a span of the video,
+    that are most like it by the tokens' unit vectors [N, D]: its own weight is 1 / (their number + 1), and at least
+    `least`."""
+    likeness_of_span = unit[span] @ unit[anchors].T  # the few tokens beside the pool cost less than a copy of it
+    slot = likeness_of_span[pool - span.start].argmax(1)
+    count = torch.zeros(len(anchors), device=unit.device).scatter_add(0, slot, torch.ones_like(slot, dtype=torch.float))
     own = torch.where(count > 0, (1 / (count + 1)).clamp_min(least), 1.0)
-    target = torch.arange(len(anchors), device=tokens.device)
+    target = torch.arange(len(anchors), device=unit.device)
     others = ((1 - own) / count.clamp_min(1))[slot]
     return Outputs(torch.cat([target, slot]), torch.cat([anchors, pool]), torch.cat([own, others]), anchors)
 
@@ -139,7 +138,10 @@ def left(
     whole: in rule "frame", so many context tokens gather the tokens of their own frame alone.
     """
     _, cells, _ = tokens.shape
-    flat, found = tokens.flatten(0, 1), [chosen(torch.zeros(0, dtype=torch.long, device=tokens.device))]
+    unit, found = (
+        nn.functional.normalize(tokens, dim=-1).flatten(0, 1),
+        [chosen(torch.zeros(0, dtype=torch.long, device=tokens.device))],
+    )
     for (first, last), kept in parts:
         rest, anchors = {}, {}
         for frame, (salient, context) in kept.items():
@@ -158,13 +160,17 @@ def left(
             rest.setdefault(frame, torch.arange(cells, device=tokens.device))
         pools = {frame: frame * cells + places for frame, places in rest.items()}
         pool = torch.cat([pools[f] for f in range(first, last + 1)])
+        whole_part = slice(first * cells, (last + 1) * cells)
         for frame, places in anchors.items():
+            span = whole_part
             if rule != "frame":  # anchors do not gather themselves
-                anchored = torch.zeros(len(flat), device=pool.device).scatter(0, places, 1.0)[pool]
+                anchored = torch.zeros(len(unit), device=pool.device).scatter(0, places, 1.0)[pool]
                 near = pool[anchored.argsort(stable=True)[: len(pool) - len(places)]]
+            elif kept[frame].context == whole:
+                near, span = pools[frame], slice(frame * cells, (frame + 1) * cells)
             else:
-                near = pools[frame] if kept[frame].context == whole else pool
-            found.append(gathered(flat, places, near, least))
+                near = pool
+            found.append(gathered(unit, places, near, span, least))
     return by_place(joined(found))
 
 
@@ -271,7 +277,7 @@ class FastVID(TokenPruner):
                 kept = by_segment(range(part[0], part[1] + 1), total, self.context, self.period)
             else:
                 frames = last_of_groups(similarity, part, self.ignore) if part[0] < part[1] else [part[0]]
-                kept = by_segment(frames, total, self.context, self.period, 1, cells)
+                kept = by_segment(frames, total, self.context, self.period, 1, cells if part[0] < part[1] else None)
             kept = {f: Kept(k.salient, min(k.context, cells - k.salient)) for f, k in kept.items()}
             parts.append((part, kept))
         whole = int(per * self.context)

@@ -41,7 +41,9 @@ def test_a_group_is_its_last_frame():
 
 def test_an_anchor_keeps_its_least_weight_and_stays_alone_as_it_is():
     tokens = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [4.0, 0.0]])
-    found = gathered(tokens, torch.tensor([0, 1]), torch.tensor([2, 3]), 0.6)
+    found = gathered(
+        torch.nn.functional.normalize(tokens, dim=-1), torch.tensor([0, 1]), torch.tensor([2, 3]), slice(0, 4), 0.6
+    )
     made = torch.zeros(2, 2).index_add(0, found.target, tokens[found.source] * found.weight.unsqueeze(1))
     assert torch.allclose(made, torch.tensor([[0.6 + 0.4 * 3, 0.0], [0.0, 1.0]]))
 
