@@ -43,8 +43,10 @@ def temporal_merging(tokens: Tensor, keep: int, last_group: str = "whole", odd_f
     before = [*range(0, even, 2), *groups]
     cut = [*range(1, even, 2), *(i + 2 for i in groups)]
     order = torch.arange(cells, device=tokens.device).repeat(there, 1)
-    if cut:
-        order[cut] = nn.functional.cosine_similarity(tokens[before], tokens[cut], dim=-1).argsort(dim=1, stable=True)
+    if cut:  # frame by frame, each of which a cache holds
+        norms = [frame.norm(dim=-1).clamp_min(1e-8) for frame in tokens]
+        cosines = [(tokens[i] * tokens[j]).sum(-1) / (norms[i] * norms[j]) for i, j in zip(before, cut, strict=True)]
+        order[cut] = torch.stack(cosines).argsort(dim=1, stable=True)
     order += cells * torch.arange(there, device=tokens.device).unsqueeze(1)
     return torch.cat([order[i, : keep if i in cut else cells] for i in range(there)])
 

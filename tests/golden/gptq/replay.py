@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,13 @@ TOLERANCE = {"hessian": (1e-5, 1e-5), "error": (1e-4, 1e-4), "weight": (1e-5, 1e
 def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
     a = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items()}
     bits = Budget(int(a["hp_wbits"]), "bits")
-    grid = {
+    grid: dict[str, Any] = {
         "group": max(int(a["hp_groupsize"]), 0),
         "symmetric": bool(a["hp_sym"]),
         "search": bool(a["hp_mse"]),
     }
+    names = {"hp_norm": "power", "hp_grid": "steps", "hp_maxshrink": "shrink"}  # where a case does not say, as released
+    grid |= {ours: a[theirs].item() for theirs, ours in names.items() if theirs in a}
     weight = a["in_weight"]
     if "in_x" not in a:
         code = Rtn(**grid).solve(target_of(weight), WeightSignals({"weight": weight}), bits).code
