@@ -2,8 +2,8 @@
 vLLM read. Writing needs none of them; reading by transformers takes the extra `export`.
 
 Of each rounded linear the folder holds `weight_packed`, its codes of b bits as a row of bits, least significant first,
-in words of 32; `weight_scale` [R, G]; where grids are not symmetric `weight_zero_point`, packed alike along the rows;
-and `weight_shape`.
+in words of 32, those of a sparse weight's zeros among them; `weight_scale` [R, G]; where grids are not symmetric
+`weight_zero_point`, packed alike along the rows; and `weight_shape`.
 """
 
 from __future__ import annotations

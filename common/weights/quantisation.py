@@ -132,13 +132,21 @@ class Rounding:
     scale, zero [R, G] are filled where they are not `laid` beforehand: as published, when the block of columns is
     reached in which a group begins, over the weights as earlier blocks have left them; `updated`: when the group's
     first column is reached, over the weights as all earlier columns have left them, those of later blocks excepted.
+    gone [R, C]: weights that become zero whatever compensation has made of them.
     """
 
     def __init__(
-        self, quantiser: Quantiser, scale: Tensor, zero: Tensor, group: Tensor, laid: bool, updated: bool
+        self,
+        quantiser: Quantiser,
+        scale: Tensor,
+        zero: Tensor,
+        group: Tensor,
+        laid: bool,
+        updated: bool,
+        gone: Tensor | None = None,
     ) -> None:
         self.quantiser, self.scale, self.zero = quantiser, scale, zero
-        self.group, self.laid, self.updated = group, laid, updated
+        self.group, self.laid, self.updated, self.gone = group, laid, updated, gone
         self.width = quantiser.width(len(group))
         self.codes = scale.new_zeros(len(group), len(scale)).T  # columns lie in one piece
         self.weight = self.codes
@@ -168,7 +176,9 @@ class Rounding:
             self.lay(column, torch.cat([here, self.weight[:, : self.width - here.shape[1]]], 1))
             self.look(slice(column - at, column - at + block.shape[1]))
         scale, zero = (part[:, at] for part in self.at_column)
-        codes = self.codes[:, column] = self.quantiser.codes(block[:, at], scale, zero)
+        codes = self.quantiser.codes(block[:, at], scale, zero)
+        codes = codes if self.gone is None else torch.where(self.gone[:, column], zero, codes)
+        self.codes[:, column] = codes
         return scale * (codes - zero)
 
 
@@ -183,6 +193,7 @@ def gptq(
     static: bool = False,
     updated: bool = False,
     within: bool = True,
+    gone: Tensor | None = None,
 ) -> Quantised:
     """Rounding column by column under compensation (algorithm 1).
 
@@ -190,7 +201,7 @@ def gptq(
     order [C]: the columns are taken in this order, and the factor is that of the Hessian in it (`act-order`). dead [C]:
     channels that no input uses, which become zero after the grids of whole rows are laid. static: grids of groups are
     laid beforehand, over the groups of the original columns; otherwise on the way (see `Rounding`), of columns in the
-    order they are taken. within: see `sweep`.
+    order they are taken. within: see `sweep`. gone [R, C]: weights that become zero, for which others make up too.
     """
     weight, columns = weight.float(), weight.shape[1]
     alive = weight if dead is None else weight.masked_fill(dead, 0)
@@ -198,7 +209,8 @@ def gptq(
     scale, zero = grids(alive if quantiser.group else weight, quantiser)
     place = torch.arange(columns, device=weight.device)
     group = (place if order is None or not static else order) // size
-    rounding = Rounding(quantiser, scale, zero, group, laid, updated)
+    gone = gone if gone is None or order is None else gone[:, order]
+    rounding = Rounding(quantiser, scale, zero, group, laid, updated, gone)
     sweep(alive if order is None else alive[:, order], factor, width, rounding, within)
     codes, index = rounding.codes.contiguous(), None
     if order is not None:

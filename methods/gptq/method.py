@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from prunelab.common.weights.obs import InverseFactor, dead, factors, falling
 from prunelab.common.weights.quantisation import Quantiser, gptq, rounded
@@ -87,6 +88,8 @@ class Gptq(Rtn):
         Columns updated lazily together.
     within
         Columns of such a block make up for each other, too; MC-MoE's code leaves that out up to three bits.
+    sparse
+        Weights that are zero stay zero, such as those that 2:4 pruning took before; others make up for their part, too.
     """
 
     act_order: bool = False
@@ -97,8 +100,14 @@ class Gptq(Rtn):
     tries: PositiveInt = 1
     width: PositiveInt = 128
     within: bool = True
+    sparse: bool = False
 
     name: ClassVar[str] = "gptq"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparse and self.sign:
+            raise PrunelabError("a grid of signs has no zero; leave `sign` or `sparse` out")
 
     @property
     def in_turn(self) -> bool:
@@ -119,5 +128,6 @@ class Gptq(Rtn):
             static=self.static_groups,
             updated=self.grids == "column",
             within=self.within,
+            gone=signals.weight == 0 if self.sparse else None,
         )
         return Decision(torch.ones(target.shape, dtype=torch.bool), code=code)

@@ -14,6 +14,7 @@ from prunelab.common.weights.compressed import packed_words
 from prunelab.methods.gptq.method import Gptq, Rtn
 from prunelab.methods.magnitude.method import Magnitude
 from prunelab.methods.rsq.method import RSQ
+from prunelab.methods.wanda.method import Wanda
 from tests.contract.references import language_model, token_ids
 
 
@@ -89,6 +90,30 @@ def test_transformers_reads_it_back_with_equal_outputs(method, budget, tied, tmp
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path, **loose)
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def halved(model) -> bool:
+    """Whether every four consecutive weights of a linear of the blocks hold two zeros."""
+    weights = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    return all(bool(((w.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()) for w in weights)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Rtn(symmetric=True, group=8), Gptq(symmetric=True, group=8, sparse=True), Gptq(symmetric=True, sparse=True)],
+)
+def test_two_of_four_weights_and_their_codes_are_read_back(method, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    model, ids = language_model(), token_ids(2, seed=9)
+    prune(Wanda(), model, "2:4", token_ids(), progress=False)
+    plan = prune(method, model, "4bits", token_ids(), progress=False)
+    save_compressed(model, plan, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert halved(model) and halved(again)
 
 
 def test_what_the_format_has_no_place_for_is_refused(tmp_path):

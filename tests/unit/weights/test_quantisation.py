@@ -13,7 +13,7 @@ from prunelab.common.weights import WeightPlan, load_pruned, prune, save_pruned
 from prunelab.common.weights.accumulators import Accumulators
 from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.calibration import Stream
-from prunelab.common.weights.obs import inverse_factor, sweep
+from prunelab.common.weights.obs import falling, inverse_factor, sweep
 from prunelab.common.weights.plan import packed, packed_codes, unpacked, unpacked_codes
 from prunelab.common.weights.quantisation import Quantiser, gptq, rounded
 from prunelab.common.weights.targets import Accumulator, Decision, Observation, Target
@@ -211,3 +211,24 @@ def test_received_attention_is_that_of_the_eager_model(family, monkeypatch):
             assert torch.allclose(got, want, atol=1e-5), target.name
         else:
             assert bool(torch.isin(got.round(decimals=4), want.round(decimals=4)).all())
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_weights_that_went_stay_zero_and_others_make_up_for_them(order):
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=draws) @ torch.randn(6, 16, generator=draws) + torch.randn(
+        400, 16, generator=draws
+    )
+    weight = torch.randn(8, 16, generator=draws)
+    gone = weight.abs() < weight.abs().median()
+    pruned = weight.masked_fill(gone, 0)
+    hessian = 2 * x.T @ x
+    taken = falling(hessian.diagonal()) if order else None
+    factor = inverse_factor(hessian if taken is None else hessian[taken][:, taken], 0.01)
+    quantiser = Quantiser(3, symmetric=True, group=8)
+    code = gptq(pruned, factor, quantiser, 8, taken, static=True, gone=gone)
+    assert bool((code.dense()[gone] == 0).all()) and bool((code.dense()[~gone] != 0).any())
+    plain = rounded(pruned, quantiser).dense()
+    error, nearest = (((w - pruned) @ x.T).square().sum() for w in (code.dense(), plain))
+    assert error < nearest
+    assert not bool((gptq(pruned, factor, quantiser, 8, taken, static=True).dense()[gone] == 0).all())
