@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from prunelab.common.catalogue import hub
@@ -49,8 +52,10 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
             shown=shown,
             pruned=partial(bench.at_work, method, model, budget=budget),
         )
-        tasks = [lmms_eval.api.task.ConfigurableMessagesTask(config=e | located(e, data, bench.config)) for e in read]
-        with TemporaryDirectory() as folder:  # some tasks write their answers to a file when they are scored
+        # Some tasks write their answers to a file when they are scored.
+        with at_hand(read, data, bench.config), TemporaryDirectory() as folder:
+            made = lmms_eval.api.task.ConfigurableMessagesTask
+            tasks = [made(config=entry | located(entry, data, bench.config)) for entry in read]
             result = lmms_eval.evaluator.simple_evaluate(
                 model=asked,
                 tasks=tasks,
@@ -102,6 +107,7 @@ def each_question(logged: Sequence[Mapping[str, Any]], metric: str) -> Tensor:
 
 def harness() -> tuple[Any, Any]:
     """lmms-eval and our wrapper for it."""
+    os.environ.setdefault("HF_HOME", constants.HF_HOME)  # some tasks look for it when they are read
     try:
         import lmms_eval.api.task
         import lmms_eval.evaluator
@@ -174,6 +180,28 @@ def located(
     if "revision" not in data[repository]:
         raise PrunelabError(f"videos of {repository} are read from the hub's cache; use `python -m prunelab prefetch`")
     return {"dataset_kwargs": {**entry["dataset_kwargs"], "revision": data[repository]["revision"]}}
+
+
+@contextmanager
+def at_hand(
+    read: Sequence[Mapping[str, Any]], data: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+) -> Iterator[None]:
+    """While open, code of tasks that loads a further part of its data by the repository's name (GQA its images) gets it
+    from where that was downloaded."""
+    spaces = {id(f.__globals__): f.__globals__ for entry in read for f in entry.values() if hasattr(f, "__globals__")}
+    before = [(space, space["load_dataset"]) for space in spaces.values() if "load_dataset" in space]
+
+    def load(original: Any, path: str, *args: Any, token: Any = None, **kwargs: Any) -> Any:
+        place = str(hub.folder(data[path], "dataset", config)) if path in data else path
+        return original(place, *args, **kwargs)
+
+    try:
+        for space, original in before:
+            space["load_dataset"] = partial(load, original)
+        yield
+    finally:
+        for space, original in before:
+            space["load_dataset"] = original
 
 
 def percentages(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) -> dict[str, Any]:

@@ -346,7 +346,8 @@ def columns():
 
 def asked(column):
     """The metrics that a column shows or averages."""
-    return column.settings.get("average", ()) if column.metric in MEANS else (column.metric,)
+    of_several = column.metric in (*MEANS, "oracle", "oracle_budget")
+    return column.settings.get("average", ()) if of_several else (column.metric,)
 
 
 def test_columns_show_metrics_of_the_tasks_they_run():
@@ -354,3 +355,16 @@ def test_columns_show_metrics_of_the_tasks_they_run():
     for column in columns():
         assert set(column.scales) <= {"paper"} and column.data is None
         assert {name.split(" ")[0] for name in asked(column)} <= set(column.settings["tasks"]), column
+
+
+def test_further_parts_of_a_set_come_from_where_it_was_downloaded(monkeypatch):
+    space = {"load_dataset": lambda path, *rest, **more: (path, rest, more)}
+    exec("def pictures(docs): return load_dataset('org/set', 'pictures', split='dev', token=True)", space)
+    exec("def other(docs): return load_dataset('org/other')", space)
+    monkeypatch.setattr(visual_tasks.hub, "folder", lambda entry, kind, config: Path("here") / entry["hub"])
+    read = [{"process_docs": space["pictures"], "doc_to_visual": space["other"]}]
+    before = space["load_dataset"]
+    with visual_tasks.at_hand(read, {"org/set": {"hub": "org/set"}}, {}):
+        assert space["pictures"](None) == (str(Path("here/org/set")), ("pictures",), {"split": "dev"})
+        assert space["other"](None) == ("org/other", (), {})
+    assert space["load_dataset"] is before

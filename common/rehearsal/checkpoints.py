@@ -1,0 +1,184 @@
+"""Look-alikes of checkpoints: the same class and depth, as many heads and the same places of pictures, but narrow, with
+random weights; with tokenizer and processor files of the same classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.models import loading
+
+VOCABULARY = 512
+HEAD = 4  # channels of a head
+MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<begin>", "<end>")
+HEADS = ("num_attention_heads", "num_heads", "n_head")
+WIDTHS = ("hidden_size", "n_embd", "embed_dim", "d_model", "projection_dim")
+INNER = ("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size", "shared_expert_intermediate_size")
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} {% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}{% endif %} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def narrow(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's arguments with as many layers and heads, and few channels."""
+    found = {key: narrow(value) if key.endswith("_config") else value for key, value in arguments.items()}
+    heads: Any = next((found[key] for key in HEADS if key in found), None)
+    head = 2 * HEAD if "mrope_section" in found.get("rope_parameters", {}) else HEAD
+    if heads is not None:
+        width = heads * head
+        found |= {key: width for key in WIDTHS if key in found}
+        found |= {key: 2 * width for key in INNER if key in found}
+        found |= {"head_dim": head} if "head_dim" in found else {}
+        found |= {"rotary_dim": head} if "rotary_dim" in found else {}
+        if "ffn_dim" in found:  # OPT, whose embeddings may be narrower
+            found["word_embed_proj_dim"] = width // 2 if "word_embed_proj_dim" in found else width
+        if "mrope_section" in found.get("rope_parameters", {}):
+            found["rope_parameters"] = {**found["rope_parameters"], "mrope_section": [1, 1, 2]}
+        if "partial_rotary_factor" in found:
+            found["partial_rotary_factor"] = 0.5
+    if "vocab_size" in found:
+        marks = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        found |= {"vocab_size": VOCABULARY, **marks}
+    return found
+
+
+def tokenizer() -> Any:
+    """Whole words, most of which are unknown."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [*MARKS, "A", "B", "C", "D", "Yes", "No", "yes", "no", *map(str, range(10))]
+    known = {word: i for i, word in enumerate(words)}
+    known |= {f"w{i}": i for i in range(len(known), VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(known, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    seen = {"image_token": "<image>", "video_token": "<video>"}
+    seen |= {"vision_bos_token": "<begin>", "vision_eos_token": "<end>"}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        extra_special_tokens=seen, chat_template=TEMPLATE, model_max_length=4096,
+    )  # fmt: skip
+
+
+def _square(side: int) -> dict[str, Any]:
+    return {"size": {"height": side, "width": side}}
+
+
+def _clip(t: Any, side: int) -> Any:
+    return t.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def processor(name: str, config: Any) -> Any:
+    """The processor of a class of image and video language models. Raises PrunelabError for an unknown class."""
+    import transformers as t
+
+    words, vision = tokenizer(), config.vision_config
+    common: dict[str, Any] = {"chat_template": TEMPLATE}
+    llava = {"patch_size": getattr(vision, "patch_size", 14), "num_additional_image_tokens": 1}
+    llava |= {"vision_feature_select_strategy": "default", **common}
+    if name == "LlavaForConditionalGeneration":
+        return t.LlavaProcessor(_clip(t, vision.image_size), words, **llava)
+    if name == "LlavaNextForConditionalGeneration":
+        sizes = {
+            "size": {"shortest_edge": vision.image_size},
+            "crop_size": {"height": vision.image_size, "width": vision.image_size},
+        }
+        images = t.LlavaNextImageProcessor(**sizes, image_grid_pinpoints=config.image_grid_pinpoints)
+        return t.LlavaNextProcessor(images, words, **llava)
+    if name == "LlavaOnevisionForConditionalGeneration":
+        sizes = _square(vision.image_size)
+        images = t.LlavaOnevisionImageProcessor(**sizes, image_grid_pinpoints=config.image_grid_pinpoints)
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return t.LlavaOnevisionProcessor(
+            images, words, t.LlavaOnevisionVideoProcessor(**sizes), num_image_tokens=patches,
+            vision_feature_select_strategy="full", **common,
+        )  # fmt: skip
+    if name in ("Qwen2_5_VLForConditionalGeneration", "Qwen2VLForConditionalGeneration"):
+        pixels = {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}}
+        cls = t.Qwen2_5_VLProcessor if "2_5" in name else t.Qwen2VLProcessor
+        return cls(t.Qwen2VLImageProcessor(**pixels), words, t.Qwen2VLVideoProcessor(**pixels), **common)
+    raise PrunelabError(f"there is no look-alike of the processor of {name}")
+
+
+def transformers_model(architecture: Mapping[str, Any], folder: Path, *, seen: bool) -> None:
+    """A checkpoint of a class of transformers. seen: whether it reads images, and so has a processor."""
+    import transformers
+
+    torch.manual_seed(0)
+    arguments = narrow(architecture["arguments"])
+    if seen:
+        marks = {mark: MARKS.index(f"<{mark}>") for mark in ("image", "video")}
+        arguments |= {f"{mark}_token_id": i for mark, i in marks.items()}
+        arguments |= {"vision_start_token_id": MARKS.index("<begin>"), "vision_end_token_id": MARKS.index("<end>")}
+        _join(arguments)
+    cls = getattr(transformers, architecture["name"])
+    model: Any = cls(cls.config_class(**arguments)).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.2)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.save_pretrained(folder)
+    (processor(architecture["name"], model.config) if seen else tokenizer()).save_pretrained(folder)
+
+
+def _join(arguments: dict[str, Any]) -> None:
+    """Encoders that end as wide as the decoder."""
+    vision, width = arguments["vision_config"], arguments["text_config"]["hidden_size"]
+    if "out_hidden_size" in vision:
+        vision["out_hidden_size"] = width
+    elif "embed_dim" in vision:  # of Qwen2-VL, whose hidden_size is what comes out
+        vision["hidden_size"] = width
+
+
+def timm_model(name: str, architecture: Mapping[str, Any], folder: Path) -> None:
+    """A checkpoint of timm, narrow, in its layout on the hub."""
+    import json
+
+    import safetensors.torch
+    import timm
+
+    whole = timm.create_model(name, pretrained=False, **architecture.get("arguments", {}))
+    heads = whole.blocks[0].attn.num_heads
+    arguments = {**architecture.get("arguments", {}), "embed_dim": 8 * heads}
+    model = timm.create_model(name, pretrained=False, **arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    config = {
+        "architecture": name,
+        "num_classes": 1000,
+        "model_args": arguments,
+        "pretrained_cfg": model.pretrained_cfg,
+    }
+    (folder / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
+
+
+def official(identity: Mapping[str, Any], path: Path) -> None:
+    """A file of one of our own backbones, random, in its real size, with a method's learned parts where it has some.
+    Raises PrunelabError for those whose authors name weights in another way than the backbone does."""
+    import importlib
+
+    import safetensors.torch
+
+    torch.manual_seed(0)
+    model = loading._create(identity["architecture"])
+    if "parts" in identity:
+        importlib.import_module("prunelab.common.tokens.parts").add(model, identity["parts"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    else:
+        torch.save({"model": model.state_dict()}, path)
+    module = importlib.import_module(f"prunelab.common.backbones.{identity['architecture']['name'].partition(':')[0]}")
+    try:
+        module.load_checkpoint(model, path)
+    except PrunelabError:
+        path.unlink()
+        raise PrunelabError(f"no look-alike is made of {path.name}, whose authors name its weights otherwise") from None

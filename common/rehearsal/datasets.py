@@ -1,0 +1,154 @@
+"""Look-alikes of the data sets that paper-scale runs read: the same files, parts, splits, columns and types, few rows.
+
+Those that come as Parquet are described in configs/look_alikes.yaml; `datasets`, which the extra `evaluation` brings,
+writes them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunelab.common.core.files import ROOT, read_yaml
+
+ROWS = 6
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "a",
+    "is",
+    "for",
+    "river",
+    "city",
+    "house",
+    "tree",
+    "stone",
+    "water",
+    "light",
+    "music",
+]
+
+
+@cache
+def described() -> dict[str, Any]:
+    """configs/look_alikes.yaml: repositories with their parts."""
+    return read_yaml((ROOT / "configs" / "look_alikes.yaml").read_text(encoding="utf8"))
+
+
+def _text(seed: int, words: int = 12) -> str:
+    lots = random.Random(seed)
+    return " ".join(lots.choice(WORDS) for _ in range(words))
+
+
+def _picture(seed: int, side: int = 336) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def value(column: Any, i: int) -> Any:
+    """What a column holds in row `i`."""
+    if isinstance(column, list):
+        return column[i % len(column)]
+    if isinstance(column, dict):
+        return column["always"]
+    kind, _, count = column.partition(" ")
+    number = int(count or 12)
+    made: dict[str, Callable[[], Any]] = {
+        "text": lambda: _text(i, number),
+        "texts": lambda: [_text(i + k) for k in range(number)],
+        "question": lambda: f"{_text(i)}?",
+        "id": lambda: str(i),
+        "number": lambda: i,
+        "picture": lambda: _picture(i),
+        "pictures": lambda: [_picture(i + k) for k in range(number)],
+    }
+    return made[kind]()
+
+
+def parts(repository: str, folder: Path) -> None:
+    """A repository of Parquet files with the card that names its configurations."""
+    import datasets
+
+    configs: dict[str, list[dict[str, str]]] = {}
+    for config, part in described()[repository]["parts"].items():
+        rows = [{name: value(column, i) for name, column in part["columns"].items()} for i in range(ROWS)]
+        for split in part["splits"]:
+            path = f"{config or 'data'}/{split}-00000-of-00001.parquet"
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_list(rows).to_parquet(folder / path)
+            configs.setdefault(config or "default", []).append({"split": split, "path": path})
+    card = {"configs": [{"config_name": config, "data_files": found} for config, found in configs.items()]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n", encoding="utf-8")
+
+
+# -- files of other kinds --------------------------------------------------------------------------------------------
+
+
+def _lines(count: int, words: int) -> str:
+    return "".join(f" {_text(i, words)} . \n" for i in range(count))
+
+
+def wikitext(path: Path) -> None:
+    """The archive that holds WikiText-2 as it is."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for split in ("train", "valid", "test"):
+            archive.writestr(f"wikitext-2-raw/wiki.{split}.raw", " = Stone = \n\n" + _lines(120, 60))
+
+
+def c4(path: Path) -> None:
+    """A shard of web pages."""
+    pages = "".join(json.dumps({"text": _text(i, 400), "timestamp": "", "url": ""}) + "\n" for i in range(200))
+    path.write_bytes(gzip.compress(pages.encode()))
+
+
+def instructions(path: Path) -> None:
+    """A list of instructions with answers."""
+    rows = [{"instruction": _text(i), "input": "", "output": _text(i + 1)} for i in range(24)]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def dialogues(folder: Path) -> None:
+    """Turns of dialogues as JSON lines."""
+    rows = "".join(json.dumps({"id": str(i), "data": [_text(i), _text(i + 1, 30)]}) + "\n" for i in range(24))
+    (folder / "train_0.jsonl").write_text(rows, encoding="utf-8")
+
+
+def prompts(path: Path) -> None:
+    """One prompt a line."""
+    path.write_text("".join(f"{_text(i)}\n" for i in range(4)), encoding="utf-8")
+
+
+def questions(path: Path) -> None:
+    """Questions of the kinds of Spec-Bench."""
+    kinds = ("writing", "translation", "summarization", "qa", "math_reasoning", "rag", "coding", "mbpp")
+    rows = [{"question_id": i, "category": kind, "turns": [f"{_text(i)}?"]} for i, kind in enumerate(kinds)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def photographs(folder: Path) -> None:
+    """The thousand classes of pictures, one folder each."""
+    for label in range(1000):
+        place = folder / f"n{label:08}"
+        place.mkdir(parents=True, exist_ok=True)
+        _picture(label, 32).save(place / f"{label}.JPEG")
+
+
+FILES: Mapping[str, Callable[[Path], None]] = {
+    "wikitext": wikitext, "c4": c4, "instructions": instructions, "ultrachat": dialogues,
+}  # fmt: skip
+FOLDERS: Mapping[str, Callable[[Path], None]] = {
+    "imagenet_folder": photographs, "lines": prompts, "questions": questions,
+}  # fmt: skip

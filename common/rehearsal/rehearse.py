@@ -1,0 +1,263 @@
+"""`python -m prunelab rehearse`: run every distinct combination of task, model, method and data of the paper scale,
+offline and on the CPU, on look-alikes of what it would download.
+
+It goes through the very code that a GPU runs, and shows that the combination works, not what comes out: repositories
+are narrow models with random weights and data sets of a few rows, settings are cut to a few samples. A rehearsal leaves
+no record; results/rehearsals.json says which passed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import track
+
+from prunelab.common import tasks
+from prunelab.common.catalogue import hub, lookup
+from prunelab.common.core import files
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments import plans, runner
+from prunelab.common.experiments.run import Run
+from prunelab.common.rehearsal import checkpoints, datasets
+
+RESULT = "rehearsals.json"  # in the results folder
+# What is left of a run's settings, where its task has them and the run asks for more.
+CUT = {
+    "samples": 2, "limit": 2, "calibration": 2, "length": 64, "calibration_length": 64, "text_length": 64, "new": 4,
+    "draws": 1, "limited": 8, "epochs": 1, "frames": 8, "warmup": 1, "batch": 4,
+}  # fmt: skip
+_KINDS: tuple[hub.Kind, ...] = ("model", "dataset")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One of the distinct ones, with a run of it and how many runs are like it."""
+
+    name: str
+    run: Run
+    runs: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rehearsal went. fault: '' where it passed, else in one line. skipped: whether it could not be had here."""
+
+    name: str
+    runs: int
+    fault: str
+    skipped: bool
+    seconds: float
+
+
+def combinations(runs: Iterable[Run]) -> list[Combination]:
+    """The distinct ones of runs at paper scale, by task, method, options' names, class of model and data. First come
+    those with a method on a class of model, or with data, that none before them has."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        if run.scale == "paper" and run.names:
+            read = {kind: " ".join(_kind(of, name) for of, name in run.names if of == kind) for kind in _KINDS}
+            data = ",".join(run.settings.get("tasks", ())) or read["dataset"]
+            method = " ".join([run.method or "unpruned", *sorted(run.options)])
+            groups.setdefault((run.task, method, read["model"], data), []).append(run)
+    seen: set[tuple[str, ...]] = set()
+    early: list[Combination] = []
+    late: list[Combination] = []
+    for key, alike in groups.items():
+        task, method, model, data = key
+        parts = {(task, method, model), (task, data)}
+        each = Combination(" | ".join(filter(None, key)), min(alike, key=_spent), len(alike))
+        (late if parts <= seen else early).append(each)
+        seen |= parts
+    return early + late
+
+
+def _kind(kind: hub.Kind, name: str) -> str:
+    """A data set by its name, and a model by its class."""
+    built = lookup.model(name).get("architecture", {}) if kind == "model" else {}
+    return str(built.get("name", name)) if built.get("library") != "timm" else "timm"
+
+
+def _spent(run: Run) -> tuple[float, str]:
+    """The hardest budget first."""
+    found = re.search(r"\d+(\.\d+)?", run.budget or "")
+    return float(found[0] if found else 1), run.identity
+
+
+def cut(run: Run) -> Run:
+    """A run on a few samples."""
+    task = tasks.get(run.task)
+    known, given = task.known(), dict(run.settings)
+    least = {key: value for key, value in CUT.items() if key in known}
+    for key, value in least.items():
+        before = given.get(key, task.Settings.model_fields[key].default if key in task.Settings.model_fields else None)
+        if before is None or (isinstance(before, int) and not isinstance(before, bool) and before > value):
+            given[key] = value
+    return replace(run, settings=given)
+
+
+class LookAlikes:
+    """A folder of them, each made when it is first asked for. Raises PrunelabError where there is none of a kind."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.config = {
+            **config,
+            "scale": "paper",
+            "assets": "",
+            "hub": str(folder / "hub"),
+            "checkpoints": str(folder / "files"),
+        }
+        self.config |= {"gpu": "1"}
+        for name in ("hub", "files"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def log(self) -> IO[str]:
+        """What runs print, and where they failed."""
+        return (self.folder / "rehearsals.log").open("a", encoding="utf-8")
+
+    def make(self, kind: hub.Kind, name: str) -> None:
+        """That of an entry of the catalogue."""
+        entry = (lookup.model if kind == "model" else lookup.dataset)(name)
+        (self._model if kind == "model" else self._data)(name, entry)
+
+    def _whole(self, place: Path) -> Path | None:
+        """A place to write to; None where what is wanted is there."""
+        done = self.folder / "made" / files.digest(str(place))[:16]
+        if done.exists():
+            return None
+        done.parent.mkdir(exist_ok=True)
+        return done
+
+    def _model(self, name: str, entry: Mapping[str, Any]) -> None:
+        paper = entry["paper"]
+        place = Path(self.config["hub"]) / paper["hub"] if "hub" in paper else Path(self.config["checkpoints"])
+        done = self._whole(place / paper.get("file", ""))
+        if done is None:
+            return
+        if "architecture" not in entry:
+            raise PrunelabError(f"no look-alike of {name}, whose architecture configs/models.yaml does not tell")
+        architecture = entry["architecture"]
+        if "file" in paper:
+            identity = {"architecture": architecture, **({"parts": paper["parts"]} if "parts" in paper else {})}
+            checkpoints.official(identity, place / paper["file"])
+        elif architecture["library"] == "timm":
+            checkpoints.timm_model(architecture["name"], architecture, place)
+        elif architecture["library"] == "transformers":
+            seen = "vision_config" in architecture.get("arguments", {})
+            checkpoints.transformers_model(architecture, place, seen=seen)
+        else:
+            raise PrunelabError(f"no look-alike of {name}, which is a folder in a layout of its own")
+        done.touch()
+
+    def _data(self, name: str, entry: Mapping[str, Any]) -> None:
+        paper = entry["paper"]
+        if "setting" in paper:
+            self._own(name, paper)
+            return
+        place = Path(self.config["hub"]) / paper["hub"]
+        done = self._whole(place / paper.get("file", ""))
+        if done is None:
+            return
+        path = place / paper.get("file", "")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
+        loader = paper["loader"]
+        if paper["hub"] in datasets.described():
+            datasets.parts(paper["hub"], place)
+        elif loader in datasets.FILES:
+            datasets.FILES[loader](path)
+        else:
+            raise PrunelabError(f"no look-alike of the data set {name} ({paper['hub']})")
+        done.touch()
+
+    def _own(self, name: str, paper: Mapping[str, Any]) -> None:
+        """In a folder that readers bring."""
+        if paper["loader"] not in datasets.FOLDERS:
+            raise PrunelabError(f"no look-alike of the data set {name} (--config {paper['setting']}=DIR)")
+        place = self.folder / "own" / paper["setting"]
+        self.config[paper["setting"]] = str(place)
+        done = self._whole(place / paper.get("file", ""))
+        if done is not None:
+            path = place / paper.get("file", "")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            datasets.FOLDERS[paper["loader"]](path)
+            done.touch()
+
+
+def run(
+    config: Mapping[str, Any], folder: Path, *, sample: int | None = None, console: Console | None = None
+) -> list[Outcome]:
+    """Rehearse the chosen papers' combinations, all or the first `sample`, and note how they went."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    wanted = combinations(plans.of({**config, "scale": "paper", "assets": ""}).runs.values())
+    wanted = wanted[:sample]
+    made = LookAlikes(folder, config)
+    outcomes = []
+    for each in track(wanted, "rehearsing", console=console, transient=True, disable=console is None):
+        outcomes.append(rehearse(each, made))
+        told = [vars(outcome) for outcome in outcomes]
+        files.write_text(Path(config["results"]) / RESULT, json.dumps(told, indent=1) + "\n")
+    return outcomes
+
+
+def rehearse(combination: Combination, made: LookAlikes) -> Outcome:
+    """One of them."""
+    began = time.monotonic()
+
+    def outcome(fault: str, skipped: bool = False) -> Outcome:
+        return Outcome(combination.name, combination.runs, fault, skipped, round(time.monotonic() - began, 1))
+
+    short = cut(combination.run)
+    if tasks.get(short.task).needs_gpu:
+        return outcome("a CUDA GPU", skipped=True)
+    try:
+        for kind, name in short.names:
+            made.make(kind, name)
+        ids = {of: _identity(value, made.config) for of, value in short.ids.items()}
+    except PrunelabError as error:
+        return outcome(str(error), skipped=True)
+    try:
+        with made.log() as log, redirect_stdout(log), redirect_stderr(log):
+            print(f"-- {combination.name}")
+            try:
+                runner.measure(replace(short, ids=ids), made.config)
+            except Exception:
+                traceback.print_exc()
+                raise
+    except Exception as error:
+        return outcome(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+    return outcome("")
+
+
+def _identity(value: Any, config: Mapping[str, Any]) -> Any:
+    """What names the look-alike in the place of what an identity names."""
+    if not isinstance(value, Mapping) or "hub" not in value:
+        return value
+    kind: hub.Kind = "dataset" if "loader" in value else "model"
+    return {**{k: v for k, v in value.items() if k not in ("revision", "local")}, **hub.identity(value, kind, config)}
+
+
+def told(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """How rehearsals went, in lines: how many passed, then each fault with how many runs it stops."""
+    every = list(outcomes)
+    passed = [o for o in every if not o.fault]
+    skipped = [o for o in every if o.skipped]
+    failed = [o for o in every if o.fault and not o.skipped]
+    yield f"{len(passed)} of {len(every)} rehearsals passed, {len(failed)} failed, {len(skipped)} were not held"
+    for what, group in (("failed", failed), ("not held", skipped)):
+        reasons: dict[str, list[Outcome]] = {}
+        for each in group:
+            reasons.setdefault(each.fault, []).append(each)
+        for reason, alike in sorted(reasons.items(), key=lambda pair: -sum(o.runs for o in pair[1])):
+            example = alike[0].name + (", …" if len(alike) > 1 else "")
+            yield f"{what}, {sum(o.runs for o in alike)} runs: {reason} ({example})"

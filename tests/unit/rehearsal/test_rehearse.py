@@ -1,0 +1,101 @@
+"""Rehearsals: runs at paper scale on look-alikes, through the code that a GPU runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunelab.common.catalogue import lookup
+from prunelab.common.core.errors import PrunelabError
+from prunelab.common.experiments import plans, runner
+from prunelab.common.rehearsal import checkpoints, datasets, rehearse
+
+
+@pytest.fixture(scope="module")
+def plan() -> plans.Plan:
+    return plans.made(lookup.settings({"papers": "wanda,zero_tprune,hiprune", "scale": "paper"}))
+
+
+def named(plan: plans.Plan, *parts: str) -> rehearse.Combination:
+    return next(c for c in rehearse.combinations(plan.runs.values()) if all(part in c.name for part in parts))
+
+
+def test_combinations_hold_every_run_once_and_the_most_unlike_come_first(plan: plans.Plan) -> None:
+    found = rehearse.combinations(plan.runs.values())
+    whole = [run for run in plan.runs.values() if run.scale == "paper" and run.names]
+    assert sum(c.runs for c in found) == len(whole) > len(found) > 10
+    assert len({c.name for c in found}) == len(found)
+    first = found[: len(found) // 2]
+    assert {c.run.method for c in first} == {c.run.method for c in found}
+    assert {str(c.run.settings.get("tasks")) for c in first} == {str(c.run.settings.get("tasks")) for c in found}
+
+
+def test_a_cut_run_is_short_and_otherwise_itself(plan: plans.Plan) -> None:
+    run = named(plan, "perplexity", "wanda").run
+    short = rehearse.cut(run)
+    assert short.settings["length"] == 64 and short.settings["samples"] == 2 and short.settings["calibration"] == 2
+    assert (short.method, short.budget, short.options, short.ids) == (run.method, run.budget, run.options, run.ids)
+
+
+@pytest.mark.parametrize("parts", [("perplexity", "wanda"), ("classify", "zero_tprune")])
+def test_rehearsals_pass_through_the_code_of_a_gpu(parts: tuple[str, ...], plan: plans.Plan, tmp_path: Path) -> None:
+    combination = named(plan, *parts)
+    outcome = rehearse.rehearse(combination, rehearse.LookAlikes(tmp_path, plan.config))
+    assert (outcome.fault, outcome.skipped) == ("", False), (tmp_path / "rehearsals.log").read_text()
+    assert combination.name in (tmp_path / "rehearsals.log").read_text()
+
+
+def test_a_fault_is_named_and_its_traceback_kept(
+    plan: plans.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> Any:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(runner, "measure", fails)
+    outcome = rehearse.rehearse(named(plan, "perplexity", "wanda"), rehearse.LookAlikes(tmp_path, plan.config))
+    assert outcome.fault == "ZeroDivisionError: by nothing" and not outcome.skipped
+    assert "Traceback" in (tmp_path / "rehearsals.log").read_text()
+    told = list(rehearse.told([outcome]))
+    assert told[0] == "0 of 1 rehearsals passed, 1 failed, 0 were not held" and "by nothing" in told[1]
+
+
+def test_what_has_no_look_alike_is_not_held_and_says_so(
+    plan: plans.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "FILES", {})
+    outcome = rehearse.rehearse(named(plan, "perplexity", "wanda"), rehearse.LookAlikes(tmp_path, plan.config))
+    assert outcome.skipped and "no look-alike of the data set wikitext2" in outcome.fault
+
+
+def test_outcomes_are_noted(plan: plans.Plan, tmp_path: Path) -> None:
+    config = {**plan.config, "papers": "wanda", "results": str(tmp_path / "results")}
+    outcomes = rehearse.run(config, tmp_path / "folder", sample=1)
+    noted = json.loads((tmp_path / "results" / rehearse.RESULT).read_text())
+    assert [o["name"] for o in noted] == [o.name for o in outcomes] and len(outcomes) == 1
+
+
+def test_narrow_models_keep_layers_heads_and_pictures() -> None:
+    whole = lookup.architecture("qwen2_5_vl_7b")["arguments"]
+    found = checkpoints.narrow(whole)
+    for part in ("vision_config", "text_config"):
+        for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "depth", "patch_size"):
+            assert found[part].get(key) == whole[part].get(key)
+    assert found["text_config"]["hidden_size"] < whole["text_config"]["hidden_size"] / 10
+    assert sum(found["text_config"]["rope_parameters"]["mrope_section"]) == 4, "half of a head's eight channels"
+
+
+def test_described_sets_have_the_names_the_catalogue_reads() -> None:
+    read = {entry["paper"]["hub"] for entry in lookup.datasets().values() if "hub" in entry.get("paper", {})}
+    assert set(datasets.described()) <= read
+    for described in datasets.described().values():
+        for part in described["parts"].values():
+            row = {name: datasets.value(column, 1) for name, column in part["columns"].items()}
+            assert part["splits"] and all(value is not None for value in row.values())
+
+
+def test_an_unknown_processor_is_named() -> None:
+    with pytest.raises(PrunelabError, match="processor of Strange"):
+        checkpoints.processor("Strange", lookup and type("Config", (), {"vision_config": object()})())
