@@ -239,6 +239,8 @@ def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Pr
     in the precision it is stored in."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+    importlib.import_module("prunelab.common.backbones.baichuan")  # makes its class known
+
     if "testbed" in identity:
         from tokenizers import Tokenizer
 
