@@ -6,6 +6,7 @@ call of `generate`. An answer that fails is an error here, where the library's o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -31,7 +32,8 @@ class VisualModel(lmms):
 
     batch: questions of one `generate`. frames: taken of every video, evenly. shown: examples before a question.
     pruned: opens the `with` block around each `generate`, such as `lambda: apply(method, model, budget)`; questions
-    without image or video are asked outside it, as they hold nothing to prune.
+    without image or video are asked outside it, as they hold nothing to prune. `seconds` is what answering took,
+    pictures read and answers written.
     """
 
     is_simple = False  # tasks hand over messages with their images and videos in place
@@ -52,16 +54,18 @@ class VisualModel(lmms):
         self.model, self.processor = model, processor
         self.batch, self.frames, self.pruned = batch, frames, pruned
         self.shown = shown or Examples()
+        self.seconds = 0.0
         processor.tokenizer.padding_side = "left"  # answers begin where prompts end
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answers to requests, in their order. As in the library's wrappers of these models only the end token and
         the limit of new tokens end an answer, not the task's `until`."""
         asked: list[Request] = [request.args for request in requests]
-        answers = [""] * len(asked)
+        answers, start = [""] * len(asked), time.perf_counter()
         for places in track(list(self._batches(asked)), "asking", transient=True):
             for place, answer in self._answers({place: asked[place] for place in places}):
                 answers[place] = answer
+        self.seconds += time.perf_counter() - start
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.files import ROOT
 from prunelab.common.measures import oracle
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.examples import Examples
 from prunelab.common.measures.scores import CAPTIONS, COUNTED, SHARES, SUMS, average, relative
 from prunelab.common.models import devices, loading
+from prunelab.common.tasks.visual_tasks import OWN
 
 if TYPE_CHECKING:
     from prunelab.common.tasks.visual_tasks import VisualTasks
@@ -83,6 +85,8 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
         measured["average"] = {"value": average(measured, settings.average)}
     if settings.against:
         measured["relative"] = {"value": relative(measured, settings.average, settings.against)}
+    measured["seconds"] = {"value": round(asked.seconds, 4)}
+    measured["rate"] = {"value": round(sum(counts.values()) / asked.seconds, 4)}
     for metric in measured.values():
         metric["protocol"] = protocol
     return measured
@@ -122,10 +126,10 @@ def harness() -> tuple[Any, Any]:
 
 @cache
 def index(include: str | None) -> Any:
-    """The library's index of its tasks, and of those in a folder; it reads some thousand files."""
+    """The library's index of its tasks, ours, and those in a folder; it reads some thousand files."""
     from lmms_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include)
+    return TaskManager(include_path=[str(ROOT / OWN), *([include] if include else [])])
 
 
 def definitions(
@@ -155,12 +159,14 @@ def definitions(
         read = list(entries(name))
         if [entry["task"] for entry in read] != [name]:
             groups[name] = [entry["task"] for entry in read]
-        for entry in read if prompts else ():
-            given = (entry.get("lmms_eval_specific_kwargs") or {}).get("default", {})
-            if not prompts.keys() <= given.keys():  # type: ignore[union-attr]
-                raise PrunelabError(f"prompts of {entry['task']} have {', '.join(given) or 'nothing'} to change")
-            entry["lmms_eval_specific_kwargs"] = {"default": {**given, **(prompts or {})}}
         results += read
+    given = [(entry.get("lmms_eval_specific_kwargs") or {}).get("default", {}) for entry in results]
+    for key in (prompts or {}).keys() - {key for own in given for key in own}:
+        known = ", ".join(dict.fromkeys(key for own in given for key in own)) or "nothing"
+        raise PrunelabError(f"prompts of {', '.join(names)} have {known} to change, not {key}")
+    for entry, own in zip(results, given, strict=True) if prompts else ():
+        changed = {key: value for key, value in (prompts or {}).items() if key in own}
+        entry["lmms_eval_specific_kwargs"] = {"default": {**own, **changed}}
     return results, groups
 
 

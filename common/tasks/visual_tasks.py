@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunelab.common.core.files import ROOT
 from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt
 from prunelab.common.measures.scores import CAPTIONS, OTHERS, SHARES
 from prunelab.common.tasks import base
@@ -13,6 +15,7 @@ from prunelab.common.tasks.base import Metric, Metrics, Reads, Task, Work
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
 
+OWN = "common/measures/lmms_tasks"  # definitions of tasks of our own
 # Guesses to foretell time by: tokens of a question with what stands around it, and of an answer.
 QUESTION, ANSWER = 64, 16
 
@@ -21,7 +24,7 @@ class VisualTasks(Task):
     """Metrics named as lmms-eval names them: `gqa exact_match`, `pope pope_f1_score`, `videomme
     videomme_perception_score` and so on, shares in percent, with the number of questions; of a group of tasks
     (`mvbench`) also the mean over all its questions. Prompts, limits of answers and scores are those of the library's
-    task definitions."""
+    task definitions, and of a few of our own (`measures/lmms_tasks`)."""
 
     name: ClassVar[str] = "visual_tasks"
     roles: ClassVar[tuple[str, ...]] = ("token_pruner", "cache_pruner")
@@ -34,17 +37,19 @@ class VisualTasks(Task):
             "the score under `average`, of each question the best of several budgets", "%", higher_is_better=True
         ),
         "oracle_budget": Metric("the least budget that gives it, in the mean"),
+        "seconds": Metric("time to answer all questions", "s", higher_is_better=False, timed=True),
+        "rate": Metric("questions answered in a second", higher_is_better=True, timed=True),
     }
 
     class Settings(base.Settings):
         """tasks: of the library. frames: of a video, evenly sampled. limit: questions of each task (all). batch:
         questions asked together. prompts: changes of what the tasks' definitions let prompts have (`ocr: true` of
-        TextVQA). include: a folder with definitions of one's own. average: the metrics whose mean is one. against: a
-        number for each of them, such as the unpruned model's, of which `relative` is the mean share. match: the
-        budget is what a layer of the decoder sees of an image's tokens, in the mean, whatever the method itself means
-        by it; papers that compare at 192 of 576 tokens mean that. shots: examples that stand before each question,
-        with their answers, drawn with the seed from the task's other questions. oracle: budgets that rise to the
-        run's own, all of which are asked; `average` then names the one metric by which an oracle chooses."""
+        TextVQA), where they have it. include: a folder with definitions of one's own. average: the metrics whose mean
+        is one. against: a number for each of them, such as the unpruned model's, of which `relative` is the mean share.
+        match: the budget is what a layer of the decoder sees of an image's tokens, in the mean, whatever the method
+        itself means by it; papers that compare at 192 of 576 tokens mean that. shots: examples that stand before each
+        question, with their answers, drawn with the seed from the task's other questions. oracle: budgets that rise to
+        the run's own, all of which are asked; `average` then names the one metric by which an oracle chooses."""
 
         tasks: tuple[str, ...]
         frames: PositiveInt = 32
@@ -71,6 +76,15 @@ class VisualTasks(Task):
         from prunelab.common.measures import visual_tasks
 
         return visual_tasks.measure(bench)
+
+    @classmethod
+    def files(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        results: list[str] = []
+        for name in settings.get("tasks", ()):
+            if (path := ROOT / OWN / f"{name}.yaml").exists():
+                modules = dict.fromkeys(re.findall(r"!function (\w+)\.", path.read_text(encoding="utf-8")))
+                results += [f"{OWN}/{path.name}", *(f"{OWN}/{module}.py" for module in modules)]
+        return tuple(dict.fromkeys(results))
 
     @classmethod
     def metric(cls, name: str) -> Metric:

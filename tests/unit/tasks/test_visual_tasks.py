@@ -13,10 +13,12 @@ from PIL import Image
 
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers, runner
+from prunelab.common.experiments import papers, provenance, runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import visual_tasks
+from prunelab.common.measures.lmms_tasks import rules
 from prunelab.common.measures.scores import SUMS, relative
+from prunelab.common.tasks.visual_tasks import OWN, VisualTasks
 from prunelab.paper_tables.tolerance import MEANS
 from tests.contract.vlms import IMAGE, VIDEO, VOCABULARY, vlm
 
@@ -191,6 +193,8 @@ def test_videos_give_the_librarys_own_number(onevision, tasks):
 
 def test_batches_of_all_kinds_of_questions_answer_as_alone(llava, tasks):
     alone, together = (runner.measure(run(llava, tasks, ["both"], batch=b), {}) for b in (1, 4))
+    assert alone.pop("seconds")["value"] > 0 < together.pop("seconds")["value"]
+    assert alone.pop("rate")["value"] > 0 < together.pop("rate")["value"]
     assert alone == together
     parts = [alone[f"{task} score"] for task in ("pictures", "mixed")]
     assert parts[0]["value"] != parts[1]["value"]
@@ -240,8 +244,54 @@ def test_prompts_change_where_a_task_lets_them(llava, tasks):
     assert changed["pictures score"]["value"] != runner.measure(run(llava, tasks, ["pictures"]), {})[
         "pictures score"]["value"]  # fmt: skip
     assert "post_prompt= w9 w11" in changed["pictures score"]["protocol"]
-    with pytest.raises(PrunelabError, match="have post_prompt to change"):
+    with pytest.raises(PrunelabError, match="have post_prompt to change, not ocr"):
         runner.measure(run(llava, tasks, ["pictures"], prompts={"ocr": True}), {})
+
+
+def test_prompts_of_several_tasks_change_where_they_have_what_changes(tasks):
+    read, _ = visual_tasks.definitions(["gqa", "textvqa_val"], None, {"ocr": True})
+    gqa, textvqa = (entry["lmms_eval_specific_kwargs"]["default"] for entry in read)
+    assert "ocr" not in gqa and textvqa["ocr"] is True
+
+
+OURS = {  # our own tasks: repository, split, a row as the repository has it, and what an answer scores
+    "mmvet_rule": (
+        "lmms-lab-encoder/MMVet", "test", {"question_id": "v1", "question": "w5 w6", "answer": "w7<AND>w8"}),
+    "llava_in_the_wild_rule": (
+        "lmms-lab-encoder/llava-bench-in-the-wild", "train",
+        {"question": "w5", "gpt_answer": "w7 w8 w9", "category": "conv"}),
+    "a_okvqa_val": (
+        "HuggingFaceM4/A-OKVQA", "validation",
+        {"question": "w5", "choices": ["w7", "w8", "w9", "w10"], "correct_choice_idx": 2}),
+    "vqav2_val": (
+        "lmms-lab-encoder/VQAv2", "validation",
+        {"question": "w5", "question_id": 1, "answer": "w7", "answers": [{"answer": "w7"}] * 10}),
+    "mmbench_cn_dev_rule": (
+        "lmms-lab-encoder/MMBench", "dev",
+        {"index": 1, "question": "w5", "hint": "nan", "answer": "B", "A": "w7", "B": "w8", "C": "nan", "D": "nan",
+         "category": "c", "source": "s", "L2-category": "l", "comment": "nan", "split": "dev"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_own_tasks_and_those_of_other_splits_run_pruned_on_look_alikes_of_their_data(llava, tasks, tmp_path, name):
+    import datasets
+
+    hub, split, row = OURS[name]
+    place = tmp_path / hub
+    place.mkdir(parents=True)
+    if name.startswith("mmbench"):
+        (place / "README.md").write_text(
+            "---\nconfigs:\n- config_name: cn\n  data_files: [{split: dev, path: '*.parquet'}]\n---\n"
+        )
+    rows = [{**row, "image": str(tasks / f"{n}.png")} | ({"index": n} if "index" in row else {}) for n in range(3)]
+    read = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    read.to_parquet(place / f"{split}-00000-of-00001.parquet")
+    asked = run(llava, tasks, [name], "divprune", "0.5")
+    asked.ids["data of it"] = {"hub": hub, "local": "0"}
+    found = runner.measure(asked, {"hub": str(tmp_path)})
+    (scored,) = {key: value for key, value in found.items() if key.startswith(name)}.values()
+    assert scored["samples"] == 3 and 0 <= scored["value"] <= 100 and found["seconds"]["value"] > 0
 
 
 def test_what_cannot_be_asked_is_refused(llava, onevision, tasks):
@@ -251,9 +301,9 @@ def test_what_cannot_be_asked_is_refused(llava, onevision, tasks):
         runner.measure(run(onevision, tasks, ["broken"]), {})
     with pytest.raises(PrunelabError, match="no task 'nobody'"):
         runner.measure(run(llava, tasks, ["nobody"]), {})
-    with pytest.raises(PrunelabError, match="no cache that can be pruned"):
+    with pytest.raises(PrunelabError, match="cannot hold the 32 first and last tokens"):
         runner.measure(run(llava, tasks, ["pictures"], "snapkv", "0.5"), {})
-    with pytest.raises(PrunelabError, match="prunes tokens or caches"):
+    with pytest.raises(PrunelabError, match="wanda is a weight_pruner"):
         runner.measure(run(llava, tasks, ["pictures"], "wanda", "0.5"), {})
 
 
@@ -277,6 +327,27 @@ def test_every_task_that_a_paper_names_is_one_of_the_librarys(tasks):
 
 
 # -- what needs no lmms-eval -------------------------------------------------------------------------------------------
+
+
+def test_rules_score_answers_as_they_say():
+    assert rules.words("The 3.5 Cats, -1!") == ["3.5", "cats", "-1"]
+    assert rules.agreement("x is -1 or -5", "-1<AND>-5") == 1.0 != rules.agreement("x is 1", "-1<AND>-5")
+    assert rules.agreement("x is -1", "-1<AND>-5") == 0.5
+    assert rules.agreement("it is a cat", "dog<OR>the cat") == 1.0
+    assert rules.agreement("concatenate", "cat") == 0.0  # words, not letters
+    long = "a man stands on the back of a yellow taxi in the street"
+    assert rules.agreement(long, long) == 1.0 > rules.agreement("a man stands in the street", long) > 0.0
+    options = {"A": "red car", "B": "blue boat"}
+    assert [rules.choice(answer, options) for answer in ("B.", "(A) red car", "a blue boat", "Both", "")] == [
+        "B", "A", "B", "", ""]  # fmt: skip
+
+
+def test_definitions_of_ours_count_among_the_sources_of_their_runs_alone():
+    files = VisualTasks.files({"tasks": ("gqa", "mmvet_rule")})
+    assert files == (f"{OWN}/mmvet_rule.yaml", f"{OWN}/mmvet.py")
+    assert VisualTasks.files({"tasks": ("gqa",)}) == ()
+    assert f"{OWN}/rules.py" in provenance.reached(files)
+
 
 RESULTS = {  # as the library gives them: a name of the task among metrics, errors that may be text, paths of files
     "gqa": {"alias": "gqa", "exact_match,none": 0.625, "exact_match_stderr,none": 0.02},
@@ -345,7 +416,9 @@ def columns():
 
 
 def asked(column):
-    """The metrics that a column shows or averages."""
+    """The metrics of tasks that a column shows or averages; none where it shows the time they took."""
+    if column.metric in ("seconds", "rate"):
+        return ()
     of_several = column.metric in (*MEANS, "oracle", "oracle_budget")
     return column.settings.get("average", ()) if of_several else (column.metric,)
 
