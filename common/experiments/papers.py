@@ -128,7 +128,8 @@ class Row(_Strict):
 
 class Table(_Strict):
     """One table of the paper, named as in reported.csv; `budget` is that of its rows, `models` says which model those
-    rows run whose names begin so, `assumes` under which assumption all of it runs."""
+    rows run whose names begin so, `assumes` under which assumption all of it runs, `unpruned` which row (`table/row`)
+    has the numbers that means are shares of, or which has for rows whose names begin so."""
 
     name: str
     caption: str = ""
@@ -140,6 +141,7 @@ class Table(_Strict):
     rows: dict[str, Row | str] = Field(default_factory=dict)
     needs: Needs | None = None
     assumes: Assumption = ""
+    unpruned: str | dict[str, str] = ""
     smoke: bool = False
 
     def row(self, name: str) -> Row:
@@ -339,6 +341,72 @@ def filled(slug: str, column: str | dict[str, Any]) -> dict[str, Any]:
     return {**shared, **given, "settings": {**shared.get("settings", {}), **settings}}
 
 
+def _average(slug: str, table: dict[str, Any]) -> None:
+    """Fill in the columns of a table that are means of others; of its rows, where each has its own unpruned model."""
+    unpruned, columns = table.get("unpruned", ""), table["columns"]
+    if isinstance(unpruned, str):
+        table["columns"] = _averaged(columns, _unpruned(slug, unpruned))
+        return
+    rows: dict[str, dict[str, Any]] = {
+        name: {"configuration": row} if isinstance(row, str) else dict(row) for name, row in table["rows"].items()
+    }
+    for name, row in rows.items():
+        start = next((key for key in unpruned if name.startswith(key)), None)
+        if start is None:
+            raise PrunelabError(f"`unpruned` says no row for '{name}'")
+        full = _averaged(columns, _unpruned(slug, unpruned[start]))
+        row["columns"] = {key: full[key] for key in columns if "mean" in columns[key]} | row.get("columns", {})
+    table["rows"] = rows
+    table["columns"] = {key: column for key, column in columns.items() if "mean" not in column}
+
+
+def _unpruned(slug: str, place: str) -> dict[str, float]:
+    """The reported numbers of the row `table/row`, by column; none where no place is given."""
+    found = {n.column: n.value for n in reported(slug) if f"{n.table}/{n.row}" == place}
+    if place and not found:
+        raise PrunelabError(f"`unpruned` says {place}, and reported.csv has no such table and row")
+    return found
+
+
+def _averaged(columns: Mapping[str, dict[str, Any]], against: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Columns with those of `mean` in full: one run of the tasks of all columns that they are the mean of. With numbers
+    to compare with, each counts as a share of its own, unless the column's metric is `average`. Where nothing makes a
+    member, nothing makes the mean."""
+    results = dict(columns)
+    for name, column in columns.items():
+        if "mean" not in column:
+            continue
+        rest = {key: value for key, value in column.items() if key != "mean"}
+        known = {
+            key: other for key, other in columns.items() if other.get("task") == "visual_tasks" or "needs" in other
+        }
+        members = column["mean"]
+        if members == "all":
+            members = [key for key in known if not against or key in against]
+        members = [choose({key: key for key in known}, key, "column of scores named") for key in members]
+        parts = [known[key] for key in members]
+        if needs := next((part["needs"] for part in parts if "needs" in part), None):
+            results[name] = {"needs": needs}
+            continue
+        settings: dict[str, Any] = {"tasks": [], "average": [part["metric"] for part in parts]}
+        for key, part in zip(members, parts, strict=True):
+            for setting, value in part["settings"].items():
+                if setting == "tasks":
+                    settings["tasks"] += [task for task in value if task not in settings["tasks"]]
+                elif settings.setdefault(setting, value) != value:
+                    raise PrunelabError(f"'{name}' is a mean of columns that differ in `{setting}`, {key} among them")
+        shares = bool(against) and column.get("metric") != "average"
+        if shares:
+            if lacking := [key for key in members if key not in against]:
+                raise PrunelabError(f"'{name}' needs the unpruned model's number for {', '.join(lacking)}")
+            settings["against"] = [against[key] for key in members]
+        said = dict.fromkeys(part["assumes"] for part in (*parts, rest) if part.get("assumes"))
+        results[name] = {"task": "visual_tasks", **rest, "settings": settings}
+        results[name]["metric"] = "relative" if shares else "average"
+        results[name] |= {"assumes": "; ".join(said)} if said else {}
+    return results
+
+
 @cache
 def suite(name: str) -> dict[str, dict[str, Any]]:
     """The boards of `configs/boards/<name>.yaml` by name, without entries."""
@@ -378,6 +446,9 @@ def load(slug: str) -> Paper:
             for columns in (table, *(row for row in (table.get("rows") or {}).values() if isinstance(row, dict))):
                 if columns.get("columns"):
                     columns["columns"] = {name: filled(slug, column) for name, column in columns["columns"].items()}
+            if any("mean" in column for column in (table.get("columns") or {}).values()):
+                with place(slug, f"table '{table.get('name')}'"):
+                    _average(slug, table)
         content["figures"] = [filled(slug, figure) for figure in content.get("figures") or ()]
         content["boards"] = [
             completed(board)

@@ -206,3 +206,65 @@ def test_a_folder_without_a_paper_yet_breaks_nothing(tmp_path, monkeypatch):
     assert papers.slugs() == [] and plans.made(lookup.settings({"papers": "all"})).jobs() == {}
     with pytest.raises(PrunelabError, match="there is no paper 'fastv'"):
         papers.load("fastv")
+
+
+MEANS = """
+  - name: T1
+    model: llava_1_5_7b
+    columns: {GQA: gqa, POPE: pope, CN: mmbench_cn, Avg: {mean: MEMBERS}}
+    unpruned: UNPRUNED
+    rows: {"*": half}
+"""
+NUMBERS = """table,row,column,value,unit,source,quality
+T1,a full,GQA,62,%,page 1,primary
+T1,a full,POPE,80,%,page 1,primary
+T1,a half,Avg,90,%,page 1,primary
+T1,b full,GQA,50,%,page 1,primary
+T1,b full,POPE,70,%,page 1,primary
+T1,b half,Avg,91,%,page 1,primary
+"""
+
+
+def _means(folder, monkeypatch, members, unpruned, rows='"*": half'):
+    written(folder, monkeypatch)
+    head = SOURCE.split("tables:")[0]
+    for key, value in GOOD.items():
+        head = head.replace(key, value)
+    tables = MEANS.replace("MEMBERS", members).replace("UNPRUNED", unpruned).replace('"*": half', rows)
+    (folder / "wrong" / "paper.yaml").write_text(head + "tables:" + tables)
+    (folder / "wrong" / "reported.csv").write_text(NUMBERS)
+    return {cell.reported.row: cell for cell in planning.cells("wrong", lookup.settings({"scale": "paper"}))}
+
+
+def test_a_column_of_means_is_one_run_of_its_members_against_the_unpruned_models_numbers(tmp_path, monkeypatch):
+    cell = _means(tmp_path, monkeypatch, "all", "T1/a full")["a half"]
+    assert cell.metric == "relative" and not cell.reason
+    assert cell.runs["paper"].settings["against"] == [62, 80]
+    assert cell.runs["paper"].settings["average"] == ["gqa exact_match", "pope pope_f1_score"]
+    assert cell.assumes == ""  # MMBench-CN has no number to be a share of
+
+
+def test_means_of_listed_columns_are_plain_and_assume_what_their_members_assume(tmp_path, monkeypatch):
+    cell = _means(tmp_path, monkeypatch, "[GQA, CN]", '""')["a half"]
+    assert cell.metric == "average" and "against" not in cell.runs["paper"].settings
+    assert cell.assumes == papers.benchmarks()["mmbench_cn"]["assumes"]
+
+
+def test_rows_of_several_models_are_each_against_their_own(tmp_path, monkeypatch):
+    rows = "a half: half, b half: half, a full: dense, b full: dense"
+    cells = _means(tmp_path, monkeypatch, "all", "{a: T1/a full, b: T1/b full}", rows)
+    assert [cells[row].runs["paper"].settings["against"] for row in ("a half", "b half")] == [[62, 80], [50, 70]]
+
+
+@pytest.mark.parametrize(
+    ("members", "unpruned", "message"),
+    [
+        ("all", "T1/c", "`unpruned` says T1/c, and reported.csv has no such"),
+        ("[GQA, CN]", "T1/a full", "needs the unpruned model's number for CN"),
+        ("[GQA, PPE]", "T1/a full", "no column of scores named 'PPE'"),
+        ("all", "{b: T1/b full}", "says no row for"),
+    ],
+)
+def test_means_that_cannot_be_made_are_refused(tmp_path, monkeypatch, members, unpruned, message):
+    with pytest.raises(PrunelabError, match=message):
+        _means(tmp_path, monkeypatch, members, unpruned)
