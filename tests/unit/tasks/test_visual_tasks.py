@@ -416,8 +416,8 @@ def columns():
 
 
 def asked(column):
-    """The metrics of tasks that a column shows or averages; none where it shows the time they took."""
-    if column.metric in ("seconds", "rate"):
+    """The metrics of tasks that a column shows or averages; none where it shows what is of all tasks, such as time."""
+    if column.metric in VisualTasks.metrics and column.metric not in MEANS:
         return ()
     of_several = column.metric in (*MEANS, "oracle", "oracle_budget")
     return column.settings.get("average", ()) if of_several else (column.metric,)
