@@ -7,6 +7,8 @@ from typing import Any
 
 from prunelab.common.core.errors import PrunelabError
 
+OWN = "common/measures/lmms_tasks"  # definitions of tasks of our own for lmms-eval
+
 # lm-evaluation-harness: metrics between 0 and 1, beside LongBench's, which end in `_score`.
 HARNESS_SHARES = frozenset({"acc", "acc_norm", "exact_match", "contains"})
 

@@ -22,9 +22,8 @@ from prunelab.common.core.files import ROOT
 from prunelab.common.measures import oracle
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.examples import Examples
-from prunelab.common.measures.scores import CAPTIONS, COUNTED, SHARES, SUMS, average, relative
+from prunelab.common.measures.scores import CAPTIONS, COUNTED, OWN, SHARES, SUMS, average, relative
 from prunelab.common.models import devices, loading
-from prunelab.common.tasks.visual_tasks import OWN
 
 if TYPE_CHECKING:
     from prunelab.common.tasks.visual_tasks import VisualTasks

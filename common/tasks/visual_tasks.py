@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.core.files import ROOT
 from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt
-from prunelab.common.measures.scores import CAPTIONS, OTHERS, SHARES
+from prunelab.common.measures.scores import CAPTIONS, OTHERS, OWN, SHARES
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
 
-OWN = "common/measures/lmms_tasks"  # definitions of tasks of our own
 # Guesses to foretell time by: tokens of a question with what stands around it, and of an answer.
 QUESTION, ANSWER = 64, 16
 

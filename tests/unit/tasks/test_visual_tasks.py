@@ -17,8 +17,8 @@ from prunelab.common.experiments import papers, provenance, runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import visual_tasks
 from prunelab.common.measures.lmms_tasks import rules
-from prunelab.common.measures.scores import SUMS, relative
-from prunelab.common.tasks.visual_tasks import OWN, VisualTasks
+from prunelab.common.measures.scores import OWN, SUMS, relative
+from prunelab.common.tasks.visual_tasks import VisualTasks
 from prunelab.paper_tables.tolerance import MEANS
 from tests.contract.vlms import IMAGE, VIDEO, VOCABULARY, vlm
 
