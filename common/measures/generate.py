@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -202,10 +203,16 @@ class Networks:
 
 def inception(folder: Path, name: str) -> Any:
     """torchmetrics' Fréchet distance of Inception's last features, with weights from the checkpoints folder."""
+    path = inside(folder, name)
+    try:
+        torch.load(path, weights_only=True)  # the library below unpickles what it is given: tensors alone, then
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = next(iter(str(error).splitlines()), "it is empty")
+        raise PrunelabError(f"{path} holds no weights of Inception ({reason}); download it again") from None
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        return FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(inside(folder, name)))
+        return FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(path))
     except ModuleNotFoundError:
         raise PrunelabError('a Fréchet distance needs torchmetrics; pip install -e ".[generation]"') from None
 

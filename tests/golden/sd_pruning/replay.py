@@ -37,7 +37,7 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     way, ratio = str(inputs["hp_method"]), float(inputs["hp_sparsity"])
     text = str(inputs["hp_model"]) == "CLIPTextModel"
     names = [n.removesuffix(".weight") for n, w in state.items() if w.dim() == 2 and n.endswith(".weight")]
-    names = [n for n in names if "embeddings" not in n]
+    names = [n for n in names if ".layers." in n] if text else names
     found: dict[str, Any] = {}
     if way == "magnitude":  # its index may wrap, which empties matrices and which the engine refuses
         masks = {n: above((w := state[f"{n}.weight"]).abs(), int(w.numel() * ratio) - 1) for n in names}

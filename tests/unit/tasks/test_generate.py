@@ -116,6 +116,14 @@ def test_the_papers_networks_are_asked_for():
         generate.Networks(Bench("paper", {}, SimpleNamespace(seed=0), {}))
 
 
+def test_weights_of_inception_are_tensors_alone(tmp_path):
+    with pytest.raises(PrunelabError, match="holds no weights of Inception"):
+        generate.inception(tmp_path, "missing.pth")
+    torch.save({"code": SimpleNamespace}, tmp_path / "code.pth")
+    with pytest.raises(PrunelabError, match="holds no weights of Inception"):
+        generate.inception(tmp_path, "code.pth")
+
+
 def test_images_become_what_inception_reads():
     picture = torch.randint(256, (3, 20, 30), dtype=torch.uint8)
     assert generate.sized(picture).shape == (3, 299, 299) and generate.sized(picture).dtype == torch.uint8
