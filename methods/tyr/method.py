@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,45 +54,80 @@ def group_scores(weight: Tensor, target: Tensor, inverse: Tensor, size: int, gra
     """What each group of inputs costs when it leaves [I / size]: the sum of W ((H^-1)_gg^-1 W / 2 + G), for the weight
     [I, O] as it is now, G = H W of the dense one and the inverse Hessian [I, I]."""
     if size == 1:
-        held = weight / (2 * inverse.diagonal().clamp_min(torch.finfo(weight.dtype).tiny).unsqueeze(1))
+        scores = (weight * weight).sum(1) / (2 * inverse.diagonal().clamp_min(torch.finfo(weight.dtype).tiny))
     else:
         blocks = torch.stack([inverse[i : i + size, i : i + size] for i in range(0, len(inverse), size)])
         ridge = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
         blocks = torch.where((blocks.diagonal(dim1=1, dim2=2) == 0).all(1)[:, None, None], ridge, blocks)
-        held = torch.linalg.solve(blocks, weight.view(len(blocks), size, -1)).flatten(0, 1) / 2
-    return (weight * (held + target if gradient else held)).view(-1, size * weight.shape[1]).sum(1)
+        held = torch.linalg.solve(blocks, weight.view(len(blocks), size, -1)).flatten(0, 1)
+        scores = (weight * held).sum(1) / 2
+    return (scores + (weight * target).sum(1) if gradient else scores).view(-1, size).sum(1)
+
+
+def damped(hessian: Tensor, share: float) -> Tensor:
+    """The Hessian [I, I] with so large a share of its mean diagonal added to it."""
+    found = hessian.clone()
+    found.diagonal().add_(share * hessian.diagonal().mean())
+    return found
+
+
+def inverted(hessian: Tensor) -> Tensor:
+    """The inverse of a symmetric matrix, by its Cholesky factor where it has one."""
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    return torch.linalg.inv(hessian) if bool(failed) else torch.cholesky_inverse(factor)
 
 
 def surgery(
-    weight: Tensor, hessian: Tensor, size: int, stay: int, rounds: int, damping: float = 0.01, gradient: bool = True
+    weight: Tensor,
+    hessian: Tensor,
+    size: int,
+    stay: int,
+    rounds: int,
+    damping: float = 0.01,
+    gradient: bool = True,
+    inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The groups of `size` inputs that stay [I / size] and the weight [O, I] that makes up for the others.
 
-    hessian [I, I]: X^T X over all tokens. In each of the rounds as many groups leave as will, the cheapest first; those
-    that are zero already, as the inputs never used, are the first.
+    hessian [I, I]: X^T X over all tokens; `inverse` that of the damped one, where it is known. In each of the rounds as
+    many groups leave as will, the cheapest first; those that are zero already, as the inputs never used, are the first.
+    As released, what stays then makes up for these by the inverse as it was with them in it, until others leave.
     """
     original = weight.float().T.contiguous().clone()
     original[hessian.diagonal() == 0] = 0
     groups = len(original) // size
     if stay >= groups:
-        return torch.ones(groups, dtype=torch.bool, device=weight.device), weight.float()
-    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
-    target, inverse, left = hessian @ original, torch.linalg.inv(hessian), original.clone()
+        return torch.ones(groups, dtype=torch.bool, device=weight.device), original.T
+    hessian = damped(hessian, damping)
+    inverse = inverted(hessian) if inverse is None else inverse.clone()
+    target, left = hessian @ original, original
     gone = left.view(groups, -1).abs().sum(1) <= NOTHING
-    for count in split(max(groups - stay - int(gone.sum()), 0), rounds) if groups - stay > int(gone.sum()) else ():
-        scores = group_scores(left, target, inverse, size, gradient) + GONE * gone
-        chosen = scores.argsort()[:count]
+    more = groups - stay - int(gone.sum())
+    if more < groups - stay:
+        silent = gone.repeat_interleave(size)
+        inverse[silent], inverse[:, silent] = 0, 0
+        left = inverse @ target
+        if more <= 0:
+            return ~gone, left.T
+    turns = split(more, rounds)
+    for turn, count in enumerate(turns, 1):
+        chosen = (group_scores(left, target, inverse, size, gradient) + GONE * gone).argsort()[:count]
         gone[chosen] = True
+        if turn == len(turns):  # nobody looks at what the others would make of it
+            break
         out = (chosen.unsqueeze(1) * size + torch.arange(size, device=chosen.device)).flatten()
-        taken = torch.linalg.solve(inverse[out][:, out], torch.cat([left[out], inverse[out]], 1))
-        change = inverse[:, out] @ taken
-        left -= change[:, : left.shape[1]]
-        inverse = inverse - change[:, left.shape[1] :]
+        columns = inverse[:, out]
+        taken = torch.linalg.solve(columns[out], torch.cat([left[out], columns.T], 1))
+        left.addmm_(columns, taken[:, : left.shape[1]], alpha=-1)
+        inverse.addmm_(columns, taken[:, left.shape[1] :], alpha=-1)
         left[out], inverse[out], inverse[:, out] = 0, 0, 0
     kept = ~gone.repeat_interleave(size)
     solved = torch.zeros_like(left)
     if bool(kept.any()):
-        solved[kept] = torch.linalg.solve(hessian[kept][:, kept], target[kept])
+        among = hessian[kept][:, kept]
+        factor, failed = torch.linalg.cholesky_ex(among)
+        right = target[kept]
+        solved[kept] = torch.linalg.solve(among, right) if bool(failed) else torch.cholesky_solve(right, factor)
     return ~gone, solved.T
 
 
@@ -117,6 +152,33 @@ class Gram(Accumulator):
 
     def value(self) -> Tensor:
         return self.state
+
+
+class Inverse(Accumulator):
+    """The inverse of the damped X^T X that another accumulator gathers, made once for all candidates of a layer."""
+
+    shared: ClassVar[bool] = True
+
+    def __init__(self, of: Gram, damping: float) -> None:
+        self.of, self.damping = of, damping
+
+    def update(self, observed: Observation) -> None:
+        """The other one takes it in."""
+
+    def value(self) -> Tensor:
+        return inverted(damped(self.of.state, self.damping))
+
+
+def grams(damping: float) -> dict[str, Callable[[Target], Accumulator]]:
+    """The statistics `gram` and `inverse` of a layer's inputs."""
+    made: dict[str, Gram] = {}
+
+    def gram(target: Target) -> Gram:
+        if target.name not in made:
+            made[target.name] = Gram(target)
+        return made[target.name]
+
+    return {"gram": gram, "inverse": lambda target: Inverse(gram(target), damping)}
 
 
 ROLES: Mapping[Unit, str] = {"attention_output": "o", "channels": "down"}
@@ -192,7 +254,7 @@ class Tyr(WeightPruner):
         rounds = self.head_rounds if heads else self.neuron_rounds
         mask, weight = surgery(
             signals.weights[role], signals["gram"], target.span, target.units - budget.pruned(target.units), rounds,
-            self.damping, self.gradient,
+            self.damping, self.gradient, signals["inverse"],
         )  # fmt: skip
         return Decision(mask, {role: weight.to(signals.weights[role].dtype)}, remove=not heads)
 
@@ -217,7 +279,7 @@ class Tyr(WeightPruner):
             expected = {name: levels[name].index(gone[name]) for name in levels}
             found = probe.candidates(
                 {name: [Budget(n, "removed") for n in of] for name, of in levels.items()}, self.local,
-                {unit: {"gram": Gram} for unit in self.units}, expected if self.accumulate else None,
+                {unit: grams(self.damping) for unit in self.units}, expected if self.accumulate else None,
                 name=f"supernet{iteration}",
             )  # fmt: skip
             chosen = self.search(probe, found, levels, expected)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from prunelab.common.weights.targets import Observation, Target
-from prunelab.methods.tyr.method import Gram, Tyr, remaining, surgery
+from prunelab.methods.tyr.method import Gram, Tyr, surgery
 
 TOLERANCE = {"out_hessian": (1e-4, 1e-4), "": (1e-4, 1e-3)}
 
@@ -25,12 +25,14 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     rounds = method.head_rounds if heads else method.neuron_rounds
     found = []
     for sparsity in inputs["hp_sparsities"].tolist():
-        stay = remaining(width // size, sparsity)
+        stay = int(width // size * (1 - round(sparsity, 6)))  # cut off as the authors' floats are
         found.append(surgery(weight, gram.value(), size, stay, rounds, method.damping, method.gradient)[1])
-    pruned = torch.stack(found)
+    pruned, after = torch.stack(found), weight  # candidates leave the layer as it is
+    if bool(inputs["hp_error_accumulation"]) and 0 in inputs["hp_sparsities"]:
+        after = pruned[inputs["hp_sparsities"].tolist().index(0)]  # but for the released one that loses nothing
     return {
         "out_hessian": gram.value().numpy(),
         "out_sparse_weights": pruned.numpy(),
         "out_col_zero": (pruned == 0).all(1).numpy(),
-        "out_layer_weight_after": weight.numpy(),  # candidates leave the layer as it is
+        "out_layer_weight_after": after.numpy(),
     }

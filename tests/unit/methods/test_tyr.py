@@ -108,3 +108,27 @@ def test_bad_input_is_named():
         Tyr(tokens=(10,))
     with pytest.raises(PrunelabError, match="tyr: iterations"):
         Tyr(iterations=0)
+
+
+def test_what_is_zero_already_leaves_first_and_the_others_see_the_inverse_without_it():
+    g = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(60, 8, generator=g), torch.randn(5, 8, generator=g)
+    x[:, 1:] += 0.5 * x[:, :-1]
+    x[:, 7], weight[:, 2] = 0, 0  # an input that nobody uses, and one that is used but counts for nothing
+    hessian = x.T @ x
+    everything, same = surgery(weight, hessian, 1, 8, 4)
+    assert bool(everything.all())
+    assert torch.equal(same[:, :7], weight[:, :7])
+    assert not same[:, 7].any()
+    kept, released = surgery(weight, hessian, 1, 6, 4)
+    assert kept.tolist() == [True, True, False, True, True, True, True, False]
+    full = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(8)
+    inverse, alive = torch.linalg.inv(full), kept.float()
+    target = full @ torch.where(alive.bool().unsqueeze(1), weight.T, 0)
+    wanted = (inverse * alive * alive.unsqueeze(1)) @ target
+    assert torch.allclose(released, wanted.T, atol=1e-4)
+    again = surgery(weight, hessian, 1, 3, 2, inverse=inverse)
+    assert all(
+        torch.allclose(a.float(), b.float(), atol=1e-4)
+        for a, b in zip(again, surgery(weight, hessian, 1, 3, 2), strict=True)
+    )
