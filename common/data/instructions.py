@@ -75,7 +75,7 @@ def _piece(
     tokens = torch.tensor(ids[:length])
     labels = tokens.clone()
     labels[: len(prompt)] = IGNORED
-    return Piece(answer, tokens, labels)
+    return Piece(answer, tokens, labels, "\n".join(str(turn["content"]) for turn in turns))
 
 
 def _prompt(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:

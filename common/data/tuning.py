@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """A text, and its tokens [T] with labels [T] that leave the prompt out."""
+    """A text, and its tokens [T] with labels [T] that leave the prompt out; asked: what it answers, in words."""
 
     text: str
     tokens: Tensor
     labels: Tensor
+    asked: str = ""
 
     def model_input(self) -> dict[str, Tensor]:
         return {"input_ids": self.tokens, "labels": self.labels, "attention_mask": torch.ones_like(self.tokens)}

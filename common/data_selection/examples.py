@@ -27,7 +27,7 @@ from prunelab.common.data_selection.losses import IGNORED, counted
 
 SIGNALS = (
     "text", "loss", "entropy", "logits", "reference_loss", "history_loss", "prompt_attention", "last_attention",
-    "rater_attention",
+    "rater_attention", "embedding", "grades",
 )  # fmt: skip
 
 
@@ -43,8 +43,9 @@ class Examples:
     model that is trained and its `logits` [n, N, V] (or [n, V]); `reference_loss` and `history_loss` [n, N] under the
     services `reference` and `history`. In one layer, the mean over heads: `prompt_attention` [n, N], what each token
     pays to the prompt; `rater_attention` [n, N], what it pays to those words of the prompt that the answer is most
-    like; `last_attention` [n, N], what the last token pays to each. `text`: the texts, an iterable that can be read
-    again and holds one of them at a time.
+    like; `last_attention` [n, N], what the last token pays to each. `embedding` [n, D]: the mean over a sample's tokens
+    of what the model's output layer is given; `grades` [n, G], a column of the data. `text`: the texts, an iterable
+    that can be read again and holds one of them at a time.
     """
 
     def __init__(
@@ -123,9 +124,10 @@ _REMEDY = {
     "reference_loss": "needs a reference model; give services={'reference': ...}",
     "history_loss": "needs the model of an earlier time; give services={'history': ...}",
     **dict.fromkeys(
-        ("loss", "entropy", "logits", "prompt_attention", "last_attention", "rater_attention"),
+        ("loss", "entropy", "logits", "prompt_attention", "last_attention", "rater_attention", "embedding"),
         "needs a model; give model=",
     ),
+    "grades": "is what graders gave every sample; give samples with a column `grades`",
 }
 
 

@@ -14,16 +14,18 @@ from prunelab.common.core import attention_interface
 from prunelab.common.core.attention import BLOCK
 from prunelab.common.core.attention_interface import Recorder
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.hooks import before
 from prunelab.common.data_selection.losses import IGNORED, counted, token_entropy, token_loss
 
 Batch = Mapping[str, Any]
 Forward = Callable[[nn.Module, Batch], Tensor]
 
 ATTENTION = frozenset(("prompt_attention", "last_attention", "rater_attention"))  # of one layer
-OWN = frozenset(("loss", "entropy", "logits")) | ATTENTION  # what the model that is trained says
+OWN = frozenset(("loss", "entropy", "logits", "embedding")) | ATTENTION  # what the model that is trained says
 SERVICES = {"reference_loss": "reference", "history_loss": "history"}
 WEIGHT = "loss_weight"  # field of a batch: what each sample or token counts
-_NO_INPUT = ("labels", "num_items_in_batch", WEIGHT, *SERVICES)
+GRADES = "grades"  # column of a batch: what graders gave each sample
+_NO_INPUT = ("labels", "num_items_in_batch", WEIGHT, GRADES, *SERVICES)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -60,10 +62,10 @@ def sources(
     """By name, what computes the signals that can be had of a batch. Losses that a batch brings as a column, measured
     earlier, are taken from there."""
     labels: Tensor | None = batch.get("labels")
-    available: dict[str, Callable[[], Tensor]] = {}
+    available: dict[str, Callable[[], Tensor]] = {GRADES: lambda: batch[GRADES]} if GRADES in batch else {}
     if model is not None:
         own = _Own(required, batch, model, layer, forward)
-        available |= {"logits": lambda: own.logits}
+        available |= {"logits": lambda: own.logits, "embedding": lambda: own.embedding}
         available |= {name: lambda name=name: own.attention(name) for name in ATTENTION}  # type: ignore[misc]
         if labels is not None:
             available |= {
@@ -89,7 +91,9 @@ class _Own:
     def __init__(self, required: frozenset[str], batch: Batch, model: nn.Module, layer: int, forward: Forward) -> None:
         self.batch, self.model, self.layer, self.forward = batch, model, layer, forward
         self.read = sorted(required & ATTENTION)
+        self.embeds = "embedding" in required
         self._attention: dict[str, Tensor] = {}
+        self._hidden: Tensor | None = None
         self._logits: Tensor | None = None
 
     @property
@@ -97,8 +101,30 @@ class _Own:
         """[B, N, V], or [B, V] of a classifier."""
         if self._logits is None:
             with evaluating(self.model):
-                self._logits = self._recorded() if self.read else self.forward(self.model, self.batch)
+                stop = self._watched() if self.embeds else None
+                try:
+                    self._logits = self._recorded() if self.read else self.forward(self.model, self.batch)
+                finally:
+                    if stop is not None:
+                        stop()
         return self._logits
+
+    def _watched(self) -> Callable[[], Any]:
+        """Keep what the output layer is given, until the function that comes back is called."""
+
+        def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+            self._hidden = args[0]
+
+        return before(self.model.get_output_embeddings(), see)  # type: ignore[operator]
+
+    @property
+    def embedding(self) -> Tensor:
+        """[B, D]."""
+        _ = self.logits
+        assert self._hidden is not None
+        tokens = self.batch["input_ids"]
+        valid = self.batch.get("attention_mask", torch.ones_like(tokens)).unsqueeze(-1).float()
+        return (self._hidden.float() * valid).sum(1) / valid.sum(1).clamp_min(1)
 
     def attention(self, name: str) -> Tensor:
         """[B, N]."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import instructions, texts
+from prunelab.common.data_selection import grades
 from prunelab.common.data_selection.engine import applied
 from prunelab.common.data_selection.role import DataSelector
 from prunelab.common.measures import fitting, perplexity, zero_shot
@@ -68,6 +69,7 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
         order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(bench.seed))
         drawn = sorted(order[: settings.reference].tolist())
         seconds["reference"] = _trained(bench, seconds["reference"], [whole[i] for i in drawn]).requires_grad_(False)
+    given = _grades(bench, method, pieces) if getattr(method, "grading", ()) and pieces else None
     found: dict[str, Any] = {}
     if isinstance(method, WeightPruner):
         if settings.order == "train, prune":
@@ -87,7 +89,7 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
         model = _trained(bench, model, whole)
     elif method.when == "before":
         whole, found, _ = fitting.chosen_before(
-            method, pieces, model, bench.budget, bench.seed, services=seconds, target=()
+            method, pieces, model, bench.budget, bench.seed, services=seconds, target=(), grades=given
         )
         model = _trained(bench, model, whole)
     else:
@@ -95,10 +97,24 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
             model = _trained(bench, model, whole)
         found = fitting.chosen_each_batch(handle)
     if bench.device.type == "cuda":
-        found["gpu_gbytes"] = {"value": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 3)}
+        found["memory_gb"] = {"value": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 3)}
     for metric, text in held_out.items():
         found[metric] = perplexity.predicted(model, text)["perplexity"]
     return {**(zero_shot.scored(bench, model, tokenizer, batch=ASKED) if settings.tasks else {}), **found}
+
+
+def _grades(bench: Bench[Finetune.Settings], method: Any, pieces: list[Any]) -> torch.Tensor:
+    """What the graders give the instructions [n, G], one grader after the other in memory."""
+    results = []
+    for kind, name in zip(method.grading, ("grader", "second_grader"), strict=False):
+        if name not in bench.ids:
+            raise PrunelabError(f"{bench.chosen} asks for grades of {kind}; name a model under the setting '{name}'")
+        model, tokenizer = loading.language(bench.ids[name], bench.config)
+        model = devices.place(model, bench.device, half=True)
+        pairs = [(piece.asked, piece.text) for piece in pieces]
+        results.append(grades.grades(model, tokenizer, kind, pairs, length=bench.settings.length))
+        del model
+    return torch.stack(results, 1)
 
 
 def untie(model: Any) -> None:

@@ -18,6 +18,7 @@ from prunelab.common.data.tuning import Piece
 from prunelab.common.data_selection.engine import Handle, select
 from prunelab.common.data_selection.losses import counted
 from prunelab.common.data_selection.role import DataSelector
+from prunelab.common.data_selection.signals import GRADES
 from prunelab.common.training import trainer
 from prunelab.common.training.batches import Batches
 from prunelab.common.training.recipe import Recipe
@@ -95,16 +96,20 @@ def chosen_before(
     *,
     services: Mapping[str, Any],
     target: Sequence[str],
+    grades: Tensor | None = None,
 ) -> tuple[list[Any], dict[str, Any], Sequence[int] | None]:
     """The samples that a method leaves for the training, what percent of them and of their tokens that is, and which
-    they are, where it leaves whole ones."""
+    they are, where it leaves whole ones. grades [n, G]: what graders gave them."""
     whole: list[Any] = [piece.model_input() for piece in pieces]
     if method.requires() == {"text"}:
         result = select(method, [piece.text for piece in pieces], budget, target=target, seed=seed)
         left: list[Any] = [whole[i] for i in result.indices]
     else:
-        result = select(method, whole, budget, model=model, services=services, seed=seed)
-        left = list(result)
+        graded = whole
+        if grades is not None:
+            graded = [{**sample, GRADES: given} for sample, given in zip(whole, grades, strict=True)]
+        result = select(method, graded, budget, model=model, services=services, seed=seed)
+        left = [{name: value for name, value in sample.items() if name != GRADES} for sample in result]
     before, after = (sum(int(counted(s["labels"][None]).sum()) for s in samples) for samples in (whole, left))
     kept = {"samples": _percent(len(left), len(whole)), "tokens": _percent(after, before)}
     return left, kept, result.indices if result.plan.tokens is None else None

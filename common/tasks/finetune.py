@@ -30,7 +30,9 @@ class Finetune(Task):
     roles: ClassVar[tuple[str, ...]] = ("data_selector", "weight_pruner", "training_method")
     scales: ClassVar[tuple[str, ...]] = ("paper",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data", "calibration", "own data"})
-    named: ClassVar[Mapping[str, Catalogue]] = {"text": "dataset", "second_text": "dataset"}
+    named: ClassVar[Mapping[str, Catalogue]] = {
+        "text": "dataset", "second_text": "dataset", "grader": "model", "second_grader": "model",
+    }  # fmt: skip
     by_role: ClassVar[Mapping[str, str]] = {"training_method": "common/training/engine.py"}
     metrics: ClassVar[Mapping[str, Metric]] = {
         "average": Metric("mean of the scores under `average`", "%", higher_is_better=True),
@@ -49,7 +51,8 @@ class Finetune(Task):
         untie: whether embedding and output layer, where they are one parameter, are first made two. rank, alpha,
         dropout: of low-rank adapters (the extra `training`), which alone learn; rank 0 trains all weights. limited:
         instructions of the data set to choose from (all). reference: how many of them, drawn with the seed, the
-        service `reference` is fine-tuned on before, by the same recipe. order: whether weights are pruned before the
+        service `reference` is fine-tuned on before, by the same recipe. grader, second_grader: models that grade the
+        instructions for methods that ask for it. order: whether weights are pruned before the
         training or after it. calibration, calibration_data, calibration_length: of the calibration set, as in
         `perplexity`; the data must be named. text, second_text: what perplexity is of, in sequences of `text_length`
         tokens."""
@@ -67,6 +70,8 @@ class Finetune(Task):
         dropout: Share = 0.0
         limited: PositiveInt | None = None
         reference: PositiveInt | None = None
+        grader: str | None = None
+        second_grader: str | None = None
         order: Literal["prune, train", "train, prune"] = "prune, train"
         calibration: NonNegativeInt = 32
         calibration_data: str | None = None

@@ -142,7 +142,7 @@ def selectors(labels: Labels, method: Any) -> None:
         selection.select(method, data, budget, model=model, forward=lambda m, b: m(b["x"]), **options)
     elif method.requires() - {"text"} or "tokens" in method.chooses:
         options |= {"model": moved(labels, language_model()), "tokenizer": made.tokenizer}
-        selection.select(method, made.TEXTS, budget, **options)
+        selection.select(method, made.corpus(method), budget, **options)
     else:
         selection.select(method, made.LONG, budget, target=made.LONG[:3], **options)
 

@@ -12,6 +12,7 @@ import torch
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import instructions
+from prunelab.common.data_selection import grades
 from prunelab.common.measures import finetune, perplexity, zero_shot
 from prunelab.common.measures.bench import Bench
 from prunelab.common.models import loading
@@ -130,6 +131,20 @@ def test_tokens_are_chosen_inside_a_training_by_whatever_the_rule_reads(folder, 
 def test_tokens_alone_are_chosen_before_the_training_or_in_it(folder, asked, method):
     found = run(folder, method, "0.5", epochs=2, reference=6)
     assert found["samples"]["value"] == 100 and 0 < found["tokens"]["value"] < 100
+
+
+@pytest.mark.parametrize("rule", ["alpagasus", "deita", "ds2"])
+def test_instructions_are_chosen_by_the_grades_of_other_models(folder, asked, monkeypatch, rule):
+    graders = {"grader": {"testbed": "one"}, "second_grader": {"testbed": "two"}}
+    needed = graders if rule == "deita" else {"grader": graders["grader"]}
+    monkeypatch.setattr(grades, "GRADINGS", {k: grades.Grading("{asked} {answer}", (3, 4)) for k in grades.GRADINGS})
+    monkeypatch.setattr(grades, "_one", lambda tokenizer, word: int(word))
+    with pytest.raises(PrunelabError, match="name a model under the setting 'grader'"):
+        run(folder, "graded_samples", "0.5,1", {"rule": rule}, epochs=1)
+    for name, identity in needed.items():
+        monkeypatch.setitem(IDS, name, identity)
+    found = run(folder, "graded_samples", "0.5,0.5", {"rule": rule, "near": 3}, epochs=1)
+    assert found["samples"]["value"] == 50 and 0 < found["tokens"]["value"] < 50
 
 
 def test_a_reference_model_is_trained_where_a_rule_asks_for_it_alone(folder, asked, monkeypatch):
