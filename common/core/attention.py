@@ -14,10 +14,12 @@ from torch import Tensor
 
 
 def logits(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Scaled attention logits [B, H, M, N] of M query rows."""
+    """Scaled attention logits [B, H, M, N] of M query rows; bias: [B, N] of keys, or of the whole."""
     heads = queries.shape[:2]
     out = ((queries * scale).flatten(0, 1) @ keys.flatten(0, 1).transpose(1, 2)).unflatten(0, heads)
-    return out if bias is None else out + bias[:, None, None, :]
+    if bias is None:
+        return out
+    return out + (bias if bias.dim() == 4 else bias[:, None, None, :])
 
 
 def weights(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class ViTPass(Pass):
 
 class TimmViT(SequenceAdapter[Any]):
     family = "timm_vit"
+    plain_blocks: ClassVar[tuple[str, ...]] = ("Block",)  # whose two halves can be called one by one
     rest = frozenset({"drop", "bypass"})
     gates = True
     model_classes = ("timm.models.vision_transformer.VisionTransformer",)
@@ -90,7 +91,7 @@ class TimmViT(SequenceAdapter[Any]):
             if hasattr(self.model, "forward_intermediates"):
                 removers.append(replaced(self.model, "forward_intermediates", self._intermediates()))
             for layer, names in application.readings("layer").items():
-                removers.append(after(self._qkv_of(layer), self._see("qkv", layer)))
+                removers.append(self._watch_qkv(application, layer, self._see("qkv", layer)))
                 if "hidden" in names:
                     removers.append(after(self.blocks[layer], self._see("hidden", layer)))
             first = min((site.layer for site in sites), default=len(self.blocks))
@@ -101,7 +102,7 @@ class TimmViT(SequenceAdapter[Any]):
                     removers.append(before(block.attn, self._bias_attention, kwargs=True))
             for site in sites:
                 if method.requires(site) & _ATTENTION:
-                    removers.append(after(self._qkv_of(site.layer), self._keep_qkv(site.layer)))
+                    removers.append(self._watch_qkv(application, site.layer, self._keep_qkv(site.layer)))
                 removers.append(self._install_site(application, site))
             if getattr(self.model, "global_pool", "token") != "token" or getattr(self.model, "attn_pool", None):
                 norm: Any = self.model.norm
@@ -117,6 +118,10 @@ class TimmViT(SequenceAdapter[Any]):
         if qkv is None:
             raise PrunelabError(f"block {layer} has no fused qkv to read attention signals from")
         return qkv
+
+    def _watch_qkv(self, application: Application, layer: int, hook: Callable[..., None]) -> Callable[[], Any]:
+        """Calls the hook with what a layer's fused projection gives."""
+        return after(self._qkv_of(layer), hook)
 
     def _see(self, what: str, layer: int) -> Callable[..., None]:
         """Keeps a layer's output for later sites."""
@@ -141,17 +146,25 @@ class TimmViT(SequenceAdapter[Any]):
             return after(block, lambda _, __, out: self.reduce(application, site, out))
 
         name = "_old_forward" if hasattr(block, "_hf_hook") else "forward"  # accelerate's wrapper calls the former
-        if type(block).__name__ != "Block" or (name == "forward" and name in vars(block)):
-            kind = type(block).__name__ if type(block).__name__ != "Block" else "wrapped in a forward of its own"
-            raise PrunelabError(f"'after_attention' needs timm's plain Block, block {site.layer} is {kind}")
+        plain = type(block).__name__ in self.plain_blocks
+        if not plain or (name == "forward" and name in vars(block)):
+            kind = "wrapped in a forward of its own" if plain else type(block).__name__
+            raise PrunelabError(
+                f"'after_attention' needs timm's plain {self.plain_blocks[0]}, block {site.layer} is {kind}"
+            )
 
         # The residual cannot shrink inside the block's own forward, so its two halves are called one by one.
-        def forward(x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-            branch = block.attn(block.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-            x = self.reduce(application, site, x + block.drop_path1(block.ls1(branch)))
-            return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        def forward(x: Tensor, **given: Any) -> Tensor:
+            branch = block.attn(block.norm1(x), **given)
+            x = self.reduce(application, site, x + block.drop_path1(self._scaled(block, 1, branch)))
+            return x + block.drop_path2(self._scaled(block, 2, block.mlp(block.norm2(x))))
 
         return replaced(block, name, forward)
+
+    def _scaled(self, block: Any, half: int, x: Tensor) -> Tensor:
+        """What a block's attention (half 1) or MLP (half 2) adds."""
+        scaled: Tensor = getattr(block, f"ls{half}")(x)
+        return scaled
 
     def check(self, method: TokenPruner, sites: Sequence[Site]) -> None:
         super().check(method, sites)
@@ -239,7 +252,7 @@ class TimmViT(SequenceAdapter[Any]):
         weight = torch.ones(x.shape[:2], device=x.device) if tokens.sizes is None else tokens.sizes.clone()
         if tokens.valid is not None:
             weight = weight * tokens.valid
-        pooled = weight[:, 0 if self.model.pool_include_prefix else self.info.special :]
+        pooled = weight[:, 0 if getattr(self.model, "pool_include_prefix", False) else self.info.special :]
         weight = weight * pooled.shape[1] / pooled.sum(1, keepdim=True)
         return x * weight.unsqueeze(-1).to(x.dtype)
 
@@ -275,25 +288,45 @@ class TimmViT(SequenceAdapter[Any]):
         signals = self._signals(reading.layer, lambda: seen.kept["qkv"], seen.tokens)
         return seen.now(signals[reading.name](), reading.name)
 
+    def prepared(self, layer: int, which: int, qkv: Tensor) -> Tensor:
+        """Queries, keys or values [B, H, N, d] as attention uses them, of what the projection gave, [B, N, 3 * D]."""
+        attn = self.blocks[layer].attn
+        out = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)[which]
+        normed: Tensor = attn.q_norm(out) if which == 0 else attn.k_norm(out) if which == 1 else out
+        return normed
+
+    def logit_bias(self, layer: int, tokens: Tokens) -> Tensor | None:
+        """What is added to a layer's attention logits: [B, N] of keys, or [B, H, N, N]."""
+        return tokens.attention_bias()
+
     def _signals(self, layer: int, qkv: Callable[[], Tensor], tokens: Tokens) -> dict[str, Callable[[], Tensor]]:
         """Signals of a layer's attention, from what its projection gave of its tokens."""
         scale = self.blocks[layer].attn.scale
+        bias = functools.cache(functools.partial(self.logit_bias, layer, tokens))
 
         def part(which: int) -> Tensor:
-            attn = self.blocks[layer].attn
-            out = qkv().unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)[which]
-            return attn.q_norm(out) if which == 0 else attn.k_norm(out) if which == 1 else out
+            return self.prepared(layer, which, qkv())
+
+        def seen(start: int, stop: int) -> Tensor | None:
+            whole = bias()
+            return whole if whole is None or whole.dim() == 2 else whole[:, :, start:stop]
+
+        def row(index: int) -> Tensor:
+            q, k = part(0), part(1)
+            index %= q.shape[2]
+            return attention.row(q, k, scale, index, seen(index, index + 1))
 
         def weights() -> Tensor:
             q, k = part(0), part(1)
-            return attention.weights(q, k, scale, tokens.attention_bias(), self._scratch(q, len(q[0, 0])))
+            return attention.weights(q, k, scale, bias(), self._scratch(q, len(q[0, 0])))
 
         def received() -> Tensor:
             q, k = part(0), part(1)
-            bias = tokens.attention_bias()
 
             def rows(start: int, stop: int) -> Tensor:
-                return attention.weights(q[:, :, start:stop], k, scale, bias, self._scratch(q, stop - start))
+                return attention.weights(
+                    q[:, :, start:stop], k, scale, seen(start, stop), self._scratch(q, stop - start)
+                )
 
             return attention.received(rows, (q.shape[0], q.shape[1], q.shape[2]), tokens.valid)
 
@@ -301,9 +334,9 @@ class TimmViT(SequenceAdapter[Any]):
             "queries": lambda: part(0),
             "keys": lambda: part(1),
             "values": lambda: part(2),
-            "attention_logits": lambda: attention.logits(part(0), part(1), scale, tokens.attention_bias()),
+            "attention_logits": lambda: attention.logits(part(0), part(1), scale, bias()),
             "attention": weights,
-            "cls_row": lambda: attention.row(part(0), part(1), scale, 0, tokens.attention_bias()),
-            "last_row": lambda: attention.row(part(0), part(1), scale, -1, tokens.attention_bias()),
+            "cls_row": lambda: row(0),
+            "last_row": lambda: row(-1),
             "received": received,
         }
