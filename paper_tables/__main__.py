@@ -17,7 +17,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import write_text
 from prunelab.common.experiments import papers, plans, provenance
-from prunelab.paper_tables import cite, cross, figures, grids, join, page, tables
+from prunelab.paper_tables import cite, cross, figures, grids, join, literature, page, tables
 
 
 def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
@@ -29,7 +29,8 @@ def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
     sections = [_section(slug, plan, records) for slug in plan.slugs]
     leaderboards = cross.leaderboards(((s.paper.slug, board) for s in sections for board in s.boards), records)
     made = provenance.environment()
-    site = page.Site(sections, leaderboards, config, records, folder, made)
+    joined = literature.of(plan, ((s.paper.slug, s.named_tables) for s in sections))
+    site = page.Site(sections, leaderboards, joined, config, records, folder, made)
     files: dict[str, str] = {}
     for section in sections:
         slug = section.paper.slug
@@ -42,6 +43,11 @@ def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
     for leaderboard in leaderboards:
         files |= _downloads("boards", leaderboard.name, cross.csv(leaderboard), cross.grid(leaderboard))
     files["cite.bib"] = cite.prunelab(made["commit"])
+    for model in joined.shelves:
+        files[f"literature/{tables.identifier(model)}.html"] = site.model(model)
+    files["literature/literature.csv"] = literature.csv(joined)
+    files |= _downloads("literature", "disagreements", literature.csv(joined), literature.grid(joined))
+    files["literature.html"] = site.literature()
     files["boards.html"] = site.boards()
     files["index.html"] = site.index()
     for path, text in files.items():

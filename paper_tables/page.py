@@ -25,7 +25,7 @@ from prunelab.common.core import files
 from prunelab.common.drawing import svg
 from prunelab.common.drawing.figures import Figure
 from prunelab.common.experiments import papers
-from prunelab.paper_tables import cross, join, tables
+from prunelab.paper_tables import cross, join, literature, tables
 
 HERE = Path(__file__).parent
 OUTCOMES = tuple(tables.SHAPES)
@@ -218,6 +218,7 @@ class Site:
 
     sections: Sequence[Section]
     leaderboards: Sequence[cross.Leaderboard]
+    joined: literature.Literature
     config: Mapping[str, Any]
     records: join.Records
     folder: Path  # where index.html will lie
@@ -239,6 +240,7 @@ class Site:
             "js_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             "sections": self.sections,
             "leaderboards": self.leaderboards,
+            "literature": self.joined,
             "scale": self.config["scale"],
             "assets": bool(self.config["assets"]),
             "commit": self.made["commit"],
@@ -280,6 +282,14 @@ class Site:
     def boards(self) -> str:
         """Methods of all papers side by side."""
         return self._render("boards.html", up="")
+
+    def literature(self) -> str:
+        """What several papers report of the same."""
+        return self._render("literature.html", up="")
+
+    def model(self, name: str) -> str:
+        """What papers report of one model."""
+        return self._render("model.html", up="../", model=name, shelves=self.joined.shelves[name])
 
     def paper(self, section: Section) -> str:
         """One paper."""

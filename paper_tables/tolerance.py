@@ -71,6 +71,8 @@ def unsized(column: papers.Column, metric: str) -> list[str]:
     if not own and ("data" not in task.reads or task.metric(metric).unit != "%"):
         return []
     parts = column.settings.get("average", ()) if metric in MEANS else (metric,)
+    if own:  # metrics of evaluation libraries are named `task measure`; others, such as a perplexity, are no shares
+        parts = [part for part in parts if " " in part]
     names = [part.partition(" ")[0] if own else column.data or "" for part in parts]
     return [name for name in names if name not in evaluation_sets()]
 
