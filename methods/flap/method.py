@@ -19,8 +19,8 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.options import NonNegativeInt
 from prunelab.common.weights import masks
 from prunelab.common.weights.role import WeightPruner
-from prunelab.common.weights.statistics import Fluctuation, InputAccumulator, InputMean, InputNorm
-from prunelab.common.weights.targets import Accumulator, Target, Unit, WeightSignals
+from prunelab.common.weights.statistics import Fluctuation, InputAccumulator, InputNorm
+from prunelab.common.weights.targets import Accumulator, Observation, Target, Unit, WeightSignals
 
 Metric = Literal["WIFV", "IFV", "WIFN"]
 Structure = Literal["AL-AM", "AL-MM", "UL-UM", "UL-MM"]
@@ -49,6 +49,23 @@ class Variance(InputAccumulator):
     def value(self) -> Tensor:
         # assumption: the paper's samples are the tokens of all sequences.
         return self.squares / max(self.tokens - 1, 1)
+
+
+class Means(Accumulator):
+    """Mean of what each weight that reads the units is given, over a sequence's tokens and averaged over sequences, one
+    weight behind the other [n]."""
+
+    def __init__(self, target: Target) -> None:
+        self.seen, self.state = 0, torch.zeros(())
+
+    def update(self, observed: Observation) -> None:
+        self.seen += 1
+        given = [observed.inputs] if observed.read is None else list(observed.given.values())
+        mean = torch.cat([x.float().mean(0) if len(x) else x.float().new_zeros(x.shape[1]) for x in given])
+        self.state = self.state.to(mean.device) * ((self.seen - 1) / self.seen) + mean / self.seen
+
+    def value(self) -> Tensor:
+        return self.state
 
 
 def importance(metric: Metric, weight: Tensor, statistic: Tensor) -> Tensor:
@@ -99,6 +116,8 @@ class FLAP(WeightPruner):
         `WIFV` fluctuation times weight energy, `IFV` fluctuation alone, `WIFN` Wanda's norm.
     removed_heads
         Of the whole model, for the structures in MM; the neurons make up the rest of the budget.
+    prunes
+        `heads` and `channels`; of convolutional networks, which have no heads, the coupled channels.
     compensate
         Whether the mean of what is removed becomes a bias.
     released
@@ -110,6 +129,7 @@ class FLAP(WeightPruner):
     structure: Structure = "AL-AM"
     metric: Metric = "WIFV"
     removed_heads: NonNegativeInt = 0
+    prunes: tuple[Unit, ...] = ("heads", "channels")
     compensate: bool = True
     released: bool = True
 
@@ -120,6 +140,8 @@ class FLAP(WeightPruner):
         super().__post_init__()
         if (self.removed_heads > 0) != self.structure.endswith("MM"):
             raise PrunelabError(f"flap: {self.structure} takes removed_heads={'N' if self._manual else '0'}, N > 0")
+        if "channels" not in self.prunes or not {*self.prunes} <= {*OUTPUT} or (self._manual and len(self.prunes) < 2):
+            raise PrunelabError(f"flap ({self.structure}) prunes channels, or heads and channels, not {self.prunes}")
 
     @property
     def _manual(self) -> bool:
@@ -135,12 +157,12 @@ class FLAP(WeightPruner):
 
     @property
     def units(self) -> Sequence[Unit]:
-        return ("heads", "channels")
+        return self.prunes
 
     def statistics(self, unit: Unit) -> Mapping[str, Callable[[Target], Accumulator]]:
         fluctuation = Fluctuation if self.released else Variance
         activity: Callable[[Target], Accumulator] = InputNorm if self.metric == "WIFN" else fluctuation
-        return {"activity": activity, **({"input_mean": InputMean} if self.compensate else {})}
+        return {"activity": activity, **({"input_mean": Means} if self.compensate else {})}
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         scores = importance(self.metric, signals.weights[OUTPUT[target.unit]], signals["activity"])
@@ -168,11 +190,12 @@ class FLAP(WeightPruner):
         return kept.split([target.units for target in targets])
 
     def _costs(self, targets: Sequence[Target]) -> list[tuple[Target, float]]:
-        """What a unit of each target costs, in neurons: 4 d / 3 for a plain head of size d. As released
-        this is cut to a whole number (170 for d = 128)."""
+        """What a unit of each target costs, in neurons of the first target: 4 d / 3 for a plain head
+        of size d. As released this is cut to a whole number (170 for d = 128)."""
         neuron = next(target.size for target in targets if target.unit == "channels")
         costs = [target.size / neuron for target in targets]
-        return [(t, float(int(cost)) if self.released else cost) for t, cost in zip(targets, costs, strict=True)]
+        whole = [self.released and target.unit == "heads" for target in targets]
+        return [(t, float(int(c)) if cut else c) for t, c, cut in zip(targets, costs, whole, strict=True)]
 
     def _apart(self, targets: Sequence[Target], scores: Sequence[Tensor], budget: Budget) -> list[Tensor]:
         """AL-MM: the lowest `removed_heads` heads of the model, and the lowest of all its neurons for the rest."""
@@ -212,11 +235,16 @@ class FLAP(WeightPruner):
         """The baseline bias: what the removed channels put out on average."""
         if not self.compensate or bool(mask.all()):
             return {}
-        role = OUTPUT[target.unit]
-        gone = signals["input_mean"] * ~mask.repeat_interleave(target.span)
-        bias = gone @ signals.weights[role].float().T
-        given = signals.weights.get(f"{role}.bias")
-        return {f"{role}.bias": bias if given is None else bias + given.float()}
+        role, weights = OUTPUT[target.unit], signals.weights
+        several = [name for name in weights if name.startswith(f"{role}.") and name.rpartition(".")[2].isdigit()]
+        readers = several or [role]
+        means = signals["input_mean"].split([weights[name].shape[1] for name in readers])
+        found = {}
+        for name, mean in zip(readers, means, strict=True):
+            gone = mean * ~mask.repeat_interleave(len(mean) // target.units)
+            bias, given = gone @ weights[name].float().T, weights.get(f"{name}.bias")
+            found[f"{name}.bias"] = bias if given is None else bias + given.float()
+        return found
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def of_units(elements: Tensor, units: int, columns: bool) -> Tensor:
 
 def members(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a group: each layer's, where several make or read the units, and no biases."""
-    several = {role: w for role, w in weights.items() if role.partition(".")[2].isdigit()}
+    several = {role: w for role, w in weights.items() if role.rpartition(".")[2].isdigit()}
     return several or {role: w for role, w in weights.items() if w.dim() > 1 and not role.endswith(".bias")}
 
 

@@ -91,7 +91,7 @@ class ConvNet(WeightAdapter):
 
     def weights(self, target: Target) -> dict[str, Tensor]:
         """Of channels: `up` [C, n], all rows that make one, and `down` [m, C], all weights that read one; and layer by
-        layer `up.i` [C, n_i] and `down.i` [out, C * n_i]."""
+        layer `up.i` [C, n_i], `down.i` [out, C * n_i] and, where it has one, `down.i.bias` [out]."""
         if target.unit != "channels":
             return super().weights(target)
         parts = {role: view(parameter.detach()) for role, (parameter, view) in self.holders(target).items()}
@@ -101,6 +101,8 @@ class ConvNet(WeightAdapter):
             for role, part in parts.items()
             if role.startswith("down.")
         ]
+        biases = {f"down.{i}.bias": use.module.bias for i, use in enumerate(self.spaces[target.name].read)}
+        parts |= {role: bias.detach() for role, bias in biases.items() if bias is not None}
         return {"up": up, "down": torch.cat(down), **parts}
 
     def holders(self, target: Target) -> dict[str, tuple[nn.Parameter, View]]:
@@ -147,11 +149,27 @@ class ConvNet(WeightAdapter):
             return super().assign(target, role, value)
         if not role.startswith("down."):
             raise PrunelabError(f"convnet: '{role}' of {target.name} is several layers'; give values as `down.0`")
-        use = self.spaces[target.name].read[int(role.partition(".")[2])]
-        own = use.module.weight.detach()
-        if own.device.type != "meta":
+        use, bias = self._reader(target, role)
+        own = (use.module.bias if bias else use.module.weight).detach()
+        if bias and own.device.type != "meta":
+            own.copy_(value)
+        elif own.device.type != "meta":
             wide, entries = own.view(*own.shape[:2], -1), use.part().entries.flatten().to(own.device)
             wide.index_copy_(1, entries, value.to(own).view(len(own), len(entries), -1))
+
+    def _reader(self, target: Target, role: str) -> tuple[Use, bool]:
+        """The layer that a role names, `down.0`, and whether its bias is meant, `down.0.bias`."""
+        _, number, bias = (*role.split("."), "")[:3]
+        return self.spaces[target.name].read[int(number)], bias == "bias"
+
+    def add_bias(self, target: Target, role: str, value: Tensor) -> None:
+        if target.unit != "channels" or not role.startswith("down.") or not role.endswith(".bias"):
+            return super().add_bias(target, role, value)
+        module = self._reader(target, role)[0].module
+        module.bias = nn.Parameter(value.to(module.weight), requires_grad=module.weight.requires_grad)
+
+    def drop_bias(self, target: Target, role: str) -> None:
+        self._reader(target, role)[0].module.bias = None
 
     def remove(self, target: Target, kept: Tensor) -> None:
         remove([use.part() for use in self._uses(target)], kept)

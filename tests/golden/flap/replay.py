@@ -38,7 +38,7 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
             accumulators = {name: make(target) for name, make in method.statistics(unit).items()}  # type: ignore[arg-type]
             for sequence in arrays[f"in_{place}_inputs"][layer] if accumulators else ():
                 for accumulator in accumulators.values():
-                    accumulator.update(SimpleNamespace(inputs=sequence))
+                    accumulator.update(SimpleNamespace(inputs=sequence, read=None))
             weights = {role: arrays[f"in_{role}_weight"][layer]}
             targets.append(target)
             signals.append(WeightSignals(weights, {name: a.value() for name, a in accumulators.items()}))

@@ -15,6 +15,7 @@ from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Target, WeightSignals
 from prunelab.methods.flap.method import FLAP, MagnitudeSP, Variance, WandaSP, above_common_threshold, importance
+from tests.contract.families import WEIGHT_FAMILIES, answer, images
 from tests.contract.references import language_model, token_ids
 
 fast = settings(max_examples=50, deadline=None)
@@ -229,3 +230,45 @@ def test_bad_options_and_budgets_are_named():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     with pytest.raises(PrunelabError, match="prunes channels, and this MixtralForCausalLM has none"):
         prune(FLAP(), language_model("mixtral"), 0.5, ids, progress=False)
+
+
+@pytest.mark.parametrize("family", ["vgg", "resnet", "efficientnet"])
+def test_channels_of_convolutions_leave_their_mean_behind(family, tmp_path):
+    dense, apart = answer(WEIGHT_FAMILIES[family](), family), {}
+    for compensate in (True, False):
+        model = WEIGHT_FAMILIES[family]()
+        plan = prune(FLAP(prunes=("channels",), compensate=compensate), model, 0.7, images(family, 3), progress=False)
+        apart[compensate] = float((answer(model, family) - dense).square().mean())
+        plan.save(tmp_path)
+        again = WEIGHT_FAMILIES[family]()
+        WeightPlan.load(tmp_path).apply(again)
+        assert torch.allclose(answer(again, family), answer(model, family), atol=1e-6)
+    assert apart[True] < apart[False]
+
+
+def test_a_constant_channel_of_a_convolution_leaves_without_a_trace():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, bias=False), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    with torch.no_grad():
+        model[0].weight[2] = 0
+        model[0].bias[2] = 3
+    x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = model(x)
+        prune(Constant(prunes=("channels",)), model, 0.9, x, progress=False)
+        assert model[0].out_channels == 3 and model[2].bias is not None
+        assert torch.allclose(model(x), want, atol=1e-5)
+
+
+class Constant(FLAP):
+    """Takes the channel that never changes, and no other."""
+
+    def select(self, targets, signals, scores, budget):
+        return [torch.arange(t.units) != 2 if t.name == "0" else torch.ones(t.shape, dtype=torch.bool) for t in targets]
+
+
+def test_what_flap_prunes_is_channels_with_or_without_heads():
+    with pytest.raises(PrunelabError, match="prunes channels"):
+        FLAP(prunes=("heads",))
+    with pytest.raises(PrunelabError, match="prunes channels"):
+        FLAP(structure="AL-MM", removed_heads=2, prunes=("channels",))
