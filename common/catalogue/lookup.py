@@ -20,7 +20,7 @@ from prunelab.common.core.registry import choose
 
 SCALES = ("smoke", "testbed", "assets", "paper")
 DESCRIPTIVE = ("needs", "gb", "gated", "gpus", "size", "settings")  # keys of an entry that say nothing of its content
-KEYS = ("papers", "scale", "results", "batch", "gpu")  # settings that are no folders of the user's
+KEYS = ("papers", "scale", "results", "batch", "gpu", "programs")  # settings that are no folders of the user's
 
 
 @cache

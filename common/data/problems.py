@@ -3,8 +3,8 @@ answer is one of several choices.
 
 Repositories hold them in files of every kind and under names of their own, which a catalogue entry tells: `files`, a
 pattern of names; `ask` and `answer`, columns; `choices`, columns of choices or one column that holds them by letter;
-`first: right` where the first choice is the right one; `where`, what rows must say; `drawn`, how many of them are
-drawn.
+`first: right` where the first choice is the right one; `tests`, the form of tests that programs pass; `where`, what
+rows must say; `drawn`, how many of them are drawn.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import programs
 from prunelab.common.data_selection.examples import optional
 
 LETTERS = "ABCDEFGHIJ"
@@ -31,11 +32,18 @@ BOXED = "\\boxed{"
 @dataclass(frozen=True)
 class Problem:
     """text: what is asked, choices included. answer: as it is given, a letter where there are choices; empty where the
-    data have none."""
+    data have none. tests, function: of a program, see `common.data.programs`."""
 
     text: str
     answer: str
     choice: bool
+    tests: tuple[programs.Test, ...] = ()
+    function: str = ""
+
+    @property
+    def graded(self) -> bool:
+        """Whether there is something to grade by."""
+        return bool(self.answer or self.tests)
 
 
 def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[Problem]:
@@ -80,6 +88,10 @@ def _problem(row: Mapping[str, Any], identity: Mapping[str, Any], rng: random.Ra
         str(row[identity["answer"]]).strip() if "answer" in identity else "",
     )
     named = identity.get("choices")
+    if identity.get("tests") == "livecodebench":
+        tests, function = programs.tests_of(row)
+        begins = f"\n\n```python\n{row['starter_code']}\n```" if row.get("starter_code") else ""
+        return Problem(text + begins, "", choice=False, tests=tests, function=function)
     if named is None:
         return Problem(text, answer, choice=False)
     if isinstance(named, str):
@@ -101,7 +113,10 @@ def _problem(row: Mapping[str, Any], identity: Mapping[str, Any], rng: random.Ra
 
 def solved(problem: Problem, written: str) -> bool:
     """Whether the last boxed part of what was written is the answer: the letter of the choice, or an equal number or
-    formula once what only sets it is left out."""
+    formula once what only sets it is left out. Of problems with tests, whether the last program passes all of them."""
+    if problem.tests:
+        program = programs.written(written)
+        return program is not None and programs.passes(program, problem.tests, problem.function)
     found = boxed(written)
     if found is None or not problem.answer:
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import problems, texts
+from prunelab.common.data import problems, programs, texts
 from prunelab.common.data.problems import Problem
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.language import sizes
@@ -22,24 +22,31 @@ from prunelab.common.models import devices, loading
 if TYPE_CHECKING:
     from prunelab.common.tasks.solve import Solve
 
-ASKS = {  # as the cards of reasoning models recommend
-    False: "Please reason step by step, and put your final answer within \\boxed{}.",
-    True: "Please reason step by step, and put the letter of your choice within \\boxed{}.",
-}
+# As the cards of reasoning models recommend.
+VALUE = "Please reason step by step, and put your final answer within \\boxed{}."
+CHOICE = "Please reason step by step, and put the letter of your choice within \\boxed{}."
+METHOD = "Please complete the class above in Python, and put the whole program between ```python and ```."
+PROGRAM = "Please write a Python program that reads the input and prints the answer, between ```python and ```."
+OTHERS = ("calibration_2", "calibration_3", "calibration_4", "calibration_5")
 
 
 def measure(bench: Bench[Solve.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.solve`."""
     settings, ids = bench.settings, bench.ids
     asked = problems.load(ids["data"], bench.config)[: settings.samples]
-    if lacking := sum(not problem.answer for problem in asked):
+    if lacking := sum(not problem.graded for problem in asked):
         raise PrunelabError(f"{lacking} of these problems have no answer to grade by; name another data set")
+    if any(problem.tests for problem in asked):
+        programs.allow(bench.config)
     model, tokenizer = loading.language(ids["model"], bench.config)
     model = devices.place(model, bench.device, half=True)
     out, method = sizes(model), bench.method()
     if method is not None:
         pruning = importlib.import_module("prunelab.common.weights.pruning")  # by name, see `by_role`
-        calibration = _calibration(bench, model, tokenizer) if getattr(method, "calibrated", False) else None
+        calibration = None
+        if getattr(method, "calibrated", False):
+            names = ["calibration", *(name for name in OTHERS if name in ids)]
+            calibration = [s for name in names for s in _calibration(bench, model, tokenizer, ids[name])]
         plan = pruning.prune(method, model, bench.budget, calibration, seed=bench.seed, progress=False)
         out = sizes(model, plan.report)
     right = [0.0] * len(asked)
@@ -61,12 +68,12 @@ def measure(bench: Bench[Solve.Settings]) -> dict[str, Any]:
 def _protocol(bench: Bench[Solve.Settings]) -> str:
     settings = bench.settings
     sampled = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}" if settings.temperature else "greedy"
-    return f"{settings.runs} runs, {sampled}, up to {settings.new} tokens; graded by the last boxed answer"
+    return f"{settings.runs} runs, {sampled}, up to {settings.new} tokens; graded by the last boxed answer, or by tests"
 
 
-def _calibration(bench: Bench[Solve.Settings], model: Any, tokenizer: Any) -> list[Tensor]:
-    """Sequences of token ids to calibrate on, as the setting `shown` asks."""
-    settings, identity = bench.settings, bench.ids["calibration"]
+def _calibration(bench: Bench[Solve.Settings], model: Any, tokenizer: Any, identity: Mapping[str, Any]) -> list[Tensor]:
+    """Sequences of token ids to calibrate on, of one data set, as the setting `shown` asks."""
+    settings = bench.settings
     if identity["loader"] != "problems":
         drawn = texts.windows(identity, bench.config, tokenizer, settings.length, settings.calibration, bench.seed)
         return [tokens.to(model.device) for tokens in drawn]
@@ -90,7 +97,8 @@ def _calibration(bench: Bench[Solve.Settings], model: Any, tokenizer: Any) -> li
 def prompt(tokenizer: Any, problem: Problem) -> list[int]:
     """Token ids of the question, as the model's own template has it, or as plain text where it has none; problems
     without an answer are asked as they stand."""
-    text = f"{problem.text}\n\n{ASKS[problem.choice]}" if problem.answer else problem.text
+    how = (METHOD if problem.function else PROGRAM) if problem.tests else CHOICE if problem.choice else VALUE
+    text = f"{problem.text}\n\n{how}" if problem.graded else problem.text
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

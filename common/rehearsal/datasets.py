@@ -6,10 +6,14 @@ writes them.
 
 from __future__ import annotations
 
+import base64
+import csv
 import gzip
 import json
+import pickle
 import random
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -120,6 +124,36 @@ def instructions(path: Path) -> None:
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
+def problems(folder: Path, entry: Mapping[str, Any]) -> None:
+    """A file of problems under the columns that an entry of the catalogue names."""
+    path = folder / str(entry["files"]).replace("*", "some")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(ROWS):
+        row: dict[str, Any] = {entry["ask"]: f"{_text(i)}?"}
+        named = entry.get("choices", ())
+        held = {letter: _text(i + k, 2) for k, letter in enumerate("ABCD")}
+        row |= {named: held} if isinstance(named, str) else {name: _text(i + k, 2) for k, name in enumerate(named)}
+        row |= {entry["answer"]: "B" if named else str(i)} if "answer" in entry else {}
+        row |= {name: str(said) for name, said in entry.get("where", {}).items()}
+        if "tests" in entry:
+            packed = base64.b64encode(zlib.compress(pickle.dumps(json.dumps([{"input": "2", "output": "2"}])))).decode()
+            row |= {"public_test_cases": json.dumps([{"input": "1", "output": "1"}]), "private_test_cases": packed}
+            row |= {"metadata": "{}", "starter_code": ""}
+        rows.append(row)
+    if path.suffix == ".parquet":
+        import datasets
+
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def dialogues(folder: Path) -> None:
     """Turns of dialogues as JSON lines."""
     rows = "".join(json.dumps({"id": str(i), "data": [_text(i), _text(i + 1, 30)]}) + "\n" for i in range(24))
@@ -149,6 +183,7 @@ def photographs(folder: Path) -> None:
 FILES: Mapping[str, Callable[[Path], None]] = {
     "wikitext": wikitext, "c4": c4, "instructions": instructions, "ultrachat": dialogues,
 }  # fmt: skip
+ENTRIES: Mapping[str, Callable[[Path, Mapping[str, Any]], None]] = {"problems": problems}  # as a catalogue tells
 FOLDERS: Mapping[str, Callable[[Path], None]] = {
     "imagenet_folder": photographs, "lines": prompts, "questions": questions,
 }  # fmt: skip

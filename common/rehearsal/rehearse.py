@@ -117,7 +117,7 @@ class LookAlikes:
             "hub": str(folder / "hub"),
             "checkpoints": str(folder / "files"),
         }
-        self.config |= {"gpu": "1"}
+        self.config |= {"gpu": "1", "programs": "yes"}
         for name in ("hub", "files"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -165,7 +165,7 @@ class LookAlikes:
             self._own(name, paper)
             return
         place = Path(self.config["hub"]) / paper["hub"]
-        done = self._whole(place / paper.get("file", ""))
+        done = self._whole(place / paper.get("file", paper.get("files", "")))
         if done is None:
             return
         path = place / paper.get("file", "")
@@ -174,6 +174,8 @@ class LookAlikes:
         loader = paper["loader"]
         if paper["hub"] in datasets.described():
             datasets.parts(paper["hub"], place)
+        elif loader in datasets.ENTRIES:
+            datasets.ENTRIES[loader](place, paper)
         elif loader in datasets.FILES:
             datasets.FILES[loader](path)
         else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveInt, Share
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import SIZES, Metric, Metrics, Reads, Task, Work
+from prunelab.common.tasks.base import SIZES, Catalogue, Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -17,7 +17,8 @@ QUESTION, ANSWER = 256, 8192  # tokens: guesses to foretell time by
 
 
 class Solve(Task):
-    """An answer is right where the last boxed part of it is (`common.data.problems`). Methods that calibrate do so on
+    """An answer is right where the last boxed part of it is, or where its program passes all tests, which is run for it
+    (`common.data.problems`). Methods that calibrate do so on
     problems with the model's own answers."""
 
     name: ClassVar[str] = "solve"
@@ -25,6 +26,7 @@ class Solve(Task):
     by_role: ClassVar[Mapping[str, str]] = {"weight_pruner": "common/weights/pruning.py"}
     scales: ClassVar[tuple[str, ...]] = ("paper",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data", "calibration"})
+    named: ClassVar[Mapping[str, Catalogue]] = dict.fromkeys((f"calibration_{n}" for n in range(2, 6)), "dataset")
     metrics: ClassVar[Mapping[str, Metric]] = {
         "solved": Metric("problems solved", "%", higher_is_better=True),
         "written": Metric("tokens of an answer", "tokens"),
@@ -35,7 +37,8 @@ class Solve(Task):
     class Settings(base.Settings):
         """samples: of the problems (all). runs: over all of them, each with draws of its own. new: most tokens of an
         answer. temperature, top_p: of the sampling; temperature 0 takes the likeliest. batch: answered together.
-        calibration: problems to calibrate on, drawn of calibration_data. shown: what of them a method sees, the problem
+        calibration: problems to calibrate on, drawn of calibration_data, and as many of each of calibration_2 to
+        calibration_5. shown: what of them a method sees, the problem
         with the model's own answer, either alone, or the problem with the answer of the data. length: of the sequences
         where calibration_data are plain text."""
 
@@ -47,6 +50,10 @@ class Solve(Task):
         batch: PositiveInt = 8
         calibration: NonNegativeInt = 25
         calibration_data: str | None = None
+        calibration_2: str | None = None
+        calibration_3: str | None = None
+        calibration_4: str | None = None
+        calibration_5: str | None = None
         shown: Literal["both", "problem", "answer", "reference"] = "both"
         length: PositiveInt = 4096
 

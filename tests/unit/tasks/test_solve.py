@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
+import pickle
+import zlib
 
 import pytest
 import torch
 
+from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import problems, texts
+from prunelab.common.data import problems, programs, texts
 from prunelab.common.data.problems import Problem, boxed, plain, solved
 from prunelab.common.experiments import papers
 from prunelab.common.measures import solve
 from prunelab.common.measures.bench import Bench
 from prunelab.common.models import loading
+from prunelab.common.rehearsal import datasets as look_alikes
 from prunelab.common.tasks import get
 from tests.contract.families import WEIGHT_FAMILIES
 
@@ -111,12 +116,12 @@ def test_of_choices_the_letter_counts(written, right):
     assert boxed("\\boxed{a{b}c}") == "a{b}c" and plain("$ 1{,}0 $") == "1{,}0"
 
 
-def run(monkeypatch, config, family, method=None, budget=None, options=None, data=None, **settings):
+def run(monkeypatch, config, family, method=None, budget=None, options=None, ids=None, **settings):
     model = WEIGHT_FAMILIES[family]()
     model.generation_config.eos_token_id = 2
     monkeypatch.setattr(loading, "language", lambda identity, config: (model, Tokenizer()))
-    ids = {"model": {}, "data": entry("one.jsonl", answer="a")}
-    ids["calibration"] = data or entry("two.jsonl", answer="a")
+    told = {"data": entry("one.jsonl", answer="a"), "calibration": entry("two.jsonl", answer="a")}
+    ids = {"model": {}, **told, **(ids or {})}
     given = get("solve").read({"new": 6, "calibration": 3, "batch": 2, **settings})
     return get("solve")().measure(Bench("paper", ids, given, config, method, options or {}, budget))
 
@@ -153,10 +158,10 @@ def test_every_row_of_easy_ep_prunes_a_mixture_and_lets_it_answer(monkeypatch, c
 def test_what_a_method_calibrates_on_is_what_the_setting_says(monkeypatch, config):
     model, tokenizer = WEIGHT_FAMILIES["qwen3_moe_mixed"](), Tokenizer()
 
-    def seen(**settings):
+    def seen(identity=None, **settings):
         given = get("solve").read({"new": 4, "calibration": 3, **settings})
-        ids = {"calibration": entry("two.jsonl", answer="a")}
-        return [len(t) for t in solve._calibration(Bench("paper", ids, given, config), model, tokenizer)]
+        asked = identity or entry("two.jsonl", answer="a")
+        return [len(t) for t in solve._calibration(Bench("paper", {}, given, config), model, tokenizer, asked)]
 
     alone, both = seen(shown="problem"), seen()
     assert [a + b for a, b in zip(alone, seen(shown="answer"), strict=True)] == both
@@ -164,12 +169,82 @@ def test_what_a_method_calibrates_on_is_what_the_setting_says(monkeypatch, confi
     with pytest.raises(PrunelabError, match="there are 4 problems"):
         seen(calibration=9)
     monkeypatch.setattr(texts, "windows", lambda *arguments: [torch.arange(5, 12)] * 3)
-    given = get("solve").read({"new": 4, "calibration": 3})
-    bench = Bench("paper", {"calibration": {"loader": "c4"}}, given, config)
-    assert [len(t) for t in solve._calibration(bench, model, tokenizer)] == [7] * 3
+    assert seen({"loader": "c4"}) == [7] * 3
+
+
+def test_demonstrations_of_several_domains_are_scored_apart(monkeypatch, config):
+    more = {f"calibration_{n}": entry("two.jsonl", answer="a") for n in (2, 3)}
+    options = {"domains": (3, 3, 3)}
+    assert run(monkeypatch, config, "deepseek_v3", "easy_ep", "2count", options, ids=more)["saving"]["value"] > 0
+    with pytest.raises(PrunelabError, match="9 demonstrations"):
+        run(monkeypatch, config, "deepseek_v3", "easy_ep", "2count", options)
 
 
 def test_problems_without_answers_are_not_graded(monkeypatch, config, tmp_path):
     repository(tmp_path, one_jsonl=[{"q": "q", "a": ""}])
     with pytest.raises(PrunelabError, match="have no answer"):
         run(monkeypatch, config, "qwen3_moe_mixed")
+
+
+ADD = "```python\nprint(sum(map(int, input().split())))\n```"
+METHOD = "```python\nclass Solution:\n    def add(self, a: List[int], b: int) -> int:\n        return sum(a) + b\n```"
+
+
+def test_programs_are_run_against_their_tests():
+    tests = (("1 2\n", "3\n"), ("4 5", " 9 "))
+    assert programs.passes(programs.written(f"so\n{ADD}\ndone"), tests)
+    assert not programs.passes(programs.written(ADD), (*tests, ("1 1", "3")))
+    assert not programs.passes("raise SystemExit(1)", tests) and programs.written("no program") is None
+    assert not programs.passes("while True: pass", tests[:1], seconds=0.5)
+    calls = (("[1, 2]\n3", "6"), ("[]\n0", "0"))
+    assert programs.passes(programs.written(METHOD), calls, "add")
+    assert not programs.passes(programs.written(METHOD), (("[1]\n1", "3"),), "add")
+    assert solved(Problem("", "", False, tests), f"first ```python\nprint(0)\n``` then {ADD}")
+    assert not solved(Problem("", "", False, tests), "\\boxed{3}")
+
+
+def test_a_program_is_given_no_environment_and_no_more_memory_than_allowed(monkeypatch):
+    monkeypatch.setenv("SECRET", "1")
+    assert programs.run("import os; print(os.environ.get('SECRET'))", "").strip() == "None"
+    assert programs.run("b = bytearray(6 << 30); print(len(b))", "") is None
+
+
+def packed(tests):
+    return base64.b64encode(zlib.compress(pickle.dumps(json.dumps(tests)))).decode()
+
+
+def test_problems_with_tests_are_programs_and_run_where_that_is_allowed(monkeypatch, tmp_path):
+    public, private = [{"input": "1", "output": "1"}], [{"input": "[2]\n3", "output": "5"}]
+    rows = [
+        {"q": "add", "public_test_cases": json.dumps(public), "private_test_cases": packed(private),
+         "metadata": json.dumps({"func_name": "add"}), "starter_code": "class Solution:"},
+        {"q": "print", "public_test_cases": json.dumps(public), "private_test_cases": "[]", "metadata": "{}"},
+    ]  # fmt: skip
+    config = repository(tmp_path, one_jsonl=rows, two_jsonl=rows)
+    coding = entry("one.jsonl", tests="livecodebench")
+    first, second = problems.load(coding, config)
+    assert first.function == "add" and first.tests == (("1", "1"), ("[2]\n3", "5")) and "class Solution:" in first.text
+    assert second.tests == (("1", "1"),) and not second.function and second.graded
+    asked = [
+        Tokenizer()(f"{p.text}\n\n{how}")["input_ids"] for p, how in ((first, solve.METHOD), (second, solve.PROGRAM))
+    ]
+    assert [solve.prompt(Tokenizer(), p) for p in (first, second)] == asked
+    with pytest.raises(PrunelabError, match="programs=yes"):
+        run(monkeypatch, config, "qwen3_moe_mixed", ids={"data": coding})
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, tokens, skip_special_tokens=True: "```\nprint(input())\n```")
+    found = run(monkeypatch, config | {"programs": "yes"}, "qwen3_moe_mixed", ids={"data": coding})
+    assert found["solved"]["samples"] == [0, 100]
+    bad = base64.b64encode(zlib.compress(pickle.dumps(Problem))).decode()
+    repository(tmp_path, one_jsonl=[{**rows[0], "private_test_cases": bad}])
+    with pytest.raises(PrunelabError, match="tests ask for"):
+        problems.load(coding, config)
+
+
+def test_look_alikes_of_problems_are_read_as_the_catalogue_tells(tmp_path):
+    for name, data in lookup.datasets().items():
+        told = data.get("paper", {})
+        if told.get("loader") == "problems" and not told["files"].endswith(".parquet"):
+            place = tmp_path / "hub" / told["hub"]
+            look_alikes.problems(place, told)
+            found = problems.load({**told, "local": "0"}, {"hub": str(tmp_path / "hub")})
+            assert len(found) == look_alikes.ROWS and all(p.graded for p in found), name
