@@ -25,11 +25,17 @@ Learns = Literal["parts", "model", "both"]
 
 
 def lesson(
-    method: TokenPruner, model: nn.Module, budgets: Sequence[Budget], objective: Objective, seed: int = 0
+    method: TokenPruner,
+    model: nn.Module,
+    budgets: Sequence[Budget],
+    objective: Objective,
+    seed: int = 0,
+    parts: nn.Module | None = None,
 ) -> Tensor:
     """The loss of one batch with the method at work, the mean over budgets, each of which is a pass of its own.
 
-    objective: runs the model on the batch and gives its outputs, with a `loss`. Where the method `distils`, the
+    objective: runs the model on the batch and gives its outputs, with a `loss`. parts: the method's learned ones, where
+    the model does not carry them. Where the method `distils`, the
     unpruned model runs first, without gradients.
     """
     taught = None
@@ -38,7 +44,7 @@ def lesson(
             taught = objective(model)
     losses = []
     for budget in budgets:
-        with applied(method, model, budget, seed=seed) as handle:
+        with applied(method, model, budget, parts=parts, seed=seed) as handle:
             outputs = objective(model)
             losses.append(method.loss(outputs, taught, handle.state, budget))
     return torch.stack(losses).mean()

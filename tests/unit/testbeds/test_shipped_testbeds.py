@@ -172,3 +172,12 @@ def test_scales_that_were_trained_are_worth_more_than_those_that_were_not():
                     found.append(sum(a == s.answer for a, s in zip(answers(model, asked), asked, strict=True)) / 100)
             assert found[1] > found[0] + gain
             assert found[1] == pytest.approx(log["test"][f"accuracy_{scale}"], abs=0.12)
+
+
+def test_modules_that_were_trained_leave_what_questions_need():
+    tuned, log = testbeds.load("digits_qa_atp")
+    method, asked = testbeds.get("digits_qa_atp")().pruner, questions.draw("picture", "test", 100, 1)
+    with torch.inference_mode(), apply(method, tuned, 0.25) as handle:
+        right = sum(a == s.answer for a, s in zip(answers(tuned, asked), asked, strict=True)) / 100
+        seen = [through for through, _ in handle.report().tokens]
+    assert right == pytest.approx(log["test"]["accuracy_0.25"], abs=0.1) and seen[-1] < 0.35 * seen[0]
