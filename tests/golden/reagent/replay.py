@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -26,13 +27,13 @@ def explained(given: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     def logits(contexts):
         return (weights[contexts] * decay[:, None].float()).sum(1)
 
+    top = int(given["in_top_n"]) or math.ceil(float(given["in_top_n_ratio"]) * len(tokens))
     trace = rationalised(
         tokens, int(given["in_target"]), logits, lambda units: given["in_alt"][units], given["in_init_logit_scores"],
         lambda steps: torch.stack([next(uniforms, behind) for _ in range(steps)]),
-        ratio=float(given["in_ratio"]), top_n=int(given["in_top_n"]), top_k=int(given["in_top_k"]),
+        ratio=float(given["in_ratio"]), top_n=top, top_k=int(given["in_top_k"]),
         max_steps=int(given["in_max_steps"]),
     )  # fmt: skip
-    top = int(given["in_top_n"])
     return {
         "out_masks": trace.masks.numpy(),
         "out_scores_each_step": trace.importance.numpy(),
