@@ -64,6 +64,8 @@ def keep_first(order: Tensor, counts: Tensor) -> Gather:
 
 def compact(kept: Tensor) -> Gather:
     """The True places of a mask [B, N] as a Gather, padded to the largest count among samples."""
+    if len(kept) == 1:
+        return Gather(kept.nonzero()[:, 1].unsqueeze(0))
     return keep_first((~kept).int().argsort(dim=-1, stable=True), kept.sum(-1))
 
 

@@ -131,5 +131,6 @@ class HiRED(TokenPruner):
             shares[:, 1:] = crop_budgets(early[:, 0], region, crops - 1, marked, rest)
         else:
             shares[:, 1:] = 0
-        rank = selection.descending(late).argsort(-1)
-        return signals.keep(mask=(rank < shares.unsqueeze(-1)).flatten(1))
+        first = torch.arange(patches, device=late.device) < shares.unsqueeze(-1)  # of the order, as many as a crop has
+        stays = torch.zeros_like(first).scatter(-1, selection.descending(late), first)
+        return signals.keep(mask=stays.flatten(1))

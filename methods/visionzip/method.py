@@ -133,7 +133,8 @@ class VisionZip(TokenPruner):
         scores, metric = (x.unflatten(1, (crops, -1)).flatten(0, 1) for x in (scores, metric))  # a crop a row
         patches, units = signals.units // crops, scores.shape[1]
         special = units - patches
-        tokens = max(budget.count(patches), special, 1)  # of every crop something is read
+        # of every crop something is read; a number counts the class token, too
+        tokens = max(budget.count(units if budget.unit == "count" else patches), special, 1)
         contextual = round(tokens * self.share) if self.contextual is None else self.contextual
         contextual = min(contextual, tokens - special)
         dominant = tokens - special - contextual

@@ -14,7 +14,9 @@ NOT_APPLICABLE = {"out_active": "layers drawn at random, by draws that are not s
 
 
 def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
-    method, layers = IST(), int(inputs["in_num_layers"])
+    layers = int(inputs["in_num_layers"])
+    names = {"in_rl_lr": "rate", "in_update_importance_interval_steps": "interval"}  # where a case says so
+    method = IST(**{ours: inputs[theirs].item() for theirs, ours in names.items() if theirs in inputs})
     scores, found = torch.from_numpy(inputs["in_initial_score"]), []
     for step, damped, losses in zip(
         inputs["in_global_steps"].tolist(), inputs["in_suppressed"], inputs["in_losses"], strict=True
