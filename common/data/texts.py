@@ -39,6 +39,7 @@ def load(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split = 
         "c4": _c4,
         "ultrachat": _ultrachat,
         "lines": _lines,
+        "own_text": _own_text,
     }
     return loaders[identity["loader"]](identity, config, split)
 
@@ -172,6 +173,16 @@ def _lines(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split)
     except (OSError, UnicodeDecodeError) as error:
         raise PrunelabError(f"cannot read {path} ({error}); it is to hold one prompt a line") from None
     return tuple(line.strip() if identity.get("strip") else line for line in result if line.strip())
+
+
+def _own_text(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
+    """A text file of a person's own: its first half to calibrate with, its second half to measure on."""
+    try:
+        lines = Path(identity["path"]).read_text(encoding="utf8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrunelabError(f"cannot read {identity['path']} ({error}); give a text file in UTF-8") from None
+    half = len(lines) // 2
+    return tuple(lines[:half] if split == "train" else lines[half:])
 
 
 def _asset(identity: Mapping[str, Any], config: Mapping[str, Any]) -> Path:

@@ -259,6 +259,10 @@ def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Pr
         folder = hub.folder(identity, "model", config)
     else:
         raise PrunelabError(f"cannot load a language model from {dict(identity)}; see configs/models.yaml")
+    packed = sorted(folder.glob("*.gguf"))
+    if len(packed) == 1 and not (folder / "config.json").exists():  # transformers unpacks its codes to float32
+        given = {"gguf_file": packed[0].name}
+        return pretrained(AutoModelForCausalLM, folder, **given).eval(), pretrained(AutoTokenizer, folder, **given)
     model = pretrained(AutoModelForCausalLM, folder, dtype="auto", use_safetensors=True, **devices.spread())
     return model.eval(), pretrained(AutoTokenizer, folder)
 
