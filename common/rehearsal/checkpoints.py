@@ -50,16 +50,24 @@ def narrow(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def tokenizer() -> Any:
-    """Whole words, most of which are unknown."""
+def tokenizer(name: str) -> Any:
+    """Of a class of models. Whole words, most of which are unknown; for Qwen's, whose tokenizers read bytes whatever
+    their files say, single bytes."""
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     words = [*MARKS, "A", "B", "C", "D", "Yes", "No", "yes", "no", *map(str, range(10))]
-    known = {word: i for i, word in enumerate(words)}
-    known |= {f"w{i}": i for i in range(len(known), VOCABULARY)}
-    backend = Tokenizer(models.WordLevel(known, "<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if "Qwen" in name:
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        known = {word: i for i, word in enumerate([*MARKS, *letters])}
+        backend = Tokenizer(models.BPE(known, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+    else:
+        known = {word: i for i, word in enumerate(words)}
+        known |= {f"w{i}": i for i in range(len(known), VOCABULARY)}
+        backend = Tokenizer(models.WordLevel(known, "<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     seen = {"image_token": "<image>", "video_token": "<video>"}
     seen |= {"vision_bos_token": "<begin>", "vision_eos_token": "<end>"}
     return transformers.PreTrainedTokenizerFast(
@@ -80,7 +88,7 @@ def processor(name: str, config: Any) -> Any:
     """The processor of a class of image and video language models. Raises PrunelabError for an unknown class."""
     import transformers as t
 
-    words, vision = tokenizer(), config.vision_config
+    words, vision = tokenizer(name), config.vision_config
     common: dict[str, Any] = {"chat_template": TEMPLATE}
     llava = {"patch_size": getattr(vision, "patch_size", 14), "num_additional_image_tokens": 1}
     llava |= {"vision_feature_select_strategy": "default", **common}
@@ -126,7 +134,7 @@ def transformers_model(architecture: Mapping[str, Any], folder: Path, *, seen: b
             nn.init.normal_(p, std=0.2)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     model.save_pretrained(folder)
-    (processor(architecture["name"], model.config) if seen else tokenizer()).save_pretrained(folder)
+    (processor(architecture["name"], model.config) if seen else tokenizer(architecture["name"])).save_pretrained(folder)
 
 
 def _join(arguments: dict[str, Any]) -> None:
