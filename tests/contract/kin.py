@@ -24,6 +24,7 @@ class Kin:
     shown: Callable[[Tensor], Shown]
     film: Callable[[Tensor], Shown] | None = None
     class_token: bool = False  # whether methods can read the encoder's
+    rows: bool = False  # whether pixels come in rows of a sample's images
     apart: int = 0  # tokens of a frame, where words stand between frames
 
 
@@ -89,6 +90,19 @@ def _llava_mistral(tower: int, text: dict[str, Any]) -> nn.Module:
     return t.LlavaNextForConditionalGeneration(config)
 
 
+def _idefics3(name: str) -> Callable[[int, dict[str, Any]], nn.Module]:
+    def build(tower: int, text: dict[str, Any]) -> nn.Module:
+        import transformers as t
+
+        vision = VISION | {"num_hidden_layers": tower, "image_size": 32, "patch_size": 4}
+        sizes = {"vision_config": vision, "text_config": t.LlamaConfig(**text), "scale_factor": 2, "pad_token_id": 0}
+        config = getattr(t, f"{name}Config")(**sizes, image_token_id=IMAGE)
+        model: nn.Module = getattr(t, f"{name}ForConditionalGeneration")(config)
+        return model
+
+    return build
+
+
 def _pictures(pixels: Tensor) -> Shown:
     import transformers as t
 
@@ -122,6 +136,8 @@ def _pairs(videos: Tensor) -> Shown:
 
 KIN: Mapping[str, Kin] = {
     "qwen2_vl": Kin(_qwen2_vl, _patches, _pairs),
+    "idefics3": Kin(_idefics3("Idefics3"), _tiles, rows=True),
+    "smolvlm": Kin(_idefics3("SmolVLM"), _tiles, rows=True),
     "qwen3_vl": Kin(_qwen3_vl, _patches, _pairs, apart=16),
     "internvl": Kin(_internvl, _tiles, class_token=True),
     "video_llava": Kin(_video_llava, _pictures, _frames(17), class_token=True),
@@ -142,6 +158,10 @@ def asked(family: str, model: Any, questions: tuple[int, ...] = (6, 3), images: 
     images = images or (1,) * len(questions)
     pixels = torch.randn(sum(images), 3, 32, 32, generator=torch.Generator().manual_seed(1))
     given, tokens = KIN[family].shown(pixels)
+    if KIN[family].rows:  # of samples, filled up with crops of zeros
+        own = given["pixel_values"].split(images)
+        filled = [torch.cat([x, x.new_zeros(max(images) - len(x), *x.shape[1:])]) for x in own]
+        given = given | {"pixel_values": torch.stack(filled)}
     shown = [[(IMAGE, tokens), ("text", 1)] * n for n in images]
     runs = [[("text", 3), *own, ("text", words)] for own, words in zip(shown, questions, strict=True)]
     return typed(model, given | ids(runs))

@@ -65,7 +65,7 @@ _EARLIER = (ALONE - {"cls_row"}) | {"attention"} | SUBLAYERS
 
 
 class VisionLanguage(DecoderSide):
-    """A model of transformers with `model.language_model`, a decoder that reads visual tokens among its text."""
+    """A model of transformers whose `model` has a decoder that reads visual tokens among its text."""
 
     positions = frozenset({"original", "renumber"})
     rest = frozenset({"drop", "bypass"})
@@ -217,8 +217,9 @@ class VisionLanguage(DecoderSide):
                     removers += spared(self.blocks[site.layer].self_attn, self.recorders[site.layer])
             for stop in eased(self, application):
                 removers.append(stop)
-            projector: Any = getattr(self.body, "multi_modal_projector", None)
-            if projector is not None:
+            projector: Any = None
+            if "projected" in self.signals and hasattr(self.body, self.projector.partition(".")[0]):
+                projector = self.body.get_submodule(self.projector)
                 removers.append(after(projector, self._keep_features))
             for site in application.sites:
                 if site.where == "encoded":

@@ -36,7 +36,7 @@ class DecoderSide(FeatureSide):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.decoder: Any = self.body.language_model
+        self.decoder: Any = getattr(self.body, self.decoders)
         self.recorders: dict[int, Recorder] = {}  # by layer
         self.read_layers: frozenset[int] = frozenset()  # that later sites read
         self.prompts: WeakKeyDictionary[Any, CachedPrompt] = WeakKeyDictionary()  # by cache

@@ -86,6 +86,8 @@ class VisionSide(SequenceAdapter[Prefill]):
     tower_reads: ClassVar[frozenset[str]] = READ  # what methods may read of the tower's layers
     tower_attention: ClassVar[str] = "self_attn"  # what the tower's layers call it
     towers: ClassVar[Mapping[str, str]] = {"image": "vision_tower", "video": "vision_tower"}  # of each modality
+    decoders: ClassVar[str] = "language_model"  # what the class calls its decoder
+    projector: ClassVar[str] = "multi_modal_projector"  # and what its features go through, if it is a module of its own
     class_features: ClassVar[frozenset[str]] = frozenset()  # modalities whose crops bring their class token along
     tokens: ClassVar[Mapping[str, str]] = {"image": "image_token_id"}  # placeholder of each modality, in the config
 
@@ -271,7 +273,9 @@ class VisionSide(SequenceAdapter[Prefill]):
     def _watch_placeholders(self) -> Callable[[], Any]:
         """Says in one line how many placeholders a prompt lacks, where the model would raise an error of its own."""
         name = "get_placeholder_mask"
-        original = getattr(self.body, name)
+        original = getattr(self.body, name, None)
+        if original is None:
+            return lambda: None
 
         @functools.wraps(original)
         def match(*args: Any, **kwargs: Any) -> Any:

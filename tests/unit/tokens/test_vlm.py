@@ -69,7 +69,7 @@ def oracle(model: Any, given: dict[str, Any], kept: list[tuple[Site, Tensor]], r
                     real = on[b] & mask[b]
                     used = here[..., b, real].unique()
                     here[..., b, real] = torch.searchsorted(used, here[..., b, real].contiguous())
-            rotary = model.model.language_model.rotary_emb(kwargs["inputs_embeds"], here)
+            rotary = decoder.rotary_emb(kwargs["inputs_embeds"], here)
             own = torch.eye(total, dtype=torch.bool)
             aids[site.layer] = {"attention_mask": seen & on[:, None, None, :] | own, "position_embeddings": rotary}
 
@@ -80,7 +80,7 @@ def oracle(model: Any, given: dict[str, Any], kept: list[tuple[Site, Tensor]], r
 
         return hook
 
-    decoder = model.model.language_model
+    decoder = adapter_for(model).decoder
     hooks = [decoder.register_forward_pre_hook(note, with_kwargs=True)]
     hooks += [block.register_forward_pre_hook(change(i), with_kwargs=True) for i, block in enumerate(decoder.layers)]
     try:
