@@ -34,8 +34,10 @@ def timed(bench: Bench[Latency.Settings], device: torch.device, warm_up: int, re
     asked, against_dense = bench.settings.batch, bench.settings.against_dense
     x = torch.randn(asked, *adapter_for(model).example().shape[1:]).to(device, torch.bfloat16)
     out: dict[str, Any] = {}
-    method, budget = bench.method(TokenPruner), None
+    method, budget, parts = bench.method(TokenPruner), None, None
     if method is not None:
+        parts = method.build(adapter_for(model).info)  # learned ones are as good untrained
+        parts = parts if parts is None else parts.eval().to(device, torch.bfloat16)
         budget = match.match(method, model, bench.budget, x[:CALIBRATION] if method.adaptive else None)
         out["budget"] = {"text": str(budget)}
     with torch.inference_mode():
@@ -43,7 +45,7 @@ def timed(bench: Bench[Latency.Settings], device: torch.device, warm_up: int, re
         batch = fitting(model, x) if against_dense else asked
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with bench.at_work(method, model, budget=budget):
+        with bench.at_work(method, model, budget=budget, parts=parts):
             batch = fitting(model, x[:batch])
             seconds = devices.median_seconds(lambda: model(x[:batch]), device, warm_up=warm_up, repeats=repeats)
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None

@@ -11,6 +11,7 @@ from prunelab.common.experiments import provenance, runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import latency
 from prunelab.common.models import devices
+from prunelab.common.tokens.adapters.deformable_encoder import DeformableEncoder
 
 ARCHITECTURE = {
     "library": "timm",
@@ -121,3 +122,23 @@ def test_what_a_run_used_is_forgotten_by_the_next():
     timed(run())
     devices.begin()
     assert devices.environment() == {"device": "cpu", "dtype": "float32", "clocks": None, "memory_gib": None}
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "swin"])
+def test_methods_with_learned_parts_are_timed_with_untrained_ones(backbone, monkeypatch):
+    """Of a detector, whose first stage scores tokens."""
+    monkeypatch.setattr(DeformableEncoder, "example", lambda self: torch.zeros(1, 3, 64, 96))
+    sizes = {
+        "num_labels": 5, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "num_queries": 20, "two_stage": True,
+        "two_stage_num_proposals": 20, "with_box_refine": True, "encoder_attention_heads": 4, "encoder_ffn_dim": 32,
+        "decoder_attention_heads": 4, "decoder_ffn_dim": 32,
+    }  # fmt: skip
+    swin = {"model_type": "swin", "embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
+    swin["out_features"] = ["stage2", "stage3", "stage4"]
+    own = {"use_pretrained_backbone": False}
+    if backbone == "swin":
+        own = {"use_timm_backbone": False, "backbone": None, "backbone_config": swin}
+    detector = {"library": "transformers", "name": "DeformableDetrForObjectDetection", "arguments": {**sizes, **own}}
+    asked = Run("latency", "paper", "sparse_detr", {}, "0.3", {"batch": 1}, {"model": detector})
+    devices.begin()
+    assert latency.timed(runner.bench(asked, {}), CPU, 0, 1)["images_per_second"]["value"] >= 0
