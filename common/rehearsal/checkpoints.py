@@ -18,6 +18,9 @@ HEAD = 4  # channels of a head
 MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<begin>", "<end>")
 HEADS = ("num_attention_heads", "num_heads", "n_head")
 WIDTHS = ("hidden_size", "n_embd", "embed_dim", "d_model", "projection_dim")
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")  # DeepSeek's attention
+EXPERTS = ("n_routed_experts", "num_experts")
+MANY = 64  # experts, from which on each is as narrow as a head
 INNER = ("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size", "shared_expert_intermediate_size")
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} {% if message['content'] is string %}{{ message['content'] }}"
@@ -36,6 +39,9 @@ def narrow(arguments: Mapping[str, Any]) -> dict[str, Any]:
         width = heads * head
         found |= {key: width for key in WIDTHS if key in found}
         found |= {key: 2 * width for key in INNER if key in found}
+        found |= {key: head for key in LATENT if key in found}
+        if any(int(arguments.get(key, 0)) >= MANY for key in EXPERTS):
+            found |= {key: head for key in ("moe_intermediate_size",) if key in found}
         found |= {"head_dim": head} if "head_dim" in found else {}
         found |= {"rotary_dim": head} if "rotary_dim" in found else {}
         if "ffn_dim" in found:  # OPT, whose embeddings may be narrower

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from prunelab.common.core.files import ROOT, read_yaml
+from prunelab.common.data_selection.examples import optional
 
 ROWS = 6
 WORDS = [
@@ -142,9 +143,8 @@ def problems(folder: Path, entry: Mapping[str, Any]) -> None:
             row |= {"metadata": "{}", "starter_code": ""}
         rows.append(row)
     if path.suffix == ".parquet":
-        import datasets
-
-        datasets.Dataset.from_list(rows).to_parquet(path)
+        table = optional("pyarrow", "Parquet").Table.from_pylist(rows)
+        optional("pyarrow.parquet", "Parquet").write_table(table, path)
     elif path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -34,7 +34,7 @@ RESULT = "rehearsals.json"  # in the results folder
 # What is left of a run's settings, where its task has them and the run asks for more.
 CUT = {
     "samples": 2, "limit": 2, "calibration": 2, "length": 64, "calibration_length": 64, "text_length": 64, "new": 4,
-    "draws": 1, "limited": 8, "epochs": 1, "frames": 8, "warmup": 1, "batch": 4,
+    "draws": 1, "runs": 2, "limited": 8, "epochs": 1, "frames": 8, "warmup": 1, "batch": 4,
 }  # fmt: skip
 _KINDS: tuple[hub.Kind, ...] = ("model", "dataset")
 
@@ -140,6 +140,9 @@ class LookAlikes:
 
     def _model(self, name: str, entry: Mapping[str, Any]) -> None:
         paper = entry["paper"]
+        if paper.get("one_view"):  # another entry tells of the repository as it is
+            alike = [e for e in lookup.models().values() if e.get("paper", {}).get("hub") == paper["hub"]]
+            entry = next(e for e in alike if not e["paper"].get("one_view"))
         place = Path(self.config["hub"]) / paper["hub"] if "hub" in paper else Path(self.config["checkpoints"])
         done = self._whole(place / paper.get("file", ""))
         if done is None:
