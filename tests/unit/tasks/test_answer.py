@@ -299,8 +299,8 @@ TEXT = {
     ("method", "options", "budget"),
     [
         (None, {}, None), ("lazyllm", {}, "0.5"), ("random_drop", {"layers": [0], "where": "input"}, "0.5"),
-        ("llm_pruner", {}, "0.5"), ("slicegpt", {}, "0.75"), ("prunenet", {}, "0.7"),
-        ("random_weights", {"units": ["heads", "channels"]}, "0.5"),
+        ("llm_pruner", {}, "0.5"), ("llm_pruner", {"mode": "channel"}, "0.75"), ("slicegpt", {}, "0.75"),
+        ("prunenet", {}, "0.7"), ("random_weights", {"units": ["heads", "channels"]}, "0.5"),
     ],
 )  # fmt: skip
 def test_times_of_a_model_of_text(method, options, budget):
