@@ -55,10 +55,12 @@ def shared_out(scores: Tensor, sizes: Tensor, keep: int, most: float) -> Tensor:
     """Sparsity [G] of every group, from importance [G] and numbers of weights [G]: `keep` weights of all stay, none
     gives more than the share `most`, and what is beyond that is kept in proportion to importance (algorithm 1).
 
-    As released, shares are rounded up in single precision, and what that takes too much is taken once more.
+    As released, shares are rounded up in single precision, and what that takes too much is taken once more; unless the
+    least that groups keep is enough already.
     """
     scores, sizes = scores.float().clone(), sizes.long()
-    kept = (sizes * (1 - most)).ceil().long()
+    kept, least = (sizes * (1 - most)).ceil().long(), (sizes * (1 - most)).long()
+    short = int(kept.sum()) < keep
     while int(kept.sum()) < keep:
         missing, before = keep - int(kept.sum()), kept.clone()
         if float(scores.sum()) > 0:
@@ -70,9 +72,9 @@ def shared_out(scores: Tensor, sizes: Tensor, keep: int, most: float) -> Tensor:
                 more = min(int(sizes[group] - kept[group]), keep - int(kept.sum()))
                 kept[group] += more
             break
-    excess = int(kept.sum()) - keep
+    excess = int(kept.sum()) - keep if short else 0
     for group in kept.argsort(descending=True).tolist() if excess > 0 else ():
-        more = min(excess, int(kept[group]) - int(int(sizes[group]) * (1 - most)))
+        more = min(excess, int(kept[group] - least[group]))
         kept[group] += more
         excess -= more
     return (1 - kept / sizes).clamp(0, 1)

@@ -88,3 +88,10 @@ def test_bad_input_is_named():
     for budget in ("2:4", (0.5, 0.5, 0.5)):
         with pytest.raises(PrunelabError, match="shares one ratio out"):
             prune(ECoFLaP(**OPTIONS), language_model(), budget, token_ids(), progress=False)
+
+
+def test_groups_that_keep_enough_at_the_least_keep_no_more():
+    sizes = torch.tensor([1001, 333, 57])
+    least = (sizes * 0.4).ceil()
+    found = shared_out(torch.tensor([0.2, 0.7, 0.1]), sizes, int(0.4 * int(sizes.sum())), 0.6)
+    assert torch.allclose(found, 1 - least / sizes)
