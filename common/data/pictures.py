@@ -8,9 +8,12 @@ A video has 8 frames of 8 x 8 such cells. One digit rests in it from the first f
 that do not move either. One to four others cross it one after the other, each for two frames and each in another
 direction.
 
+A film has 32 such frames of faint quarters that do not move. Two to four digits are in it, each in one frame and in
+another quarter of it, on two by two cells that the model pools into one token.
+
 Why this tells pruning methods apart: what is asked for lies in 4 of 81 tokens of a picture, in a few tokens of two
-frames of a video, and nowhere else; most of the rest is background that repeats, or looks like parts of an
-answer. Training and test images share no digit (`prunelab.common.data.digits`).
+frames of a video, in one of a film's 512, and nowhere else; most of the rest is background that repeats, or looks like
+parts of an answer. Training and test images share no digit (`prunelab.common.data.digits`).
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ FRAMES, SLOT = 8, 2  # frames in a video, and those between one crossing digit a
 CROSSING = FRAMES // SLOT  # the most digits that cross
 STEP = 4  # cells from frame to frame
 VIDEO_FRAGMENTS = 16
+FILM = 32  # frames of a film
+MOMENTS = 4  # the most digits in one
 WAYS = torch.tensor([[0, -1], [0, 1], [-1, 0], [1, 0]])  # left, right, up, down as (row, column)
 
 
@@ -78,6 +83,23 @@ class Videos:
         elsewhere."""
         values = torch.cat([crossing, resting.unsqueeze(1)], 1).gather(1, self.owner.flatten(1).clamp(min=0))
         return torch.where(self.owner < 0, NONE, values.view_as(self.owner))
+
+
+@dataclass(frozen=True)
+class Films:
+    """Films [B, 32, 3, 32, 32] float32, normalised, and what they show: `digit` [B, 4] int64 in the order of time (-1
+    where there is none), `quarter` [B, 4] of the frame that each is in, row by row, and `owner` [B, 32, 64] which of
+    them a cell of a frame belongs to, or -1."""
+
+    pixels: Tensor
+    digit: Tensor
+    quarter: Tensor
+    owner: Tensor
+
+    def cells(self, values: Tensor) -> Tensor:
+        """Something known of each digit [B, 4] for its cells [B, 32, 64], -1 elsewhere."""
+        own = values.gather(1, self.owner.flatten(1).clamp(min=0)).view_as(self.owner)
+        return torch.where(self.owner < 0, NONE, own)
 
 
 def pictures(
@@ -157,6 +179,32 @@ def videos(
     canvas[tuple(where)] = strokes[shown].expand(-1, -1, 3, -1, -1)
     owner[tuple(where)] = (times // SLOT).expand_as(spot)[shown]
     return Videos(_finished(canvas, generator), resting, digit, way, owner)
+
+
+def films(
+    split: digits.Split, count: int, generator: torch.Generator, clutter: float = 1.0, deformed: bool = False
+) -> Films:
+    """Films of digits of a split; clutter and deformed as in `pictures`."""
+    sample = torch.arange(count).unsqueeze(1)
+    number = 2 + _draw(generator, MOMENTS - 1, count, 1)
+    digit = _shuffled(generator, count, 10)[:, :MOMENTS]
+    digit = digit.masked_fill(_shuffled(generator, count, MOMENTS) >= number, NONE)
+    time = _shuffled(generator, count, FILM)[:, :MOMENTS].sort(1).values
+    quarter = _shuffled(generator, count, MOMENTS)
+    half, places = FRAME // 2, FRAME // 4  # of cells, and of places in steps of two cells
+    row = quarter // 2 * half + 2 * _draw(generator, places, count, MOMENTS)
+    column = quarter % 2 * half + 2 * _draw(generator, places, count, MOMENTS)
+
+    canvas = _fragments(split, count, FRAME**2, VIDEO_FRAGMENTS, clutter, generator, torch.ones(1, 3))
+    canvas = canvas.unsqueeze(1).repeat(1, FILM, 1, 1, 1, 1)
+    owner = torch.full((count, FILM, FRAME**2), NONE)
+    spot = (row * FRAME + column).unsqueeze(2) + _block(FRAME)  # [B, 4, 4]
+    shown = digit != NONE
+    where = [part.expand_as(spot)[shown] for part in (sample.unsqueeze(2), time.unsqueeze(2), spot)]
+    strokes = _quarters(_handwritten(split, digit, generator, deformed))
+    canvas[tuple(where)] = strokes[shown].expand(-1, -1, 3, -1, -1)
+    owner[tuple(where)] = torch.arange(MOMENTS).view(1, -1, 1).expand_as(spot)[shown]
+    return Films(_finished(canvas, generator), digit, quarter, owner)
 
 
 def pick(mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,22 +18,38 @@ from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import digits
-from prunelab.common.data.pictures import FRAME, FRAMES, PICTURE, Pictures, Videos, displayed, pick, pictures, videos
+from prunelab.common.data.pictures import (
+    FILM,
+    FRAME,
+    FRAMES,
+    PICTURE,
+    Films,
+    Pictures,
+    Videos,
+    displayed,
+    films,
+    pick,
+    pictures,
+    videos,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Kind = Literal["picture", "video"]
+Kind = Literal["picture", "video", "film"]
+Facts = Pictures | Videos | Films
 
 SEED = 1000  # of the samples that methods are measured on
 CHUNK = 64  # samples composed at a time
-LOADERS: Mapping[str, Kind] = {"digit_questions": "picture", "digit_videos": "video"}
+LOADERS: Mapping[str, Kind] = {"digit_questions": "picture", "digit_videos": "video", "digit_films": "film"}
+COMPOSERS: Mapping[Kind, Callable[..., Facts]] = {"picture": pictures, "video": videos, "film": films}
 
 # -- words -----------------------------------------------------------------------------------------------------------
 
 PAD, BEGIN, END, IMAGE, VIDEO = "<pad>", "<s>", "</s>", "<image>", "<video>"
 DIGITS = [str(digit) for digit in range(10)]
 COLOURS = ["red", "green", "blue", "yellow", "cyan", "pink"]  # the rows of pictures.INKS
+QUARTERS = ["top-left", "top-right", "bottom-left", "bottom-right"]  # of a film's frame
 PLACES = ["top-left", "top", "top-right", "left", "middle", "right", "bottom-left", "bottom", "bottom-right"]
 WAYS = ["left", "right", "up", "down"]  # the rows of pictures.WAYS
 ENDS = ["first", "last"]
@@ -99,7 +115,7 @@ def _copies(facts: Pictures, lots: torch.Generator) -> Asked:
     return ids(DIGITS)[facts.favourite], ids(DIGITS)[number]
 
 
-def _shown(facts: Pictures | Videos, lots: torch.Generator) -> Asked:
+def _shown(facts: Facts, lots: torch.Generator) -> Asked:
     shown = facts.digit
     if isinstance(facts, Videos):
         shown = torch.cat([shown, facts.resting.unsqueeze(1)], 1)
@@ -108,7 +124,17 @@ def _shown(facts: Pictures | Videos, lots: torch.Generator) -> Asked:
     return ids(DIGITS)[pick(there == truth.bool().unsqueeze(1), lots)], ids(TRUTH)[truth]
 
 
-def _order(facts: Videos, lots: torch.Generator) -> Asked:
+def _digit_in_quarter(facts: Films, lots: torch.Generator) -> Asked:
+    moment = pick(facts.digit >= 0, lots)
+    return ids(QUARTERS)[_of(facts.quarter, moment)], ids(DIGITS)[_of(facts.digit, moment)]
+
+
+def _quarter(facts: Films, lots: torch.Generator) -> Asked:
+    moment = pick(facts.digit >= 0, lots)
+    return ids(DIGITS)[_of(facts.digit, moment)], ids(QUARTERS)[_of(facts.quarter, moment)]
+
+
+def _order(facts: Videos | Films, lots: torch.Generator) -> Asked:
     end = torch.randint(2, (len(facts.digit),), generator=lots)
     crossing = (facts.digit >= 0).int()
     first, last = crossing.argmax(1), facts.digit.shape[1] - 1 - crossing.flip(1).argmax(1)
@@ -151,10 +177,16 @@ FORMS: Mapping[Kind, Mapping[str, Form]] = {
         "count": ("how many digits are {}", _movers),
         "exists": ("is there a digit {}", _shown),
     },
+    "film": {
+        "order": ("which digit is seen {}", _order),
+        "place": ("which digit is at {}", _digit_in_quarter),
+        "where": ("where is the digit {}", _quarter),
+        "exists": ("is there a digit {}", _shown),
+    },
 }
 
 
-def ask(kind: Kind, form: str, facts: Pictures | Videos, lots: torch.Generator) -> tuple[Tensor, Tensor]:
+def ask(kind: Kind, form: str, facts: Facts, lots: torch.Generator) -> tuple[Tensor, Tensor]:
     """A question of that form about each sample: tokens [B, 5], and those of the answers [B]."""
     text, fill = FORMS[kind][form]
     gap, answer = fill(facts, lots)
@@ -170,7 +202,7 @@ def ask(kind: Kind, form: str, facts: Pictures | Videos, lots: torch.Generator) 
 class Sample:
     """One question about one picture or video.
 
-    pixels: [3, 36, 36] or [8, 3, 32, 32] float32, as the testbed's encoder reads them. prompt: tokens [N] int64 up to
+    pixels: [3, 36, 36] or [T, 3, 32, 32] float32, as the testbed's encoder reads them. prompt: tokens [N] int64 up to
     the answer, placeholders of visual tokens included. answer: its token. form: what kind of question, a key of FORMS.
     """
 
@@ -185,7 +217,7 @@ class Sample:
     def shown(self) -> Tensor:
         """The picture, or the video's frames, for the eye: [T, H, W, 3] uint8."""
         frames = displayed(self.pixels)
-        return frames if self.kind == "video" else frames.unsqueeze(0)
+        return frames.unsqueeze(0) if self.kind == "picture" else frames
 
     @property
     def word(self) -> str:
@@ -195,7 +227,9 @@ class Sample:
 
 def visual_tokens(kind: Kind) -> int:
     """Placeholders of a prompt: a picture's patches, or a video's, pooled two by two, and a newline token."""
-    return PICTURE**2 if kind == "picture" else FRAMES * (FRAME // 2) ** 2 + 1
+    if kind == "picture":
+        return PICTURE**2
+    return (FRAMES if kind == "video" else FILM) * (FRAME // 2) ** 2 + 1
 
 
 def prefix(kind: Kind) -> Tensor:
@@ -213,10 +247,9 @@ def draw(kind: Kind, split: digits.Split, count: int, seed: int) -> list[Sample]
     """Questions of all forms in turn, each about a picture or video of its own. The same for the same arguments, and
     the first ones do not depend on how many follow."""
     generator, made = torch.Generator().manual_seed(seed), list[Sample]()
-    compose = pictures if kind == "picture" else videos
     names = list(FORMS[kind])
     while len(made) < count:
-        facts: Pictures | Videos = compose(split, CHUNK, generator)
+        facts = COMPOSERS[kind](split, CHUNK, generator)
         asked = {form: ask(kind, form, facts, generator) for form in names}
         for row in range(CHUNK):
             form = names[len(made) % len(names)]
@@ -234,7 +267,7 @@ def samples(identity: Mapping[str, Any], count: int) -> list[Sample]:
 
 def inputs(batch: Sequence[Sample]) -> dict[str, Tensor]:
     """Arguments of a model's forward or `generate` for samples of one kind: `input_ids` and `attention_mask` [B, N],
-    all of one length, and `pixel_values` [B, 3, 36, 36] or `pixel_values_videos` [B, 8, 3, 32, 32]."""
+    all of one length, and `pixel_values` [B, 3, 36, 36] or `pixel_values_videos` [B, T, 3, 32, 32]."""
     if not batch or len({sample.kind for sample in batch}) > 1:
         raise PrunelabError("a batch of questions needs samples, all about pictures or all about videos")
     tokens = torch.stack([sample.prompt for sample in batch])
@@ -248,9 +281,8 @@ def guess(kind: Kind, count: int = 20000) -> dict[str, int]:
     from about `count` questions on training digits."""
     seen: defaultdict[str, Counter[int]] = defaultdict(Counter)
     generator = torch.Generator().manual_seed(SEED + 1)
-    compose = pictures if kind == "picture" else videos
     for _ in range(0, count, CHUNK * len(FORMS[kind])):
-        facts = compose("train", CHUNK, generator)
+        facts = COMPOSERS[kind]("train", CHUNK, generator)
         for form in FORMS[kind]:
             words, answers = ask(kind, form, facts, generator)
             for row, answer in zip(words.tolist(), answers.tolist(), strict=True):

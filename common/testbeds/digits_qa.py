@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunelab.common.data import pictures, questions
-from prunelab.common.data.pictures import CELL, PICTURE, Pictures, Videos
+from prunelab.common.data.pictures import CELL, PICTURE
 from prunelab.common.data.questions import IDS
 from prunelab.common.testbeds.base import Testbed
 from prunelab.common.testbeds.code_lm import exact_attention
@@ -144,7 +144,7 @@ class DigitsQA(Testbed):
                 return named
             return self.answering(net, facts, encoded, generator) + self.naming * named
 
-    def compose(self, generator: torch.Generator, clutter: float) -> Pictures | Videos:
+    def compose(self, generator: torch.Generator, clutter: float) -> questions.Facts:
         return pictures.pictures("train", self.batch, generator, clutter, deformed=True)
 
     def encode(self, net: Any, facts: Any) -> tuple[Mapping[str, Any], Tensor]:

@@ -3,7 +3,7 @@ parts at a small size, a SigLIP tower, a projector of two layers, frames pooled 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunelab.common.data import pictures, questions
-from prunelab.common.data.pictures import CELL, FRAME, NONE, SLOT, Videos
+from prunelab.common.data.pictures import CELL, FRAME, NONE, SLOT
 from prunelab.common.data.questions import IDS
 from prunelab.common.testbeds.digits_qa import DigitsQA
 from prunelab.common.testbeds.digits_vit import sines
@@ -57,7 +57,7 @@ class DigitsVideoQA(DigitsQA):
             model.model.vision_tower.embeddings.position_embedding.weight.copy_(0.5 * sines(self.tower_width, FRAME))
         return model
 
-    def compose(self, generator: torch.Generator, clutter: float) -> Videos:
+    def compose(self, generator: torch.Generator, clutter: float) -> questions.Facts:
         return pictures.videos("train", self.batch, generator, clutter, deformed=True)
 
     def encode(self, net: Any, facts: Any) -> tuple[Mapping[str, Any], Tensor]:
@@ -67,9 +67,11 @@ class DigitsVideoQA(DigitsQA):
             seen = net.model.get_video_features(facts.pixels, return_dict=True)
         finally:
             hook.remove()
-        return {"video": seen}, self.patchwise(
-            net, projected[0], questions.DIGITS, facts.cells(facts.digit, facts.resting)
-        )
+        return {"video": seen}, self.named(net, projected[0], facts)
+
+    def named(self, net: Any, features: Tensor, facts: Any) -> Tensor:
+        """The loss of naming what the features of patches show."""
+        return self.patchwise(net, features, questions.DIGITS, facts.cells(facts.digit, facts.resting))
 
     def answering(self, net: Any, facts: Any, encoded: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         hidden: list[Tensor] = []
@@ -80,13 +82,22 @@ class DigitsVideoQA(DigitsQA):
         finally:
             hook.remove()
         first = int((questions.prefix(self.kind) == IDS[questions.VIDEO]).int().argmax())
-        none = torch.full_like(facts.resting, NONE)
-        moved = facts.cells(facts.way, none)
-        moved[:, ::SLOT] = NONE  # a digit that just came
-        later = ((facts.digit >= 0).cumsum(1) > 1).long()
         tokens = net.model.language_model.norm(hidden[0][:, first : first + questions.visual_tokens(self.kind) - 1])
-        for words, cells in ((questions.WAYS, moved), (questions.ENDS, facts.cells(later, none))):
-            pooled = F.max_pool2d(cells.unflatten(-1, (FRAME, FRAME)).float(), 2).long().flatten(1)  # [B, 128]
+        for words, cells in self.inside(facts):
+            pooled = F.max_pool2d(cells.unflatten(-1, (FRAME, FRAME)).float(), 2).long().flatten(1)  # [B, T * 16]
             there = pooled >= 0
             total = total + self.naming * self.patchwise(net, tokens[there], words, pooled[there])
         return total
+
+    def inside(self, facts: Any) -> Iterable[tuple[Sequence[str], Tensor]]:
+        """What the decoder learns to name: words, and which of them a cell is."""
+        none = torch.full_like(facts.resting, NONE)
+        moved = facts.cells(facts.way, none)
+        moved[:, ::SLOT] = NONE  # a digit that just came
+        yield questions.WAYS, moved
+        yield questions.ENDS, facts.cells(later(facts.digit), none)
+
+
+def later(digit: Tensor) -> Tensor:
+    """Whether each of the digits [B, N], in the order of time, is not the first: 0 or 1."""
+    return ((digit >= 0).cumsum(1) > 1).long()

@@ -18,7 +18,11 @@ COUNT = 200
 @pytest.fixture(scope="module")
 def shown():
     draws = torch.Generator().manual_seed(0)
-    return {"picture": pictures.pictures("test", COUNT, draws), "video": pictures.videos("test", COUNT, draws)}
+    return {
+        "picture": pictures.pictures("test", COUNT, draws),
+        "video": pictures.videos("test", COUNT, draws),
+        "film": pictures.films("test", COUNT, draws),
+    }
 
 
 def asked(kind, form, facts):
@@ -71,6 +75,24 @@ def test_what_a_video_shows(shown):
         assert torch.equal(corner[:, 1] - corner[:, 0], pictures.STEP * pictures.WAYS[facts.way[there, slot]])
 
 
+def test_what_a_film_shows(shown):
+    facts = shown["film"]
+    assert facts.pixels.shape == (COUNT, 32, 3, 32, 32) and facts.owner.shape == (COUNT, 32, 64)
+    number = (facts.digit >= 0).sum(1)
+    assert number.min() == 2 and number.max() == pictures.MOMENTS
+    frames = facts.owner.amax(2)  # [B, 32]
+    assert torch.equal((frames >= 0).sum(1), number), "a digit is in one frame, and no other in it"
+    pooled = facts.owner.view(COUNT, 32, 4, 2, 4, 2).transpose(3, 4).flatten(4)  # [B, T, 4, 4, 4 cells]
+    assert torch.equal(pooled.amin(-1), pooled.amax(-1)), "and in one of the tokens that the model pools cells into"
+    for film, (owner, digit, quarter) in enumerate(zip(facts.owner, facts.digit, facts.quarter, strict=True)):
+        times = [int((owner == m).any(-1).nonzero()) for m in (digit >= 0).nonzero().flatten().tolist()]
+        assert times == sorted(times), film
+        for moment in (digit >= 0).nonzero().flatten().tolist():
+            cell = int((owner == moment).nonzero()[0, 1])
+            assert cell // 8 // 4 * 2 + cell % 8 // 4 == quarter[moment]
+    assert facts.cells(facts.digit).amax() <= 9 and torch.equal(facts.cells(facts.digit) >= 0, facts.owner >= 0)
+
+
 def test_nothing_moves_in_the_background_but_what_crosses(monkeypatch):
     monkeypatch.setattr(pictures, "NOISE", 0.0)
     facts = pictures.videos("test", 20, torch.Generator().manual_seed(2))
@@ -120,7 +142,24 @@ def test_answers_about_videos(shown):
                 assert (gap in [*crossing, str(resting)]) == (right == "yes")
 
 
-@pytest.mark.parametrize("kind", ["picture", "video"])
+def test_answers_about_films(shown):
+    facts = shown["film"]
+    rows = list(zip(facts.digit.tolist(), facts.quarter.tolist(), strict=True))
+    for form in FORMS["film"]:
+        for (digit, quarter), (gap, right) in zip(rows, asked("film", form, facts), strict=True):
+            moments = [str(d) for d in digit if d >= 0]
+            there = {questions.QUARTERS[q]: str(d) for d, q in zip(digit, quarter, strict=True) if d >= 0}
+            if form == "order":
+                assert right == moments[0 if gap == "first" else -1]
+            elif form == "place":
+                assert there[gap] == right
+            elif form == "where":
+                assert there[right] == gap
+            else:
+                assert (gap in moments) == (right == "yes")
+
+
+@pytest.mark.parametrize("kind", ["picture", "video", "film"])
 def test_words_alone_say_little(kind):
     batch = questions.draw(kind, "test", 1000, 3)
     assert 0.15 < questions.blind(batch) < 0.3
@@ -164,7 +203,7 @@ def test_no_or_mixed_samples_are_refused():
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["digits_qa", "digits_video_qa"])
+@pytest.mark.parametrize("name", ["digits_qa", "digits_video_qa", "digits_film_qa"])
 def test_questions_of_one_sequence_do_not_see_one_another(name):
     """Several questions behind one picture get the logits that each gets alone: training and use agree."""
     testbed = testbeds.get(name)()
@@ -189,7 +228,7 @@ def test_early_layers_learn_slowly():
     assert paces == sorted(paces) and paces[0] < 0.1 and paces[-1] == 1 == testbed.scale("lm_head.weight")
 
 
-@pytest.mark.parametrize("name", ["digits_qa", "digits_video_qa"])
+@pytest.mark.parametrize("name", ["digits_qa", "digits_video_qa", "digits_film_qa"])
 def test_loss_reaches_every_part(name):
     testbed = testbeds.get(name)(batch=2)
     torch.manual_seed(0)

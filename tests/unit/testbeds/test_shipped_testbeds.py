@@ -12,6 +12,7 @@ from prunelab.common.data import code, detection, questions, segmentation
 from prunelab.common.metrics.average_precision import average_precision, detections
 from prunelab.common.testbeds.digits_qa import answers
 from prunelab.common.training.recipe import read_extra, read_log
+from prunelab.methods.divprune.method import DivPrune
 from prunelab.methods.dtop.method import DToP
 from prunelab.methods.fastv.method import FastV
 from prunelab.methods.focus_detr.method import FocusDETR
@@ -131,7 +132,7 @@ def accuracy(model, name: str, count: int = 150) -> float:
     return 100 * sum(a == sample.answer for a, sample in zip(given, batch, strict=True)) / count
 
 
-@pytest.mark.parametrize("name", ["digits_qa", "digits_video_qa"])
+@pytest.mark.parametrize("name", ["digits_qa", "digits_video_qa", "digits_film_qa"])
 def test_answers_are_as_good_as_their_logs_and_are_lost_by_chance(name):
     model, log = testbeds.load(name)
     dense = accuracy(model, name)
@@ -140,6 +141,15 @@ def test_answers_are_as_good_as_their_logs_and_are_lost_by_chance(name):
     with apply(RandomDrop((0,), "packed"), model, 0.25):
         chance = accuracy(model, name)
     assert dense - chance > 10
+
+
+def test_moments_are_kept_by_what_they_show_and_lost_by_chance():
+    model, _ = testbeds.load("digits_film_qa")
+    with apply(DivPrune(), model, 0.25):
+        found = accuracy(model, "digits_film_qa", 60)
+    with apply(RandomDrop((0,), "packed"), model, 0.25):
+        chance = accuracy(model, "digits_film_qa", 60)
+    assert found - chance > 20
 
 
 def test_the_question_says_which_tokens_matter():
@@ -153,7 +163,7 @@ def test_the_question_says_which_tokens_matter():
 
 
 def test_the_answers_tokenizer_is_the_vocabulary():
-    for name in ("digits_qa", "digits_video_qa"):
+    for name in ("digits_qa", "digits_video_qa", "digits_film_qa"):
         shipped = Tokenizer.from_str(read_extra(testbeds.SHIPPED / name, "tokenizer.json"))
         assert shipped.get_vocab() == questions.IDS
 
