@@ -19,8 +19,11 @@ from prunelab.common.models import loading
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.methods.divprune.method import DivPrune
+from prunelab.methods.dycoke.method import DyCoke
 from prunelab.methods.fastv.method import FastV
+from prunelab.methods.fastvid.method import FastVID
 from prunelab.methods.holitom.method import HoliTom
+from prunelab.methods.prunevid.method import PruneVid
 from prunelab.methods.quota.method import QuoTA
 from prunelab.methods.random_drop.method import RandomDrop
 from tests.contract.vlms import IMAGE, VIDEO, film, ids, images, processor, typed, vlm
@@ -263,3 +266,17 @@ def test_newlines_of_pruned_videos(size):
     with apply(QuoTA("even"), model, Budget(size, "count")), torch.no_grad():
         frame = {12: 2 + 2, 40: 9 + 3}[size]  # of 3 tokens two rows of one, of 10 three of three, and their newlines
         assert model(**given).logits.shape[1] == 7 + 4 * frame
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+@torch.no_grad()
+def test_methods_on_videos_take_any_number_of_frames(frames):
+    """One frame, and numbers that no group of two or four and no segment divides."""
+    model = vlm("llava_onevision")
+    given = typed(model, film("llava_onevision", frames, words=(4, 5)))
+    methods = [HoliTom(), QuoTA(weighting="even"), FastVID(), FastVID(rule="segment"), FastVID(rule="groups")]
+    methods += [DyCoke(), DyCoke(last_group="cut"), PruneVid(whole=1), PruneVid(similarity=-1.0)]
+    for method in methods:
+        with apply(method, model, 0.5) as handle:
+            assert torch.isfinite(model(**given).logits).all(), method
+            assert handle.report().tokens[-1][0] <= given["input_ids"].shape[1], method
