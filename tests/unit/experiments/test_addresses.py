@@ -74,8 +74,8 @@ def test_what_decides_nothing_changes_no_address(edited, silent):
     assert not edited(silent)
 
 
-def on(testbed: str) -> Callable[[Run], bool]:
-    return lambda run: any(isinstance(i, dict) and i.get("testbed") == testbed for i in run.ids.values())
+def on(*testbeds: str) -> Callable[[Run], bool]:
+    return lambda run: any(isinstance(i, dict) and i.get("testbed") in testbeds for i in run.ids.values())
 
 
 def built_by(backbone: str) -> Callable[[Run], bool]:
@@ -92,7 +92,8 @@ def built_by(backbone: str) -> Callable[[Run], bool]:
         ("common/testbeds/code_moe.py", on("code_moe")),
         ("common/testbeds/code_draft.py", on("code_draft")),
         ("common/testbeds/digits_detection.py", on("digits_detection")),
-        ("common/testbeds/digits_video_qa.py", on("digits_video_qa")),
+        ("common/testbeds/digits_film_qa.py", on("digits_film_qa")),
+        ("common/testbeds/digits_video_qa.py", on("digits_video_qa", "digits_film_qa")),  # which goes on from it
         ("common/backbones/plain_mamba.py", built_by("plain_mamba")),
         ("methods/focus_detr/method.py", lambda r: r.method == "focus_detr" or on("digits_detection")(r)),
     ],
