@@ -3,10 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: paper_tables test test-versions test-faults test-cluster lint lock clean
+.PHONY: paper_tables generated test test-versions test-faults test-cluster lint lock clean
 
 paper_tables: $(READY)
 	$(BIN)/snakemake paper_tables
+
+# What people read of the tables, as it is kept under version control.
+generated: paper_tables
+	$(BIN)/python -m prunelab.paper_tables --keep paper_tables/generated
 
 test: $(READY) lint
 	$(BIN)/pytest -n 2 --dist loadscope

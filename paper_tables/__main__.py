@@ -42,17 +42,36 @@ def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
         files[f"{slug}/index.html"] = site.paper(section)
     for leaderboard in leaderboards:
         files |= _downloads("boards", leaderboard.name, cross.csv(leaderboard), cross.grid(leaderboard))
+    files["numbers.csv"] = tables.numbers_csv((s.paper.slug, line) for s in sections for line in s.lines)
     files["cite.bib"] = cite.prunelab(made["commit"])
     for model in joined.shelves:
         files[f"literature/{tables.identifier(model)}.html"] = site.model(model)
-    files["literature/literature.csv"] = literature.csv(joined)
-    files |= _downloads("literature", "disagreements", literature.csv(joined), literature.grid(joined))
+    files["literature/literature.csv"] = literature.csv(joined.quantities)
+    apart = literature.csv(joined.disagreements)
+    files |= _downloads("literature", "disagreements", apart, literature.grid(joined))
     files["literature.html"] = site.literature()
     files["boards.html"] = site.boards()
     files["index.html"] = site.index()
     for path, text in files.items():
         write_text(folder / path, text)
     return folder / "index.html", [line for section in sections for line in section.lines]
+
+
+def keep(folder: Path, place: Path) -> None:
+    """Copy what people read of a report into a folder under version control: a Markdown file a paper, with all its
+    tables and boards, the boards across papers, what papers disagree on, and every number in one CSV file. The site is
+    built where it is wanted."""
+    texts: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*/*.md")):
+        texts.setdefault(path.parent.name, []).append(path.read_text(encoding="utf-8"))
+    strange = [path.name for path in place.glob("*") if path.is_dir() or path.suffix not in (".md", ".csv")]
+    if strange:
+        raise PrunelabError(f"{place} holds {strange[0]}, which no report keeps; empty it, or name another folder")
+    for path in place.glob("*"):
+        path.unlink()
+    for slug, parts in texts.items():
+        write_text(place / f"{slug}.md", "\n".join(parts))
+    write_text(place / "numbers.csv", (folder / "numbers.csv").read_text(encoding="utf-8"))
 
 
 def _downloads(place: str, name: str, values: str, grid: grids.Grid) -> dict[str, str]:
@@ -90,9 +109,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--config", action="append", nargs="+", default=[], metavar="KEY=VALUE", help="setting of configs/default.yaml"
     )
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="also write what is kept under version control there")
     given = parser.parse_args(arguments)
     try:
         path, lines = build(lookup.settings(lookup.pairs([pair for group in given.config for pair in group])))
+        if given.keep:
+            keep(path.parent, given.keep)
     except PrunelabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

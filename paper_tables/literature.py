@@ -264,8 +264,8 @@ def _apart(key: tuple[str, ...]) -> str:
 # -- to take along ---------------------------------------------------------------------------------------------------
 
 
-def csv(literature: Literature) -> str:
-    """Every number that entered, one a line."""
+def csv(quantities: Iterable[Quantity]) -> str:
+    """Their numbers, one a line."""
     header = (
         "model", "budget", "method", "options", "metric", "paper", "table", "row", "column", "reported", "unit",
         "source", "reproduced", "disagrees",
@@ -276,7 +276,7 @@ def csv(literature: Literature) -> str:
             r.line.reported.column, r.line.reported.text, r.line.reported.unit, r.line.reported.source, q.ours.value,
             q.disagrees,
         )
-        for q in literature.quantities
+        for q in quantities
         for r in q.reports
     )  # fmt: skip
     return tables.csv_text(header, rows)

@@ -110,7 +110,8 @@ def table_csv(table: PaperTable) -> str:
         r, own = line.reported, line.reproduced
         cells: list[object] = [r.table, r.row, r.column, r.text, r.unit, r.source, r.quality]
         cells += [own.value, line.difference, *(_tolerance(line)), line.within]
-        cells += [own.status, own.needs, line.assumes, own.record]
+        how = own.status if own.value is not None else line.outcome
+        cells += [how, own.needs, line.assumes, own.record]
         cells += (own.ours.gmacs, own.ours.scoring, own.ours.cache, own.ours.record) if own.ours else (None,) * 4
         for scale in others:
             v = line.others[scale]
@@ -123,6 +124,17 @@ def table_csv(table: PaperTable) -> str:
     if told:
         header += ["protocol", *(f"{scale}_protocol" for scale in others)]
     return csv_text(header, map(row, table.lines))
+
+
+def numbers_csv(lines: Iterable[tuple[str, Line]]) -> str:
+    """Every reported number of papers, given with their slugs, one a line."""
+    header = ("paper", "table", "row", "column", "reported", "unit", "outcome", "reproduced", "difference", "record")
+    rows = (
+        (slug, r.table, r.row, r.column, r.text, r.unit, line.outcome, own.value, line.difference, own.record)
+        for slug, line in lines
+        for r, own in [(line.reported, line.reproduced)]
+    )
+    return csv_text(header, rows)
 
 
 def _tolerance(line: Line) -> tuple[float | None, str | None]:
@@ -239,9 +251,8 @@ def table_grid(slug: str, table: PaperTable) -> Grid:
     def row(line: Line) -> list[str]:
         r, own, digits = line.reported, line.reproduced, places(line)
         cells = [r.row, r.column, f"{r.text} {r.unit} {notes(f'{r.source} ({r.quality})')}"]
-        cells.append(
-            noted(shown(own, digits), own) if own.value is not None else f"– {notes(line.ready or own.status)}"
-        )
+        lacks = line.ready.partition("; ")[2] or own.status  # without the command, which every cell has its own of
+        cells.append(noted(shown(own, digits), own) if own.value is not None else f"– {notes(lacks)}")
         if own_counts:
             told = f" {notes(own.ours.protocol)}" if own.ours and own.ours.protocol else ""
             cells.append(counted(own) + told)

@@ -128,7 +128,7 @@ def test_every_reported_number_has_a_line_and_every_blank_a_reason(
             assert row["difference"] and row["tolerance"] and row["within_tolerance"] in ("yes", "no") and row["record"]
             assert row["tolerance_from"]
         else:
-            assert row["status"].startswith("not run: ") and row["needs"]
+            assert row["status"] in ("not run", "ready", "stand-in") and row["needs"]
             assert not row["difference"] and not row["within_tolerance"]
         if row.get("testbed_status"):  # a table without a stand-in has no such column
             assert row["testbed_status"] == "stand-in" if row["testbed"] else ": " in row["testbed_status"]
@@ -139,7 +139,7 @@ def test_a_stand_in_is_never_taken_for_the_papers_number(config: dict[str, Any])
     command.build(config)
     dense = next(r for r in rows(config, "deit-s-main") if r["row"] == "DeiT-S" and r["column"] == "top-1")
     assert dense["testbed"] == "90" and dense["testbed_samples"] == "100" and dense["testbed_record"]
-    assert dense["reproduced"] == "" and dense["status"].startswith("not run: needs the ImageNet-1k")
+    assert dense["reproduced"] == "" and dense["status"] == "ready" and dense["needs"].startswith("the ImageNet-1k")
     for line in lines(config):
         assert line.reproduced.value is None or line.reproduced.status in ("analytic", "measured")
         if line.outcome == "stand-in":
@@ -248,8 +248,8 @@ def test_same_records_give_same_bytes_and_the_page_comes_last(
     first = {path: path.read_bytes() for path in order}
     grids_ = len(papers.load(SLUG).tables) + 3  # with the board, the board across papers, and what papers disagree on
     models = list((index.parent / "literature").glob("*.html"))
-    # four pages, two files to cite with, and all that enters the literature
-    assert order[-1] == index and len(first) == len(order) == 3 * grids_ + 7 + len(models)
+    # four pages, two files to cite with, all numbers, and what enters the literature
+    assert order[-1] == index and len(first) == len(order) == 3 * grids_ + 8 + len(models)
     command.build(config)
     assert {path: path.read_bytes() for path in first} == first
     assert not list(index.parent.rglob(".*"))
@@ -361,6 +361,23 @@ def test_page_shows_how_each_number_was_obtained(config: dict[str, Any]) -> None
         assert part in text
     assert "seconds" not in text and "analytic, off by more than ±0.02" in text
     assert "one standard error of a share of 50,000 images" in text, "tables say what their numbers are held to"
+
+
+def test_what_is_kept_is_a_page_a_paper_and_all_numbers(config: dict[str, Any], tmp_path: Path) -> None:
+    place = tmp_path / "kept"
+    place.mkdir()
+    (place / "gone.md").write_text("of a paper that left")
+    index, found = command.build(config)
+    command.keep(index.parent, place)
+    assert {path.name for path in place.iterdir()} == {f"{SLUG}.md", "boards.md", "literature.md", "numbers.csv"}
+    text = (place / f"{SLUG}.md").read_text(encoding="utf-8")
+    assert all(grids.escape_markdown(f"{SLUG}: {table.name}") in text for table in papers.load(SLUG).tables)
+    numbers = list(csv.DictReader((place / "numbers.csv").open(encoding="utf-8")))
+    assert len(numbers) == len(found) and {row["outcome"] for row in numbers} == {line.outcome for line in found}
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(PrunelabError, match=r"notes\.txt"):
+        command.keep(index.parent, place)
+    assert (place / f"{SLUG}.md").exists(), "nothing is lost where something is refused"
 
 
 def test_the_index_tells_the_status_of_every_paper(config: dict[str, Any]) -> None:
