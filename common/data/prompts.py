@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import texts
+from prunelab.common.data import problems, texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,8 +76,14 @@ def load(
 ) -> Sequence[Prompt]:
     """The prompts of a catalogue entry: all there are, or `samples` of them, spread evenly.
 
-    Of questions, those of a `task` of Spec-Bench alone (None: all tasks); of texts, the first `length` tokens.
+    Of questions, those of a `task` of Spec-Bench alone (None: all tasks); of texts, and of problems as they stand, the
+    first `length` tokens.
     """
+    if identity["loader"] == "problems":
+        told = [problem.text for problem in problems.load(identity, config)]
+        count = len(told) if samples is None else min(samples, len(told))
+        spread = [told[i * len(told) // count] for i in range(count)]
+        return [Beginning(torch.tensor(tokenizer(text)["input_ids"][:length])) for text in spread]
     if identity["loader"] != "questions":
         return [Beginning(tokens) for tokens in texts.sequences(identity, config, tokenizer, length, samples)]
     folder = config[identity["setting"]] if "setting" in identity else Path(config["assets"]) / identity["folder"]

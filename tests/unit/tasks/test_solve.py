@@ -13,7 +13,7 @@ import torch
 
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import problems, programs, texts
+from prunelab.common.data import problems, programs, prompts, texts
 from prunelab.common.data.problems import Problem, boxed, plain, solved
 from prunelab.common.experiments import papers
 from prunelab.common.measures import solve
@@ -240,6 +240,14 @@ def test_problems_with_tests_are_programs_and_run_where_that_is_allowed(monkeypa
         problems.load(coding, config)
 
 
+def test_problems_are_gone_on_from_as_they_stand(tmp_path):
+    config = repository(tmp_path, one_jsonl=[{"q": f"w{n} " * 5} for n in range(6)])
+    found = prompts.load(entry("one.jsonl"), config, Tokenizer(), 3, samples=2)
+    whole = prompts.load(entry("one.jsonl"), config, Tokenizer(), 99)
+    assert [len(p.ids(())) for p in found] == [3, 3] and [len(p.ids(())) for p in whole] == [5] * 6
+    assert found[1].ids(()).tolist() == whole[3].ids(()).tolist()[:3]
+
+
 def test_look_alikes_of_problems_are_read_as_the_catalogue_tells(tmp_path):
     for name, data in lookup.datasets().items():
         told = data.get("paper", {})
@@ -247,4 +255,6 @@ def test_look_alikes_of_problems_are_read_as_the_catalogue_tells(tmp_path):
             place = tmp_path / "hub" / told["hub"]
             look_alikes.problems(place, told)
             found = problems.load({**told, "local": "0"}, {"hub": str(tmp_path / "hub")})
-            assert len(found) == look_alikes.ROWS and all(p.graded for p in found), name
+            assert len(found) == look_alikes.ROWS and all(
+                p.graded == ("answer" in told or "choices" in told or "tests" in told) for p in found
+            ), name
