@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,7 @@ from prunelab.common.measures.language import sizes
 from prunelab.common.metrics import uncertainty
 from prunelab.common.metrics.generation import frechet_distance, recogniser
 from prunelab.common.models import loading
+from prunelab.common.weights import WeightReport
 from prunelab.common.weights.role import WeightPruner
 
 if TYPE_CHECKING:
@@ -54,12 +56,23 @@ def measure(bench: Bench[Generate.Settings]) -> dict[str, Any]:
     if method is not None:
         calibration = calibrated(bench, method, painter) if method.calibrated else None
         plan = weights.prune(method, painter.model, bench.budget, calibration, seed=bench.seed, progress=False)
-        report = plan.report
+        report = with_others(plan.report, painter.model, bench.budget.names)
     parts = [m for m in painter.model.components.values() if isinstance(m, nn.Module)]
     for start in track(range(0, len(told), settings.batch), "painting", transient=True):
         part = told[start : start + settings.batch]
         judges.see(part, painter.paint([caption.text for caption in part], bench.seed + start))
     return {**judges.verdict(), **sizes(nn.ModuleList(parts), report)}
+
+
+def with_others(report: WeightReport, model: Any, names: Sequence[str]) -> WeightReport:
+    """The report on the components that were pruned, with the sizes of all."""
+    others = [m for n, m in model.components.items() if n not in names and isinstance(m, nn.Module)]
+    weights = [parameter for module in others for parameter in module.parameters()]
+    count, size = sum(w.numel() for w in weights), sum(w.numel() * w.element_size() for w in weights)
+    return replace(
+        report, dense_parameters=report.dense_parameters + count, parameters=report.parameters + count,
+        dense_bytes=report.dense_bytes + size, bytes=report.bytes + size,
+    )  # fmt: skip
 
 
 def calibrated(bench: Bench[Generate.Settings], method: WeightPruner, painter: Painter) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def test_the_testbed_draws_what_is_asked_for_until_too_much_is_gone():
     assert dense["right"]["value"] >= 80 and dense["right"]["n"] == 30
     assert gone["right"]["value"] < 40 and gone["fid"]["value"] > 2 * dense["fid"]["value"]
     assert run()["fid"] == dense["fid"], "the same draws"
-    assert gone["sparsity"]["value"] == pytest.approx(95, abs=0.5)
+    assert gone["sparsity"]["value"] == pytest.approx(95, abs=0.5) and gone["saving"]["value"] == 0
+    part = run("magnitude", "unet=0.5")
+    assert part["saving"]["value"] == 0 and 10 < part["nonzero_saving"]["value"] < gone["nonzero_saving"]["value"]
 
 
 def test_methods_that_measure_see_captions_and_calls():
