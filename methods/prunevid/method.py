@@ -190,7 +190,6 @@ class PruneVid(TokenPruner):
 
     name: ClassVar[str] = "prunevid"
     ascending = False
-    adaptive = True
     exempt = {
         "keep_all": "frames are pooled, and what stands still merges, at any budget",
         "budget": "the budget is a share of groups of tokens, and small groups are not clustered",
@@ -240,9 +239,9 @@ class PruneVid(TokenPruner):
         assert isinstance(reading, Reading) and signals.groups is not None
         scores = cross_attention(signals.at(reading).float())
         ratio = share(budget, signals.units)
-        if scores.device.type == "meta":  # of a single video; of measured counts, which are fewer, all may stay
+        if scores.device.type == "meta":  # costs are counted of one video, which repeats nothing
             sizes = [size for part in signals.state["segments"] for size in part.groups()]
-            gone = sum(size - int(size * ratio) for size in sizes) if sum(sizes) <= signals.units else 0
+            gone = sum(size - int(size * ratio) for size in sizes)
             return Plan(signals.keep([signals.units - gone], scores=scores))
         return Plan(signals.keep(mask=best_of_groups(scores, signals.groups, ratio)))
 
