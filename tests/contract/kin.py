@@ -103,6 +103,18 @@ def _idefics3(name: str) -> Callable[[int, dict[str, Any]], nn.Module]:
     return build
 
 
+def _paligemma(tower: int, text: dict[str, Any]) -> nn.Module:
+    import transformers as t
+
+    vision = t.SiglipVisionConfig(
+        **VISION | {"num_hidden_layers": tower}, image_size=32, patch_size=8, projection_dim=32, vision_use_head=False
+    )
+    config = t.PaliGemmaConfig(
+        vision_config=vision, text_config=t.GemmaConfig(**text, head_dim=8), image_token_index=IMAGE, projection_dim=32
+    )
+    return t.PaliGemmaForConditionalGeneration(config)
+
+
 def _pictures(pixels: Tensor) -> Shown:
     import transformers as t
 
@@ -138,6 +150,7 @@ KIN: Mapping[str, Kin] = {
     "qwen2_vl": Kin(_qwen2_vl, _patches, _pairs),
     "idefics3": Kin(_idefics3("Idefics3"), _tiles, rows=True),
     "smolvlm": Kin(_idefics3("SmolVLM"), _tiles, rows=True),
+    "paligemma": Kin(_paligemma, _tiles),
     "qwen3_vl": Kin(_qwen3_vl, _patches, _pairs, apart=16),
     "internvl": Kin(_internvl, _tiles, class_token=True),
     "video_llava": Kin(_video_llava, _pictures, _frames(17), class_token=True),

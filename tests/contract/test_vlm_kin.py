@@ -47,7 +47,7 @@ def test_keep_all_is_the_identity(family, ask):
     dense, mask = model(**given).logits, given["attention_mask"].bool()
     for method in KEEPERS:
         with apply(method, model, 1.0):
-            assert torch.allclose(model(**given).logits[mask], dense[mask], atol=2e-5), method
+            assert torch.allclose(model(**given).logits[mask], dense[mask], atol=5e-5), method
         assert torch.equal(model(**given).logits, dense), "and everything is as before"
 
 
@@ -64,7 +64,7 @@ def test_what_happens_before_the_projector(family, ask):
                 pass
             continue
         with apply(method, model, 1.0):
-            assert torch.allclose(model(**given).logits[mask], dense[mask], atol=2e-5), method
+            assert torch.allclose(model(**given).logits[mask], dense[mask], atol=5e-5), method
         with apply(method, model, 0.5):
             assert model(**given).logits.shape[1] < dense.shape[1]
 
@@ -113,7 +113,7 @@ def test_several_images_and_unlike_numbers_of_them(family):
     for method in (DivPrune(), FastV(2)):  # those that draw nothing
         with apply(method, model, 0.5):
             both = model(**given).logits[:, -1]
-            assert torch.allclose(model(**alone).logits[:, -1], both[:1], atol=2e-5), method
+            assert torch.allclose(model(**alone).logits[:, -1], both[:1], atol=5e-5), method
     with apply(PROJECTED, model, Budget(3, "count")):
         assert model(**given).logits.shape[1] < given["input_ids"].shape[1]
 
@@ -195,3 +195,27 @@ def test_costs_follow_the_tokens(family):
             assert seen.tokens[0][0] == given["input_ids"].shape[1]
         if "video_grid_thw" not in given:  # whose videos have no standard size
             assert adapter.visual_tokens(adapter.prompt(frames=4)) == int((given["input_ids"] == VIDEO).sum())
+
+
+@torch.no_grad()
+def test_what_would_come_out_wrong_is_refused_in_one_line():
+    import transformers as t
+
+    from tests.contract.vlms import TEXT, VISION
+
+    vision = t.SiglipVisionConfig(**VISION, image_size=32, patch_size=8, vision_use_head=False)
+    words = t.Gemma3TextConfig(**TEXT, head_dim=8)
+    gemma = t.Gemma3ForConditionalGeneration(
+        t.Gemma3Config(vision_config=vision, text_config=words, mm_tokens_per_image=4, image_token_index=60)
+    )
+    with pytest.raises(PrunelabError, match=r"tokens cannot leave a Gemma3.*windows of the text"):
+        adapter_for(gemma)
+    model = kin("paligemma")
+    given = asked("paligemma", model)
+    given["token_type_ids"][:, -2:] = 1
+    with apply(DivPrune(), model, 0.5), pytest.raises(PrunelabError, match="leave suffix and labels out"):
+        model(**given)
+    windowed = kin("llava_mistral")
+    windowed.config.text_config.sliding_window = 8
+    with pytest.raises(PrunelabError, match="windows of the text"), apply(FastV(2), windowed, 0.5):
+        pass

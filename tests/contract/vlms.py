@@ -164,6 +164,8 @@ def ids(samples: list[list[tuple[Any, int]]], left: bool = True, seed: int = 5) 
 
 def typed(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """With the token types that Qwen's processor adds; unchanged for others."""
+    if "token_type_ids" in inspect.signature(model.forward).parameters:  # of a prompt that sees all of itself
+        given = given | {"token_type_ids": torch.zeros_like(given["input_ids"])}
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         tokens = given["input_ids"]
         given = given | {"mm_token_type_ids": (tokens == IMAGE).long() + 2 * (tokens == VIDEO).long()}

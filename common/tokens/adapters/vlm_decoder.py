@@ -61,6 +61,8 @@ class DecoderSide(FeatureSide):
         """A new pass: which tokens of the input are visual."""
         refuse_checkpointing(self.model)
         refuse_tracing()
+        self._own.padding, self._own.kinds = kwargs.get("attention_mask"), kwargs.get("token_type_ids")
+        self._own.prefix = self.prefixes and self._own.kinds is not None
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
         embeddings: Any = kwargs.get("inputs_embeds")
         shown, given = SHOWN.get(), kwargs.get("mm_encoder_outputs") or {}
@@ -81,6 +83,8 @@ class DecoderSide(FeatureSide):
         sites = [s for s in application.sites if s.where != "input" or s.layer < early]
 
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            if self.prefixes:  # the class makes masks of its own, which `_mask` takes the place of
+                kwargs = kwargs | {"attention_mask": self._own.padding}
             cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
             if fixed(cache) or isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
                 raise PrunelabError(FIXED)
@@ -113,6 +117,10 @@ class DecoderSide(FeatureSide):
         x, mask, positions = given["inputs_embeds"], given.get("attention_mask"), given.get("position_ids")
         running = self.running
         visual = running.anywhere
+        if self._own.prefix and bool(self._own.kinds.any()):
+            raise PrunelabError(
+                "a prompt that sees all of itself is pruned without what shall follow it; leave suffix and labels out"
+            )
         counts = self._counts()
         if not any(counts):
             raise disagreement(0, 0)
@@ -212,7 +220,7 @@ class DecoderSide(FeatureSide):
             if layer in self.read_layers:
                 running.seen[layer] = Seen(running.tokens, {"visual": running.prunable})
             self._count_tokens(application, layer, x)
-            if len(running.cached.held) > 1 or running.tokens.bias is not None:
+            if len(running.cached.held) > 1 or running.tokens.bias is not None or self._own.prefix:
                 kwargs = kwargs | self._aids(x, kwargs)
             return (x, *args[1:]), kwargs
 
@@ -240,16 +248,18 @@ class DecoderSide(FeatureSide):
         return hook
 
     def _mask(self, valid: Tensor | None, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Causal mask [B, 1, N, K] in the form that the decoder's attention takes, for queries x [B, N, D], keys valid
-        [B, K], and their bias."""
+        """Mask [B, 1, N, K] in the form that the decoder's attention takes, for queries x [B, N, D], keys valid [B, K],
+        and their bias: causal, or of a prompt that sees all of itself."""
         eager = self.decoder.config._attn_implementation == "eager"
         rows = x.shape[1]
+        whole = self._own.prefix and not self.running.decoding
         if valid is None:
-            if not eager and bias is None:
+            if not eager and bias is None and not whole:
                 return None
             valid = torch.ones(x.shape[:2] if bias is None else bias.shape, dtype=torch.bool, device=x.device)
         keys = valid.shape[1]
         causal = torch.ones(rows, keys, dtype=torch.bool, device=x.device).tril(keys - rows)
+        causal = torch.ones_like(causal) if whole else causal
         own = torch.zeros_like(causal).fill_diagonal_(True) if rows == keys else torch.zeros_like(causal)
         seen = (causal & valid[:, None, None, :]) | own  # padding sees itself, so that no row is empty
         if not eager and bias is None:

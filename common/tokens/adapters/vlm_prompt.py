@@ -55,9 +55,14 @@ class Prompt:
         token = SHOWN.set(visual)
         try:
             positions = torch.arange(self.text + count, device=weight.device).unsqueeze(0)
-            return model(inputs_embeds=sequence, position_ids=positions, logits_to_keep=1)
+            given = {"inputs_embeds": sequence, "position_ids": positions, "logits_to_keep": 1}
+            return model(**given, **self.more(model))
         finally:
             SHOWN.reset(token)
+
+    def more(self, model: Any) -> dict[str, Any]:
+        """What else the model's forward needs on the meta device."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class VisionSide(SequenceAdapter[Prefill]):
     tower_attention: ClassVar[str] = "self_attn"  # what the tower's layers call it
     towers: ClassVar[Mapping[str, str]] = {"image": "vision_tower", "video": "vision_tower"}  # of each modality
     decoders: ClassVar[str] = "language_model"  # what the class calls its decoder
+    prefixes: ClassVar[bool] = False  # whether a prompt, told by its `token_type_ids`, sees all of itself
     projector: ClassVar[str] = "multi_modal_projector"  # and what its features go through, if it is a module of its own
     class_features: ClassVar[frozenset[str]] = frozenset()  # modalities whose crops bring their class token along
     tokens: ClassVar[Mapping[str, str]] = {"image": "image_token_id"}  # placeholder of each modality, in the config

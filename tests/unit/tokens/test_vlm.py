@@ -49,7 +49,10 @@ def oracle(model: Any, given: dict[str, Any], kept: list[tuple[Site, Tensor]], r
     total = given["input_ids"].shape[1]
     prompt_length = int(given.pop("prompt_length", total))
     mask = given["attention_mask"].bool()
-    seen = torch.ones(total, total, dtype=torch.bool).tril() & mask[:, None, None, :]
+    seen = torch.ones(total, total, dtype=torch.bool).tril()
+    if "token_type_ids" in given:  # the prompt sees all of itself
+        seen[:prompt_length, :prompt_length] = True
+    seen = seen & mask[:, None, None, :]
     aids: dict[int, dict[str, Any]] = {}
     state: dict[str, Tensor] = {}
 
@@ -152,6 +155,8 @@ def check_generation(model: Any, given: dict[str, Any], method: TokenPruner, how
         kept = [(site, place.view(2, 3, -1)[:, 0]) for site, place in kept]
     if "mm_token_type_ids" in given:
         longer["mm_token_type_ids"] = torch.cat([given["mm_token_type_ids"], torch.zeros_like(tokens)], 1)
+    if "token_type_ids" in given:
+        longer["token_type_ids"] = torch.cat([given["token_type_ids"], torch.ones_like(tokens)], 1)
     longer["position_ids"] = model._prepare_position_ids_for_generation(
         longer["input_ids"], {k: v for k, v in longer.items() if k != "prompt_length"}
     )
