@@ -25,6 +25,8 @@ from prunelab.common.training import engine as training
 from prunelab.common.training.recipe import Recipe
 from prunelab.common.weights import prune
 from prunelab.common.weights.role import WeightPruner
+from prunelab.methods.llm_pruner.method import LLMPruner
+from prunelab.methods.mc_moe.method import MixtureCompressor
 from prunelab.methods.selective_context.method import SelectiveContext, self_information
 from prunelab.methods.sparsegpt.method import SparseGPT
 from tests.contract import caches_references, families, references, test_data_selectors, test_weight_pruners, vlms
@@ -44,6 +46,7 @@ EXTRA = [
     *(references.ReceivedCache(), caches_references.NewestCache(), caches_references.WeakestExperts()),
     *(references.BigramDrafts(), references.Rejection(), references.LengthRanker()),
     *(*SELECTORS, *TRAINERS),
+    *(LLMPruner(mode="channel"), MixtureCompressor(group=8, worth="hessian")),  # whose other ways are of their own
 ]
 OTHERS = [cls() for cls in registry.load().values() if not issubclass(cls, WeightPruner)]
 METHODS = [*OTHERS, *test_weight_pruners.METHODS, *EXTRA]
