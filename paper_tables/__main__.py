@@ -17,7 +17,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import write_text
 from prunelab.common.experiments import papers, plans, provenance
-from prunelab.paper_tables import cite, cross, figures, grids, join, literature, page, tables
+from prunelab.paper_tables import cite, claims, cross, figures, grids, join, literature, page, tables
 
 
 def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
@@ -87,7 +87,8 @@ def _section(slug: str, plan: plans.Plan, records: join.Records) -> page.Section
     result, boards = join.tables(slug, plan, records), join.boards(slug, plan, records)
     lines = [line for table in result for line in table.lines]
     drawn, made = figures.of(slug, plan, lines, boards, records)
-    return page.Section(papers.load(slug), result, boards, tables.file_names(result, boards), drawn, made)
+    found = list(claims.verdicts(papers.load(slug), boards, records))
+    return page.Section(papers.load(slug), result, boards, tables.file_names(result, boards), drawn, made, found)
 
 
 def counts(lines: list[join.Line]) -> str:

@@ -25,7 +25,7 @@ from prunelab.common.core import files
 from prunelab.common.drawing import svg
 from prunelab.common.drawing.figures import Figure
 from prunelab.common.experiments import papers
-from prunelab.paper_tables import cross, join, literature, tables
+from prunelab.paper_tables import claims, cross, join, literature, tables
 
 HERE = Path(__file__).parent
 OUTCOMES = tuple(tables.SHAPES)
@@ -44,6 +44,7 @@ class Section:
     files: Sequence[str]  # names without suffix: tables first, then boards
     figures: Sequence[Figure]
     made: Sequence[str]  # addresses of runs made for figures alone
+    verdicts: Sequence[claims.Verdict] = ()
 
     @cached_property
     def lines(self) -> list[join.Line]:
@@ -271,6 +272,7 @@ class Site:
             lacking=lacking.most_common(12),
             more=max(len(lacking) - 12, 0),
             reasons=[(papers.REASONS[r], n) for r, n in self.reasons().most_common()],
+            verdicts=[verdict for section in self.sections for verdict in section.verdicts],
             families=sorted({s.paper.family for s in self.sections}),
             targets=sorted({tag for s in self.sections for tag in s.paper.taxonomy.get("target", [])}),
         )

@@ -258,6 +258,7 @@ class Paper(About):
     tables: list[Table] = Field(default_factory=list)
     boards: list[Board] = Field(default_factory=list)
     figures: list[FigureTask] = Field(default_factory=list)
+    claims: tuple[str, ...] = ()  # `A > B`: entry A of a board is better than entry B, wherever both stand
 
     @model_validator(mode="after")
     def _configurations_exist(self) -> Paper:
@@ -279,6 +280,11 @@ class Paper(About):
         for figure in self.figures:
             if figure.configuration not in known:
                 raise ValueError(f"figure '{figure.name}' names the unknown configuration '{figure.configuration}'")
+        for claim in self.claims:
+            better, worse = sides(claim)
+            if not any({better, worse} <= {board.baseline, *board.entries} for board in self.boards):
+                entries = sorted({entry for board in self.boards for entry in board.entries})
+                raise ValueError(f"no board holds both sides of the claim '{claim}'; entries: {', '.join(entries)}")
         return self
 
     def columns(self) -> Iterator[Column]:
@@ -291,6 +297,14 @@ class Paper(About):
     def configuration(self, name: str) -> Configuration:
         """A configuration by name; `dense` always exists."""
         return self.configurations.get(name, Configuration())
+
+
+def sides(claim: str) -> tuple[str, str]:
+    """The entries that a claim `A > B` sets against each other, the better one first."""
+    better, sign, worse = claim.partition(" > ")
+    if not sign or not better.strip() or not worse.strip():
+        raise ValueError(f"'{claim}' is no claim; write it as 'A > B', with names of a board's entries")
+    return better.strip(), worse.strip()
 
 
 @dataclass(frozen=True)
