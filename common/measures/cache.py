@@ -59,6 +59,13 @@ class _Reader:
         if self.method is not None and self.method.services:
             draft = loading.language(bench.ids["model"], bench.config)[0].to(next(model.parameters()).device)
             self.services = {"draft": Draft(draft)}
+        self.own: dict[str, Any] = {}
+        if "parts" in bench.ids:
+            if not isinstance(self.method, TokenPruner):
+                raise PrunelabError("learned parts are those of a method that prunes tokens; leave `parts` out")
+            parts = loading.load(bench.ids["parts"], bench.config)[0]
+            like = next(model.parameters())
+            self.own = {"parts": parts.to(like.device, like.dtype)}
 
     def __call__(self, batches: Iterable[Tensor], prompt: float | int) -> tuple[list[Tensor], list[Tensor]]:
         """Of each sequence [T] of the batches [B, T]: the negative log likelihood [T - P] of every token behind the
@@ -85,7 +92,7 @@ class _Reader:
         method = self.method
         rest = tokens.shape[1] - 1 - start
         step = 1 if method is not None and while_writing(method) else max(rest, 1)
-        with self.bench.at_work(method, model, services=self.services) as handle:
+        with self.bench.at_work(method, model, services=self.services, **self.own) as handle:
             cache = DynamicCache(config=model.config)
             results = [model(tokens[:, :start], past_key_values=cache).logits[:, -1:]]
             for part in tokens[:, start:-1].split(step, 1) if rest else ():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.core.options import PositiveInt, Within
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
+from prunelab.common.tasks.base import Catalogue, Metric, Metrics, Reads, Task
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -22,6 +22,7 @@ class Cache(Task):
         "token_pruner",
     )
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
+    named: ClassVar[Mapping[str, Catalogue]] = {"parts": "model"}
     cost: ClassVar[str] = "gbytes"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "perplexity": Metric("perplexity", higher_is_better=False),
@@ -37,12 +38,13 @@ class Cache(Task):
         """length: of the sequences in tokens. prompt: the share of each that is read before pruning. samples: sequences
         (all). pairs: of definitions that are asked for behind the prompt, for data of source code. A method that prunes
         while writing gets the rest token by token, any other at once. What needs a draft model gets the model itself a
-        second time."""
+        second time. parts: the catalogue's name of a method's learned parts, of those that prune tokens."""
 
         length: PositiveInt
         prompt: Within = 0.75
         samples: PositiveInt | None = None
         pairs: PositiveInt | None = None
+        parts: str | None = None
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import cache

@@ -37,6 +37,9 @@ class Testbed(Recipe, ABC):
     def evaluate(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
         """Quality of a model in eval mode on held-out data, and on how many samples; `quick` for the curve."""
 
+    def settle(self, model: nn.Module) -> None:
+        """Once it is trained, before it is tested and stored: decide what the trained model alone can tell."""
+
     def extras(self) -> Mapping[str, str]:
         """Further text files that belong to the trained model, by name: a language model's tokenizer."""
         return {}

@@ -55,13 +55,15 @@ class Trainable(Job, Protocol):
     """A job that leaves a trained model in a folder; a frozen dataclass, which is its own recipe.
 
     needs: distributions whose versions belong in the log. stored: in which type its weights are stored, None for their
-    own. extras: further text files that belong to the model.
+    own. extras: further text files that belong to the model. settle: decides what the trained model alone can tell.
     """
 
     needs: ClassVar[tuple[str, ...]]
     stored: ClassVar[torch.dtype | None]
 
     def extras(self) -> Mapping[str, str]: ...
+
+    def settle(self, model: nn.Module) -> None: ...
 
 
 class Observer:
@@ -297,6 +299,7 @@ def _finish(
     from safetensors.torch import save
 
     model = training.model
+    job.settle(model)
     kept = {name: value.to(job.stored or value.dtype).contiguous() for name, value in model.state_dict().items()}
     model.load_state_dict(kept)  # what is tested is what is stored
     weights = save(kept)
