@@ -11,8 +11,8 @@ import torch
 
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.optional import optional
 from prunelab.common.data.tuning import Piece
-from prunelab.common.data_selection.examples import optional
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,8 +21,8 @@ from typing import Any
 
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.optional import optional
 from prunelab.common.data import programs
-from prunelab.common.data_selection.examples import optional
 
 LETTERS = "ABCDEFGHIJ"
 DRAW = 42  # seed of what an entry draws, and of the order of choices

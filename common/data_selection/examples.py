@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import importlib
 import io
 import json
 import lzma
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.optional import optional
 from prunelab.common.data_selection.losses import IGNORED, counted
 
 SIGNALS = (
@@ -208,15 +208,6 @@ def _opened(path: Path) -> Any:
         return io.BufferedReader(optional("zstandard", "Zstandard").open(path, "rb"))  # it gives no lines by itself
     openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return openers.get(path.suffix, Path.open)(path, "rb")
-
-
-def optional(module: str, what: str) -> Any:
-    """A library that reads a kind of file and is not among the requirements."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise PrunelabError(f"{what} is read with {package}; install it (pip install {package})") from None
 
 
 def checked_texts(texts: Iterable[str]) -> Iterable[str]:

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from prunelab.common.core.files import ROOT, read_yaml
-from prunelab.common.data_selection.examples import optional
+from prunelab.common.core.optional import optional
 
 ROWS = 6
 WORDS = [

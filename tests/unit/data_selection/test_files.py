@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from prunelab.common.cli import main
+from prunelab.common.core import optional
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data_selection import examples, files, streaming
+from prunelab.common.data_selection import files, streaming
 from prunelab.common.data_selection.engine import select
 from prunelab.common.data_selection.examples import JsonLines, corpus
 from prunelab.methods.dsir.method import DSIR
@@ -124,14 +125,14 @@ def test_formats_of_other_libraries(folder, monkeypatch):
     (folder / "raw.jsonl.zst").write_bytes(gzip.compress((folder / "raw.jsonl").read_bytes()))
     (folder / "raw.parquet").write_bytes((folder / "raw.jsonl").read_bytes())
     found = {"zstandard": Zstandard, "pyarrow.parquet": Arrow}
-    monkeypatch.setattr(examples.importlib, "import_module", found.__getitem__)
+    monkeypatch.setattr(optional.importlib, "import_module", found.__getitem__)
     assert list(corpus(folder / "raw.jsonl.zst")) == list(corpus(folder / "raw.parquet")) == TEXTS
     assert len(lines_of(files.run(job(folder, raw=folder / "raw.parquet"), progress=False), folder)) == 7
 
     def absent(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(examples.importlib, "import_module", absent)
+    monkeypatch.setattr(optional.importlib, "import_module", absent)
     with pytest.raises(PrunelabError, match="pip install pyarrow"):
         list(corpus(folder / "raw.parquet"))
 
