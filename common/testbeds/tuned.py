@@ -18,7 +18,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.testbeds.base import Testbed
 from prunelab.common.tokens.apply import applied
 from prunelab.common.tokens.role import TokenPruner
-from prunelab.common.training import tokens
+from prunelab.common.training import lessons
 from prunelab.common.training.recipe import read_log
 
 
@@ -37,7 +37,7 @@ class Tuned(Testbed):
     budget: str = "0.7"
     start: str = ""
 
-    learns: ClassVar[tokens.Learns] = "both"
+    learns: ClassVar[lessons.Learns] = "both"
 
     def __post_init__(self) -> None:
         from prunelab.common.testbeds import SHIPPED
@@ -55,7 +55,7 @@ class Tuned(Testbed):
         model, log = testbeds.load(self.base().name)
         if log["sha256"] != self.start:
             raise PrunelabError(f"{self.name} started from other weights of {log['testbed']}; train {self.name} again")
-        return tokens.prepared(self.pruner, model, self.learns)
+        return lessons.prepared(self.pruner, model, self.learns)
 
     @property
     def pruner(self) -> TokenPruner:
@@ -71,7 +71,7 @@ class Tuned(Testbed):
 
     def loss(self, model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
         lots = int(torch.randint(2**31, (), generator=generator))
-        return tokens.lesson(self.pruner, model, self.budgets, self.passing(generator), lots)
+        return lessons.lesson(self.pruner, model, self.budgets, self.passing(generator), lots)
 
     def passing(self, generator: torch.Generator) -> Callable[[nn.Module], Any]:
         """A fresh batch: what runs a model on it and gives its outputs, with a `loss`."""

@@ -14,7 +14,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import ModelInfo
 from prunelab.common.tokens.adapters import adapter_for
-from prunelab.common.training.tokens import lesson
+from prunelab.common.training.lessons import lesson
 from prunelab.methods.atp_llava.method import (
     ATPLLaVA,
     Thresholds,

@@ -15,8 +15,9 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.learned import PARTS
 from prunelab.common.tokens.adapters import adapter_for
+from prunelab.common.training.lessons import lesson
 from prunelab.common.training.recipe import Recipe
-from prunelab.common.training.tokens import lesson, train
+from prunelab.common.training.tokens import train
 from prunelab.methods.m3.method import M3
 from tests.contract.tokens_references import SoftGate
 from tests.contract.vlms import images, prompt, vlm
