@@ -37,10 +37,10 @@ class Solve(Task):
     class Settings(base.Settings):
         """samples: of the problems (all). runs: over all of them, each with draws of its own. new: most tokens of an
         answer. temperature, top_p: of the sampling; temperature 0 takes the likeliest. batch: answered together.
-        calibration: problems to calibrate on, drawn of calibration_data, and as many of each of calibration_2 to
-        calibration_5. shown: what of them a method sees, the problem
-        with the model's own answer, either alone, or the problem with the answer of the data. length: of the sequences
-        where calibration_data are plain text."""
+        calibration: problems to calibrate on, drawn of calibration_data, and as many of each of calibration_2,
+        calibration_3, calibration_4 and calibration_5. shown: what of them a method sees, the problem with the model's
+        own answer, either alone, or the problem with the answer of the data. length: of the sequences where
+        calibration_data are plain text."""
 
         samples: PositiveInt | None = None
         runs: PositiveInt = 1
