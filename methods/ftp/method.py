@@ -164,7 +164,9 @@ class FTP(TokenPruner):
 
     def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         weights = self.schedule or (signals.parts.weights if self.router == "learned" else ())
-        kept_share = float(budget.amounts[0]) if budget.unit == "ratio" else budget.count(signals.units) / signals.units
+        kept_share = (
+            float(budget.amounts[0]) if budget.unit == "ratio" else budget.count(signals.units) / max(1, signals.units)
+        )
         skipped = 1 - kept_share
         if len(set(weights)) > 1:
             skipped = shares(weights, skipped, self.most)[site.index]
