@@ -26,23 +26,28 @@ Layers = Literal["mlp", "attention"]
 TINY = 1e-8
 
 
+def unit(gradient: Tensor) -> Tensor:
+    """The gradient over its norm, and a little more as released: gradients of large models are small; one whose norm
+    is no more than that is nothing."""
+    norm = gradient.norm()
+    return torch.where(norm > TINY, gradient / (norm + TINY), 0.0)
+
+
 def alignment(general: Tensor, domain: Tensor) -> Tensor:
-    """Cosine of the two gradients of a weight, 0 where one is nothing."""
-    norms = general.norm() * domain.norm()
-    return (general * domain).sum() / norms if float(norms) else general.new_zeros(())
+    """Cosine of the two gradients of a weight, 0 where one is next to nothing."""
+    return (unit(general) * unit(domain)).sum()
 
 
 def local_alignment(general: Tensor, domain: Tensor) -> Tensor:
     """The same for every weight: the product of the unit gradients, of matrices averaged over 3 x 3 neighbours with
-    zeros around. As released, matrices of fewer than three rows or columns have smaller windows, but the same zeros
-    around, so that the result is larger than the weight."""
-    if not float(general.norm()) or not float(domain.norm()):
-        return torch.zeros_like(general)
-    product = general / general.norm() * (domain / domain.norm())
-    if product.dim() < 2:
+    zeros around. As released, matrices of two rows or columns have smaller windows, but the same zeros around, so that
+    the result is larger than the weight; those of one have none."""
+    one, other = unit(general), unit(domain)
+    product = one * other
+    if product.dim() < 2 or not (bool(one.any()) and bool(other.any())):
         return product
     window = min(3, *product.shape)
-    return F.avg_pool2d(product[None, None], window, stride=1, padding=1)[0, 0]
+    return F.avg_pool2d(product[None, None], window, stride=1, padding=window // 2)[0, 0]
 
 
 def dai(

@@ -35,26 +35,30 @@ def aligned(arrays: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in out.items()}
 
 
-def scored(inputs: Mapping[str, np.ndarray], arrays: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    method = GAPrune(
-        float(inputs["hp_beta"]), float(inputs["hp_compression_weight"]), post=str(inputs["hp_postproc"]),  # type: ignore[arg-type]
-        temperature=float(inputs["hp_temperature"]), fusion_alpha=float(inputs["hp_fusion_alpha"]),
-        fusion_beta=float(inputs["hp_fusion_beta"]),
+def made(inputs: Mapping[str, np.ndarray]) -> GAPrune:
+    """The method with a case's options."""
+    return GAPrune(
+        float(inputs["hp_beta"]), float(inputs["hp_compression_weight"]), post=str(inputs.get("hp_postproc", "none")),  # type: ignore[arg-type]
+        temperature=float(inputs.get("hp_temperature", 1.0)), fusion_alpha=float(inputs.get("hp_fusion_alpha", 0.0)),
+        fusion_beta=float(inputs.get("hp_fusion_beta", 1.0)),
     )  # fmt: skip
+
+
+def scored(inputs: Mapping[str, np.ndarray], arrays: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    method = made(inputs)
     weight, domain = arrays["in_weight"], arrays["in_domain_fisher"]
     raw = method.raw(weight, domain, arrays["in_general_fisher"], arrays["in_alignment"])
     return {"out_dai": raw.numpy(), "out_score": method.fused(raw, weight, domain).numpy()}
 
 
 def pruned(inputs: Mapping[str, np.ndarray], arrays: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    method = GAPrune(float(inputs["hp_beta"]), float(inputs["hp_compression_weight"]))
+    method = made(inputs)
     names = [str(name) for name in inputs["in_order"]]
-    scores = [
-        method.raw(
-            *(arrays[f"in_{kind}|{name}"] for kind in ("weight", "domain_fisher", "general_fisher", "alignment"))
-        )
-        for name in names
-    ]
+    scores = []
+    for name in names:
+        kinds = ("weight", "domain_fisher", "general_fisher", "alignment")
+        weight, domain, general, aligned = (arrays[f"in_{kind}|{name}"] for kind in kinds)
+        scores.append(method.fused(method.raw(weight, domain, general, aligned), weight, domain))
     gone = int(round(sum(s.numel() for s in scores) * float(inputs["hp_pct"]), 6))
     if str(inputs["hp_strategy"]) == "global":
         kept = smallest(scores, gone)

@@ -27,6 +27,9 @@ def test_alignment_is_a_cosine_and_its_smoothing_a_mean_over_neighbours():
     assert float(local[2, 3]) == pytest.approx(float(unit[1:4, 2:5].mean()), rel=1e-5)
     assert float(local[0, 0]) == pytest.approx(float(unit[:2, :2].sum() / 9), rel=1e-5), "zeros around count"
     assert local_alignment(a[:2], a[:2]).shape == (3, 7) and local_alignment(a[0], a[0]).shape == (6,)
+    assert torch.equal(local_alignment(a[:1], a[:1]), local_alignment(a[0], a[0])[None]), "a single row has no window"
+    small = a * (1e-6 / a.norm())  # as the released constant has it, a hundredth of the norm is added to it
+    assert float(alignment(small, a)) == pytest.approx(1 / 1.01) and float(alignment(small / 1e3, a)) == 0
 
 
 def test_scores_rise_with_domain_and_size_and_fall_with_the_general_corpus():
