@@ -94,7 +94,7 @@ def above_common_threshold(scores: Tensor, costs: Tensor, share: float, inclusiv
     the total cost. `inclusive` keeps the unit at the threshold too.
     """
     descending, order = scores.sort(descending=True, stable=True)
-    running = costs.double()[order].cumsum(0)
+    running = costs[order].cumsum(0)  # in float32 as released, which decides where two lie equally near
     threshold = descending[(running - share * running[-1]).abs().argmin()]
     return scores >= threshold if inclusive else scores > threshold
 

@@ -272,3 +272,9 @@ def test_what_flap_prunes_is_channels_with_or_without_heads():
         FLAP(prunes=("heads",))
     with pytest.raises(PrunelabError, match="prunes channels"):
         FLAP(structure="AL-MM", removed_heads=2, prunes=("channels",))
+
+
+def test_of_two_places_equally_near_the_share_the_first_is_the_threshold():
+    """0.55 of 90 neurons lies halfway between 49 and 50, though not in double precision."""
+    scores = torch.arange(90.0, 0.0, -1.0)
+    assert int(above_common_threshold(scores, torch.ones(90), 0.55, inclusive=True).sum()) == 49
