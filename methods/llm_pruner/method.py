@@ -206,10 +206,11 @@ class LLMPruner(WeightPruner):
         return found
 
     def _together(self, targets: Sequence[Target], scores: Sequence[Tensor], budget: Budget) -> Sequence[Tensor]:
-        """What lies above the score at which enough of all heads and neurons have gone; it goes too."""
+        """What lies above the score at which enough of all heads and neurons have gone; it goes too. As released, a
+        block that would lose all its heads or neurons keeps them all."""
         if len(budget.amounts) > 1:
             raise PrunelabError(f"llm_pruner (global) prunes one share of all blocks together, not {budget}")
         joined = torch.cat(list(scores))
         gone = removed(len(joined), budget.amounts[0])
         kept = joined > joined.kthvalue(gone).values if gone else torch.ones_like(joined, dtype=torch.bool)
-        return kept.split([target.units for target in targets])
+        return [m if bool(m.any()) else ~m for m in kept.split([target.units for target in targets])]

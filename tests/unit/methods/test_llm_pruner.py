@@ -259,3 +259,11 @@ def test_channels_of_the_stream_leave_everywhere(tied, tmp_path):
     other = language_model(tie_word_embeddings=tied)
     plan.apply(other)
     assert torch.equal(other(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_a_block_that_would_lose_all_under_a_common_threshold_keeps_all():
+    low, high = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0])
+    targets = [Target("heads", "a", 0, "heads", (2,)), Target("channels", "b", 0, "channels", (3,))]
+    seen = [WeightSignals({}), WeightSignals({})]
+    kept = LLMPruner(scope="global").select(targets, seen, [low, high], Budget(0.4))
+    assert kept[0].tolist() == [True, True] and kept[1].tolist() == [False, True, True]
