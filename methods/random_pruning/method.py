@@ -89,14 +89,17 @@ def grasp_scores(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list
     return [w.detach() * h for w, h in zip(weights, torch.autograd.grad(flow, list(weights)), strict=True)]
 
 
-def drawn(shapes: Sequence[Shape], densities: Sequence[float], rng: torch.Generator | None) -> list[Tensor]:
-    """A mask for every layer, in order: each weight stays with its layer's probability. A layer of which nothing would
-    stay keeps the weight that came closest, which the released code does not look after."""
+def drawn(
+    shapes: Sequence[Shape], densities: Sequence[float], rng: torch.Generator | None, least: bool = True
+) -> list[Tensor]:
+    """A mask for every layer, in order: each weight stays with its layer's probability. With `least` a layer of which
+    nothing would stay keeps the weight that came closest, which the released code does not look after."""
     masks = []
     for shape, density in zip(shapes, densities, strict=True):
         lots = torch.rand(*shape, generator=rng)
         masks.append(lots < density)
-        masks[-1].view(-1)[lots.argmin()] = True
+        if least:
+            masks[-1].view(-1)[lots.argmin()] = True
     return masks
 
 

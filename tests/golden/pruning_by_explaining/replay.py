@@ -18,7 +18,10 @@ from prunelab.methods.pruning_by_explaining.method import PruningByExplaining, l
 
 TOLERANCE = {"": (1e-6, 1e-4)}
 CRITERIA = {"lrp": "lrp", "ICLR": "taylor", "grad": "gradient", "weight": "weight"}
-RULES = {"z": "z+", "simple": "simple", "alphabeta": "alphabeta", "first": "zB"}
+RULES = {
+    "z": "z+", "epsilon": "z+", "simple": "simple", "none": "simple", "alphabeta": "alphabeta", "alpha": "alphabeta",
+    "first": "zB",
+}  # fmt: skip
 
 
 def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:

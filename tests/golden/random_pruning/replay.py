@@ -24,7 +24,7 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     before = [FIRST] if ratio == "uniform_plus" else []
     densities = method.densities([*before, *shapes], float(inputs["hp_density"]))[len(before) :]
     rng = torch.Generator().manual_seed(int(inputs["hp_mask_seed"]))
-    masks = drawn(shapes, densities, rng)
+    masks = drawn(shapes, densities, rng, least=False)
     return {
         "out_layer_density": np.array(densities),
         "out_actual_density": np.array([float(m.float().mean()) for m in masks]),

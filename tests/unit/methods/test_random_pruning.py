@@ -95,3 +95,8 @@ def test_bad_input_is_named():
     with pytest.raises(PrunelabError, match="one share of all weights"):
         train(RandomPruning(), WEIGHT_FAMILIES["vgg"](), Budget(3, "count"), samples(), RECIPE,
               objective=objective, progress=False)  # fmt: skip
+
+
+def test_a_layer_that_lots_leave_empty_keeps_one_weight_unless_as_released():
+    rescued, bare = (drawn([(4, 4)], [0.0], torch.Generator().manual_seed(0), least)[0] for least in (True, False))
+    assert int(rescued.sum()) == 1 and int(bare.sum()) == 0
