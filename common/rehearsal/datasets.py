@@ -162,7 +162,7 @@ def dialogues(folder: Path) -> None:
 
 def prompts(path: Path) -> None:
     """One prompt a line."""
-    path.write_text("".join(f"{_text(i)}\n" for i in range(4)), encoding="utf-8")
+    path.write_text("".join(f"{_text(i)}\n" for i in range(12)), encoding="utf-8")
 
 
 def questions(path: Path) -> None:
