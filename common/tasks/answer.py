@@ -31,7 +31,9 @@ class Answer(Task):
         "cache_saving": Metric("cache saved", "%", higher_is_better=True),
         "budget": Metric("what a matched budget came to"),
         "oracle": Metric("answers right under some budget", "%", higher_is_better=True),
-        "oracle_budget": Metric("the least budget that answers right, in the mean", cost="tokens"),
+        "oracle_budget": Metric(
+            "the least budget that answers right, in the mean", higher_is_better=False, cost="tokens"
+        ),
     }
 
     class Settings(base.Settings):
