@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT, read_yaml
 from prunelab.common.core.optional import optional
 
@@ -85,7 +86,12 @@ def value(column: Any, i: int) -> Any:
 
 def parts(repository: str, folder: Path) -> None:
     """A repository of Parquet files with the card that names its configurations."""
-    import datasets
+    try:
+        import datasets
+    except ImportError:
+        raise PrunelabError(
+            f'the look-alike of {repository} is written by `datasets`; install it with pip install -e ".[evaluation]"'
+        ) from None
 
     configs: dict[str, list[dict[str, str]]] = {}
     for config, part in described()[repository]["parts"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,9 @@ def test_described_sets_have_the_names_the_catalogue_reads() -> None:
 def test_an_unknown_processor_is_named() -> None:
     with pytest.raises(PrunelabError, match="processor of Strange"):
         checkpoints.processor("Strange", lookup and type("Config", (), {"vision_config": object()})())
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PrunelabError, match=r"pip install -e .*evaluation"):
+        datasets.parts("lmms-lab-encoder/GQA", tmp_path)
