@@ -50,9 +50,11 @@ class Combination:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rehearsal went. fault: '' where it passed, else in one line. skipped: whether it could not be had here."""
+    """How a rehearsal went. address: of the run that was cut short; while it stays, what passed needs no repeating.
+    fault: '' where it passed, else in one line. skipped: whether it could not be had here."""
 
     name: str
+    address: str
     runs: int
     fault: str
     skipped: bool
@@ -202,17 +204,28 @@ class LookAlikes:
 def run(
     config: Mapping[str, Any], folder: Path, *, sample: int | None = None, console: Console | None = None
 ) -> list[Outcome]:
-    """Rehearse the chosen papers' combinations, all or the first `sample`, and note how they went."""
+    """Rehearse the chosen papers' combinations, all or the first `sample`, and note how they went. What is noted to
+    have passed with the same sources is not run again."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     wanted = combinations(plans.of({**config, "scale": "paper", "assets": ""}).runs.values())
     wanted = wanted[:sample]
     made = LookAlikes(folder, config)
+    path = Path(config["results"]) / RESULT
+    passed = {outcome.address: outcome for outcome in _noted(path) if not outcome.fault}
     outcomes = []
     for each in track(wanted, "rehearsing", console=console, transient=True, disable=console is None):
-        outcomes.append(rehearse(each, made))
+        outcomes.append(passed.get(each.run.address) or rehearse(each, made))
         told = [vars(outcome) for outcome in outcomes]
-        files.write_text(Path(config["results"]) / RESULT, json.dumps(told, indent=1) + "\n")
+        files.write_text(path, json.dumps(told, indent=1) + "\n")
     return outcomes
+
+
+def _noted(path: Path) -> list[Outcome]:
+    """What an earlier rehearsal noted; nothing where the file is absent, or of another form."""
+    try:
+        return [Outcome(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def rehearse(combination: Combination, made: LookAlikes) -> Outcome:
@@ -220,7 +233,14 @@ def rehearse(combination: Combination, made: LookAlikes) -> Outcome:
     began = time.monotonic()
 
     def outcome(fault: str, skipped: bool = False) -> Outcome:
-        return Outcome(combination.name, combination.runs, fault, skipped, round(time.monotonic() - began, 1))
+        return Outcome(
+            combination.name,
+            combination.run.address,
+            combination.runs,
+            fault,
+            skipped,
+            round(time.monotonic() - began, 1),
+        )
 
     short = cut(combination.run)
     if tasks.get(short.task).needs_gpu:

@@ -35,100 +35,12 @@ from prunelab.common.weights.targets import (
     Unit,
     WeightSignals,
 )
-
-GONE, NOTHING = 1e20, 1e-12  # score of a group that has left; size of one that was never there
+from prunelab.methods.tyr.surgery import damped, inverted, surgery
 
 
 def remaining(groups: int, sparsity: float) -> int:
     """Groups that stay, rounded down."""
     return math.floor(round(groups * (1 - sparsity), 6))
-
-
-def split(count: int, rounds: int) -> list[int]:
-    """`count` in at most so many parts, as even as can be, the larger ones first."""
-    rounds = min(rounds, count)
-    return [count // rounds + (place < count % rounds) for place in range(rounds)]
-
-
-def group_scores(weight: Tensor, target: Tensor, inverse: Tensor, size: int, gradient: bool = True) -> Tensor:
-    """What each group of inputs costs when it leaves [I / size]: the sum of W ((H^-1)_gg^-1 W / 2 + G), for the weight
-    [I, O] as it is now, G = H W of the dense one and the inverse Hessian [I, I]."""
-    if size == 1:
-        scores = (weight * weight).sum(1) / (2 * inverse.diagonal().clamp_min(torch.finfo(weight.dtype).tiny))
-    else:
-        blocks = torch.stack([inverse[i : i + size, i : i + size] for i in range(0, len(inverse), size)])
-        ridge = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
-        blocks = torch.where((blocks.diagonal(dim1=1, dim2=2) == 0).all(1)[:, None, None], ridge, blocks)
-        held = torch.linalg.solve(blocks, weight.view(len(blocks), size, -1)).flatten(0, 1)
-        scores = (weight * held).sum(1) / 2
-    return (scores + (weight * target).sum(1) if gradient else scores).view(-1, size).sum(1)
-
-
-def damped(hessian: Tensor, share: float) -> Tensor:
-    """The Hessian [I, I] with so large a share of its mean diagonal added to it."""
-    found = hessian.clone()
-    found.diagonal().add_(share * hessian.diagonal().mean())
-    return found
-
-
-def inverted(hessian: Tensor) -> Tensor:
-    """The inverse of a symmetric matrix, by its Cholesky factor where it has one."""
-    factor, failed = torch.linalg.cholesky_ex(hessian)
-    return torch.linalg.inv(hessian) if bool(failed) else torch.cholesky_inverse(factor)
-
-
-def surgery(
-    weight: Tensor,
-    hessian: Tensor,
-    size: int,
-    stay: int,
-    rounds: int,
-    damping: float = 0.01,
-    gradient: bool = True,
-    inverse: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The groups of `size` inputs that stay [I / size] and the weight [O, I] that makes up for the others.
-
-    hessian [I, I]: X^T X over all tokens; `inverse` that of the damped one, where it is known. In each of the rounds as
-    many groups leave as will, the cheapest first; those that are zero already, as the inputs never used, are the first.
-    As released, what stays then makes up for these by the inverse as it was with them in it, until others leave.
-    """
-    original = weight.float().T.contiguous().clone()
-    original[hessian.diagonal() == 0] = 0
-    groups = len(original) // size
-    if stay >= groups:
-        return torch.ones(groups, dtype=torch.bool, device=weight.device), original.T
-    hessian = damped(hessian, damping)
-    inverse = inverted(hessian) if inverse is None else inverse.clone()
-    target, left = hessian @ original, original
-    gone = left.view(groups, -1).abs().sum(1) <= NOTHING
-    more = groups - stay - int(gone.sum())
-    if more < groups - stay:
-        silent = gone.repeat_interleave(size)
-        inverse[silent], inverse[:, silent] = 0, 0
-        left = inverse @ target
-        if more <= 0:
-            return ~gone, left.T
-    turns = split(more, rounds)
-    for turn, count in enumerate(turns, 1):
-        chosen = (group_scores(left, target, inverse, size, gradient) + GONE * gone).argsort()[:count]
-        gone[chosen] = True
-        if turn == len(turns):  # nobody looks at what the others would make of it
-            break
-        out = (chosen.unsqueeze(1) * size + torch.arange(size, device=chosen.device)).flatten()
-        columns = inverse[:, out]
-        taken = torch.linalg.solve(columns[out], torch.cat([left[out], columns.T], 1))
-        left.addmm_(columns, taken[:, : left.shape[1]], alpha=-1)
-        inverse.addmm_(columns, taken[:, left.shape[1] :], alpha=-1)
-        left[out], inverse[out], inverse[:, out] = 0, 0, 0
-    kept = ~gone.repeat_interleave(size)
-    solved = torch.zeros_like(left)
-    if bool(kept.any()):
-        among = hessian[kept][:, kept]
-        factor, failed = torch.linalg.cholesky_ex(among)
-        right = target[kept]
-        solved[kept] = torch.linalg.solve(among, right) if bool(failed) else torch.cholesky_solve(right, factor)
-    return ~gone, solved.T
 
 
 def divergence(dense: Tensor, pruned: Tensor) -> Tensor:

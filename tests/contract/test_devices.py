@@ -82,7 +82,7 @@ def images(labels: Labels, family: str) -> Any:
 
 
 def caches(labels: Labels, method: Any) -> None:
-    model = moved(labels, language_model(max_position_embeddings=256))
+    model = moved(labels, language_model(max_position_embeddings=256, num_hidden_layers=4))
     draft = moved(labels, language_model(max_position_embeddings=256, num_hidden_layers=2, seed=1))
     services = dict.fromkeys(method.services, draft)
     ids = moved(labels, token_ids(2, 80).clamp_min(3))

@@ -6,6 +6,7 @@ The whole network is one block. Targets of unit `channels` are coupled channels 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -163,7 +164,7 @@ class ConvNet(WeightAdapter):
         return self.spaces[target.name].read[int(number)], bias == "bias"
 
     def add_bias(self, target: Target, role: str, value: Tensor) -> None:
-        if target.unit != "channels" or not role.startswith("down.") or not role.endswith(".bias"):
+        if target.unit != "channels" or not re.fullmatch(r"down\.\d+\.bias", role):
             return super().add_bias(target, role, value)
         module = self._reader(target, role)[0].module
         module.bias = nn.Parameter(value.to(module.weight), requires_grad=module.weight.requires_grad)

@@ -291,7 +291,7 @@ def test_no_source_reads_what_could_run():
         last = name.rpartition(".")[2]
         if (
             (name == "torch.load" and keywords.get("weights_only") is not True)
-            or (name.startswith(("pickle.", "dill.", "joblib.", "marshal.", "shelve.")))
+            or (name.startswith(("pickle.", "dill.", "joblib.", "marshal.", "shelve.")) and last != "dumps")
             or (name.startswith("yaml.") and last in ("load", "load_all", "unsafe_load", "full_load"))
             or name in ("eval", "exec", "os.system")
             or last in ("extractall", "unpack_archive")

@@ -27,7 +27,7 @@ BROUGHT = {
     "images", "mask", "targets", "sizes", "parts", "prompt", "prompts", "ids", "token_ids", "batches", "text",
     "documents", "background", "question", "seconds", "video_frames", "frame_at", "samples", "data", "arguments",
     "answers", "embeddings", "class_logits", "rewards", "early", "peft_model", "caption_model", "reference",
-    "base_model", "clip", "image_logits", "text_logits", "tokens", "policy", "episode",
+    "base_model", "clip", "answer_loss", "captions", "image_logits", "text_logits", "tokens", "policy", "episode",
 }  # fmt: skip
 
 

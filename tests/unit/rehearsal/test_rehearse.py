@@ -76,6 +76,8 @@ def test_outcomes_are_noted(plan: plans.Plan, tmp_path: Path) -> None:
     outcomes = rehearse.run(config, tmp_path / "folder", sample=1)
     noted = json.loads((tmp_path / "results" / rehearse.RESULT).read_text())
     assert [o["name"] for o in noted] == [o.name for o in outcomes] and len(outcomes) == 1
+    assert not outcomes[0].fault and rehearse.run(config, tmp_path / "other", sample=1) == outcomes
+    assert not (tmp_path / "other" / "rehearsals.log").exists(), "what passed is not run again"
 
 
 def test_narrow_models_keep_layers_heads_and_pictures() -> None:
