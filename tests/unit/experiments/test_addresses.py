@@ -213,7 +213,7 @@ def nowhere_else(file: str, run: Run) -> bool:
         ("common/data/detection.py", of("detect")),
         ("common/metrics/average_precision.py", of("detect")),
         ("common/apply.py", never),
-        ("common/training/trainer.py", of("tune")),
+        ("common/training/trainer.py", lambda r: r.task == "tune" or "parts" in r.ids),  # which a training made
         ("common/training/recipe.py", lambda r: r.task not in UNTRAINED),
         ("common/testbeds/__init__.py", lambda r: r.task not in UNTRAINED),
         ("common/models/batching.py", of("classify", "perplexity")),
