@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 
 import yaml
@@ -31,9 +31,3 @@ def evaluation_sets() -> Mapping[str, EvaluationSet]:
     except ValidationError as error:
         first = error.errors()[0]
         raise PrunelabError(f"configs/evaluation_sets.yaml, {first['loc']}: {first['msg']}") from None
-
-
-def examples(names: Iterable[str]) -> int | None:
-    """Examples of these sets in all; None where the size of one is not known."""
-    known = [evaluation_sets().get(name) for name in names]
-    return sum(each.size for each in known if each) if all(known) else None
