@@ -100,8 +100,8 @@ def counts(lines: list[join.Line]) -> str:
     if how["stale"]:
         named["stale"] = "stale"
     assumed = sum(line.outcome == "assumed" for line in lines)
-    said = ", ".join([f"{len(lines)} reported", *(f"{how[k]} {v}" for k, v in named.items())]) + f"; {off} off"
-    return said + (f", {assumed} under an assumption" if assumed else "")
+    summary = ", ".join([f"{len(lines)} reported", *(f"{how[k]} {v}" for k, v in named.items())]) + f"; {off} off"
+    return summary + (f", {assumed} under an assumption" if assumed else "")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -36,7 +36,7 @@ class Verdict:
         return "held" if self.held else "did not hold"
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """With the budgets that decide it."""
         parts = [
             f"{word} at {', '.join(budgets)}"

@@ -228,7 +228,7 @@ def tables(slug: str, plan: Plan, records: Records) -> list[PaperTable]:
         if reproduced.value is not None and allowed:
             difference = reproduced.value - cell.reported.value
             within = None if cell.assumes else allowed.allows(difference)
-        ready = outlook.told(slug, cell) if reproduced.value is None else ""
+        ready = outlook.note(slug, cell) if reproduced.value is None else ""
         lines.setdefault(cell.reported.table, []).append(
             Line(cell.reported, reproduced, difference, within, allowed, others, cell.reason, cell.assumes, ready)
         )

@@ -192,7 +192,7 @@ def of(plan: Plan, shown: Iterable[tuple[str, Sequence[tuple[str, PaperTable]]]]
         )  # fmt: skip
         found.setdefault(quantity.model, {}).setdefault(quantity.budget, []).append(quantity)
     shelves = {
-        model: [Shelf(model, told, tuple(quantities)) for told, quantities in sorted(by.items(), key=_most)]
+        model: [Shelf(model, options, tuple(quantities)) for options, quantities in sorted(by.items(), key=_most)]
         for model, by in found.items()
     }
     return Literature(dict(sorted(shelves.items(), key=lambda pair: -sum(s.reports for s in pair[1]))))
@@ -224,15 +224,15 @@ def budget(run: Run, model: str) -> str:
 
 
 def _options(run: Run) -> str:
-    told = [f"{key}={value}" for key, value in run.options.items()]
-    return ", ".join([*told, *(["budget matched in the mean"] if run.settings.get("match") else [])])
+    options = [f"{key}={value}" for key, value in run.options.items()]
+    return ", ".join([*options, *(["budget matched in the mean"] if run.settings.get("match") else [])])
 
 
 def _column(run: Run, metric: str) -> tuple[str, ...]:
     """What makes two metrics one column: the task, its data, and for a mean the scores behind it."""
     data = [name for kind, name in run.names if kind == "dataset"]
-    asked = run.settings.get("average", ()) if metric in MEANS else ()
-    return (run.task, metric, *data, *map(str, asked), str(run.settings.get("frames", "")))
+    members = run.settings.get("average", ()) if metric in MEANS else ()
+    return (run.task, metric, *data, *map(str, members), str(run.settings.get("frames", "")))
 
 
 def _labels(groups: Iterable[Sequence[tuple[Run, str, Report]]]) -> dict[tuple[str, ...], str]:

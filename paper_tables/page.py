@@ -183,8 +183,8 @@ def bar(outcomes: Mapping[str, int]) -> Markup:
             width = BAR * outcomes[outcome] / total
             parts.append(svg.element("rect", class_=f"b-{_css(outcome)}", x=left, y=0.0, width=width, height=10.0))
             left += width
-    said = ", ".join(f"{outcomes[o]} {tables.WORDS[o]}" for o in OUTCOMES if outcomes.get(o))
-    return Markup(svg.document(BAR, 10.0, said or "no numbers", "".join(parts), "bar")) if parts else Markup("–")
+    label = ", ".join(f"{outcomes[o]} {tables.WORDS[o]}" for o in OUTCOMES if outcomes.get(o))
+    return Markup(svg.document(BAR, 10.0, label or "no numbers", "".join(parts), "bar")) if parts else Markup("–")
 
 
 def interval(value: join.Value, reach: tuple[float, float], level: float | None) -> Markup:

@@ -104,7 +104,7 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def table_csv(table: PaperTable) -> str:
     """One line a reported number; the stand-ins have columns of their own."""
     others = scales(table)
-    told = any(v.protocol for line in table.lines for v in (line.reproduced, *line.others.values()))
+    protocols = any(v.protocol for line in table.lines for v in (line.reproduced, *line.others.values()))
 
     def row(line: Line) -> list[object]:
         r, own = line.reported, line.reproduced
@@ -116,12 +116,12 @@ def table_csv(table: PaperTable) -> str:
         for scale in others:
             v = line.others[scale]
             cells += [v.value, v.stderr, v.samples, v.record, v.status if v.value is None else STAND_IN]
-        if told:
+        if protocols:
             cells += [own.protocol, *(line.others[scale].protocol for scale in others)]
         return cells
 
     header = [*_LINE, *_OURS, *(f"{scale}{part}" for scale in others for part in _SCALE)]
-    if told:
+    if protocols:
         header += ["protocol", *(f"{scale}_protocol" for scale in others)]
     return csv_text(header, map(row, table.lines))
 
@@ -143,14 +143,14 @@ def _tolerance(line: Line) -> tuple[float | None, str | None]:
 
 def board_csv(board: BoardTable) -> str:
     """One line a point; `interval` is the half width of the paired difference's 95 % interval."""
-    told = any(p.value.protocol for p in board.points)
+    protocols = any(p.value.protocol for p in board.points)
     return csv_text(
-        (*_POINT, "status", "record", *(("protocol",) if told else ())),
+        (*_POINT, "status", "record", *(("protocol",) if protocols else ())),
         (
             (
                 p.entry, p.budget or "none", p.scale, p.value.value, p.value.stderr, p.value.samples, p.cost, p.saving,
                 p.difference, p.interval, p.value.status if p.scale == "paper" or p.value.value is None else STAND_IN,
-                p.value.record, *((p.value.protocol,) if told else ()),
+                p.value.record, *((p.value.protocol,) if protocols else ()),
             )
             for p in board.points
         ),
@@ -229,15 +229,15 @@ def tolerances(table: PaperTable) -> list[str]:
         if line.tolerance:
             columns = results.setdefault(line.tolerance.reason, {})
             columns.setdefault(line.reported.column, []).append(line.tolerance.value)
-    said = []
+    sentences = []
     for reason, columns in results.items():
         spans: dict[str, list[str]] = {}
         for column, values in columns.items():
             low, high = held(min(values)), held(max(values))
             spans.setdefault(f"±{low}" + (f" to ±{high}" if high != low else ""), []).append(column)
         limits = ", ".join(f"{span} ({', '.join(named)})" for span, named in spans.items())
-        said.append(f"Tolerance {limits}: {reason}.")
-    return said
+        sentences.append(f"Tolerance {limits}: {reason}.")
+    return sentences
 
 
 def table_grid(slug: str, table: PaperTable) -> Grid:
@@ -254,8 +254,8 @@ def table_grid(slug: str, table: PaperTable) -> Grid:
         lacks = line.ready.partition("; ")[2] or own.status  # without the command, which every cell has its own of
         cells.append(noted(shown(own, digits), own) if own.value is not None else f"– {notes(lacks)}")
         if own_counts:
-            told = f" {notes(own.ours.protocol)}" if own.ours and own.ours.protocol else ""
-            cells.append(counted(own) + told)
+            protocols = f" {notes(own.ours.protocol)}" if own.ours and own.ours.protocol else ""
+            cells.append(counted(own) + protocols)
         cells.append("–" if line.difference is None else signed(line.difference, digits))
         under = f" {notes(assumption(line))}" if line.assumes else ""
         cells.append(f"{SHAPES[line.outcome]} {status(line)}{under}")

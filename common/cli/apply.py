@@ -67,11 +67,11 @@ def apply(
     chosen: Any = registry.create(method, **given)
     from prunelab.common.cli import images, questions
 
-    asked = kind == "video" or bool(question) or questions.answers(model)
+    answering = kind == "video" or bool(question) or questions.answers(model)
     if not model and not weights:
         testbed = questions.TESTBEDS[kind == "video"]
-        asked = images.reader(chosen, (testbed,) if asked else (*images.CLASSIFIERS, testbed)) == testbed
-    if asked:
+        answering = images.reader(chosen, (testbed,) if answering else (*images.CLASSIFIERS, testbed)) == testbed
+    if answering:
         questions.run(chosen, file, limit, picture, model, question, frames, values)
     else:
         images.run(chosen, file, limit, picture, model, weights, values)

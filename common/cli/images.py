@@ -45,9 +45,9 @@ def reader(method: Method, kinds: Sequence[str]) -> str:
         if why:
             return name
         reasons.setdefault(str(why), []).append(name)
-    told = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+    refusals = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
     raise PrunelabError(
-        f"no model at hand can be pruned by {method.name} ({told}); name another with --model, or use the method in"
+        f"no model at hand can be pruned by {method.name} ({refusals}); name another with --model, or use the method in"
         f" code, see methods/{registry.slug(method)}/README.md"
     )
 

@@ -28,8 +28,8 @@ def list_methods(
     rows = []
     for entry in entries:
         paper = listing.paper(entry.slug)
-        told = (paper.family, f"{paper.title} ({paper.venue})") if paper else ("", "no paper.yaml yet")
-        rows.append((entry.name, entry.role, *told))
+        columns = (paper.family, f"{paper.title} ({paper.venue})") if paper else ("", "no paper.yaml yet")
+        rows.append((entry.name, entry.role, *columns))
     rows.insert(0, ("method", "role", "family", "paper"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:

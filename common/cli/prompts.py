@@ -50,18 +50,18 @@ def run(method: Method, file: Path, budget: Budget, out: Path | None, name: str,
         with apply(method, model, budget, services=services) as handle:
             pruned = model.generate(**given, **written)
         report = handle.report()
-    told = [tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) for made in (dense, pruned)]
-    for label, words in zip((f"{name}, unpruned", f"{method.name} at {budget}"), told, strict=True):
+    continuations = [tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) for made in (dense, pruned)]
+    for label, words in zip((f"{name}, unpruned", f"{method.name} at {budget}"), continuations, strict=True):
         console.print(f"[bold]{label}[/bold]")
         console.print(words, markup=False)
     mat = getattr(report, "mat", None)
-    same = "the text is the same" if told[0] == told[1] else "the text differs"
+    same = "the text is the same" if continuations[0] == continuations[1] else "the text differs"
     console.print(str(report) if mat is None else f"{mat:.2f} tokens a step; {same}")
     if name in testbeds.testbeds():
         console.print(f"{name} is a toy of ours that knows Python source alone; --model FOLDER reads other texts")
     if out is not None:
         out = out / f"{file.stem}.{method.name}.txt" if out.is_dir() else out
-        console.print(deliver(out, told[1] + "\n", "continuation"), soft_wrap=True)
+        console.print(deliver(out, continuations[1] + "\n", "continuation"), soft_wrap=True)
 
 
 def _identity(name: str, config: Mapping[str, Any]) -> dict[str, str]:

@@ -28,7 +28,7 @@ def rehearse(
         values["papers"] = only
     with tempfile.TemporaryDirectory() as temporary:
         outcomes = rehearsal.run(values, folder or Path(temporary), sample=sample, console=console)
-    for line in rehearsal.told(outcomes):
+    for line in rehearsal.summary(outcomes):
         console.print(line, markup=False, soft_wrap=True)
     if any(outcome.fault and not outcome.skipped for outcome in outcomes):
         raise typer.Exit(1)

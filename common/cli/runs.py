@@ -40,13 +40,13 @@ def plan(
         return
     result = overview.overview(values)
     if as_json:
-        told = {
+        summary = {
             "numbers": result.reported,
             "executable": result.executable,
             "assumed": result.assumed,
             "reasons": dict(result.reasons.most_common()),
         }
-        print(json.dumps(told, indent=1))
+        print(json.dumps(summary, indent=1))
         return
     table = Table("runs", "scale", "needed", "there", box=None, pad_edge=False)
     for (kind, scale), (needed, there) in result.runs.items():
@@ -100,19 +100,19 @@ def _tell_outlook(values: dict[str, Any], card: forecast.Gpu, hours: float | Non
         figures = (line["numbers"], line["runs"], time, line["gpus"], memory, size, len(line["gated"]))
         table.add_row(name, *map(str, figures), end_section=name != "in all")
     console.print(table)
-    told = [
+    notes = [
         f"\nforetold for {card.name} ({card.tflops:g} TFLOPS, {card.tbs:g} TB/s) from shapes, for unpruned models;"
         " '+' marks downloads of unknown size. In all, each run counts once."
     ]
     if total["hours_unknown"]:
-        told.append(f"{total['hours_unknown']} runs take hours that nothing tells")
+        notes.append(f"{total['hours_unknown']} runs take hours that nothing tells")
     if total["gated"]:
-        told.append(f"gated: {', '.join(total['gated'])}")
+        notes.append(f"gated: {', '.join(total['gated'])}")
     if lines:
-        told.append(f"download: python -m prunelab prefetch --lock --config papers={','.join(lines)}")
+        notes.append(f"download: python -m prunelab prefetch --lock --config papers={','.join(lines)}")
         single = "python -m prunelab run PAPER TABLE ROW --config scale=paper"
-        told.append(f"run: {forecast.command(lines) if hours is None else single}")
-    for line_of_text in told:
+        notes.append(f"run: {forecast.command(lines) if hours is None else single}")
+    for line_of_text in notes:
         console.print(line_of_text, markup=False, soft_wrap=True)
 
 

@@ -39,6 +39,6 @@ def select(
     budget = Budget.parse(f"{keep}count" if keep.isdigit() else keep)
     job = files.Job(chooser, raw, tuple(target or ()), out, budget, field, seed, workers)
     manifest = files.run(job)
-    for line in files.told(manifest):
+    for line in files.summary(manifest):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"wrote {out} and {job.manifest.name}", soft_wrap=True)

@@ -135,6 +135,6 @@ def accumulated(
         attention = causal_rows(
             queries[:, :, start : start + size], keys[:, :, :seen], scale, None if valid is None else valid[..., :seen]
         )
-        asked = part if asking is None else part * asking[:, None, None, start : start + size]
-        out[..., :seen] += (asked.expand(*attention.shape[:4]).unsqueeze(-2) @ attention).sum((2, 3))
+        row_weights = part if asking is None else part * asking[:, None, None, start : start + size]
+        out[..., :seen] += (row_weights.expand(*attention.shape[:4]).unsqueeze(-2) @ attention).sum((2, 3))
     return out

@@ -209,9 +209,9 @@ class Recalls:
         context.scatter_(1, (starts.unsqueeze(2) + torch.arange(size)).flatten(1), lines.flatten(1))
 
         order = torch.rand(count, pairs, generator=draws).argsort(1)
-        asked = lines[torch.arange(count).unsqueeze(1), order].flatten(1)
+        queries = lines[torch.arange(count).unsqueeze(1), order].flatten(1)
         start = context.shape[1]
-        return Recall(torch.cat([context, asked], 1), start + size * torch.arange(pairs) + self.value, start)
+        return Recall(torch.cat([context, queries], 1), start + size * torch.arange(pairs) + self.value, start)
 
 
 def repeats(among: Tensor, count: int, length: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:

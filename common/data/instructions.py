@@ -53,15 +53,15 @@ def _rows(path: Path) -> list[Any]:
 
 def _pair(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
     """What is asked, turn by turn, and the answer."""
-    said = ("conversations", "from", "value") if "conversations" in row else ("messages", "role", "content")
-    if said[0] in row:
-        name, who, what = said
+    keys = ("conversations", "from", "value") if "conversations" in row else ("messages", "role", "content")
+    if keys[0] in row:
+        name, who, what = keys
         roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
         turns = [{"role": roles[turn[who]], "content": str(turn[what])} for turn in row[name]]
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
         return turns[:last], turns[last]["content"]
-    asked = "\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
-    return [{"role": "user", "content": asked}], str(row["output"] if "output" in row else row["response"])
+    question = "\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
+    return [{"role": "user", "content": question}], str(row["output"] if "output" in row else row["response"])
 
 
 def _piece(

@@ -54,8 +54,8 @@ def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[Problem
     rng = random.Random(DRAW)
     try:
         rows = [row for path in paths for row in _rows(path)]
-        asked = {str(key): str(value) for key, value in identity.get("where", {}).items()}
-        rows = [row for row in rows if all(str(row[key]) == value for key, value in asked.items())]
+        conditions = {str(key): str(value) for key, value in identity.get("where", {}).items()}
+        rows = [row for row in rows if all(str(row[key]) == value for key, value in conditions.items())]
         results = [_problem(row, identity, rng) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise PrunelabError(

@@ -60,9 +60,9 @@ class Dialogue:
         return len(self.questions)
 
     def ids(self, answers: Sequence[str]) -> Tensor:
-        asked = [f"USER: {question} ASSISTANT:" for question in self.questions[: len(answers) + 1]]
-        said = [f" {answer.strip()}</s>" for answer in answers] + [""]
-        text = VICUNA + "".join(a + b for a, b in zip(asked, said, strict=True))
+        questions = [f"USER: {question} ASSISTANT:" for question in self.questions[: len(answers) + 1]]
+        replies = [f" {answer.strip()}</s>" for answer in answers] + [""]
+        text = VICUNA + "".join(a + b for a, b in zip(questions, replies, strict=True))
         return torch.tensor(self.tokenizer(text)["input_ids"])
 
 
@@ -80,20 +80,20 @@ def load(
     first `length` tokens.
     """
     if identity["loader"] == "problems":
-        told = [problem.text for problem in problems.load(identity, config)]
-        count = len(told) if samples is None else min(samples, len(told))
-        spread = [told[i * len(told) // count] for i in range(count)]
+        bodies = [problem.text for problem in problems.load(identity, config)]
+        count = len(bodies) if samples is None else min(samples, len(bodies))
+        spread = [bodies[i * len(bodies) // count] for i in range(count)]
         return [Beginning(torch.tensor(tokenizer(text)["input_ids"][:length])) for text in spread]
     if identity["loader"] != "questions":
         return [Beginning(tokens) for tokens in texts.sequences(identity, config, tokenizer, length, samples)]
     folder = config[identity["setting"]] if "setting" in identity else Path(config["assets"]) / identity["folder"]
     lines = (Path(folder) / identity["file"]).read_text(encoding="utf8").splitlines()
-    asked = [json.loads(line) for line in lines if line.strip()]
+    entries = [json.loads(line) for line in lines if line.strip()]
     if task is not None:
-        asked = [q for q in asked if (q["category"] if q["category"] in CATEGORIES else MT_BENCH) == task]
-    if not asked:
+        entries = [q for q in entries if (q["category"] if q["category"] in CATEGORIES else MT_BENCH) == task]
+    if not entries:
         raise PrunelabError(
             f"{identity['file']} has no question of the task '{task}'; use {MT_BENCH}, {', '.join(CATEGORIES)}"
         )
-    count = len(asked) if samples is None else min(samples, len(asked))
-    return [Dialogue(tuple(asked[i * len(asked) // count]["turns"]), tokenizer) for i in range(count)]
+    count = len(entries) if samples is None else min(samples, len(entries))
+    return [Dialogue(tuple(entries[i * len(entries) // count]["turns"]), tokenizer) for i in range(count)]

@@ -250,10 +250,10 @@ def draw(kind: Kind, split: digits.Split, count: int, seed: int) -> list[Sample]
     names = list(FORMS[kind])
     while len(made) < count:
         facts = COMPOSERS[kind](split, CHUNK, generator)
-        asked = {form: ask(kind, form, facts, generator) for form in names}
+        drafted = {form: ask(kind, form, facts, generator) for form in names}
         for row in range(CHUNK):
             form = names[len(made) % len(names)]
-            words, answer = (part[row] for part in asked[form])
+            words, answer = (part[row] for part in drafted[form])
             question = " ".join(WORDS[token] for token in words.tolist())
             pixels = facts.pixels[row].clone()
             made.append(Sample(kind, form, question, pixels, prompt(kind, words), int(answer)))

@@ -24,7 +24,7 @@ class Piece:
     text: str
     tokens: Tensor
     labels: Tensor
-    asked: str = ""
+    question: str = ""
 
     def model_input(self) -> dict[str, Tensor]:
         return {"input_ids": self.tokens, "labels": self.labels, "attention_mask": torch.ones_like(self.tokens)}

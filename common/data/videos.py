@@ -65,9 +65,9 @@ def _decode(path: Path, wanted: list[int] | None) -> list[Any]:
         stream.thread_type = "AUTO"
         if wanted is None:
             return [None for _ in container.decode(stream)]
-        asked, result = set(wanted), []
+        numbers, result = set(wanted), []
         for number, frame in enumerate(container.decode(stream)):
-            if number in asked:
+            if number in numbers:
                 result.append(frame.to_ndarray(format="rgb24"))
             if wanted and number == wanted[-1]:
                 break

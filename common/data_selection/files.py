@@ -267,7 +267,7 @@ def _short(text: str) -> str:
     return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
 
 
-def told(manifest: Mapping[str, Any]) -> list[str]:
+def summary(manifest: Mapping[str, Any]) -> list[str]:
     """A manifest in lines to read."""
     lines = [f"kept {manifest['out']['documents']:,} of {manifest['raw']['documents']:,} documents"]
     if manifest["sorted out"]:

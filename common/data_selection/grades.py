@@ -15,7 +15,7 @@ from prunelab.common.core.errors import PrunelabError
 
 @dataclass(frozen=True)
 class Grading:
-    """What a grader is asked, with `{asked}` and `{answer}` in it, and the grades that it may give."""
+    """What a grader is asked, with `{question}` and `{answer}` in it, and the grades that it may give."""
 
     text: str
     grades: tuple[int, ...]
@@ -23,19 +23,19 @@ class Grading:
 
 GRADINGS: Mapping[str, Grading] = {
     "accuracy": Grading(
-        "Instruction:\n{asked}\n\nAnswer:\n{answer}\n\nOn a scale from 0 (wrong or beside the point) to 5 (right and"
+        "Instruction:\n{question}\n\nAnswer:\n{answer}\n\nOn a scale from 0 (wrong or beside the point) to 5 (right and"
         " complete), the accuracy of this answer is ",
         (0, 1, 2, 3, 4, 5),
     ),
     # What Deita's released scorers were trained to continue.
     "complexity": Grading(
         "You are a helpful assistant. Please identify the complexity score of the following user query. \n##Query:"
-        " {asked}  \n##Complexity: ",
+        " {question}  \n##Complexity: ",
         (1, 2, 3, 4, 5, 6),
     ),
     "quality": Grading(
         "You are a helpful assistant. Please identify the quality score of the Response corresponding to the Question."
-        " \n #Question#:\n{asked}\n#Response#:\n{answer} \n##Quality: ",
+        " \n #Question#:\n{question}\n#Response#:\n{answer} \n##Quality: ",
         (1, 2, 3, 4, 5, 6),
     ),
 }  # fmt: skip
@@ -51,14 +51,14 @@ def grades(
     ids = torch.tensor([_one(tokenizer, str(grade)) for grade in grading.grades])
     values = torch.tensor(grading.grades, dtype=torch.float64)
     device = next(model.parameters()).device
-    asked = [_prompt(tokenizer, grading.text, *pair, length) for pair in pairs]
-    results = torch.zeros(len(asked), dtype=torch.float64)
-    places = sorted(range(len(asked)), key=lambda place: len(asked[place]))
+    prompts = [_prompt(tokenizer, grading.text, *pair, length) for pair in pairs]
+    results = torch.zeros(len(prompts), dtype=torch.float64)
+    places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     while places:
-        size = len(asked[places[0]])
-        group = [place for place in places[:batch] if len(asked[place]) == size]
+        size = len(prompts[places[0]])
+        group = [place for place in places[:batch] if len(prompts[place]) == size]
         places = places[len(group) :]
-        tokens = torch.tensor([asked[place] for place in group], device=device)
+        tokens = torch.tensor([prompts[place] for place in group], device=device)
         logits = model(input_ids=tokens, use_cache=False).logits[:, -1].double().cpu()
         results[group] = logits[:, ids].softmax(-1) @ values
     return results
@@ -72,13 +72,13 @@ def _one(tokenizer: Any, word: str) -> int:
     return int(ids[-1])
 
 
-def _prompt(tokenizer: Any, text: str, asked: str, answer: str, length: int) -> list[int]:
-    whole: list[int] = tokenizer(text.format(asked=asked, answer=answer))["input_ids"]
+def _prompt(tokenizer: Any, text: str, question: str, answer: str, length: int) -> list[int]:
+    whole: list[int] = tokenizer(text.format(question=question, answer=answer))["input_ids"]
     if len(whole) <= length:
         return whole
-    field, long = ("{answer}", answer) if "{answer}" in text else ("{asked}", asked)
+    field, long = ("{answer}", answer) if "{answer}" in text else ("{question}", question)
     head, _, tail = text.partition(field)
-    start: list[int] = tokenizer(head.replace("{asked}", asked))["input_ids"]
+    start: list[int] = tokenizer(head.replace("{question}", question))["input_ids"]
     middle, end = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (long, tail))
     start = start[: max(length - len(end), 0)]
     return [*start, *middle[: max(length - len(end) - len(start), 0)], *end]

@@ -64,9 +64,9 @@ def sheet(
     cell_wide, cell_high = side * ratio + GAP, side + (LINE if captions else 0.0)
     wide, high = across * cell_wide - GAP, LINE + rows * cell_high + GAP
     width = max((wide + GAP) * len(bands) - GAP if beside else wide, least)
-    said = [part for line in lines for part in textwrap.wrap(line, max(24, int(width / 6.8))) or [""]]
-    top = 1.4 * LINE * len(said) + (GAP if said else 0.0)
-    out = [text(0, 1.4 * LINE * (i + 0.7), line, class_="heading") for i, line in enumerate(said)]
+    headings = [part for line in lines for part in textwrap.wrap(line, max(24, int(width / 6.8))) or [""]]
+    top = 1.4 * LINE * len(headings) + (GAP if headings else 0.0)
+    out = [text(0, 1.4 * LINE * (i + 0.7), line, class_="heading") for i, line in enumerate(headings)]
     for place, (name, panels) in enumerate(bands):
         left, down = (place * (wide + GAP), top) if beside else (0.0, top + place * high)
         out.append(text(left, down + 9, name, class_="tick"))
@@ -136,8 +136,8 @@ def looks(found: Mapping[str, Any]) -> str:
     out = []
     for item in found["items"]:
         verdicts = [f"{item[name]} ({'right' if item[name] == item['answer'] else 'wrong'})" for name in _ASKED]
-        said = f"{item['question']}: {verdicts[0]} unpruned, {verdicts[1]} pruned"
-        out.append(f'<div class="scene">{look(item, said)}<p>{escape(said)}</p></div>')
+        heading = f"{item['question']}: {verdicts[0]} unpruned, {verdicts[1]} pruned"
+        out.append(f'<div class="scene">{look(item, heading)}<p>{escape(heading)}</p></div>')
     return f'<div class="scenes">{"".join(out)}</div>'
 
 

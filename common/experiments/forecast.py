@@ -72,7 +72,7 @@ class Forecast:
     computes: bool = True
 
     @property
-    def told(self) -> str:
+    def note(self) -> str:
         """In words."""
         if not self.computes:
             return "no GPU"
@@ -90,11 +90,11 @@ def work(run: Run) -> Work | None:
     task = tasks.get(run.task)
     data = [name for kind, name in run.names if kind == "dataset"]
     held = next((_size(name) for name in data), None)
-    asked = {name: _questions(name) for name in run.settings.get("tasks", ())} if "own data" in task.reads else {}
+    counts = {name: _questions(name) for name in run.settings.get("tasks", ())} if "own data" in task.reads else {}
     settings = dict(run.settings)
     if run.method is None and "calibration" in task.reads:
         settings["calibration"] = 0
-    return task.work(task.read(settings), asked, held)
+    return task.work(task.read(settings), counts, held)
 
 
 def _size(name: str) -> int | None:
@@ -183,7 +183,7 @@ class Outlook:
         cells = ((slug, cell.runs.get("paper")) for slug in self._plan.slugs for cell in self._plan.cells(slug))
         return [(slug, run) for slug, run in cells if isinstance(run, Run) and waits(run, self._made)]
 
-    def told(self, slug: str, cell: Cell) -> str:
+    def note(self, slug: str, cell: Cell) -> str:
         """How a number that waits is made, and what that takes; '' of one that does not wait."""
         run = cell.runs.get("paper")
         if not isinstance(run, Run) or not waits(run, self._made):
@@ -194,7 +194,7 @@ class Outlook:
         size = sum(entry.get("gb") or 0 for entry in files.values())
         parts = [
             f"ready: python -m prunelab run {names} --column {shlex.quote(number.column)} --config scale=paper",
-            f"takes {self.of(run).told} ({self._card.name})",
+            f"takes {self.of(run).note} ({self._card.name})",
         ]
         if files:
             licences = "; ".join(f"{name} ({_terms(entry)})" for name, entry in files.items())

@@ -41,5 +41,5 @@ def _tags(paper: papers.About | None) -> list[str]:
     return [f"{axis}={v}" for axis, values in paper.taxonomy.items() for v in values] if paper else []
 
 
-def _tagged(tag: str, asked: str) -> bool:
-    return asked in (tag, tag.partition("=")[2])
+def _tagged(tag: str, wanted: str) -> bool:
+    return wanted in (tag, tag.partition("=")[2])

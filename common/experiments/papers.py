@@ -242,9 +242,9 @@ class About(_Strict):
     @model_validator(mode="after")
     def _terms_exist(self) -> Self:
         known = {"family": FAMILIES, "taxonomy": tuple(AXES), **{f"taxonomy, {axis}": AXES[axis] for axis in AXES}}
-        said = {"family": [self.family], "taxonomy": list(self.taxonomy)}
-        said |= {f"taxonomy, {axis}": values for axis, values in self.taxonomy.items() if axis in AXES}
-        for where, names in said.items():
+        named = {"family": [self.family], "taxonomy": list(self.taxonomy)}
+        named |= {f"taxonomy, {axis}": values for axis, values in self.taxonomy.items() if axis in AXES}
+        for where, names in named.items():
             for name in names:
                 if name not in known[where]:
                     raise ValueError(f"{where}: there is no '{name}'{nearest(name, known[where])}")
@@ -414,10 +414,10 @@ def _averaged(columns: Mapping[str, dict[str, Any]], against: Mapping[str, float
             if lacking := [key for key in members if key not in against]:
                 raise PrunelabError(f"'{name}' needs the unpruned model's number for {', '.join(lacking)}")
             settings["against"] = [against[key] for key in members]
-        said = dict.fromkeys(part["assumes"] for part in (*parts, rest) if part.get("assumes"))
+        assumed = dict.fromkeys(part["assumes"] for part in (*parts, rest) if part.get("assumes"))
         results[name] = {"task": "visual_tasks", **rest, "settings": settings}
         results[name]["metric"] = "relative" if shares else "average"
-        results[name] |= {"assumes": "; ".join(said)} if said else {}
+        results[name] |= {"assumes": "; ".join(assumed)} if assumed else {}
     return results
 
 

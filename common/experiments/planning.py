@@ -233,11 +233,11 @@ def _cell(slug: str, table: papers.Table, number: papers.Reported, config: Mappi
     runs: dict[str, Run | str] = {}
     at = column.scales or tuple(scale for scale in ("paper", "testbed") if scale in task.scales)
     for scale in dict.fromkeys(("paper", *scales(config))):
-        asked = "testbed" if scale == "smoke" else scale
+        wanted = "testbed" if scale == "smoke" else scale
         if not task.scales and scale != "paper":
             continue
-        if task.scales and asked not in at:
-            runs[scale] = f"nothing: this column is not run at {asked} scale"
+        if task.scales and wanted not in at:
+            runs[scale] = f"nothing: this column is not run at {wanted} scale"
         elif config["scale"] == "smoke" and (scale == "smoke" or not task.scales) and not table.smoke:
             runs[scale] = "more than the smoke scale runs"
         else:
@@ -249,7 +249,9 @@ def _cell(slug: str, table: papers.Table, number: papers.Reported, config: Mappi
     if column.count is not None and chosen is not None and (config["scale"] != "smoke" or table.smoke):
         count = resolve("prompt_macs", "", config, configuration, model=model, budget=row.budget, settings=column.count)
     own = paper.configuration(chosen).assumes if chosen else ""
-    assumes = "; ".join(dict.fromkeys(said for said in (table.assumes, row.assumes, own, column.assumes) if said))
+    assumes = "; ".join(
+        dict.fromkeys(assumption for assumption in (table.assumes, row.assumes, own, column.assumes) if assumption)
+    )
     return Cell(number, metric, task.status, column, runs, count if isinstance(count, Run) else None, assumes=assumes)
 
 
@@ -285,8 +287,8 @@ def _points(slug: str, board: papers.Board, config: Mapping[str, Any]) -> Iterat
         )  # fmt: skip
 
     for scale in scales(config) if task.scales else scales(config)[:1]:
-        asked = "testbed" if scale == "smoke" else scale
-        if (asked not in board.scales and task.scales) or (scale == "smoke" and not board.smoke):
+        wanted = "testbed" if scale == "smoke" else scale
+        if (wanted not in board.scales and task.scales) or (scale == "smoke" and not board.smoke):
             continue
         first = board.budgets[0]  # the baseline may be a method, then under the first budget
         pruned = paper.configuration(board.baseline).method is not None
@@ -341,10 +343,10 @@ def check(slug: str) -> None:
 
 def selected(config: Mapping[str, Any]) -> list[str]:
     """The papers a configuration asks for."""
-    asked = config["papers"]
-    if asked == "all":
+    wanted = config["papers"]
+    if wanted == "all":
         return papers.slugs()
-    names = [part.strip() for part in asked.split(",")] if isinstance(asked, str) else list(asked)
+    names = [part.strip() for part in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
     for name in names:
         papers.load(name)
     return names

@@ -104,9 +104,9 @@ class Plan:
 
 def of(config: Mapping[str, Any]) -> Plan:
     """The plan of a configuration: as stored in its results folder, or made and stored there."""
-    asked = {key: value for key, value in config.items() if key not in _ELSEWHERE}
-    path = Path(config["results"]) / FOLDER / f"{files.digest(asked)[:20]}.json"
-    key = files.digest([FORMAT, asked, _read(), lookup.surroundings(config)])
+    settings = {key: value for key, value in config.items() if key not in _ELSEWHERE}
+    path = Path(config["results"]) / FOLDER / f"{files.digest(settings)[:20]}.json"
+    key = files.digest([FORMAT, settings, _read(), lookup.surroundings(config)])
     with suppress(OSError, ValueError):  # absent or damaged: it is only a copy of what can be made
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.get("key") == key and content.pop("sum", "") == files.digest(content):

@@ -127,20 +127,20 @@ def file_hash(path: Path) -> str:
 def code(text: str, tree: ast.Module | None = None) -> str:
     """A module without docstrings, blank lines and lines of comment, which decide nothing. tree: it, parsed."""
     nodes = list(ast.walk(tree or ast.parse(text)))
-    said = [
+    docstrings = [
         node.body[0]
         for node in nodes
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         and ast.get_docstring(node, clean=False) is not None
     ]
     lines = text.encode().split(b"\n")
-    for doc in said:
+    for doc in docstrings:
         first, last = doc.lineno - 1, (doc.end_lineno or doc.lineno) - 1
         behind = lines[last][doc.end_col_offset :]
         lines[first : last + 1] = [lines[first][: doc.col_offset] + behind] + [b""] * (last - first)
     strings = [node for node in nodes if isinstance(node, ast.Constant | ast.JoinedStr)]
     inside = {i for s in strings for i in range(s.lineno, s.end_lineno or 0)}  # lines that begin in a string
-    inside -= {i for doc in said for i in range(doc.lineno, doc.end_lineno or 0)}
+    inside -= {i for doc in docstrings for i in range(doc.lineno, doc.end_lineno or 0)}
     kept = (
         line if i in inside else line.rstrip()
         for i, line in enumerate(lines)

@@ -74,8 +74,8 @@ def _refuse_strangers(path: Path, run: Run) -> None:
 def run_of(record: Mapping[str, Any]) -> Run:
     """The run that a record tells of."""
     known = {field.name for field in fields(Run)}
-    told = {key: value for key, value in record["run"].items() if key in known}
-    return Run(**{**told, "entries": tuple(told["entries"]), "needs": "", "names": ()})
+    stored = {key: value for key, value in record["run"].items() if key in known}
+    return Run(**{**stored, "entries": tuple(stored["entries"]), "needs": "", "names": ()})
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -136,7 +136,7 @@ def run(
 ) -> bool:
     """Replay a record and show both sides; whether every metric came out as it was."""
     record = read(path)
-    told = run_of(record)
+    original = run_of(record)
     other = changed(record, config)
     if other and not force:
         raise PrunelabError(
@@ -144,15 +144,19 @@ def run(
         )
     for what in other:
         console.print(f"differs: {what} changed", markup=False, soft_wrap=True)
-    made = again(told, config, record["environment"].get("threads"))
+    made = again(original, config, record["environment"].get("threads"))
     elsewhere = differences(record["environment"], made["environment"])
     for line in elsewhere:
         console.print(f"differs: {line}", markup=False, soft_wrap=True)
     exact = not other and not elsewhere
-    compared = compare(told.task, record["metrics"], made["metrics"], None if exact else tolerance)
-    asked = "bit for bit" if exact else f"relative {tolerance:g}, or a tenth of its standard error"
+    compared = compare(original.task, record["metrics"], made["metrics"], None if exact else tolerance)
+    strictness = "bit for bit" if exact else f"relative {tolerance:g}, or a tenth of its standard error"
     table = Table(
-        "metric", "recorded", "replayed", "verdict", title=f"{told.method or 'unpruned'}, {told.task}; {asked}"
+        "metric",
+        "recorded",
+        "replayed",
+        "verdict",
+        title=f"{original.method or 'unpruned'}, {original.task}; {strictness}",
     )
     for each in compared:
         table.add_row(each.metric, f"{each.recorded}", f"{each.replayed}", each.verdict)
@@ -160,7 +164,7 @@ def run(
     return not any(each.verdict in ("off", "missing") for each in compared)
 
 
-def again(told: Run, config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
+def again(original: Run, config: Mapping[str, Any], threads: int | None) -> dict[str, Any]:
     """The record of a run made anew with so many threads, in a temporary folder."""
     import torch
 
@@ -168,7 +172,7 @@ def again(told: Run, config: Mapping[str, Any], threads: int | None) -> dict[str
     os.environ["OMP_NUM_THREADS"] = str(threads or before)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            made = runner.execute(told, {**config, "results": folder})
+            made = runner.execute(original, {**config, "results": folder})
             return provenance.read(made)
     finally:
         torch.set_num_threads(before)

@@ -180,8 +180,8 @@ class CacheHandle:
             raise PrunelabError(f"{self.method.name} prunes a cache and there is none; run the model with use_cache")
         if module.training and getattr(module, "gradient_checkpointing", False):
             raise PrunelabError("gradient checkpointing reads a pass twice, a cache only once; switch it off")
-        asked = given.get("output_attentions")
-        if self.decoder.config.output_attentions if asked is None else asked:
+        wants_attention = given.get("output_attentions")
+        if self.decoder.config.output_attentions if wants_attention is None else wants_attention:
             raise PrunelabError(f"{self.method.name} leaves no attention maps; run the model without output_attentions")
 
     def _prompt(

@@ -46,31 +46,31 @@ _SCORES: dict[str, Tensor] = {}
 def measure(bench: Bench[Answer.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.answer`."""
     settings = bench.settings
-    asked = drawn(bench.ids["data"], settings.samples)
+    samples = drawn(bench.ids["data"], settings.samples)
     if settings.blind:
-        known = questions.guess(asked[0].kind)
-        return accuracy(asked, torch.tensor([known.get(sample.question) == sample.answer for sample in asked]))
+        known = questions.guess(samples[0].kind)
+        return accuracy(samples, torch.tensor([known.get(sample.question) == sample.answer for sample in samples]))
     model = devices.place(loading.vision_language(bench.ids["model"], bench.config)[0], bench.device)
     adapter = adapter_for(model)
     assert isinstance(adapter, VisionLanguage)
     method = bench.method(TokenPruner)
     if method is None:
-        return accuracy(asked, right(model, asked)) | spent(adapter, asked[0])
+        return accuracy(samples, right(model, samples)) | spent(adapter, samples[0])
     scores = None
     if settings.frame_scores:
-        key = files.digest([bench.ids, len(asked)])
+        key = files.digest([bench.ids, len(samples)])
         if key not in _SCORES:
-            _SCORES[key] = attended(model, asked)
+            _SCORES[key] = attended(model, samples)
         scores = Scores(_SCORES[key])
     budget = bench.budget
     if settings.match:
-        budget = matched(method, adapter, budget, asked[:TRIED], scores, bench.seed)
+        budget = matched(method, adapter, budget, samples[:TRIED], scores, bench.seed)
     budgets = oracle.levels(settings.oracle, budget)
     found = []
     for each in budgets:
         with applied(method, model, each, services=_services(scores), seed=bench.seed) as handle:
-            found.append(right(model, asked, scores))
-            out = accuracy(asked, found[-1]) | spent(adapter, asked[0], handle)
+            found.append(right(model, samples, scores))
+            out = accuracy(samples, found[-1]) | spent(adapter, samples[0], handle)
     if settings.oracle:
         out |= oracle.chosen(torch.stack(found).float(), budgets)
     return out | {"budget": {"text": str(budget)}}
@@ -90,15 +90,15 @@ def _drawn(loader: str, count: int) -> Sequence[Sample]:
 
 
 @torch.inference_mode()
-def right(model: nn.Module, asked: Sequence[Sample], scores: Scores | None = None) -> Tensor:
+def right(model: nn.Module, samples: Sequence[Sample], scores: Scores | None = None) -> Tensor:
     """Whether the likeliest next word is the answer, bool [n]."""
     results = []
-    for start in track(range(0, len(asked), BATCH), "answering", transient=True):
-        part = asked[start : start + BATCH]
+    for start in track(range(0, len(samples), BATCH), "answering", transient=True):
+        part = samples[start : start + BATCH]
         if scores is not None:
             scores.first = start
-        said = last_logits(model, part).argmax(-1)
-        results.append(said == torch.tensor([sample.answer for sample in part], device=said.device))
+        predictions = last_logits(model, part).argmax(-1)
+        results.append(predictions == torch.tensor([sample.answer for sample in part], device=predictions.device))
     return torch.cat(results).cpu()
 
 
@@ -109,11 +109,11 @@ def last_logits(model: nn.Module, part: Sequence[Sample]) -> Tensor:
     return finite(model(**given, use_cache=False, logits_to_keep=1).logits[:, -1])
 
 
-def accuracy(asked: Sequence[Sample], correct: Tensor) -> dict[str, Any]:
+def accuracy(samples: Sequence[Sample], correct: Tensor) -> dict[str, Any]:
     """Percent of right answers, and that of each form of question."""
     out = {"accuracy": uncertainty.share(correct)}
-    for form in dict.fromkeys(sample.form for sample in asked):
-        own = torch.tensor([sample.form == form for sample in asked])
+    for form in dict.fromkeys(sample.form for sample in samples):
+        own = torch.tensor([sample.form == form for sample in samples])
         out[f"accuracy of {form}"] = uncertainty.share(correct[own])
     return out
 
@@ -155,7 +155,7 @@ def matched(
     method: TokenPruner,
     adapter: VisionLanguage,
     target: Budget,
-    asked: Sequence[Sample],
+    samples: Sequence[Sample],
     scores: Scores | None = None,
     seed: int = 0,
 ) -> Budget:
@@ -165,7 +165,7 @@ def matched(
     The target itself stays where it means that to the method. Levels that keep too little for the method to work with
     keep nothing, as far as the search goes.
     """
-    model, (example, visual) = adapter.model, shape(asked[0], adapter)
+    model, (example, visual) = adapter.model, shape(samples[0], adapter)
 
     def kept(budget: Budget) -> float:
         try:
@@ -175,7 +175,7 @@ def matched(
             ):
                 if scores is not None:
                     scores.first = 0
-                last_logits(model, asked)
+                last_logits(model, samples)
                 seen = [count / handle.application.trace.samples for count in handle.application.trace.attention]
                 sites = len(handle.application.sites)
         except PrunelabError:
@@ -211,7 +211,7 @@ def _services(scores: Scores | None) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def attended(model: Any, asked: Sequence[Sample]) -> Tensor:
+def attended(model: Any, samples: Sequence[Sample]) -> Tensor:
     """[samples, T] how much the unpruned model looks at each frame of a video when it is about to answer: the share
     that a frame's tokens have in the attention that the prompt's last word pays to all of them, in the mean over heads
     and layers. So the model itself judges the frames' worth to the question, by one pass of its own."""
@@ -220,8 +220,8 @@ def attended(model: Any, asked: Sequence[Sample]) -> Tensor:
     recorders, stops = zip(*(record(block.self_attn) for block in adapter.blocks), strict=True)
     try:
         rows = []
-        for start in track(range(0, len(asked), BATCH), "weighing frames", transient=True):
-            part = asked[start : start + BATCH]
+        for start in track(range(0, len(samples), BATCH), "weighing frames", transient=True):
+            part = samples[start : start + BATCH]
             last_logits(model, part)
             ids = questions.inputs(part)["input_ids"]
             last = torch.full((len(part), 1), ids.shape[1] - 1, device=recorders[0].shown().device)

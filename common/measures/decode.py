@@ -37,7 +37,9 @@ def measure(bench: Bench[Decode.Settings]) -> dict[str, Any]:
     settings = bench.settings
     model, tokenizer = loading.language(bench.ids["model"], bench.config)
     model = devices.place(model, bench.device, half=True)
-    asked = prompts.load(bench.ids["data"], bench.config, tokenizer, settings.prompt, settings.samples, settings.task)
+    dialogues = prompts.load(
+        bench.ids["data"], bench.config, tokenizer, settings.prompt, settings.samples, settings.task
+    )
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     options: dict[str, Any] = {"max_new_tokens": settings.new, **(sampling if settings.temperature else {})}
     plain = partial(baselines.plain, model, **options)
@@ -45,11 +47,11 @@ def measure(bench: Bench[Decode.Settings]) -> dict[str, Any]:
     with torch.inference_mode():
         decode = None if _is_plain(bench) else _decoder(bench, model, tokenizer, options)
         for _ in range(settings.warmup):
-            answer(asked[0], plain, tokenizer)
+            answer(dialogues[0], plain, tokenizer)
             if decode is not None:
-                answer(asked[0], decode, tokenizer)
+                answer(dialogues[0], decode, tokenizer)
         greedy, result = [], []
-        for prompt in track(asked, "decoding", transient=True):
+        for prompt in track(dialogues, "decoding", transient=True):
             greedy.append(answer(prompt, plain, tokenizer))
             result.append(greedy[-1] if decode is None else answer(prompt, decode, tokenizer))
     return summary(result, greedy)
@@ -153,10 +155,10 @@ class Answer:
 def answer(prompt: prompts.Prompt, decode: Answering, tokenizer: PreTrainedTokenizerBase) -> Answer:
     """A prompt answered turn by turn."""
     turns: list[Decoded] = []
-    said: list[str] = []
+    replies: list[str] = []
     while len(turns) < prompt.turns:
-        turns.append(decode(prompt.ids(said)))
-        said.append(tokenizer.decode(turns[-1].tokens, skip_special_tokens=True))
+        turns.append(decode(prompt.ids(replies)))
+        replies.append(tokenizer.decode(turns[-1].tokens, skip_special_tokens=True))
     return Answer(tuple(turns))
 
 

@@ -78,8 +78,8 @@ def detected(model: nn.Module, x: Tensor, mask: Tensor | None) -> Mapping[str, T
     if not hasattr(model, "config"):
         output: Mapping[str, Tensor] = model(x, mask)
         return output
-    said = model(x, pixel_mask=None if mask is None else (~mask).long())
-    return {"logits": said.logits, "boxes": said.pred_boxes}
+    outputs = model(x, pixel_mask=None if mask is None else (~mask).long())
+    return {"logits": outputs.logits, "boxes": outputs.pred_boxes}
 
 
 def _dense(model: nn.Module) -> tuple[float, float]:

@@ -34,8 +34,8 @@ class Examples:
             text = answer(document, self.targets.get(task))
             if text is None:
                 raise PrunelabError(f"the questions of {task} tell no answer in a word; they cannot be examples")
-            said = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-            results += [*messages(document), said]
+            reply = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+            results += [*messages(document), reply]
         return results
 
 

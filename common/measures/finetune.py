@@ -111,7 +111,7 @@ def _grades(bench: Bench[Finetune.Settings], method: Any, pieces: list[Any]) -> 
             raise PrunelabError(f"{bench.chosen} asks for grades of {kind}; name a model under the setting '{name}'")
         model, tokenizer = loading.language(bench.ids[name], bench.config)
         model = devices.place(model, bench.device, half=True)
-        pairs = [(piece.asked, piece.text) for piece in pieces]
+        pairs = [(piece.question, piece.text) for piece in pieces]
         results.append(grades.grades(model, tokenizer, kind, pairs, length=bench.settings.length))
         del model
     return torch.stack(results, 1)

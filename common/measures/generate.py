@@ -49,7 +49,7 @@ class Painter(Protocol):
 def measure(bench: Bench[Generate.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.generate`."""
     settings = bench.settings
-    told = captions.drawn(bench.ids["data"], bench.config, settings.samples, bench.seed)
+    captioned = captions.drawn(bench.ids["data"], bench.config, settings.samples, bench.seed)
     painter = of_digits(bench) if "testbed" in bench.ids["model"] else of_diffusers(bench)
     judges: Judges = Digits() if "testbed" in bench.ids["model"] else Networks(bench)
     report, method = None, bench.method(WeightPruner)
@@ -58,8 +58,8 @@ def measure(bench: Bench[Generate.Settings]) -> dict[str, Any]:
         plan = weights.prune(method, painter.model, bench.budget, calibration, seed=bench.seed, progress=False)
         report = with_others(plan.report, painter.model, bench.budget.names)
     parts = [m for m in painter.model.components.values() if isinstance(m, nn.Module)]
-    for start in track(range(0, len(told), settings.batch), "painting", transient=True):
-        part = told[start : start + settings.batch]
+    for start in track(range(0, len(captioned), settings.batch), "painting", transient=True):
+        part = captioned[start : start + settings.batch]
         judges.see(part, painter.paint([caption.text for caption in part], bench.seed + start))
     return {**judges.verdict(), **sizes(nn.ModuleList(parts), report)}
 
@@ -80,8 +80,8 @@ def calibrated(bench: Bench[Generate.Settings], method: WeightPruner, painter: P
     names = bench.budget.names
     if not names:
         raise PrunelabError("a text-to-image model has components; give a budget such as text_encoder=0.5,unet=0.65")
-    told = captions.drawn(bench.ids["calibration"], bench.config, bench.settings.calibration, bench.seed)
-    texts = [caption.text for caption in told]
+    captioned = captions.drawn(bench.ids["calibration"], bench.config, bench.settings.calibration, bench.seed)
+    texts = [caption.text for caption in captioned]
     found: dict[str, Any] = {}
     for name in names:
         if name == "text_encoder":
@@ -167,7 +167,7 @@ def of_diffusers(bench: Bench[Generate.Settings]) -> Painter:
 class Judges(Protocol):
     """What is made of images as they come."""
 
-    def see(self, told: Sequence[Captioned], painted: Tensor) -> None:
+    def see(self, captioned: Sequence[Captioned], painted: Tensor) -> None:
         """Take in captions and what was painted of them."""
 
     def verdict(self) -> dict[str, Any]:
@@ -181,9 +181,9 @@ class Digits:
         self.painted: list[Tensor] = []
         self.right: list[Tensor] = []
 
-    def see(self, told: Sequence[Captioned], painted: Tensor) -> None:
+    def see(self, captioned: Sequence[Captioned], painted: Tensor) -> None:
         self.painted.append(painted.flatten(1))
-        self.right.append(recogniser()(painted) == torch.tensor([caption.of for caption in told]))
+        self.right.append(recogniser()(painted) == torch.tensor([caption.of for caption in captioned]))
 
     def verdict(self) -> dict[str, Any]:
         real, _ = captions.real_digits()
@@ -203,11 +203,11 @@ class Networks:
         self.clip.to(self.device)
         self.cosines: list[Tensor] = []
 
-    def see(self, told: Sequence[Captioned], painted: Tensor) -> None:
-        real = torch.stack([images.read(caption.of, _sized) for caption in told])
+    def see(self, captioned: Sequence[Captioned], painted: Tensor) -> None:
+        real = torch.stack([images.read(caption.of, _sized) for caption in captioned])
         for pictures, own in ((real, True), (torch.stack([sized(image) for image in painted]), False)):
             self.fid.update(pictures.to(self.device), real=own)
-        self.cosines.append(cosines(self.clip, self.processor, [c.text for c in told], painted))
+        self.cosines.append(cosines(self.clip, self.processor, [c.text for c in captioned], painted))
 
     def verdict(self) -> dict[str, Any]:
         distance = float(self.fid.compute())

@@ -31,8 +31,8 @@ def timed(bench: Bench[Latency.Settings], device: torch.device, warm_up: int, re
     torch.manual_seed(0)
     model = loading.initialised(bench.ids["model"], str(device)).to(torch.bfloat16)
     devices.note(model)
-    asked, against_dense = bench.settings.batch, bench.settings.against_dense
-    x = torch.randn(asked, *adapter_for(model).example().shape[1:]).to(device, torch.bfloat16)
+    batch_size, against_dense = bench.settings.batch, bench.settings.against_dense
+    x = torch.randn(batch_size, *adapter_for(model).example().shape[1:]).to(device, torch.bfloat16)
     out: dict[str, Any] = {}
     method, budget, parts = bench.method(TokenPruner), None, None
     if method is not None:
@@ -42,7 +42,7 @@ def timed(bench: Bench[Latency.Settings], device: torch.device, warm_up: int, re
         out["budget"] = {"text": str(budget)}
     with torch.inference_mode():
         # The unpruned model is the larger one, and both are timed on one batch.
-        batch = fitting(model, x) if against_dense else asked
+        batch = fitting(model, x) if against_dense else batch_size
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with bench.at_work(method, model, budget=budget, parts=parts):
@@ -56,9 +56,9 @@ def timed(bench: Bench[Latency.Settings], device: torch.device, warm_up: int, re
     out["batch"] = {"value": batch}
     if memory is not None:
         out["memory_gib"] = {"value": round(memory / 2**30, 3)}
-    less = "" if batch == asked else f", as {asked} do not fit"
-    told = f"random weights in bfloat16; batches of {batch}{less}; median of {repeats} after {warm_up} to warm up"
-    return {name: {**metric, "protocol": told} for name, metric in out.items()}
+    less = "" if batch == batch_size else f", as {batch_size} do not fit"
+    protocol = f"random weights in bfloat16; batches of {batch}{less}; median of {repeats} after {warm_up} to warm up"
+    return {name: {**metric, "protocol": protocol} for name, metric in out.items()}
 
 
 def fitting(model: nn.Module, x: Tensor) -> int:

@@ -60,10 +60,10 @@ class VisualModel(lmms):
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answers to requests, in their order. As in the library's wrappers of these models only the end token and
         the limit of new tokens end an answer, not the task's `until`."""
-        asked: list[Request] = [request.args for request in requests]
-        answers, start = [""] * len(asked), time.perf_counter()
-        for places in track(list(self._batches(asked)), "asking", transient=True):
-            for place, answer in self._answers({place: asked[place] for place in places}):
+        arguments: list[Request] = [request.args for request in requests]
+        answers, start = [""] * len(arguments), time.perf_counter()
+        for places in track(list(self._batches(arguments)), "asking", transient=True):
+            for place, answer in self._answers({place: arguments[place] for place in places}):
                 answers[place] = answer
         self.seconds += time.perf_counter() - start
         return answers
@@ -74,18 +74,18 @@ class VisualModel(lmms):
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise PrunelabError("this task takes several rounds; name one of lmms-eval's tasks that asks once")
 
-    def _batches(self, asked: Sequence[Request]) -> Iterator[list[int]]:
+    def _batches(self, arguments: Sequence[Request]) -> Iterator[list[int]]:
         """Places of requests with equal settings, as many as are asked together."""
         groups: dict[str, list[int]] = {}
-        for place, request in enumerate(asked):
+        for place, request in enumerate(arguments):
             groups.setdefault(repr(sorted(request[2].items())), []).append(place)
         for places in groups.values():
             yield from (places[start : start + self.batch] for start in range(0, len(places), self.batch))
 
-    def _answers(self, asked: Mapping[int, Request]) -> Iterator[tuple[int, str]]:
+    def _answers(self, arguments: Mapping[int, Request]) -> Iterator[tuple[int, str]]:
         """The answers of one batch by place: questions with something to see, then those without."""
         results: dict[bool, dict[int, ChatMessages]] = {}
-        for place, (_, messages, _, document, task, split) in asked.items():
+        for place, (_, messages, _, document, task, split) in arguments.items():
             documents = self.task_dict[task][split]
             before = self.shown.before(messages, task, documents, document)
             turn = ChatMessages(messages=[*before, *messages(documents[document])])
@@ -93,7 +93,7 @@ class VisualModel(lmms):
             if heard:
                 raise PrunelabError(f"the task {task} plays sounds, which these models do not hear")
             results.setdefault(bool(shown or filmed), {})[place] = turn
-        settings = next(iter(asked.values()))[2]
+        settings = next(iter(arguments.values()))[2]
         for sees, turns in sorted(results.items(), reverse=True):
             with self.pruned() if sees else nullcontext():
                 yield from zip(turns, self._generate(list(turns.values()), settings), strict=True)

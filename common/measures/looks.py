@@ -36,11 +36,11 @@ def measure(bench: Bench[Looks.Settings]) -> dict[str, Any]:
     items = []
     for sample in questions.samples(bench.ids["data"], bench.settings.samples):
         query = Query(questions.inputs([sample]), lambda new: questions.WORDS[int(new[0])], words=1)
-        items.append(told(sample, inspect(model, query, method, budget, bench.seed)))
+        items.append(item(sample, inspect(model, query, method, budget, bench.seed)))
     return {"looks": {"value": len(items), "items": items}, "budget": {"text": str(budget)}}
 
 
-def told(sample: Sample, found: Inspection) -> dict[str, Any]:
+def item(sample: Sample, found: Inspection) -> dict[str, Any]:
     """An inspection as plain values."""
     return {
         "question": sample.question,

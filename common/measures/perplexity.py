@@ -71,21 +71,21 @@ def prune(
 ) -> tuple[WeightPlan, str]:
     """Where a method meets a language model: it stays pruned by it from here on. What was decided, and how it was
     calibrated, in words: on `calibration` sequences of the settings' `length`, or of the one given."""
-    ids, calibration, told = bench.ids, None, "no calibration"
+    ids, calibration, protocol = bench.ids, None, "no calibration"
     if method.calibrated:
         count, length = bench.settings.calibration, length or bench.settings.length
         if length is None:
             raise PrunelabError(f"{method.name} calibrates; set the `length` of its sequences in tokens")
         drawn = texts.windows(ids["calibration"], bench.config, tokenizer, length, count, bench.seed)
         calibration = [tokens.to(model.device) for tokens in drawn]
-        told = f"calibrated on {count} of {length} tokens ({ids['calibration']['loader']})"
+        protocol = f"calibrated on {count} of {length} tokens ({ids['calibration']['loader']})"
     base = None
     if method.needs_base:
         if "base" not in ids:
             raise PrunelabError(f"{method.name} needs the model before fine-tuning; name it as base in models.yaml")
         base = loading.language(ids["base"], bench.config)[0].to(model.device, model.dtype)
     plan = weights.prune(method, model, bench.budget, calibration, base=base, seed=bench.seed, progress=False)
-    return plan, told
+    return plan, protocol
 
 
 def predicted(model: nn.Module, test: Sequence[Tensor]) -> dict[str, dict[str, Any]]:

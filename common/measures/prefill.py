@@ -37,7 +37,7 @@ def timed(bench: Bench[Prefill.Settings], device: torch.device, warm_up: int, re
     model = loading.initialised(bench.ids["model"], str(device))
     devices.note(model)
     settings, new, method = bench.settings, bench.settings.new, bench.method()
-    given, told = asked(model, settings, device)
+    given, protocol = inputs(model, settings, device)
     dense = answered(model, given, new, warm_up, repeats) if settings.against_dense else None
     if method is not None and method.role == "weight_pruner":
         cutting = importlib.import_module("prunelab.common.measures.size")  # by name, see `by_role`
@@ -58,15 +58,15 @@ def timed(bench: Bench[Prefill.Settings], device: torch.device, warm_up: int, re
         results["decode_speedup"] = own.decode / dense.decode
     where = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    told = f"random weights in {dtype} on {where}; {told}, {new} written"
+    protocol = f"random weights in {dtype} on {where}; {protocol}, {new} written"
     return {
-        name: {"value": round(value, 5), "n": repeats, "protocol": told}
+        name: {"value": round(value, 5), "n": repeats, "protocol": protocol}
         for name, value in results.items()
         if value is not None
     }
 
 
-def asked(model: Any, settings: Prefill.Settings, device: torch.device) -> tuple[dict[str, Any], str]:
+def inputs(model: Any, settings: Prefill.Settings, device: torch.device) -> tuple[dict[str, Any], str]:
     """Arguments of the model's `generate` for a prompt, and its size in words."""
     if hasattr(model.config, "vision_config"):
         adapter = adapter_for(model)

@@ -33,10 +33,10 @@ OTHERS = ("calibration_2", "calibration_3", "calibration_4", "calibration_5")
 def measure(bench: Bench[Solve.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.solve`."""
     settings, ids = bench.settings, bench.ids
-    asked = problems.load(ids["data"], bench.config)[: settings.samples]
-    if lacking := sum(not problem.graded for problem in asked):
+    exam = problems.load(ids["data"], bench.config)[: settings.samples]
+    if lacking := sum(not problem.graded for problem in exam):
         raise PrunelabError(f"{lacking} of these problems have no answer to grade by; name another data set")
-    if any(problem.tests for problem in asked):
+    if any(problem.tests for problem in exam):
         programs.allow(bench.config)
     model, tokenizer = loading.language(ids["model"], bench.config)
     model = devices.place(model, bench.device, half=True)
@@ -49,12 +49,12 @@ def measure(bench: Bench[Solve.Settings]) -> dict[str, Any]:
             calibration = [s for name in names for s in _calibration(bench, model, tokenizer, ids[name])]
         plan = pruning.prune(method, model, bench.budget, calibration, seed=bench.seed, progress=False)
         out = sizes(model, plan.report)
-    right = [0.0] * len(asked)
+    right = [0.0] * len(exam)
     lengths: list[int] = []
     for run in range(settings.runs):
-        for place, tokens in enumerate(written(bench, model, tokenizer, asked, run)):
+        for place, tokens in enumerate(written(bench, model, tokenizer, exam, run)):
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            right[place] += 100 * problems.solved(asked[place], text) / settings.runs
+            right[place] += 100 * problems.solved(exam[place], text) / settings.runs
             lengths.append(len(tokens))
     cut = sum(length >= settings.new for length in lengths)
     return {
@@ -83,14 +83,14 @@ def _calibration(bench: Bench[Solve.Settings], model: Any, tokenizer: Any, ident
             f"there are {len(known)} problems to calibrate on, not {settings.calibration}; ask for fewer"
         )
     chosen = random.Random(bench.seed).sample(known, settings.calibration)
-    asked = [prompt(tokenizer, problem) for problem in chosen]
+    asks = [prompt(tokenizer, problem) for problem in chosen]
     if settings.shown == "problem":
         made: list[list[int]] = [[] for _ in chosen]
     elif settings.shown == "reference":
         made = [tokenizer(problem.answer, add_special_tokens=False)["input_ids"] for problem in chosen]
     else:
         made = written(bench, model, tokenizer, chosen, run=-1)
-    parts = [([] if settings.shown == "answer" else ask) + answer for ask, answer in zip(asked, made, strict=True)]
+    parts = [([] if settings.shown == "answer" else ask) + answer for ask, answer in zip(asks, made, strict=True)]
     return [torch.tensor(tokens, device=model.device) for tokens in parts]
 
 
@@ -108,12 +108,12 @@ def prompt(tokenizer: Any, problem: Problem) -> list[int]:
 
 @torch.inference_mode()
 def written(
-    bench: Bench[Solve.Settings], model: Any, tokenizer: Any, asked: Sequence[Problem], run: int
+    bench: Bench[Solve.Settings], model: Any, tokenizer: Any, exam: Sequence[Problem], run: int
 ) -> list[list[int]]:
     """The model's answers as token ids, without what follows their end. Those of one length are written together, so
     that none is padded in front; draws are those of the seed and the run."""
     settings = bench.settings
-    prompts = [prompt(tokenizer, problem) for problem in asked]
+    prompts = [prompt(tokenizer, problem) for problem in exam]
     groups: dict[int, list[int]] = {}
     for place, tokens in enumerate(prompts):
         groups.setdefault(len(tokens), []).append(place)
@@ -126,7 +126,7 @@ def written(
     sampling: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
     if settings.temperature > 0:
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    results: list[list[int]] = [[] for _ in asked]
+    results: list[list[int]] = [[] for _ in exam]
     with torch.random.fork_rng(devices=[bench.device] if bench.device.type == "cuda" else []):
         torch.manual_seed((bench.seed << 8) + run + 1)
         for places in track(batches, "solving", transient=True):

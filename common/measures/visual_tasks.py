@@ -45,7 +45,7 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     data = {str(value["hub"]): value for name, value in bench.ids.items() if name.startswith("data of ")}
     logged: list[Mapping[str, Any]] = []
     for budget in budgets:
-        asked = wrapper(
+        evaluated = wrapper(
             model,
             processor,
             batch=settings.batch,
@@ -58,7 +58,7 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
             made = lmms_eval.api.task.ConfigurableMessagesTask
             tasks = [made(config=entry | located(entry, data, bench.config)) for entry in read]
             result = lmms_eval.evaluator.simple_evaluate(
-                model=asked,
+                model=evaluated,
                 tasks=tasks,
                 task_manager=index(settings.include),
                 limit=settings.limit,
@@ -84,8 +84,8 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
         measured["average"] = {"value": average(measured, settings.average)}
     if settings.against:
         measured["relative"] = {"value": relative(measured, settings.average, settings.against)}
-    measured["seconds"] = {"value": round(asked.seconds, 4)}
-    measured["rate"] = {"value": round(sum(counts.values()) / asked.seconds, 4)}
+    measured["seconds"] = {"value": round(evaluated.seconds, 4)}
+    measured["rate"] = {"value": round(sum(counts.values()) / evaluated.seconds, 4)}
     for metric in measured.values():
         metric["protocol"] = protocol
     return measured

@@ -48,11 +48,11 @@ def scored(
     """The model's scores on the run's tasks, each with the protocol it was taken by."""
     lm_eval, wrapper = harness()
     settings = bench.settings
-    asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch or settings.batch)
+    evaluated = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch or settings.batch)
     results: dict[str, Any] = {}
     for shots, tasks in by_shots(settings):
         results |= lm_eval.simple_evaluate(
-            model=asked,
+            model=evaluated,
             tasks=located(tasks, bench.ids, bench.config),
             num_fewshot=shots,
             limit=settings.limit,

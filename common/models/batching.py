@@ -54,9 +54,9 @@ class Slices:
         """`step` of the samples x [B, ...], which must treat each on its own: [B, ...], whatever the slices were."""
         done: list[Tensor] = []
         while len(x):
-            asked = min(self.size or len(x), len(x))
-            part, size = largest(lambda count, rest=x: step(rest[:count]), asked, self.what)  # type: ignore[misc]
-            if size < asked:
+            limit = min(self.size or len(x), len(x))
+            part, size = largest(lambda count, rest=x: step(rest[:count]), limit, self.what)  # type: ignore[misc]
+            if size < limit:
                 self.size = size
             done.append(part)
             x = x[size:]

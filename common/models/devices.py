@@ -39,9 +39,9 @@ def shown() -> dict[str, str]:
     are), each with what tells it from every other on this machine: in a cluster two jobs may both call theirs 0."""
     lines = [line.split(",") for line in _smi("--query-gpu=index,uuid") or []]
     ids = {index.strip(): uuid.strip() for index, uuid in lines}
-    if (told := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
         return {uuid: uuid for uuid in ids.values()}
-    return {name: ids.get(name, name) for name in (part.strip() for part in told.split(",")) if name}
+    return {name: ids.get(name, name) for name in (part.strip() for part in visible.split(",")) if name}
 
 
 @contextmanager
@@ -62,12 +62,12 @@ def claim(count: int, folder: Path | None = None) -> Iterator[list[str]]:
         )
     folder = folder or Path(tempfile.gettempdir()) / f"prunelab-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    told = False
+    visible = False
     while len(held := _locked(names, count, folder)) < count:
         _release(held)
-        if not told:
+        if not visible:
             print(f"waiting for {count} of the GPUs {', '.join(names)}", file=sys.stderr)
-            told = True
+            visible = True
         time.sleep(WAIT)
     global _claimed
     before, _claimed = os.environ.get("CUDA_VISIBLE_DEVICES"), count

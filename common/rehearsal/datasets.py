@@ -142,7 +142,7 @@ def problems(folder: Path, entry: Mapping[str, Any]) -> None:
         held = {letter: _text(i + k, 2) for k, letter in enumerate("ABCD")}
         row |= {named: held} if isinstance(named, str) else {name: _text(i + k, 2) for k, name in enumerate(named)}
         row |= {entry["answer"]: "B" if named else str(i)} if "answer" in entry else {}
-        row |= {name: str(said) for name, said in entry.get("where", {}).items()}
+        row |= {name: str(constant) for name, constant in entry.get("where", {}).items()}
         if "tests" in entry:
             packed = base64.b64encode(zlib.compress(pickle.dumps(json.dumps([{"input": "2", "output": "2"}])))).decode()
             row |= {"public_test_cases": json.dumps([{"input": "1", "output": "1"}]), "private_test_cases": packed}

@@ -215,8 +215,8 @@ def run(
     outcomes = []
     for each in track(wanted, "rehearsing", console=console, transient=True, disable=console is None):
         outcomes.append(passed.get(each.run.address) or rehearse(each, made))
-        told = [vars(outcome) for outcome in outcomes]
-        files.write_text(path, json.dumps(told, indent=1) + "\n")
+        summary = [vars(outcome) for outcome in outcomes]
+        files.write_text(path, json.dumps(summary, indent=1) + "\n")
     return outcomes
 
 
@@ -272,7 +272,7 @@ def _identity(value: Any, config: Mapping[str, Any]) -> Any:
     return {**{k: v for k, v in value.items() if k not in ("revision", "local")}, **hub.identity(value, kind, config)}
 
 
-def told(outcomes: Iterable[Outcome]) -> Iterator[str]:
+def summary(outcomes: Iterable[Outcome]) -> Iterator[str]:
     """How rehearsals went, in lines: how many passed, then each fault with how many runs it stops."""
     every = list(outcomes)
     passed = [o for o in every if not o.fault]

@@ -184,7 +184,7 @@ class DecodingHandle:
         session = self.session
         session.rng = (session.rng or torch.Generator(tokens.device).manual_seed(self.seed)) if sampling else None
         sequence, done = input_ids, False
-        asked = {name: getattr(generation_config, f"output_{name}") for name in ("scores", "logits")}
+        outputs = {name: getattr(generation_config, f"output_{name}") for name in ("scores", "logits")}
         rows: dict[str, list[Tensor]] = {"scores": [], "logits": []}
         scores = torch.empty(0)
         session.begin(tokens)
@@ -203,7 +203,7 @@ class DecodingHandle:
             self._steps += 1
             before = torch.cat([step.accepted.nodes.new_zeros(1), step.accepted.nodes + 1])[: len(emitted)]
             for name, found in (("scores", scores.float()), ("logits", step.logits.float())):
-                rows[name] += found[before].split(1) if asked[name] else ()
+                rows[name] += found[before].split(1) if outputs[name] else ()
             if self._streamer is not None:
                 for token in emitted.cpu().split(1):
                     self._streamer.put(token)
@@ -219,8 +219,8 @@ class DecodingHandle:
             return sequence
         from transformers.generation import GenerateDecoderOnlyOutput
 
-        told = {name: tuple(rows[name]) for name in rows if asked[name]}
-        return GenerateDecoderOnlyOutput(sequences=sequence, **told, **seam.with_cache({}, reader.cache))
+        returned = {name: tuple(rows[name]) for name in rows if outputs[name]}
+        return GenerateDecoderOnlyOutput(sequences=sequence, **returned, **seam.with_cache({}, reader.cache))
 
     def _refuse(self, config: GenerationConfig, processors: LogitsProcessorList, given: Mapping[str, Any]) -> None:
         """Refuse, before work, what would not be as without drafts."""

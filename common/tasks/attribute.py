@@ -42,7 +42,7 @@ class Attribute(Task):
         draws: PositiveInt = 1
 
     @classmethod
-    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
         """Each token is explained by some passes over what stands before it."""
         contexts = settings.samples or held or CONTEXTS
         return Work(read=PASSES * settings.length * settings.new * settings.draws * contexts)

@@ -158,7 +158,7 @@ class Task(ABC):
         """The metrics of a run, each with its `value` and, where there are some, `stderr`, `n` and `samples`."""
 
     @classmethod
-    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
         """What a run of these settings gives its model to do, a method's own passes apart. asked: questions of
         each task of an evaluation library, held: samples of the data set, None where the catalogue does not know. None
         where it cannot be told, as for every task that does not say."""
@@ -206,8 +206,8 @@ class Task(ABC):
             return
         role = registry.entry(method).role
         if role not in cls.roles:
-            asked = " or a ".join(cls.roles) or "method of no role"
-            raise PrunelabError(f"the task {cls.name} is run under a {asked}; {method} is a {role}")
+            expected = " or a ".join(cls.roles) or "method of no role"
+            raise PrunelabError(f"the task {cls.name} is run under a {expected}; {method} is a {role}")
         if budget is not None:
             Budget.parse(budget)
         elif cls.budgeted:

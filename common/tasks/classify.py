@@ -36,7 +36,7 @@ class Classify(Task):
         against_dense: bool = False
 
     @classmethod
-    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
         samples = settings.samples or held
         return None if samples is None else Work(inputs=samples)
 

@@ -54,7 +54,7 @@ class Decode(Task):
         top_p: PositiveShare = 1.0
 
     @classmethod
-    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
         """Prompts are answered plainly as well, to compare the clocks."""
         prompts = settings.samples or held or PROMPTS
         return Work(written=2 * settings.new * prompts)

@@ -87,11 +87,11 @@ class Finetune(Task):
             return self
 
     @classmethod
-    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
         """The training, then what `zero_shot` asks."""
         samples = settings.limited or held
         scored = ZeroShot.work(
-            ZeroShot.read({k: v for k, v in settings if k in ("tasks", "shots", "limit")}), asked, None
+            ZeroShot.read({k: v for k, v in settings if k in ("tasks", "shots", "limit")}), sizes, None
         )
         if samples is None or scored is None:
             return None

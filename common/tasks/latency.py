@@ -37,7 +37,7 @@ class Latency(Task):
         against_dense: bool = False
 
     @classmethod
-    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
         return Work(seconds=60)
 
     def measure(self, bench: Bench[Any]) -> Metrics:

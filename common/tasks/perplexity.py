@@ -44,7 +44,7 @@ class Perplexity(Task):
         calibration_data: str | None = None
 
     @classmethod
-    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
         measured = settings.samples * settings.length if settings.samples else TEXT
         return Work(read=measured + settings.calibration * settings.length)
 

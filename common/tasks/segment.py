@@ -42,7 +42,7 @@ class Segment(Task):
         gallery: NonNegativeInt = 0
 
     @classmethod
-    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
         samples = settings.samples or held
         return None if samples is None else Work(inputs=samples)
 

@@ -58,7 +58,7 @@ class Solve(Task):
         length: PositiveInt = 4096
 
     @classmethod
-    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
         """Every problem is answered in every run, and those to calibrate on once."""
         count = settings.samples or held
         if count is None:

@@ -63,9 +63,9 @@ class VisualTasks(Task):
         oracle: tuple[str, ...] = ()
 
     @classmethod
-    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
-        counts = [n for count in asked.values() if (n := settings.limit or count) is not None]
-        if len(counts) < len(asked):
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
+        counts = [n for count in sizes.values() if (n := settings.limit or count) is not None]
+        if len(counts) < len(sizes):
             return None
         total = sum(counts) * (1 + len(settings.oracle))
         frames = settings.frames if "frames" in settings.model_fields_set else 0

@@ -49,10 +49,10 @@ class ZeroShot(Task):
         calibration_data: str | None = None
 
     @classmethod
-    def work(cls, settings: Any, asked: Mapping[str, int | None], held: int | None) -> Work | None:
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
         """Four answers of a question are compared, or one is written."""
-        counts = {task: n for task, count in asked.items() if (n := settings.limit or count) is not None}
-        if len(counts) < len(asked):
+        counts = {task: n for task, count in sizes.items() if (n := settings.limit or count) is not None}
+        if len(counts) < len(sizes):
             return None
         lengths = QUESTION * (1 + (settings.shots or 0))
         lines = {task: next((n for begin, n in ANSWERS.items() if task.startswith(begin)), 0) for task in counts}

@@ -104,9 +104,9 @@ class CodeLM(Testbed):
             repeats, known = code.repeats(self.recalls.words, asking, length, generator)
             nll, copied = self.surprise(model, torch.cat([tokens, repeats])).tensor_split([count - asking])
             return nll.mean() + copied[known[:, 1:]].mean()
-        asked = self.recalls.draw(train, asking, length, self.pairs, generator)
-        nll = self.surprise(model, torch.cat([tokens, asked.tokens]))
-        return nll.mean() + nll[-asking:, asked.answers - 1].mean()
+        queries = self.recalls.draw(train, asking, length, self.pairs, generator)
+        nll = self.surprise(model, torch.cat([tokens, queries.tokens]))
+        return nll.mean() + nll[-asking:, queries.answers - 1].mean()
 
     def surprise(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """Negative log likelihood [B, T - 1] in nats of every token [B, T] behind the first; products in bfloat16."""
@@ -136,9 +136,11 @@ class CodeLM(Testbed):
     def recalled(self, model: nn.Module, count: int) -> float:
         """Share of definitions that the model's likeliest token gives back, in held-out code at full context."""
         draws = torch.Generator().manual_seed(TEST_SEED)
-        asked = self.recalls.draw(code.stream("held_out", self.vocabulary), count, self.context, self.pairs, draws)
-        rows = [model(row, use_cache=False).logits[0, asked.answers - 1].argmax(-1) for row in asked.tokens.split(1)]
-        return float((torch.stack(rows) == asked.tokens[:, asked.answers]).float().mean())
+        queries = self.recalls.draw(code.stream("held_out", self.vocabulary), count, self.context, self.pairs, draws)
+        rows = [
+            model(row, use_cache=False).logits[0, queries.answers - 1].argmax(-1) for row in queries.tokens.split(1)
+        ]
+        return float((torch.stack(rows) == queries.tokens[:, queries.answers]).float().mean())
 
     def extras(self) -> Mapping[str, str]:
         return {TOKENIZER: code.tokenizer(self.vocabulary).to_str(pretty=False)}

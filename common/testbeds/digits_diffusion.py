@@ -55,9 +55,9 @@ class DigitsDiffusion(Testbed):
         assert isinstance(model, DigitDiffusion)
         count = QUICK if quick else FULL
         rng = torch.Generator().manual_seed(1)
-        told = captions.of_digits(torch.arange(count) % 10, rng)
-        pictures = model.generate(captions.encoded([c.text for c in told]), STEPS, GUIDANCE, rng)
+        captioned = captions.of_digits(torch.arange(count) % 10, rng)
+        pictures = model.generate(captions.encoded([c.text for c in captioned]), STEPS, GUIDANCE, rng)
         named = recogniser()(pictures)
         real, _ = captions.real_digits()
-        right = float((named == torch.tensor([c.of for c in told])).float().mean())
+        right = float((named == torch.tensor([c.of for c in captioned])).float().mean())
         return {"right": right, "frechet": frechet_distance(pictures.flatten(1), real.flatten(1)), "pictures": count}

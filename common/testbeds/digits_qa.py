@@ -171,14 +171,14 @@ class DigitsQA(Testbed):
 
     def answering(self, net: Any, facts: Any, encoded: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Loss of the answer, and of the end behind it, to every form of question."""
-        asked = [
+        drawn = [
             questions.ask(self.kind, form, facts, generator)
             for form in questions.FORMS[self.kind]
             for _ in range(self.rounds)
         ]
         lead = questions.prefix(self.kind)
-        words = torch.stack([question for question, _ in asked], 1)  # [B, Q, 5]
-        answer = torch.stack([answer for _, answer in asked], 1)  # [B, Q]
+        words = torch.stack([question for question, _ in drawn], 1)  # [B, Q, 5]
+        answer = torch.stack([answer for _, answer in drawn], 1)  # [B, Q]
         asking = torch.cat([words, answer.unsqueeze(2)], 2)  # [B, Q, 6]
         tokens = torch.cat([lead.expand(len(answer), -1), asking.flatten(1)], 1)
         mask, places = together(len(lead), *asking.shape[1:])

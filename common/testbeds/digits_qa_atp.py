@@ -30,7 +30,7 @@ class DigitsQAATP(DigitsQATuned):
     budget: str = "0.25"
 
     name: ClassVar[str] = "digits_qa_atp"
-    told: ClassVar[bool] = False
+    ends: ClassVar[bool] = False
 
     def base(self) -> DigitsQA:
         return DigitsQA()

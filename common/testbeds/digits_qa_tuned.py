@@ -22,7 +22,7 @@ class DigitsQATuned(Tuned):
     """Questions of all forms in turn, each about a picture of its own. What is learned is the answer and the end behind
     it, the latter at a tenth of the weight, as in the training behind the weights.
 
-    told: whether the answer stands behind the question, without which its end cannot be learned. A method that reads
+    ends: whether the answer stands behind the question, without which its end cannot be learned. A method that reads
     the attention of the text would choose by it.
     """
 
@@ -33,7 +33,7 @@ class DigitsQATuned(Tuned):
     decay: float = 0.0
 
     needs: ClassVar[tuple[str, ...]] = DigitsQA.needs
-    told: ClassVar[bool] = True
+    ends: ClassVar[bool] = True
 
     def extras(self) -> dict[str, str]:
         return dict(self.base().extras())
@@ -42,14 +42,14 @@ class DigitsQATuned(Tuned):
         """Arguments of the model for questions with their answers, and what comes next [B, 2] at the last places."""
         facts = pictures.pictures("train", self.batch, generator, deformed=True)
         forms = list(questions.FORMS["picture"])
-        asked = [questions.ask("picture", form, facts, generator) for form in forms]
+        samples = [questions.ask("picture", form, facts, generator) for form in forms]
         row = torch.arange(self.batch)
-        words, answer = (torch.stack(part)[row % len(forms), row] for part in zip(*asked, strict=True))
+        words, answer = (torch.stack(part)[row % len(forms), row] for part in zip(*samples, strict=True))
         tokens = questions.prompt("picture", words)
-        if self.told:
+        if self.ends:
             tokens = torch.cat([tokens, answer.unsqueeze(1)], 1)
         given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "pixel_values": facts.pixels}
-        return given, torch.stack([answer, torch.full_like(answer, IDS[questions.END])], 1)[:, : 1 + self.told]
+        return given, torch.stack([answer, torch.full_like(answer, IDS[questions.END])], 1)[:, : 1 + self.ends]
 
     def passing(self, generator: torch.Generator) -> Callable[[nn.Module], Any]:
         given, wanted = self.batch_of(generator)
@@ -63,12 +63,12 @@ class DigitsQATuned(Tuned):
 
     def evaluate(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
         """Accuracy on held-out digits without pruning, and under each budget."""
-        asked = questions.draw("picture", "test", QUICK if quick else FULL, TEST_SEED)
-        results = {"accuracy": right(model, asked)}
+        samples = questions.draw("picture", "test", QUICK if quick else FULL, TEST_SEED)
+        results = {"accuracy": right(model, samples)}
         for budget in self.budgets:
             with self.pruned(model, budget):
-                results[f"accuracy_{budget}"] = right(model, asked)
-        return results if quick else results | {"questions": len(asked)}
+                results[f"accuracy_{budget}"] = right(model, samples)
+        return results if quick else results | {"questions": len(samples)}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class DigitsQAM3(DigitsQATuned):
         return DigitsQA()
 
 
-def right(model: nn.Module, asked: list[questions.Sample]) -> float:
+def right(model: nn.Module, samples: list[questions.Sample]) -> float:
     """The share of questions whose answer is the likeliest next word."""
-    said = answers(model, asked)
-    return sum(a == sample.answer for a, sample in zip(said, asked, strict=True)) / len(asked)
+    predictions = answers(model, samples)
+    return sum(a == sample.answer for a, sample in zip(predictions, samples, strict=True)) / len(samples)

@@ -110,11 +110,11 @@ class DigitsSegmentationDToP(Tuned):
 def deep_loss(stages: Sequence[Prediction], labels: Tensor) -> Tensor:
     """The losses of all heads together, on the testbed's grid."""
     grid = (segmentation.SIDE // segmentation.CELL,) * 2
-    return torch.stack([atm_loss(said, grid, labels) for said in stages]).sum()
+    return torch.stack([atm_loss(prediction, grid, labels) for prediction in stages]).sum()
 
 
 def atm_loss(
-    said: Prediction,
+    prediction: Prediction,
     grid: tuple[int, int],
     labels: Tensor,
     *,
@@ -125,17 +125,21 @@ def atm_loss(
 ) -> Tensor:
     """SegViT's loss of one head: is the class there (cross-entropy), and where (focal and dice loss of its mask).
 
-    said: prediction of the whole grid; labels [B, H, W] int64, where values outside the classes belong to no mask.
+    prediction: of the whole grid; labels [B, H, W] int64, where values outside the classes belong to no mask.
     Masks are resized to the labels; only those of classes in the image count, with equal weight in the batch. absent:
     weight of classes that are not there. The weights are those of the released configurations of DToP.
     """
-    assert said.presence is not None  # the loss of heads that ask whether a class is there
-    present, target = masks_of(labels, said.masks.shape[1])
-    logits = F.interpolate(said.masks.unflatten(-1, grid), labels.shape[-2:], mode="bilinear", align_corners=False)
+    assert prediction.presence is not None  # the loss of heads that ask whether a class is there
+    present, target = masks_of(labels, prediction.masks.shape[1])
+    logits = F.interpolate(
+        prediction.masks.unflatten(-1, grid), labels.shape[-2:], mode="bilinear", align_corners=False
+    )
     count = present.sum().clamp_min(1)
 
     weight = torch.where(present, 1.0, absent)
-    entropy = F.binary_cross_entropy_with_logits(said.presence.squeeze(-1), present.float(), weight, reduction="sum")
+    entropy = F.binary_cross_entropy_with_logits(
+        prediction.presence.squeeze(-1), present.float(), weight, reduction="sum"
+    )
     focal = focal_loss(logits, target).mean((-2, -1))
     dice = dice_loss(logits.sigmoid(), target)
     where = ((mask_weight * focal + dice_weight * dice) * present).sum() / count

@@ -214,8 +214,8 @@ class Engine:
     def stream(self, chain: Chain, block: int) -> Stream | None:
         """The calibration set in front of a block, or None where nothing is measured on it. States kept by an earlier
         run are taken up; the blocks behind the last of them are run again, pruned where they already are."""
-        asked = any(self.method.statistics(unit) for unit in self.method.units)
-        if not asked or not self.method.measures(chain.component):
+        calibrated = any(self.method.statistics(unit) for unit in self.method.units)
+        if not calibrated or not self.method.measures(chain.component):
             return None
         start = block
         while start > chain.start and not self.work.has_hidden(start):

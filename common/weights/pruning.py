@@ -288,10 +288,10 @@ def _calibration(
         name: (calls if isinstance(chains.get(name), Linears) else corpus)(part).to(device)
         for name, part in parts.items()
     }
-    asked = any(method.statistics(unit) for unit in method.units)
+    needs_calibration = any(method.statistics(unit) for unit in method.units)
     measured = [name for name in chains if method.measures(name)]
-    for name in measured if several and asked else [""]:
-        if not any(found[key].items for key in ([name] if several and asked else found) if key in found):
+    for name in measured if several and needs_calibration else [""]:
+        if not any(found[key].items for key in ([name] if several and needs_calibration else found) if key in found):
             of = f" for {name}" if name else ""
             raise PrunelabError(
                 f"{method.name} needs a calibration set{of}; give token ids, see prunelab.common.weights.windows"

@@ -21,7 +21,7 @@ def exits(scenes: Mapping[str, Any]) -> str:
     for item in scenes["items"]:
         kept = [(f"block {site['layer']}: {len(site['kept'])} of {tokens}", site["kept"]) for site in item["sites"]]
         shown = ", ".join(map(str, item["classes"])) or "no digit"
-        said = f"{shown}: {item['right']:g} % of pixels right"
-        picture = sheets.stages(item["image"], grid, kept, title=f"Scene of {said}")
-        out.append(f'<div class="scene">{picture}<p>{svg.escape(said)}</p></div>')
+        caption = f"{shown}: {item['right']:g} % of pixels right"
+        picture = sheets.stages(item["image"], grid, kept, title=f"Scene of {caption}")
+        out.append(f'<div class="scene">{picture}<p>{svg.escape(caption)}</p></div>')
     return f'<div class="scenes">{"".join(out)}</div>'

@@ -27,9 +27,9 @@ def cascades(scenes: Mapping[str, Any]) -> str:
         right = sum(any(agree(box, other) for other in item["found"]) for box in item["annotated"])
         wrong = sum(not any(agree(box, other) for box in item["annotated"]) for other in item["found"])
         digits = ", ".join(str(box[0]) for box in item["annotated"]) or "no digit"
-        said = f"{digits}: {right} of {len(item['annotated'])} found, {wrong} boxes too many"
-        picture = sheets.stages(item["image"], grid, kept, title=f"Scene with {said}")
-        out.append(f'<div class="scene">{picture}<p>{svg.escape(said)}</p></div>')
+        caption = f"{digits}: {right} of {len(item['annotated'])} found, {wrong} boxes too many"
+        picture = sheets.stages(item["image"], grid, kept, title=f"Scene with {caption}")
+        out.append(f'<div class="scene">{picture}<p>{svg.escape(caption)}</p></div>')
     return f'<div class="scenes">{"".join(out)}</div>'
 
 

@@ -72,12 +72,12 @@ def transition(
     with torch.enable_grad():
         for _ in range(steps):
             rows, share = given.softmax(1), true.softmax(0)
-            told = (
+            predictions = (
                 share @ rows,
                 torch.einsum("y,yi,yj->ij", share, rows, rows),
                 torch.einsum("y,yi,yj,yk->ijk", share, rows, rows, rows),
             )
-            loss = sum(((a - b) ** 2).sum() for a, b in zip(told, seen, strict=True))
+            loss = sum(((a - b) ** 2).sum() for a, b in zip(predictions, seen, strict=True))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[union-attr]
             optimizer.step()

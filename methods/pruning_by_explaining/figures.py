@@ -27,8 +27,8 @@ def charts(metrics: Mapping[str, Any]) -> str:
             marks = []
             for samples in (1, 2, 5, 10, 20, 50, 100, 200):
                 cell = metrics[f"toy post-pruning/{data} {label} n={samples} per class/train accuracy"]
-                said = f"{name}, {samples} a class: {cell['value']:.2f} %"
-                marks.append(svg.Mark(math.log2(samples), cell["value"], 1.96 * cell["stderr"], label=said))
+                label = f"{name}, {samples} a class: {cell['value']:.2f} %"
+                marks.append(svg.Mark(math.log2(samples), cell["value"], 1.96 * cell["stderr"], label=label))
             series.append(svg.Series(name, tuple(marks)))
         level = ("unpruned", float(metrics[f"toy post-pruning/{data} unpruned/train accuracy"]["value"]))
         drawn.append(

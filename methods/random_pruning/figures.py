@@ -18,8 +18,8 @@ def chart(metrics: Mapping[str, Any]) -> str:
     marks: dict[str, list[svg.Mark]] = {}
     for name, cell in metrics.items():
         ratio, density, _ = name.split("/")
-        said = f"{ratio} at {density}: {cell['value']:.1f} %"
-        mark = svg.Mark(100 * float(density), cell["value"], 1.96 * cell["stderr"], label=said)
+        label = f"{ratio} at {density}: {cell['value']:.1f} %"
+        mark = svg.Mark(100 * float(density), cell["value"], 1.96 * cell["stderr"], label=label)
         marks.setdefault(ratio, []).append(mark)
     level = ("dense", float(marks.pop("dense")[0].y))
     series = [svg.Series(ratio, tuple(found)) for ratio, found in marks.items()]

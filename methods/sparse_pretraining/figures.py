@@ -24,8 +24,8 @@ def chart(metrics: Mapping[str, Any]) -> str:
             name = "dense" if kind == "dense" else f"sparse, {words} number"
             for run in sorted({key.split("/")[1] for key in metrics if key.startswith(f"{kind}/")}):
                 n, loss = (float(metrics[f"{kind}/{run}/{figure}"]["value"]) for figure in (column, "loss"))
-                said = f"{name}: {n:,.0f} parameters, loss {loss:.3f}"
-                marks.setdefault(name, []).append(svg.Mark(n / 1000, loss, label=said))
+                label = f"{name}: {n:,.0f} parameters, loss {loss:.3f}"
+                marks.setdefault(name, []).append(svg.Mark(n / 1000, loss, label=label))
     e, a, alpha = (float(metrics[f"law//{name}"]["value"]) for name in ("e", "a", "alpha"))
     reach = [mark.x for found in marks.values() for mark in found]
     low, high = min(reach), max(reach)

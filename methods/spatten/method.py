@@ -202,5 +202,5 @@ class SpAttenChat(CachePruner):
     def score(self, site: Site, signals: CacheSignals) -> Tensor:
         # assumption: heads that share an entry add up; the released code has no grouped queries
         queries = signals.queries if signals.asking is None else signals.queries * signals.asking[:, None, :, None]
-        asked = attention.grouped(queries.sum(2), signals.keys.shape[1]).sum(2)  # the sum of logits is one product
-        return signals.scale * (signals.keys @ asked.unsqueeze(-1)).squeeze(-1)
+        summed = attention.grouped(queries.sum(2), signals.keys.shape[1]).sum(2)  # the sum of logits is one product
+        return signals.scale * (signals.keys @ summed.unsqueeze(-1)).squeeze(-1)

@@ -123,7 +123,7 @@ class ToDRE(TokenPruner):
         """All visual tokens leave a sample whose text looks at them no more; without values they are taken to."""
         if signals.units and signals.prunable.device.type != "meta":
             attention = signals.at(Reading("attention", site.layer - 1, rows="text"))
-            share, asked = looked_at(attention, signals.prunable)
-            stays = ~(asked & (share < self.threshold))
+            share, visible = looked_at(attention, signals.prunable)
+            stays = ~(visible & (share < self.threshold))
             return Plan(signals.keep(mask=stays.unsqueeze(1).expand_as(signals.prunable)), positions="original")
         return Plan(signals.keep(Budget(0, "count"), scores=signals.prunable.float()), positions="original")

@@ -116,13 +116,13 @@ def optimise(
     for trial in range(trials):
         draws = random.random((candidates if trial >= start else 1, len(bounds)))
         if trial >= start:
-            said = np.array([value for _, value in found])
+            values = np.array([value for _, value in found])
             model = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=1, random_state=seed)
             with warnings.catch_warnings():  # a length scale at its end means that a parameter does not matter
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                model.fit(np.stack(points), said)
+                model.fit(np.stack(points), values)
             mean, deviation = model.predict(draws, return_std=True)
-            draws = draws[[int(expected_improvement(mean, deviation, float(said.max())).argmax())]]
+            draws = draws[[int(expected_improvement(mean, deviation, float(values.max())).argmax())]]
         points.append(draws[0])
         strategy = space.strategy(bounds[:, 0] + draws[0] * (bounds[:, 1] - bounds[:, 0]))
         value = float(objective(strategy))
@@ -145,8 +145,8 @@ def similarity(model: nn.Module, prompts: Sequence[Mapping[str, Any]]) -> Callab
 
     whole = states()
 
-    def said(strategy: Strategy) -> float:
+    def values(strategy: Strategy) -> float:
         with apply(strategy.method(), model, strategy.budget()):
             return float(torch.cosine_similarity(states(), whole, dim=-1).sum())
 
-    return said
+    return values

@@ -24,8 +24,8 @@ from prunelab.common.tokens.signals import TokenSignals
 def divergence(full: Tensor, withdrawn: Tensor) -> Tensor:
     """KL(withdrawn || full) [...] of two predictions of the next word, for logits [..., V] of the model that sees the
     image throughout and of the one that does not (eq. 6, with its arguments in the order of the released code)."""
-    said, meant = withdrawn.log_softmax(-1), full.log_softmax(-1)
-    return nn.functional.kl_div(meant, said, reduction="none", log_target=True).sum(-1)
+    student, teacher = withdrawn.log_softmax(-1), full.log_softmax(-1)
+    return nn.functional.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
 
 
 def first_layer(full: Tensor, withdrawn: Iterable[Tensor], eta: float = 0.003, first: int = 5) -> int:

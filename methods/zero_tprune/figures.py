@@ -44,8 +44,8 @@ def gallery(scenes: Mapping[str, Any]) -> str:
     patches, out = grid[0] * grid[1], []
     for item in scenes["items"]:
         kept = [(f"block {site['layer']}: {len(site['kept'])} of {patches}", site["kept"]) for site in item["sites"]]
-        said = f"a {item['label']}, called {item['dense']} unpruned and {item['pruned']} pruned"
+        caption = f"a {item['label']}, called {item['dense']} unpruned and {item['pruned']} pruned"
         verdict = "right" if item["pruned"] == item["label"] else "wrong"
-        picture = sheets.stages(item["image"], grid, kept, title=f"Scene with {said}")
-        out.append(f'<div class="scene">{picture}<p>{svg.escape(said)} ({verdict})</p></div>')
+        picture = sheets.stages(item["image"], grid, kept, title=f"Scene with {caption}")
+        out.append(f'<div class="scene">{picture}<p>{svg.escape(caption)} ({verdict})</p></div>')
     return f'<div class="scenes">{"".join(out)}</div>'

@@ -15,7 +15,7 @@ def options(doc: dict[str, Any]) -> dict[str, str]:
     return dict(zip("ABCDEFGH", doc["choices"], strict=False))
 
 
-def asked(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:
+def question(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:
     """A question with its choices, one a line."""
     shown = "\n".join(f"{letter}. {text}" for letter, text in options(doc).items())
     return f"{doc['question']}\n{shown}{(lmms_eval_specific_kwargs or {}).get('post_prompt', '')}"

@@ -7,7 +7,7 @@ from typing import Any
 from prunelab.common.measures.lmms_tasks import mmvet
 from prunelab.common.measures.lmms_tasks.rules import overlap
 
-seen, asked = mmvet.seen, mmvet.asked
+seen, question = mmvet.seen, mmvet.question
 
 
 def process(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

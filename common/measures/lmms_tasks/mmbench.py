@@ -6,7 +6,11 @@ from typing import Any
 
 from lmms_eval.tasks.mmbench import cn_utils
 
-seen, asked, answered = cn_utils.mmbench_doc_to_visual, cn_utils.mmbench_doc_to_text, cn_utils.mmbench_process_results
+seen, question, answered = (
+    cn_utils.mmbench_doc_to_visual,
+    cn_utils.mmbench_doc_to_text,
+    cn_utils.mmbench_process_results,
+)
 
 
 def share(results: list[dict[str, Any]]) -> float:

@@ -12,7 +12,7 @@ def seen(doc: dict[str, Any]) -> list[Any]:
     return [] if doc["image"] is None else [doc["image"].convert("RGB")]
 
 
-def asked(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:
+def question(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:
     """A question, with what the task puts around it."""
     given = lmms_eval_specific_kwargs or {}
     return f"{given.get('pre_prompt', '')}{doc['question']}{given.get('post_prompt', '')}"

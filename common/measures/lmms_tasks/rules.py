@@ -18,8 +18,8 @@ def words(text: str) -> list[str]:
 
 def holds(answer: str, reference: str) -> bool:
     """Whether the reference's words stand in the answer, next to each other."""
-    said, wanted = words(answer), words(reference)
-    return any(said[at : at + len(wanted)] == wanted for at in range(len(said) - len(wanted) + 1)) and bool(wanted)
+    spoken, wanted = words(answer), words(reference)
+    return any(spoken[at : at + len(wanted)] == wanted for at in range(len(spoken) - len(wanted) + 1)) and bool(wanted)
 
 
 def overlap(answer: str, reference: str) -> float:

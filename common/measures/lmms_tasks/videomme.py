@@ -7,6 +7,6 @@ from functools import partial
 
 from lmms_eval.tasks.videomme import utils
 
-seen, asked, process = utils.videomme_doc_to_visual, utils.videomme_doc_to_text, utils.videomme_process_results
+seen, question, process = utils.videomme_doc_to_visual, utils.videomme_doc_to_text, utils.videomme_process_results
 score = utils.videomme_aggregate_results
 short, medium, long = (partial(utils.videmme_process_docs_base, type=length) for length in ("short", "medium", "long"))

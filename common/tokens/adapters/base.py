@@ -240,8 +240,8 @@ class Adapter(ABC, Generic[P]):
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan this family cannot carry out."""
         if plan.rest not in self.rest or plan.positions not in self.positions or plan.layout is not None:
-            asked = f"rest={plan.rest}, positions={plan.positions}" + (", a layout" if plan.layout is not None else "")
+            wanted = f"rest={plan.rest}, positions={plan.positions}" + (", a layout" if plan.layout is not None else "")
             raise PrunelabError(
-                f"{self.family} cannot carry out a plan with {asked}; it knows rest={'/'.join(sorted(self.rest))},"
+                f"{self.family} cannot carry out a plan with {wanted}; it knows rest={'/'.join(sorted(self.rest))},"
                 f" positions={'/'.join(sorted(self.positions))}"
             )

@@ -32,8 +32,8 @@ def eased(adapter: DecoderSide, application: Application) -> Iterator[Callable[[
     if not method.eases:
         return
     budget, blocks = application.budget.at(0), list(adapter.blocks)
-    asked = {layer: method.effort(layer, adapter.info, budget) for layer in range(len(blocks))}
-    efforts = {layer: effort for layer, effort in asked.items() if effort is not None}
+    stated = {layer: method.effort(layer, adapter.info, budget) for layer in range(len(blocks))}
+    efforts = {layer: effort for layer, effort in stated.items() if effort is not None}
     attending = [layer for layer, effort in efforts.items() if not effort.attends_as_ever]
     if attending:
         turn = answered([blocks[layer].self_attn for layer in attending], functools.partial(attend, adapter, efforts))

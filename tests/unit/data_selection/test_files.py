@@ -52,7 +52,7 @@ def test_files_give_what_memory_gives(folder):
     assert manifest["out"]["documents"] == 7 and manifest["raw"]["documents"] == 30
     before, after = manifest["statistics"].values()
     assert after < before
-    told = "\n".join(files.told(manifest))
+    told = "\n".join(files.summary(manifest))
     assert "kept 7 of 30" in told and "blue whale" in told and "dropped, the last" in told
     assert files.run(given, progress=False) == manifest, "again the same"
 

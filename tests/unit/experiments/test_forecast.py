@@ -92,10 +92,10 @@ def test_an_outlook_counts_each_run_once_and_fills_a_time_with_cheap_numbers(pla
 def test_a_number_that_waits_tells_its_command_and_one_that_is_exact_does_not(plan: plans.Plan) -> None:
     outlook = forecast.Outlook(plan, H200)
     cells = {slug: plan.cells(slug) for slug in plan.slugs}
-    told = next(text for cell in cells["wanda"] if (text := outlook.told("wanda", cell)))
+    told = next(text for cell in cells["wanda"] if (text := outlook.note("wanda", cell)))
     assert "python -m prunelab run wanda" in told and "GPU hours (H200)" in told and "licence" in told
     exact = [cell for cell in cells["zero_tprune"] if cell.status == "analytic"]
-    assert exact and not any(outlook.told("zero_tprune", cell) for cell in exact)
+    assert exact and not any(outlook.note("zero_tprune", cell) for cell in exact)
 
 
 def test_an_unknown_gpu_is_named() -> None:

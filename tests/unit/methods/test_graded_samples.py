@@ -104,7 +104,7 @@ def test_a_grade_is_the_mean_of_the_figures_as_likely_as_they_come_next():
     model, tokenizer = language_model(), Tokenizer()
     pairs = [("what is this", "a thing"), ("why", "because of that"), ("what is that", "a thing")]
     found = grades(model, tokenizer, "accuracy", pairs, batch=2)
-    text = GRADINGS["accuracy"].text.format(asked="why", answer="because of that")
+    text = GRADINGS["accuracy"].text.format(question="why", answer="because of that")
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1].double()
     figures = [3 + ord(figure) % 50 for figure in "012345"]

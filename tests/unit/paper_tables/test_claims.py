@@ -45,9 +45,9 @@ def verdict(gaps: Mapping[str, float | None], metric: str = "accuracy") -> list[
 
 def test_intervals_decide() -> None:
     (held,) = verdict({"0.5": 1.0, "0.7": 0.0})
-    assert held.outcome == "held" and held.told == "held at 0.5; within chance at 1 of 2 budgets"
+    assert held.outcome == "held" and held.text == "held at 0.5; within chance at 1 of 2 budgets"
     (failed,) = verdict({"0.5": -1.0})
-    assert failed.outcome == "did not hold" and failed.told == "failed at 0.5"
+    assert failed.outcome == "did not hold" and failed.text == "failed at 0.5"
     (mixed,) = verdict({"0.5": 1.0, "0.7": -1.0})
     assert mixed.outcome == "undecided"
     (none,) = verdict({"0.5": 0.0})

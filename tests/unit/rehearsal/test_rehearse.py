@@ -59,7 +59,7 @@ def test_a_fault_is_named_and_its_traceback_kept(
     outcome = rehearse.rehearse(named(plan, "perplexity", "wanda"), rehearse.LookAlikes(tmp_path, plan.config))
     assert outcome.fault == "ZeroDivisionError: by nothing" and not outcome.skipped
     assert "Traceback" in (tmp_path / "rehearsals.log").read_text()
-    told = list(rehearse.told([outcome]))
+    told = list(rehearse.summary([outcome]))
     assert told[0] == "0 of 1 rehearsals passed, 1 failed, 0 were not held" and "by nothing" in told[1]
 
 

@@ -137,7 +137,7 @@ def test_tokens_alone_are_chosen_before_the_training_or_in_it(folder, asked, met
 def test_instructions_are_chosen_by_the_grades_of_other_models(folder, asked, monkeypatch, rule):
     graders = {"grader": {"testbed": "one"}, "second_grader": {"testbed": "two"}}
     needed = graders if rule == "deita" else {"grader": graders["grader"]}
-    monkeypatch.setattr(grades, "GRADINGS", {k: grades.Grading("{asked} {answer}", (3, 4)) for k in grades.GRADINGS})
+    monkeypatch.setattr(grades, "GRADINGS", {k: grades.Grading("{question} {answer}", (3, 4)) for k in grades.GRADINGS})
     monkeypatch.setattr(grades, "_one", lambda tokenizer, word: int(word))
     with pytest.raises(PrunelabError, match="name a model under the setting 'grader'"):
         run(folder, "graded_samples", "0.5,1", {"rule": rule}, epochs=1)
