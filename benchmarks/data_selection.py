@@ -42,10 +42,10 @@ def seconds(step: Callable[[], Any]) -> tuple[float, Any]:
 
 def counts(text: str) -> np.ndarray:
     """Counts [B] of a document's words and bigrams, one after the other."""
-    words, found = ngrams.tokens(text), np.zeros(BUCKETS, int)
+    words, result = ngrams.tokens(text), np.zeros(BUCKETS, int)
     for ngram in (*words, *(" ".join(pair) for pair in pairwise(words))):
-        found[int(hashlib.sha256(ngram.encode()).hexdigest(), 16) % BUCKETS] += 1
-    return found
+        result[int(hashlib.sha256(ngram.encode()).hexdigest(), 16) % BUCKETS] += 1
+    return result
 
 
 def plain_dsir(raw: Sequence[str], target: Sequence[str], kept: int) -> list[int]:
@@ -119,9 +119,9 @@ def main() -> None:
     raw = documents(given.documents)
     target, kept = raw[: max(1, len(raw) // 40)], max(1, int(KEPT * len(raw)))
     loop, wanted = seconds(lambda: plain_dsir(raw, target, kept))
-    ours, found = seconds(lambda: dsir(raw, target, kept))
+    ours, result = seconds(lambda: dsir(raw, target, kept))
     print(f"DSIR, {len(raw)} documents: loop {loop:.2f} s, ours {ours:.2f} s, {loop / ours:.1f} times as fast")
-    print(f"  the same documents: {found == wanted}")
+    print(f"  the same documents: {result == wanted}")
     half, _ = seconds(lambda: dsir(raw[: len(raw) // 2], target, kept // 2))
     print(f"  half of the documents: {half:.2f} s, growth {np.log2(ours / half):.2f} (1 is linear)")
 
@@ -130,8 +130,8 @@ def main() -> None:
     texts = code.files("held_out")[: given.contexts]
     contexts = [torch.tensor(tokenizer(text)["input_ids"][:40]) for text in texts]
     loop, wanted = seconds(lambda: [plain_reagent(tokens, probe, method) for tokens in contexts])
-    ours, found = seconds(lambda: [reagent(tokens, probe, method) for tokens in contexts])
-    same = sum(a == b for a, b in zip(wanted, found, strict=True))
+    ours, result = seconds(lambda: [reagent(tokens, probe, method) for tokens in contexts])
+    same = sum(a == b for a, b in zip(wanted, result, strict=True))
     print(f"ReAGent, {len(contexts)} contexts: loop {loop:.2f} s, ours {ours:.2f} s, {loop / ours:.1f} times as fast")
     print(f"  the same three tokens: {same} of {len(contexts)}")
 

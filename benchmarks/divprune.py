@@ -45,8 +45,8 @@ def measure(tokens: int, kept: int, width: int, batch: int, rounds: int) -> dict
     for _ in range(rounds):
         spent, distance = timed(lambda: cosine_distance(x))
         plain, wanted = timed(lambda d=distance: torch.stack([straightforward(image, kept) for image in d]))  # type: ignore[misc]
-        running, found = timed(lambda d=distance: max_min_order(d, kept))  # type: ignore[misc]
-        if not torch.equal(found, wanted):
+        running, result = timed(lambda d=distance: max_min_order(d, kept))  # type: ignore[misc]
+        if not torch.equal(result, wanted):
             raise SystemExit("the two ways to pick differ")
         columns["distances"].append(spent)
         columns["running"].append(running)
@@ -68,9 +68,9 @@ def main() -> None:
     table = Table("tokens", "kept", "distances, ms", "running minimum, ms", "all pairs, ms", "ratio", "end to end")
     for case in options.cases:
         tokens, kept = map(int, case.split(":"))
-        found = measure(tokens, kept, options.width, options.batch, options.rounds)
-        times = [f"{1000 * found[name]:.1f}" for name in ("distances", "running", "plain")]
-        table.add_row(str(tokens), str(kept), *times, f"{found['picks']:.1f}x", f"{found['end_to_end']:.2f}x")
+        result = measure(tokens, kept, options.width, options.batch, options.rounds)
+        times = [f"{1000 * result[name]:.1f}" for name in ("distances", "running", "plain")]
+        table.add_row(str(tokens), str(kept), *times, f"{result['picks']:.1f}x", f"{result['end_to_end']:.2f}x")
     Console().print(table)
 
 

@@ -56,20 +56,20 @@ def main() -> None:
     times: dict[str, list[float]] = {"expand": [], "renew": [], "accept": [], "shallow": [], "deep": [], "single": []}
     with torch.inference_mode():
         for i in range(arguments.rounds + 2):
-            found: dict[str, float] = {}
+            results: dict[str, float] = {}
             for name, depth in (("shallow", shallow), ("deep", deep)):
                 model.model.layers, model.config.num_hidden_layers = layers[:depth], depth
                 reader = Reader(model)
                 tree = method.draft(state, tokens, budget)
                 reader.read(tokens[:-1], tree.within(0))  # the prompt
-                found[name] = seconds(reader.read, tokens, tree)
-            found["single"] = seconds(reader.read, torch.cat([tokens, tokens[:1]]), tree.within(0))
+                results[name] = seconds(reader.read, tokens, tree)
+            results["single"] = seconds(reader.read, torch.cat([tokens, tokens[:1]]), tree.within(0))
             logits = reader.read(tokens, tree)
             fed = torch.cat([tokens[-1:], tree.tokens])
-            found["expand"] = seconds(method.draft, state, tokens, budget)
-            found["renew"] = seconds(method.observe, state, fed, logits)
-            found["accept"] = seconds(method.accept, tree, logits)
-            for name, value in found.items():
+            results["expand"] = seconds(method.draft, state, tokens, budget)
+            results["renew"] = seconds(method.observe, state, fed, logits)
+            results["accept"] = seconds(method.accept, tree, logits)
+            for name, value in results.items():
                 if i >= 2:
                     times[name].append(value)
     middle = {name: statistics.median(values) for name, values in times.items()}

@@ -82,9 +82,9 @@ def measure(frames: int, width: int, rounds: int) -> dict[str, float]:
     method, given = HoliTom(), video(frames, width) if width else None
     (site,) = method.sites(ModelInfo("benchmark", 28, 28, width, frames * SIDE**2))
     for _ in range(rounds):
-        fast, found = timed(lambda: segment(run_lengths(similar)))
+        fast, result = timed(lambda: segment(run_lengths(similar)))
         plain, wanted = timed(lambda: spelled_out(similar))
-        if found != wanted:
+        if result != wanted:
             raise SystemExit("the two ways to cut a video differ")
         if given is not None:
             columns["decision"].append(timed(lambda: method.plan(site, given, Budget(0.25)))[0])
@@ -138,11 +138,11 @@ def savings() -> Table:
         for ratio in (0.25, 0.2, 0.15, 0.1):
             budget = Budget(ratio if layer is None else (ratio, 0.5))
             with apply(HoliTom(layer), model, budget) as handle:
-                found = handle.report(prompt)
-            assert found.cache_bytes is not None
-            figures = [f"{v / 1e12:.2f}" for v in (found.macs, found.scoring_macs, found.dense_macs)]
-            sizes = [f"{v / 2**20:.1f}" for v in (found.cache_bytes, dense)]
-            table.add_row(f"{ratio:g}", str(layer or "-"), *figures, f"{100 * found.saving:.1f}", *sizes)
+                result = handle.report(prompt)
+            assert result.cache_bytes is not None
+            figures = [f"{v / 1e12:.2f}" for v in (result.macs, result.scoring_macs, result.dense_macs)]
+            sizes = [f"{v / 2**20:.1f}" for v in (result.cache_bytes, dense)]
+            table.add_row(f"{ratio:g}", str(layer or "-"), *figures, f"{100 * result.saving:.1f}", *sizes)
     return table
 
 
@@ -160,9 +160,9 @@ def main() -> None:
         return
     table = Table("frames", "segmentation, ms", "spelled out, ms", "ratio", "whole decision, ms")
     for frames in options.frames:
-        found = measure(frames, options.width, options.rounds)
-        times = [f"{1000 * found[name]:.1f}" for name in ("runs", "plain")]
-        table.add_row(str(frames), *times, f"{found['ratio']:.0f}x", f"{1000 * found['decision']:.0f}")
+        result = measure(frames, options.width, options.rounds)
+        times = [f"{1000 * result[name]:.1f}" for name in ("runs", "plain")]
+        table.add_row(str(frames), *times, f"{result['ratio']:.0f}x", f"{1000 * result['decision']:.0f}")
     Console().print(table)
 
 

@@ -133,8 +133,8 @@ def main() -> None:
         table.add_column(f"{count} tokens", justify="right")
         tokens = torch.randint(1024, (1, count), generator=torch.Generator().manual_seed(0))
         for name in arguments.methods:
-            found, seconds = ratio(lambda: read(model, tokens, name), lambda: read(model, tokens), arguments.rounds)  # noqa: B023
-            rows[name].append(f"{found:.2f}")
+            result, seconds = ratio(lambda: read(model, tokens, name), lambda: read(model, tokens), arguments.rounds)  # noqa: B023
+            rows[name].append(f"{result:.2f}")
         rows["plain, seconds"].append(f"{seconds:.2f}")
         if 4 * 8 * count**2 * 4 < available():  # logits, their softmax, its copy and the mask, of 8 heads
             model.set_attn_implementation("eager")

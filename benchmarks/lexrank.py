@@ -149,8 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not math.isclose(result["sum"], 1, abs_tol=1e-6):
                 sys.exit(f"the scores sum to {result['sum']}, not to 1")
             print(f"  {centrality:<16}{result['seconds']:>10.1f} s, peak memory {result['gib']:.2f} GiB", flush=True)
-        found = measure(edges, options.large)
-        print(f"  {found['edges']:,.0f} links above 0.1, found in {found['seconds']:.1f} s")
+        outcome = measure(edges, options.large)
+        print(f"  {outcome['edges']:,.0f} links above 0.1, found in {outcome['seconds']:.1f} s")
 
 
 if __name__ == "__main__":

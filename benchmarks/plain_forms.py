@@ -298,16 +298,16 @@ def same(one: Any, other: Any) -> bool:
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     """Of CPU, and what was computed."""
     start = time.process_time()
-    found = run()
-    return time.process_time() - start, found
+    result = run()
+    return time.process_time() - start, result
 
 
 def measure(pair: Pair, rounds: int) -> tuple[float, float, float]:
     """Median seconds of ours and of the plain form, and the median of their ratios; a first round is not counted."""
     times = []
     for _ in range(rounds + 1):
-        (ours, found), (plain, wanted) = seconds(pair[0]), seconds(pair[1])
-        if not same(found, wanted):
+        (ours, result), (plain, wanted) = seconds(pair[0]), seconds(pair[1])
+        if not same(result, wanted):
             raise SystemExit("ours and the plain form differ")
         times.append((ours, plain))
     times = times[1:]

@@ -82,7 +82,7 @@ def decisions(model: str, frames: int, names: list[str], rounds: int) -> list[tu
     net = cut(model)
     adapter = adapter_for(net)
     assert isinstance(adapter, VisionLanguage)
-    given, found = contents(adapter, adapter.prompt(frames), torch.device("cpu")), []
+    given, results = contents(adapter, adapter.prompt(frames), torch.device("cpu")), []
     for name in names:
         if name in (IMAGES_ONLY if frames else VIDEOS_ONLY):
             continue
@@ -92,8 +92,8 @@ def decisions(model: str, frames: int, names: list[str], rounds: int) -> list[tu
             with apply(method, net, Budget(BUDGET), services={"frame_scores": even_scores}):
                 net(**given, use_cache=False, logits_to_keep=1)
             seconds.append(sum(spent))
-        found.append((name, statistics.median(seconds[1:])))
-    return found
+        results.append((name, statistics.median(seconds[1:])))
+    return results
 
 
 def prefills(frames: int, names: list[str], rounds: int) -> tuple[float, list[tuple[str, float, float, str]]]:
@@ -103,7 +103,7 @@ def prefills(frames: int, names: list[str], rounds: int) -> tuple[float, list[tu
     adapter = adapter_for(net)
     assert isinstance(adapter, VisionLanguage)
     prompt = adapter.prompt(frames)
-    given, found, dense = contents(adapter, prompt, torch.device("cpu")), [], []
+    given, results, dense = contents(adapter, prompt, torch.device("cpu")), [], []
 
     def read() -> float:
         start = time.perf_counter()
@@ -124,8 +124,8 @@ def prefills(frames: int, names: list[str], rounds: int) -> tuple[float, list[tu
             ratios.append(own / dense[-1])
         seen = [round(count) for count, _ in report.tokens]
         tokens = f"{seen[0]} / {seen[len(seen) // 2]} / {seen[-1]}"
-        found.append((name, statistics.median(ratios), report.macs / report.dense_macs, tokens))
-    return statistics.median(dense), found
+        results.append((name, statistics.median(ratios), report.macs / report.dense_macs, tokens))
+    return statistics.median(dense), results
 
 
 @torch.inference_mode()

@@ -163,7 +163,7 @@ def plain_sequential(solve: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..
 @torch.no_grad()
 def plain_flap(model: Any, ids: Tensor, budget: Budget, together: bool) -> dict[str, Tensor]:
     """FLAP on the dense model's inputs, then zeros and biases in place of what is pruned."""
-    found: list[tuple[nn.Linear, Tensor, Tensor]] = []  # projection, scores of its units, means of its inputs
+    results: list[tuple[nn.Linear, Tensor, Tensor]] = []  # projection, scores of its units, means of its inputs
     names = {m: name.rpartition(".")[0] for name, m in model.named_modules()}
     for block in model.model.layers:
         readers = [block.self_attn.o_proj, block.mlp.down_proj]
@@ -177,12 +177,12 @@ def plain_flap(model: Any, ids: Tensor, budget: Budget, together: bool) -> dict[
             if linear is block.self_attn.o_proj:
                 scores, span = scores.square(), 2 * HEAD
             scores = ((scores - scores.mean()) / scores.std()).unflatten(0, (-1, span)).mean(-1)
-            found.append((linear, scores, mean))
+            results.append((linear, scores, mean))
     head = (2 * 2 * HEAD + 2 * HEAD) // 3  # neurons of as many parameters: q and o of two heads, k and v of one
-    costs = [torch.full_like(s, head if m.in_features > len(s) else 1) for m, s, _ in found]
-    joined = above_common_threshold(torch.cat([s for _, s, _ in found]), torch.cat(costs), budget.amounts[0], False)
+    costs = [torch.full_like(s, head if m.in_features > len(s) else 1) for m, s, _ in results]
+    joined = above_common_threshold(torch.cat([s for _, s, _ in results]), torch.cat(costs), budget.amounts[0], False)
     masks = {}
-    for (linear, scores, mean), mask in zip(found, joined.split([len(s) for _, s, _ in found]), strict=True):
+    for (linear, scores, mean), mask in zip(results, joined.split([len(s) for _, s, _ in results]), strict=True):
         gone = ~mask.repeat_interleave(linear.in_features // len(scores))
         linear.bias = nn.Parameter((mean * gone) @ linear.weight.T)
         linear.weight[:, gone] = 0
@@ -216,15 +216,15 @@ def speed(name: str, depth: int, width: int, ids: Tensor, rounds: int) -> Speed:
     times: list[tuple[float, float, float]] = []
     for _ in range(rounds):
         models = [language_model(depth, width) for _ in range(3)]
-        found: list[Any] = []
+        results: list[Any] = []
         times.append(
             (
-                seconds(lambda: found.append(prune(method, models[0], ratio, ids, progress=False))),  # noqa: B023
-                seconds(lambda: found.append(plain(models[1], ids, Budget(ratio), True))),  # noqa: B023
-                seconds(lambda: found.append(plain(models[2], ids, Budget(ratio), False))),  # noqa: B023
+                seconds(lambda: results.append(prune(method, models[0], ratio, ids, progress=False))),  # noqa: B023
+                seconds(lambda: results.append(plain(models[1], ids, Budget(ratio), True))),  # noqa: B023
+                seconds(lambda: results.append(plain(models[2], ids, Budget(ratio), False))),  # noqa: B023
             )
         )
-        plan, *others = found
+        plan, *others = results
         for target, decision in plan.decisions():
             assert all(torch.equal(decision.mask, masks[target.name]) for masks in others), target.name
     ours = statistics.median(t[0] for t in times)
@@ -336,11 +336,11 @@ def through_disk(method: WeightPruner, budget: float | str, depth: int, width: i
 
 def latencies(models: Mapping[str, Any], prompt: Tensor, rounds: int) -> dict[str, float]:
     """Seconds of the first model's prefill over each one's: medians over rounds in which all run in turn."""
-    first, found = next(iter(models)), []
+    first, results = next(iter(models)), []
     with torch.inference_mode():
         for _ in range(rounds + 1):  # the first round warms up
-            found.append({n: seconds(lambda: m(input_ids=prompt, use_cache=False)) for n, m in models.items()})  # noqa: B023
-    return {name: statistics.median(r[first] / r[name] for r in found[1:]) for name in models}
+            results.append({n: seconds(lambda: m(input_ids=prompt, use_cache=False)) for n, m in models.items()})  # noqa: B023
+    return {name: statistics.median(r[first] / r[name] for r in results[1:]) for name in models}
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -357,8 +357,8 @@ def speed_table(quick: bool) -> Table:
         title=f"times ours, same masks: depth {depth}, width {width}, {_set(ids)}, medians of {rounds} rounds",
     )
     for name in PLAIN:
-        found = speed(name, depth, width, ids, rounds)
-        table.add_row(name, f"{found.ours:.2f}", f"{found.by_block:.1f} x", f"{found.by_linear:.1f} x")
+        result = speed(name, depth, width, ids, rounds)
+        table.add_row(name, f"{result.ours:.2f}", f"{result.by_block:.1f} x", f"{result.by_linear:.1f} x")
     return table
 
 
@@ -395,14 +395,14 @@ def laws_table(quick: bool) -> Table:
     )
     measure(CASES["SparseGPT"], 2, widths[0], ids, 1)  # warms up
     for name in QUICK if quick else CASES:
-        found = [measure(CASES[name], depth, width, ids, rounds) for depth, width in shapes]
-        by = [m.depth for m in found], [m.width for m in found]
-        time_law, byte_law = law(*by, [m.seconds for m in found]), law(*by, [m.bytes for m in found])
+        results = [measure(CASES[name], depth, width, ids, rounds) for depth, width in shapes]
+        by = [m.depth for m in results], [m.width for m in results]
+        time_law, byte_law = law(*by, [m.seconds for m in results]), law(*by, [m.bytes for m in results])
         table.add_row(
             name,
-            f"{found[-1].seconds:.2f}",
+            f"{results[-1].seconds:.2f}",
             *(f"{value:.2f}" for value in (time_law.depth, time_law.width, time_law.r2)),
-            f"{found[-1].bytes / MIB:.1f}",
+            f"{results[-1].bytes / MIB:.1f}",
             *(f"{value:.2f}" for value in (byte_law.depth, byte_law.width, byte_law.r2)),
         )
     return table

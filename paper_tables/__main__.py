@@ -87,8 +87,8 @@ def _section(slug: str, plan: plans.Plan, records: join.Records) -> page.Section
     result, boards = join.tables(slug, plan, records), join.boards(slug, plan, records)
     lines = [line for table in result for line in table.lines]
     drawn, made = figures.of(slug, plan, lines, boards, records)
-    found = list(claims.verdicts(papers.load(slug), boards, records))
-    return page.Section(papers.load(slug), result, boards, tables.file_names(result, boards), drawn, made, found)
+    results = list(claims.verdicts(papers.load(slug), boards, records))
+    return page.Section(papers.load(slug), result, boards, tables.file_names(result, boards), drawn, made, results)
 
 
 def counts(lines: list[join.Line]) -> str:

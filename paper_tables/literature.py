@@ -111,11 +111,11 @@ class Shelf:
     @cached_property
     def rows(self) -> list[tuple[str, str, dict[str, Quantity]]]:
         """Method, options, and what is reported of them by metric."""
-        found: dict[tuple[str, str], dict[str, Quantity]] = {}
+        results: dict[tuple[str, str], dict[str, Quantity]] = {}
         for quantity in self.quantities:
-            found.setdefault((quantity.method, quantity.options), {})[quantity.metric] = quantity
-        order = sorted(found, key=lambda key: (key[0] != UNPRUNED, *key))
-        return [(*key, found[key]) for key in order]
+            results.setdefault((quantity.method, quantity.options), {})[quantity.metric] = quantity
+        order = sorted(results, key=lambda key: (key[0] != UNPRUNED, *key))
+        return [(*key, results[key]) for key in order]
 
     @property
     def reports(self) -> int:
@@ -183,17 +183,17 @@ def of(plan: Plan, shown: Iterable[tuple[str, Sequence[tuple[str, PaperTable]]]]
                 report = Report(slug, line, places[number.table])
                 groups.setdefault((model, run.identity, cell.metric), []).append((run, cell.metric, report))
     labels = _labels(groups.values())
-    found: dict[str, dict[str, list[Quantity]]] = {}
+    results: dict[str, dict[str, list[Quantity]]] = {}
     for (model, _, metric), group in groups.items():
         run = group[0][0]
         quantity = Quantity(
             published(model), budget(run, model), run.method or UNPRUNED, _options(run), labels[_column(run, metric)],
             tuple(report for *_, report in group),
         )  # fmt: skip
-        found.setdefault(quantity.model, {}).setdefault(quantity.budget, []).append(quantity)
+        results.setdefault(quantity.model, {}).setdefault(quantity.budget, []).append(quantity)
     shelves = {
         model: [Shelf(model, options, tuple(quantities)) for options, quantities in sorted(by.items(), key=_most)]
-        for model, by in found.items()
+        for model, by in results.items()
     }
     return Literature(dict(sorted(shelves.items(), key=lambda pair: -sum(s.reports for s in pair[1]))))
 

@@ -109,16 +109,16 @@ def baichuan2_13b() -> BaichuanForCausalLM:
 
 def renamed(official: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' weights under Llama's names."""
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for name, weight in official.items():
         if name.endswith("self_attn.W_pack.weight"):
             for role, part in zip("qkv", weight.chunk(3), strict=True):
-                found[name.replace("W_pack", f"{role}_proj")] = part.contiguous()
+                results[name.replace("W_pack", f"{role}_proj")] = part.contiguous()
         elif name == "lm_head.weight":
-            found[name] = F.normalize(weight.float()).to(weight.dtype)
+            results[name] = F.normalize(weight.float()).to(weight.dtype)
         elif not name.endswith("rotary_emb.inv_freq"):
-            found[name] = weight
-    return found
+            results[name] = weight
+    return results
 
 
 def convert(official: Path, out: Path, rotary: int = ROTARY) -> None:

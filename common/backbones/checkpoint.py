@@ -29,22 +29,22 @@ def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     fill(model, read(Path(path)), path)
 
 
-def fill(model: nn.Module, found: Mapping[str, Tensor], path: Path | str) -> None:
+def fill(model: nn.Module, results: Mapping[str, Tensor], path: Path | str) -> None:
     """Put weights by name, as they were read from `path`, into the model; see `load_checkpoint`."""
     wanted = model.state_dict()
     faults = {
-        "missing": [name for name in wanted if name not in found],
-        "not the model's": [name for name in found if name not in wanted],
+        "missing": [name for name in wanted if name not in results],
+        "not the model's": [name for name in results if name not in wanted],
         "of another shape": [
-            f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}"
+            f"{name} {tuple(results[name].shape)} for {tuple(value.shape)}"
             for name, value in wanted.items()
-            if name in found and found[name].shape != value.shape
+            if name in results and results[name].shape != value.shape
         ],
     }
     if any(faults.values()):
         listed = "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
         raise PrunelabError(f"{path} does not hold the weights of this {type(model).__name__}; {listed}")
-    model.load_state_dict(found)
+    model.load_state_dict(results)
 
 
 def read(path: Path) -> dict[str, Tensor]:

@@ -71,5 +71,5 @@ def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     """Load a checkpoint whose names may carry the `module.` of a parallel training. Those from before batch norms
     counted their batches lack the counters, which nothing reads here."""
     counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
-    found = {name.removeprefix("module."): value for name, value in read(Path(path)).items()}
-    fill(model, {**counters, **found}, path)
+    results = {name.removeprefix("module."): value for name, value in read(Path(path)).items()}
+    fill(model, {**counters, **results}, path)

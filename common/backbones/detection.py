@@ -75,7 +75,7 @@ def match(logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> Matches:
 
     logits [B, Q, classes], boxes [B, Q, 4] cxcywh.
     """
-    found = []
+    results = []
     for scores, box, target in zip(logits.float().sigmoid(), boxes.float(), targets, strict=True):
         likes = ALPHA * (1 - scores) ** GAMMA * -(scores + 1e-8).log()
         dislikes = (1 - ALPHA) * scores**GAMMA * -(1 - scores + 1e-8).log()
@@ -87,8 +87,8 @@ def match(logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> Matches:
         if not bool(torch.isfinite(cost).all()):
             raise PrunelabError("the detector's outputs are not finite; lower the learning rate or check the images")
         queries, wanted = linear_sum_assignment(cost.cpu().numpy())
-        found.append((torch.from_numpy(queries).to(box.device), torch.from_numpy(wanted).to(box.device)))
-    return found
+        results.append((torch.from_numpy(queries).to(box.device), torch.from_numpy(wanted).to(box.device)))
+    return results
 
 
 def set_losses(
@@ -104,11 +104,11 @@ def set_losses(
     wanted = torch.cat([t["boxes"][wanted] for t, (_, wanted) in zip(targets, matches, strict=True)])
     truth = torch.zeros_like(logits)
     truth[image, query, labels] = 1.0
-    found = boxes[image, query]
-    overlap = _paired_giou(corners(found), corners(wanted))
+    result = boxes[image, query]
+    overlap = _paired_giou(corners(result), corners(wanted))
     losses = {
         "class": sigmoid_focal_loss(logits, truth, alpha=ALPHA, gamma=GAMMA, reduction="sum"),
-        "box": functional.l1_loss(found, wanted, reduction="sum"),
+        "box": functional.l1_loss(result, wanted, reduction="sum"),
         "giou": (1 - overlap).sum(),
     }
     return {name: WEIGHTS[name] * value / count for name, value in losses.items()}
@@ -147,12 +147,12 @@ class Noised:
 
     def matches(self, targets: Sequence[Target]) -> Matches:
         """The positive copies and the target each was made from."""
-        found = []
+        results = []
         for target in targets:
             wanted = torch.arange(len(target["labels"]), device=self.labels.device).repeat(self.groups, 1)
             start = torch.arange(self.groups, device=wanted.device).unsqueeze(1) * 2 * self.slots
-            found.append(((wanted + start).flatten(), wanted.flatten()))
-        return found
+            results.append(((wanted + start).flatten(), wanted.flatten()))
+        return results
 
 
 def noised(

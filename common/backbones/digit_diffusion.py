@@ -66,8 +66,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(time))[:, :, None, None]
-        found: Tensor = self.short(x) + self.conv2(F.silu(self.norm2(hidden)))
-        return found
+        result: Tensor = self.short(x) + self.conv2(F.silu(self.norm2(hidden)))
+        return result
 
 
 class UNet(nn.Module):

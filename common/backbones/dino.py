@@ -384,15 +384,15 @@ class DINO(nn.Module):
 
         count = max(1, sum(len(t["labels"]) for t in targets))
         parts: list[tuple[str, dict[str, Tensor]]] = []
-        outputs = [("", found[:, cut:], box[:, cut:]) for found, box in zip(logits, boxes)]
-        for prefix, found, box in [*outputs, ("encoder_", first_logits, first_boxes.sigmoid())]:
-            matches = detection.match(found, box, targets)
-            parts.append((prefix, detection.set_losses(found, box, targets, matches, count)))
+        outputs = [("", result[:, cut:], box[:, cut:]) for result, box in zip(logits, boxes)]
+        for prefix, result, box in [*outputs, ("encoder_", first_logits, first_boxes.sigmoid())]:
+            matches = detection.match(result, box, targets)
+            parts.append((prefix, detection.set_losses(result, box, targets, matches, count)))
         if copies is not None:
             pairs, copied = copies.matches(targets), count * copies.groups
-            for found, box in zip(logits, boxes):
-                found, box = found[:, :cut], box[:, :cut]
-                parts.append(("denoise_", detection.set_losses(found, box, targets, pairs, copied)))
+            for result, box in zip(logits, boxes):
+                result, box = result[:, :cut], box[:, :cut]
+                parts.append(("denoise_", detection.set_losses(result, box, targets, pairs, copied)))
         losses: dict[str, Tensor] = {}
         for prefix, values in parts:
             for name, value in values.items():

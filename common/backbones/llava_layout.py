@@ -52,10 +52,10 @@ def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise PrunelabError(f"{path} holds no .safetensors file; give the folder of the official checkpoint")
-    found = {official_name(name): weight for file in files for name, weight in read(file).items()}
-    found = {name: weight for name, weight in found.items() if not name.endswith(COUNTED)}
+    results = {official_name(name): weight for file in files for name, weight in read(file).items()}
+    results = {name: weight for name, weight in results.items() if not name.endswith(COUNTED)}
     wanted = model.state_dict()
     for name in VOCABULARY:
-        if name in found and name in wanted:
-            found[name] = padded(found[name], len(wanted[name]))
-    fill(model, found, path)
+        if name in results and name in wanted:
+            results[name] = padded(results[name], len(wanted[name]))
+    fill(model, results, path)

@@ -348,7 +348,7 @@ def load_official(model: Segmenter, state: Mapping[str, Tensor]) -> None:
         "of another shape": misfits,
     }
     if any(problems.values()):
-        listed = "; ".join(f"{kind}: {', '.join(found)}" for kind, found in problems.items() if found)
+        listed = "; ".join(f"{kind}: {', '.join(result)}" for kind, result in problems.items() if result)
         raise PrunelabError(f"the checkpoint does not fit this segmenter; use the architecture it is of ({listed})")
     model.load_state_dict({ours: given[name] for name, ours in names.items()})
 

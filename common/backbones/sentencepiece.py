@@ -53,12 +53,12 @@ def read(path: Path) -> Pieces:
 def merges(pieces: Pieces) -> list[tuple[str, str]]:
     """The pairs that are merged, first the one whose outcome has the highest score."""
     ids = {name: i for i, name in enumerate(pieces.names)}
-    found = []
+    results = []
     for name, score, kind in zip(pieces.names, pieces.scores, pieces.types, strict=True):
         if kind == 1:
             parts = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
-            found += [(-score, ids[a], ids[b], a, b) for a, b in parts if a in ids and b in ids]
-    return [(a, b) for *_, a, b in sorted(found)]
+            results += [(-score, ids[a], ids[b], a, b) for a, b in parts if a in ids and b in ids]
+    return [(a, b) for *_, a, b in sorted(results)]
 
 
 def tokenizer(path: Path, **marks: Any) -> Any:

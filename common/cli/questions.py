@@ -123,8 +123,8 @@ def testbed_question(kind: questions.Kind, shown: NDArray[np.uint8], question: s
         what, other = ("a single image", "digits_video_qa") if kind == "picture" else ("a video", "digits_qa")
         raise PrunelabError(f"this testbed is asked about {what}; give one, or use --model {other}")
     side, count = (PICTURE * CELL, 1) if kind == "picture" else (FRAME * CELL, FRAMES)
-    places = np.linspace(0, len(shown) - 1, count).astype(int)  # a short video repeats frames
-    small = [np.asarray(Image.fromarray(shown[i]).resize((side, side))) for i in places]
+    indices = np.linspace(0, len(shown) - 1, count).astype(int)  # a short video repeats frames
+    small = [np.asarray(Image.fromarray(shown[i]).resize((side, side))) for i in indices]
     pixels = (torch.from_numpy(np.stack(small)).movedim(-1, 1) / 255 - digits.SHIFT) / digits.SCALE
     tokens = questions.prompt(kind, questions.encoded(question)).unsqueeze(0)
     name = "pixel_values" if kind == "picture" else "pixel_values_videos"
@@ -157,18 +157,18 @@ def processed(processor: Any, model: Any, shown: NDArray[np.uint8], question: st
 # -- pictures --------------------------------------------------------------------------------------------------------
 
 
-def drawing(pictures: Sequence[Image.Image], found: Inspection, lines: Sequence[str], title: str) -> str:
+def drawing(pictures: Sequence[Image.Image], results: Inspection, lines: Sequence[str], title: str) -> str:
     """The frames with their tokens, and what is left of each behind every site."""
     photos, many = [sheets.photo(picture) for picture in pictures], len(pictures) > 1
     bands = [
         (
-            f"unpruned: {sheets.amount(sum(found.tokens))} tokens",
-            [Panel(image, sheets.amount(n) if many else "") for image, n in zip(photos, found.tokens, strict=True)],
+            f"unpruned: {sheets.amount(sum(results.tokens))} tokens",
+            [Panel(image, sheets.amount(n) if many else "") for image, n in zip(photos, results.tokens, strict=True)],
         )
     ]
-    for stage in found.stages:
+    for stage in results.stages:
         panels = []
-        for image, share, left, full in zip(photos, stage.shares, stage.tokens, found.tokens, strict=True):
+        for image, share, left, full in zip(photos, stage.shares, stage.tokens, results.tokens, strict=True):
             shares = bytes((WHOLE * share).round().clamp(0, 255).to(torch.uint8).flatten().tolist())
             grid = (int(share.shape[0]), int(share.shape[1]))
             caption = f"{sheets.amount(left)} of {sheets.amount(full)}" if many else ""
@@ -184,8 +184,8 @@ def panels(query: Query, processor: Any, shown: NDArray[np.uint8], count: int) -
     name = "pixel_values_videos" if query.modality == "video" else "pixel_values"
     pixels = query.inputs[name]
     if pixels.dim() < 4:
-        places = np.linspace(0, len(shown) - 1, count).astype(int)
-        return [Image.fromarray(shown[i]) for i in places]
+        indices = np.linspace(0, len(shown) - 1, count).astype(int)
+        return [Image.fromarray(shown[i]) for i in indices]
     pixels = pixels[0] if pixels.dim() == 5 else pixels
     return [Image.fromarray(frame.numpy()) for frame in coloured(pixels[:count].float(), processor, query.modality)]
 

@@ -76,10 +76,10 @@ def plan(
 
 def _hours(text: str) -> float:
     """A time such as `48h`, `90m` or `2d`, in hours."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mhd])", text.strip().lower())
-    if found is None:
+    result = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mhd])", text.strip().lower())
+    if result is None:
         raise PrunelabError(f"'{text}' is no time; write it as 48h, 90m or 2d")
-    return float(found[1]) * {"m": 1 / 60, "h": 1.0, "d": 24.0}[found[2]]
+    return float(result[1]) * {"m": 1 / 60, "h": 1.0, "d": 24.0}[result[2]]
 
 
 def _tell_outlook(values: dict[str, Any], card: forecast.Gpu, hours: float | None, as_json: bool) -> None:

@@ -130,8 +130,8 @@ class Automaton:
         sets, which = np.unique(ranges, axis=0, return_inverse=True)
         inside = (order >= sets[:, :1]) & (order <= sets[:, 1:])
         members, classes = np.unique(inside, axis=1, return_inverse=True)
-        found, keys = [np.flatnonzero(row).tolist() for row in members], iter(which.ravel().tolist())
-        edges = [[(found[next(keys)], target) for _, target in out] for out in nodes.edges]
+        results, keys = [np.flatnonzero(row).tolist() for row in members], iter(which.ravel().tolist())
+        edges = [[(results[next(keys)], target) for _, target in out] for out in nodes.edges]
         table, final = _determinise(edges, nodes.empty, first, last, members.shape[1])
         named = dict(zip(letters, classes.ravel().tolist(), strict=True))
         return cls(*_trim(table, final, pattern), tuple(named.get(byte, table.shape[1] - 1) for byte in range(256)))
@@ -305,12 +305,12 @@ def _determinise(
     @cache
     def closure(node: int) -> int:
         """The nodes reached without a letter, as bits of a number; what only passes on adds nothing."""
-        found, left = {node}, [node]
+        results, left = {node}, [node]
         while left:
-            fresh = set(empty[left.pop()]) - found
-            found |= fresh
+            fresh = set(empty[left.pop()]) - results
+            results |= fresh
             left += fresh
-        return sum(1 << n for n in found if edges[n] or n == last)
+        return sum(1 << n for n in results if edges[n] or n == last)
 
     @cache
     def leads(node: int) -> list[tuple[int, int]]:

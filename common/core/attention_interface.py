@@ -101,8 +101,8 @@ class Recorder(threading.local):
             count = queries.shape[2]
             if not self.causal or count == 1:
                 return None
-            places = torch.arange(count, device=queries.device)
-            mask = places <= (places.view(1, 1, -1, 1) if rows is None else rows[:, None, :, None])
+            indices = torch.arange(count, device=queries.device)
+            mask = indices <= (indices.view(1, 1, -1, 1) if rows is None else rows[:, None, :, None])
         elif rows is not None:
             mask = mask.expand(rows.shape[0], *mask.shape[1:])
             mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
@@ -287,8 +287,8 @@ def windowed(config: Any) -> bool:
 
 def attention_layers(decoder: nn.Module) -> list[Any]:
     """The attention modules of a decoder, by layer."""
-    found: list[Any] = [m for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
-    return sorted(found, key=lambda module: module.layer_idx)
+    results: list[Any] = [m for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
+    return sorted(results, key=lambda module: module.layer_idx)
 
 
 @cache
@@ -302,8 +302,8 @@ def cache_name() -> str:
 
 def cache_in(given: Mapping[str, Any]) -> Any:
     """The cache among a module's arguments or outputs, by the name of any release; None where there is none."""
-    found = given.get("cache")
-    return given.get("past_key_values") if found is None else found
+    result = given.get("cache")
+    return given.get("past_key_values") if result is None else result
 
 
 def pixels_name(model: Any) -> str:
@@ -315,10 +315,10 @@ def pixels_name(model: Any) -> str:
 def pixels_in(given: Mapping[str, Any], modality: str) -> Tensor:
     """The pixels among the arguments of an encoder of images or videos, by the name of any release."""
     if modality == "video":
-        found: Tensor = given["pixel_values_videos"]
+        result: Tensor = given["pixel_values_videos"]
     else:
-        found = given["pixel_values" if given.get("pixel_values") is not None else "pixel_values_images"]
-    return found
+        result = given["pixel_values" if given.get("pixel_values") is not None else "pixel_values_images"]
+    return result
 
 
 def with_cache(given: Mapping[str, Any], held: Any) -> dict[str, Any]:

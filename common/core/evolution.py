@@ -28,21 +28,22 @@ def exchanged(
     low, high: bounds of each gene. groups: the group of each gene, None for one group. Where no pair of a group has
     room the genes stay as they are.
     """
-    found = list(genes)
+    results = list(genes)
     groups = [0] * len(genes) if groups is None else groups
     for _ in range(exchanges):
-        down = [i for i in range(len(found)) if found[i] > low[i]]
+        down = [i for i in range(len(results)) if results[i] > low[i]]
         pairs = {
-            i: [j for j in range(len(found)) if j != i and groups[j] == groups[i] and found[j] < high[j]] for i in down
+            i: [j for j in range(len(results)) if j != i and groups[j] == groups[i] and results[j] < high[j]]
+            for i in down
         }
         down = [i for i in down if pairs[i]]
         if not down:
             break
         one = rng.choice(down)
         other = rng.choice(pairs[one])
-        found[one] -= 1
-        found[other] += 1
-    return tuple(found)
+        results[one] -= 1
+        results[other] += 1
+    return tuple(results)
 
 
 @dataclass(frozen=True)

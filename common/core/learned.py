@@ -26,8 +26,8 @@ def fitting(method: Method, info: ModelInfo, given: nn.Module | None, own: nn.Mo
             f"{method.name} has learned parts; pass parts=method.build(info) with trained weights, see its README"
         )
     wanted = {name: tuple(value.shape) for name, value in built.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in parts.state_dict().items()}
-    if wanted != found:
-        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    results = {name: tuple(value.shape) for name, value in parts.state_dict().items()}
+    if wanted != results:
+        wrong = sorted(name for name in wanted.keys() | results.keys() if wanted.get(name) != results.get(name))
         raise PrunelabError(f"the parts do not fit {method.name} on this model: {', '.join(wrong[:8])}")
     return parts

@@ -75,8 +75,8 @@ class Checks:
     def read(self) -> None:
         """Look, and forget. Raises PrunelabError with the first message whose condition does not hold."""
         holds, messages, self._holds, self._messages = self._holds, self._messages, [], []
-        if holds and not all(found := torch.stack([h.to(holds[0].device) for h in holds]).tolist()):
-            raise PrunelabError(messages[found.index(False)])
+        if holds and not all(result := torch.stack([h.to(holds[0].device) for h in holds]).tolist()):
+            raise PrunelabError(messages[result.index(False)])
 
 
 class Signals:

@@ -219,8 +219,8 @@ def repeats(among: Tensor, count: int, length: int, draws: torch.Generator) -> t
     length of its own between a quarter and a half of the whole, and a mask of the tokens that the repetition tells."""
     tokens = among[torch.randint(len(among), (count, length), generator=draws)]
     period = torch.randint(length // 4, length // 2, (count, 1), generator=draws)
-    places = torch.arange(length).expand(count, length)
-    return tokens.gather(1, places % period), places > period
+    indices = torch.arange(length).expand(count, length)
+    return tokens.gather(1, indices % period), indices > period
 
 
 # -- what a model must beat ------------------------------------------------------------------------------------------

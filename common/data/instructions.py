@@ -29,12 +29,12 @@ def load(
     where = hub.file if "file" in identity else hub.folder
     path = where(identity, "dataset", config)
     try:
-        found = [_pair(row) for row in _rows(path)]
+        results = [_pair(row) for row in _rows(path)]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise PrunelabError(
             f"{path} is no list of instructions with answers ({type(error).__name__}: {error}); download it again"
         ) from None
-    pieces = [piece for turns, answer in found if (piece := _piece(turns, answer, tokenizer, length)) is not None]
+    pieces = [piece for turns, answer in results if (piece := _piece(turns, answer, tokenizer, length)) is not None]
     if not pieces:
         raise PrunelabError(f"no answer of {path} lies within {length} tokens; allow more")
     return pieces

@@ -117,13 +117,13 @@ def solved(problem: Problem, written: str) -> bool:
     if problem.tests:
         program = programs.written(written)
         return program is not None and programs.passes(program, problem.tests, problem.function)
-    found = boxed(written)
-    if found is None or not problem.answer:
+    result = boxed(written)
+    if result is None or not problem.answer:
         return False
     if problem.choice:
-        letters = re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z])", re.sub(r"\\text\{([^{}]*)\}", r"\1", found))
+        letters = re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z])", re.sub(r"\\text\{([^{}]*)\}", r"\1", result))
         return letters[:1] == [problem.answer]
-    return plain(found) == plain(problem.answer)
+    return plain(result) == plain(problem.answer)
 
 
 def boxed(text: str) -> str | None:

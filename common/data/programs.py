@@ -53,8 +53,8 @@ def allow(config: Mapping[str, Any]) -> None:
 
 def written(text: str) -> str | None:
     """The last program in fences of a text; None where there is none."""
-    found = re.findall(r"```(?:[Pp]ython3?)?[ \t]*\n(.*?)```", text, re.DOTALL)
-    return found[-1] if found else None
+    results = re.findall(r"```(?:[Pp]ython3?)?[ \t]*\n(.*?)```", text, re.DOTALL)
+    return results[-1] if results else None
 
 
 def passes(program: str, tests: Sequence[Test], function: str = "", seconds: float = SECONDS) -> bool:

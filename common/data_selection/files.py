@@ -200,10 +200,10 @@ def _scored(job: Job, raw: JsonLines, fitted: Array, documents: int, each: Each,
         for scores in track(parts, "scoring", left, disable=not progress):
             file.write(np.ascontiguousarray(scores, np.float64).tobytes())
             file.flush()
-    found = np.fromfile(path, np.float64).reshape(-1, columns)
-    if len(found) != documents:
+    result = np.fromfile(path, np.float64).reshape(-1, columns)
+    if len(result) != documents:
         raise PrunelabError(f"{job.raw} changed while it was read; select again when nothing writes to it")
-    return found
+    return result
 
 
 def _written(

@@ -53,11 +53,11 @@ def grades(
     device = next(model.parameters()).device
     prompts = [_prompt(tokenizer, grading.text, *pair, length) for pair in pairs]
     results = torch.zeros(len(prompts), dtype=torch.float64)
-    places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    while places:
-        size = len(prompts[places[0]])
-        group = [place for place in places[:batch] if len(prompts[place]) == size]
-        places = places[len(group) :]
+    indices = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    while indices:
+        size = len(prompts[indices[0]])
+        group = [place for place in indices[:batch] if len(prompts[place]) == size]
+        indices = indices[len(group) :]
         tokens = torch.tensor([prompts[place] for place in group], device=device)
         logits = model(input_ids=tokens, use_cache=False).logits[:, -1].double().cpu()
         results[group] = logits[:, ids].softmax(-1) @ values

@@ -81,12 +81,12 @@ class HashedNgrams:
         if len(known) > _REMEMBERED:
             known.clear()
         bucket = known.__getitem__
-        found = list(map(bucket, words))
+        results = list(map(bucket, words))
         if self.n >= 2:
-            found += map(bucket, map(" ".join, pairwise(words)))
+            results += map(bucket, map(" ".join, pairwise(words)))
         for size in range(3, self.n + 1):
-            found += map(bucket, map(" ".join, zip(*(islice(words, start, None) for start in range(size)))))
-        return found
+            results += map(bucket, map(" ".join, zip(*(islice(words, start, None) for start in range(size)))))
+        return results
 
     def bags(self, texts: Sequence[str]) -> Bags:
         """The bags of documents."""
@@ -122,17 +122,17 @@ class _Pairs:
 
     def numbers(self, words: Iterable[str], count: int) -> Array:
         """The numbers of words; new ones get the next."""
-        found = np.fromiter(map(self.number.__getitem__, words), np.int64, count)
+        result = np.fromiter(map(self.number.__getitem__, words), np.int64, count)
         new = list(islice(self.number, len(self.words), None))
         if new:
             self.words += new
             more = np.fromiter((bucket_of(word, self.buckets) for word in new), np.int64, len(new))
             self.word_buckets = np.concatenate([self.word_buckets, more])
-        return found
+        return result
 
     def of(self, first: Array, second: Array) -> Array:
         """The buckets of pairs of words, each different pair looked up once."""
-        codes, places = np.unique(first << 32 | second, return_inverse=True)
+        codes, indices = np.unique(first << 32 | second, return_inverse=True)
         known, words = self.pairs, self.words
         each = codes.tolist()
         for code in each:
@@ -140,7 +140,7 @@ class _Pairs:
                 pair = f"{words[code >> 32]} {words[code & 0xFFFFFFFF]}"
                 digest = sha256(pair.encode("utf-8", "surrogatepass")).digest()
                 known[code] = int.from_bytes(digest, "big") % self.buckets
-        return np.fromiter(map(known.__getitem__, each), np.int64, len(each))[places]
+        return np.fromiter(map(known.__getitem__, each), np.int64, len(each))[indices]
 
 
 class _Numbers(dict[str, int]):
@@ -170,10 +170,10 @@ def _bigram_bags(documents: Sequence[list[str]], known: _Pairs, kind: Any) -> Ba
     document = np.repeat(np.arange(len(documents)), lengths)
     place = np.arange(total) + (np.cumsum(sizes) - sizes - (np.cumsum(lengths) - lengths))[document]
     inside = document[:-1] == document[1:]
-    found = np.empty(int(sizes.sum()), kind)
-    found[place] = known.word_buckets[words]
-    found[(place + lengths[document])[:-1][inside]] = known.of(words[:-1][inside], words[1:][inside])
-    return Bags(found, sizes)
+    result = np.empty(int(sizes.sum()), kind)
+    result[place] = known.word_buckets[words]
+    result[(place + lengths[document])[:-1][inside]] = known.of(words[:-1][inside], words[1:][inside])
+    return Bags(result, sizes)
 
 
 def divergence(p: Array, q: Array, epsilon: float = 1e-8) -> float:

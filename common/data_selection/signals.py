@@ -140,11 +140,11 @@ class _Own:
             prompt = (labels == IGNORED) & valid
             for name in self.read:
                 if name == "last_attention":
-                    found = last_attention(recorder, valid)
+                    result = last_attention(recorder, valid)
                 else:
                     seen = prompt if name == "prompt_attention" else self._raters(tokens, prompt)
-                    found = prompt_attention(recorder, seen)
-                self._attention[name] = found * counted(labels)
+                    result = prompt_attention(recorder, seen)
+                self._attention[name] = result * counted(labels)
         finally:
             stop()
         return logits
@@ -164,8 +164,8 @@ def attention_layer(model: nn.Module, layer: int) -> Any:
 
 def last_attention(recorder: Recorder, valid: Tensor) -> Tensor:
     """What the last of the valid [B, N] tokens pays to every token [B, N], the mean over heads."""
-    places = torch.arange(valid.shape[1], device=valid.device)
-    rows = (places * valid).amax(1, keepdim=True)
+    indices = torch.arange(valid.shape[1], device=valid.device)
+    rows = (indices * valid).amax(1, keepdim=True)
     return recorder.weights(rows).float().mean(1).squeeze(1)
 
 
@@ -173,13 +173,13 @@ def raters(embedded: Tensor, prompt: Tensor, answers: Tensor) -> Tensor:
     """The tokens of the prompt [B, N] that the answers look most alike: those with more than the mean of the softmax
     over the prompt of their products with the embedded tokens [B, N, D], averaged over answer tokens."""
     batch, total, _ = embedded.shape
-    found, step = embedded.new_zeros(batch, total), max(1, BLOCK // (batch * total))
+    result, step = embedded.new_zeros(batch, total), max(1, BLOCK // (batch * total))
     for start in range(0, total, step):
         rows = answers[:, start : start + step]
         alike = (embedded[:, start : start + step] @ embedded.mT).masked_fill(~prompt[:, None], float("-inf"))
-        found += (alike.softmax(-1).nan_to_num() * rows.unsqueeze(-1)).sum(1)
-    mean = found.sum(1, keepdim=True) / prompt.sum(1, keepdim=True).clamp_min(1)
-    best = prompt & (found > mean)
+        result += (alike.softmax(-1).nan_to_num() * rows.unsqueeze(-1)).sum(1)
+    mean = result.sum(1, keepdim=True) / prompt.sum(1, keepdim=True).clamp_min(1)
+    best = prompt & (result > mean)
     return torch.where(best.any(1, keepdim=True), best, prompt)
 
 

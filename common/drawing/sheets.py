@@ -131,10 +131,10 @@ def standalone(drawing: str) -> str:
 # -- what records hold -----------------------------------------------------------------------------------------------
 
 
-def looks(found: Mapping[str, Any]) -> str:
+def looks(results: Mapping[str, Any]) -> str:
     """All questions of a record of `common.tasks.looks` with their sheets, as HTML."""
     out = []
-    for item in found["items"]:
+    for item in results["items"]:
         verdicts = [f"{item[name]} ({'right' if item[name] == item['answer'] else 'wrong'})" for name in _ASKED]
         heading = f"{item['question']}: {verdicts[0]} unpruned, {verdicts[1]} pruned"
         out.append(f'<div class="scene">{look(item, heading)}<p>{escape(heading)}</p></div>')

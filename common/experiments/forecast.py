@@ -57,8 +57,8 @@ GPUS = {
 
 def gpu(name: str) -> Gpu:
     """The GPU of that name. Raises PrunelabError where it is not listed."""
-    found: Gpu = choose(GPUS, name.lower(), "GPU")
-    return found
+    result: Gpu = choose(GPUS, name.lower(), "GPU")
+    return result
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def work(run: Run) -> Work | None:
 def _size(name: str) -> int | None:
     if name in evaluation_sets():
         return evaluation_sets()[name].size
-    found: int | None = lookup.dataset(name).get("paper", {}).get("size")
-    return found
+    result: int | None = lookup.dataset(name).get("paper", {}).get("size")
+    return result
 
 
 def _questions(task: str) -> int | None:

@@ -376,10 +376,10 @@ def _average(slug: str, table: dict[str, Any]) -> None:
 
 def _unpruned(slug: str, place: str) -> dict[str, float]:
     """The reported numbers of the row `table/row`, by column; none where no place is given."""
-    found = {n.column: n.value for n in reported(slug) if f"{n.table}/{n.row}" == place}
-    if place and not found:
+    results = {n.column: n.value for n in reported(slug) if f"{n.table}/{n.row}" == place}
+    if place and not results:
         raise PrunelabError(f"`unpruned` says {place}, and reported.csv has no such table and row")
-    return found
+    return results
 
 
 def _averaged(columns: Mapping[str, dict[str, Any]], against: Mapping[str, float]) -> dict[str, dict[str, Any]]:

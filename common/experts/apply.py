@@ -186,14 +186,14 @@ def mixtures(model: nn.Module) -> dict[int, Any]:
     """The mixture blocks of a decoder, by layer: those with a router and fused experts."""
     find = getattr(model, "get_decoder", None)
     layers = getattr(find() if find is not None else model, "layers", [])
-    found = {}
+    results = {}
     for number, layer in enumerate(layers):
         for block in layer.modules():
             if hasattr(getattr(block, "experts", None), "gate_up_proj") and _router(block) is not None:
-                found[number] = block
-    if not found:
+                results[number] = block
+    if not results:
         raise PrunelabError(f"{type(model).__name__} has no mixture of experts; use a model such as Mixtral or OLMoE")
-    return found
+    return results
 
 
 def _router(block: Any) -> Any:

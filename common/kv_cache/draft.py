@@ -42,7 +42,7 @@ class Draft:
         First the attention [B, H, last, N] of the prompt's last tokens, a layer each; then, for each of `steps` tokens
         that the draft writes, the attention [B, H, 1, N + step] of that token, a layer each.
         """
-        found: list[Tensor] = []
+        results: list[Tensor] = []
         mask = torch.ones_like(tokens) if valid is None else valid.long()
 
         def attend(
@@ -51,7 +51,7 @@ class Draft:
             fresh = mask[:, : key.shape[2]].bool()
             if int(module.layer_idx) >= first_layer:  # type: ignore[arg-type]
                 real = None if bool(fresh.all()) else fresh.unsqueeze(1)
-                found.append(attention.causal_rows(query[:, :, -last:], key, scale, real).flatten(1, 2))
+                results.append(attention.causal_rows(query[:, :, -last:], key, scale, real).flatten(1, 2))
             allowed = None
             if not bool(fresh.all()):
                 indices = torch.arange(key.shape[2], device=key.device)
@@ -62,9 +62,9 @@ class Draft:
         later: list[list[Tensor]] = []
         with torch.inference_mode(), seam.replaced(seam.attention_layers(self.decoder), attend):
             out = self.model(input_ids=tokens, attention_mask=mask, position_ids=_indices(mask), use_cache=True)
-            window = [rows.clone() for rows in found]
+            window = [rows.clone() for rows in results]
             for _ in range(steps):
-                found.clear()
+                results.clear()
                 written = out.logits[:, -1:].argmax(-1)
                 mask = torch.cat([mask, torch.ones_like(written)], 1)
                 out = self.model(
@@ -74,7 +74,7 @@ class Draft:
                     use_cache=True,
                     **seam.with_cache({}, seam.cache_in(out)),
                 )
-                later.append([rows.clone() for rows in found])
+                later.append([rows.clone() for rows in results])
         return window, later
 
 

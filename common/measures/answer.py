@@ -66,13 +66,13 @@ def measure(bench: Bench[Answer.Settings]) -> dict[str, Any]:
     if settings.match:
         budget = matched(method, adapter, budget, samples[:TRIED], scores, bench.seed)
     budgets = oracle.levels(settings.oracle, budget)
-    found = []
+    results = []
     for each in budgets:
         with applied(method, model, each, services=_services(scores), seed=bench.seed) as handle:
-            found.append(right(model, samples, scores))
-            out = accuracy(samples, found[-1]) | spent(adapter, samples[0], handle)
+            results.append(right(model, samples, scores))
+            out = accuracy(samples, results[-1]) | spent(adapter, samples[0], handle)
     if settings.oracle:
-        out |= oracle.chosen(torch.stack(found).float(), budgets)
+        out |= oracle.chosen(torch.stack(results).float(), budgets)
     return out | {"budget": {"text": str(budget)}}
 
 

@@ -162,11 +162,11 @@ def answer(prompt: prompts.Prompt, decode: Answering, tokenizer: PreTrainedToken
     return Answer(tuple(turns))
 
 
-def summary(found: Sequence[Answer], greedy: Sequence[Answer]) -> dict[str, Any]:
+def summary(results: Sequence[Answer], greedy: Sequence[Answer]) -> dict[str, Any]:
     """The metrics of answers and of plain greedy decoding's answers to the same prompts; see `tasks.decode`."""
-    tokens, steps = [float(a.tokens) for a in found], [float(a.steps) for a in found]
-    rate, plain = ([a.tokens / a.seconds for a in answers] for answers in (found, greedy))
-    seconds = [a.seconds for a in found]
+    tokens, steps = [float(a.tokens) for a in results], [float(a.steps) for a in results]
+    rate, plain = ([a.tokens / a.seconds for a in answers] for answers in (results, greedy))
+    seconds = [a.seconds for a in results]
     saved = ratio(steps, tokens, percent=True)
     return {
         "mat": ratio(tokens, steps),
@@ -179,8 +179,8 @@ def summary(found: Sequence[Answer], greedy: Sequence[Answer]) -> dict[str, Any]
         "tokens_per_second": uncertainty.mean(rate),
         "ms_per_token": ratio([1000 * s for s in seconds], tokens),
         "speedup": {**ratio(rate, plain), "samples": [round(a / b, 4) for a, b in zip(rate, plain, strict=True)]},
-        "drafting": ratio([a.drafting for a in found], seconds, percent=True),
-        "identical": uncertainty.share(torch.tensor([a.same(b) for a, b in zip(found, greedy, strict=True)])),
+        "drafting": ratio([a.drafting for a in results], seconds, percent=True),
+        "identical": uncertainty.share(torch.tensor([a.same(b) for a, b in zip(results, greedy, strict=True)])),
         "tokens": {"value": int(sum(tokens))},
     }
 

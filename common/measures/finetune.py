@@ -70,37 +70,37 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
         drawn = sorted(order[: settings.reference].tolist())
         seconds["reference"] = _trained(bench, seconds["reference"], [whole[i] for i in drawn]).requires_grad_(False)
     given = _grades(bench, method, pieces) if getattr(method, "grading", ()) and pieces else None
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if isinstance(method, WeightPruner):
         if settings.order == "train, prune":
             model = _trained(bench, model, whole)
         plan, _ = perplexity.prune(bench, method, model, tokenizer, settings.calibration_length)
         if settings.order == "prune, train":
             model = _trained(bench, model, whole)
-        found = sizes(model, plan.report)
+        results = sizes(model, plan.report)
     elif isinstance(method, TrainingMethod):
         engine = importlib.import_module("prunelab.common.training.engine")  # by name, see `by_role`
         plan = engine.train(
             method, model, bench.budget, whole, _recipe(settings, len(whole)), services=seconds, seed=bench.seed,
             accelerator=_accelerator(bench), progress=False,
         )  # fmt: skip
-        found = sizes(model, plan.report)
+        results = sizes(model, plan.report)
     elif method is None or not whole:
         model = _trained(bench, model, whole)
     elif method.when == "before":
-        whole, found, _ = fitting.chosen_before(
+        whole, results, _ = fitting.chosen_before(
             method, pieces, model, bench.budget, bench.seed, services=seconds, target=(), grades=given
         )
         model = _trained(bench, model, whole)
     else:
         with applied(method, model, bench.budget, services=seconds, seed=bench.seed) as handle:
             model = _trained(bench, model, whole)
-        found = fitting.chosen_each_batch(handle)
+        results = fitting.chosen_each_batch(handle)
     if bench.device.type == "cuda":
-        found["memory_gb"] = {"value": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 3)}
+        results["memory_gb"] = {"value": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 3)}
     for metric, text in held_out.items():
-        found[metric] = perplexity.predicted(model, text)["perplexity"]
-    return {**(zero_shot.scored(bench, model, tokenizer, batch=ASKED) if settings.tasks else {}), **found}
+        results[metric] = perplexity.predicted(model, text)["perplexity"]
+    return {**(zero_shot.scored(bench, model, tokenizer, batch=ASKED) if settings.tasks else {}), **results}
 
 
 def _grades(bench: Bench[Finetune.Settings], method: Any, pieces: list[Any]) -> torch.Tensor:

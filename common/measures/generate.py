@@ -82,29 +82,29 @@ def calibrated(bench: Bench[Generate.Settings], method: WeightPruner, painter: P
         raise PrunelabError("a text-to-image model has components; give a budget such as text_encoder=0.5,unet=0.65")
     captioned = captions.drawn(bench.ids["calibration"], bench.config, bench.settings.calibration, bench.seed)
     texts = [caption.text for caption in captioned]
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in names:
         if name == "text_encoder":
-            found[name] = painter.tokens(texts)
+            results[name] = painter.tokens(texts)
         elif method.measures(name):
-            found[name] = calls(painter, name, texts, bench.seed)
-    return found
+            results[name] = calls(painter, name, texts, bench.seed)
+    return results
 
 
 def calls(painter: Painter, component: str, texts: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """The arguments, by name, that a component gets while captions are painted."""
-    module, found = painter.model.components[component], []
+    module, results = painter.model.components[component], []
     signature = inspect.signature(module.forward)
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(dict(signature.bind(*args, **kwargs).arguments))
+        results.append(dict(signature.bind(*args, **kwargs).arguments))
 
     handle = module.register_forward_pre_hook(note, with_kwargs=True)
     try:
         painter.paint(texts, seed)
     finally:
         handle.remove()
-    return found
+    return results
 
 
 # -- who paints ------------------------------------------------------------------------------------------------------
@@ -123,8 +123,8 @@ class DigitPainter:
         steps = self.settings.steps or STEPS
         guidance = GUIDANCE if self.settings.guidance is None else self.settings.guidance
         ids = captions.encoded(texts)
-        found: Tensor = self.model.generate(ids, steps, guidance, torch.Generator().manual_seed(seed))
-        return finite(found, "its weights and the budget")
+        result: Tensor = self.model.generate(ids, steps, guidance, torch.Generator().manual_seed(seed))
+        return finite(result, "its weights and the budget")
 
 
 def of_digits(bench: Bench[Generate.Settings]) -> Painter:
@@ -150,8 +150,8 @@ class PipelinePainter:
         options = {name: value for name, value in given.items() if value is not None}
         draws = torch.Generator().manual_seed(seed)
         with torch.inference_mode():
-            found = self.model(list(texts), generator=draws, output_type="pt", **options).images
-        return (finite(found, "its weights and the budget").float() * 255).round().to(torch.uint8).cpu()
+            result = self.model(list(texts), generator=draws, output_type="pt", **options).images
+        return (finite(result, "its weights and the budget").float() * 255).round().to(torch.uint8).cpu()
 
 
 def of_diffusers(bench: Bench[Generate.Settings]) -> Painter:

@@ -22,10 +22,10 @@ def measure(bench: Bench[Layers.Settings]) -> dict[str, Any]:
     model, tokenizer = loading.language(bench.ids["model"], bench.config)
     plan, calibrated = prune(bench, method, devices.place(model, bench.device, half=True), tokenizer)
     gone = [target for target, decision in plan.decisions() if target.unit == "layers" and not decision.kept]
-    found = {f"layer {i} of {len(gone)}": target.block for i, target in enumerate(gone, 1)}
+    results = {f"layer {i} of {len(gone)}": target.block for i, target in enumerate(gone, 1)}
     worth = plan.header.get("worth", {})
     if len({worth.get(target.name) for target in gone}) == len(gone):  # those of a search say only who stays
         ranked = sorted(gone, key=lambda target: worth[target.name])
-        found |= {f"rank {i}": target.block for i, target in enumerate(ranked, 1)}
-    found["layers"] = len(gone)
-    return {name: {"value": value, "protocol": calibrated} for name, value in found.items()}
+        results |= {f"rank {i}": target.block for i, target in enumerate(ranked, 1)}
+    results["layers"] = len(gone)
+    return {name: {"value": value, "protocol": calibrated} for name, value in results.items()}

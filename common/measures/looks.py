@@ -40,17 +40,17 @@ def measure(bench: Bench[Looks.Settings]) -> dict[str, Any]:
     return {"looks": {"value": len(items), "items": items}, "budget": {"text": str(budget)}}
 
 
-def item(sample: Sample, found: Inspection) -> dict[str, Any]:
+def item(sample: Sample, results: Inspection) -> dict[str, Any]:
     """An inspection as plain values."""
     return {
         "question": sample.question,
         "answer": sample.word,
-        "dense": found.dense,
-        "pruned": found.pruned,
+        "dense": results.dense,
+        "pruned": results.pruned,
         "frames": [[bytes(row).hex() for row in frame.flatten(1).tolist()] for frame in sample.shown],
-        "tokens": found.tokens,
-        "grid": list(found.stages[0].shares[0].shape),
-        "stages": [{"name": stage.name, "tokens": stage.tokens, "shares": shares(stage)} for stage in found.stages],
+        "tokens": results.tokens,
+        "grid": list(results.stages[0].shares[0].shape),
+        "stages": [{"name": stage.name, "tokens": stage.tokens, "shares": shares(stage)} for stage in results.stages],
     }
 
 

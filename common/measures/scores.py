@@ -32,17 +32,17 @@ SUMS = {"mme_total_score": ("mme_perception_score", "mme_cognition_score")}
 COUNTED = frozenset({"pope_accuracy", "mvbench_accuracy"})
 
 
-def average(found: Mapping[str, Any], names: Sequence[str]) -> float:
+def average(results: Mapping[str, Any], names: Sequence[str]) -> float:
     """Mean of the metrics of these names."""
-    lacking = [name for name in names if name not in found]
+    lacking = [name for name in names if name not in results]
     if lacking:
-        raise PrunelabError(f"the harness gave no {', '.join(lacking)}; it gave {', '.join(found)}")
-    return round(sum(float(found[name]["value"]) for name in names) / len(names), 4)
+        raise PrunelabError(f"the harness gave no {', '.join(lacking)}; it gave {', '.join(results)}")
+    return round(sum(float(results[name]["value"]) for name in names) / len(names), 4)
 
 
-def relative(found: Mapping[str, Any], names: Sequence[str], against: Sequence[float]) -> float:
+def relative(results: Mapping[str, Any], names: Sequence[str], against: Sequence[float]) -> float:
     """Mean of the metrics of these names, each as percent of the number given for it."""
     if len(against) != len(names):
         raise PrunelabError(f"`average` names {len(names)} metrics and `against` {len(against)} numbers; give one each")
-    shares = [average(found, [name]) / number for name, number in zip(names, against, strict=True)]
+    shares = [average(results, [name]) / number for name, number in zip(names, against, strict=True)]
     return round(100 * sum(shares) / len(shares), 4)

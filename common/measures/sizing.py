@@ -81,8 +81,8 @@ def main() -> None:
     files.write_text(sizes.FILE, re.sub(r"\n  +", " ", text).replace("\n }", " }") + "\n")
 
 
-def _told(found: sizes.Sizes) -> dict[str, float]:
-    return {key: value for key, value in vars(found).items() if value and key != "exact"}
+def _told(result: sizes.Sizes) -> dict[str, float]:
+    return {key: value for key, value in vars(result).items() if value and key != "exact"}
 
 
 if __name__ == "__main__":

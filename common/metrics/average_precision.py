@@ -51,20 +51,20 @@ def detections(output: Mapping[str, Tensor], objects: Sequence[Objects], classes
     return [Detections(*row) for row in zip(chosen.cpu(), scores.cpu(), (best % kinds).cpu(), strict=True)]
 
 
-def average_precision(truth: Sequence[Objects], found: Sequence[Detections]) -> dict[str, float]:
+def average_precision(truth: Sequence[Objects], results: Sequence[Detections]) -> dict[str, float]:
     """AP, AP50, AP75 and AP of small, medium and large objects in percent, as pycocotools gives them; NaN where no
     object of that size is annotated. truth and found: one entry an image, in the same order."""
-    return _measure(_evaluator(truth, found), range(1, len(truth) + 1))
+    return _measure(_evaluator(truth, results), range(1, len(truth) + 1))
 
 
-def with_uncertainty(truth: Sequence[Objects], found: Sequence[Detections]) -> dict[str, dict[str, Any]]:
+def with_uncertainty(truth: Sequence[Objects], results: Sequence[Detections]) -> dict[str, dict[str, Any]]:
     """`average_precision` as metrics with standard errors; measures that are NaN are left out.
 
     AP is no mean over images, so its error comes from the jackknife: up to 50 groups of images are left out in turn.
     `samples` are the pseudo-values, shifted so that their mean is the AP: two runs on the same images can be compared
     pair by pair, as with any other metric.
     """
-    evaluator, images = _evaluator(truth, found), range(1, len(truth) + 1)
+    evaluator, images = _evaluator(truth, results), range(1, len(truth) + 1)
     whole, size = _measure(evaluator, images), math.ceil(len(truth) / GROUPS)
     groups = math.ceil(len(truth) / size)  # as equal in size as can be
     left = [_measure(evaluator, [i for i in images if i % groups != g]) for g in range(groups)] if groups > 1 else []
@@ -80,21 +80,23 @@ def with_uncertainty(truth: Sequence[Objects], found: Sequence[Detections]) -> d
     return out
 
 
-def _evaluator(truth: Sequence[Objects], found: Sequence[Detections]) -> Any:
+def _evaluator(truth: Sequence[Objects], results: Sequence[Detections]) -> Any:
     """Both sides in faster-coco-eval's structures; images are numbered from 1."""
     from faster_coco_eval import COCO, COCOeval_faster
 
-    if len(truth) != len(found):
-        raise PrunelabError(f"{len(truth)} images are annotated but {len(found)} have detections; give one entry each")
+    if len(truth) != len(results):
+        raise PrunelabError(
+            f"{len(truth)} images are annotated but {len(results)} have detections; give one entry each"
+        )
     if not any(bool((~o.crowd).any()) for o in truth):
         raise PrunelabError("AP needs at least one annotated object; none of the images has one")
     images = [{"id": i, "height": o.height, "width": o.width} for i, o in enumerate(truth, 1)]
-    kinds = {int(k) for side in (truth, found) for entry in side for k in entry.labels.unique()}
+    kinds = {int(k) for side in (truth, results) for entry in side for k in entry.labels.unique()}
     categories = [{"id": k, "name": str(k)} for k in sorted(kinds)]
     sides = []
     for rows in (
         [_rows(i, o.boxes, o.labels, area=o.area, iscrowd=o.crowd.int()) for i, o in enumerate(truth, 1)],
-        [_rows(i, d.boxes, d.labels, score=d.scores) for i, d in enumerate(found, 1)],
+        [_rows(i, d.boxes, d.labels, score=d.scores) for i, d in enumerate(results, 1)],
     ):
         annotations = [{"id": i, **row} for i, row in enumerate((row for part in rows for row in part), 1)]
         content = {"images": images, "categories": categories, "annotations": annotations}

@@ -13,12 +13,12 @@ from torch import Tensor
 from prunelab.common.core.errors import PrunelabError
 
 
-def frechet_distance(found: Tensor, real: Tensor) -> float:
+def frechet_distance(result: Tensor, real: Tensor) -> float:
     """Fréchet distance of two sets of features [n, d] and [m, d], taken as Gaussians: the squared distance of their
     means and tr(A + B - 2 (A B)^1/2) of their covariances (Heusel et al., NeurIPS 2017)."""
-    if min(len(found), len(real)) < 2:
+    if min(len(result), len(real)) < 2:
         raise PrunelabError("a Fréchet distance takes two images or more on each side")
-    a, b = found.double(), real.double()
+    a, b = result.double(), real.double()
     apart = (a.mean(0) - b.mean(0)).square().sum()
     one, two = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())
     # The eigenvalues of A B are those of B^1/2 A B^1/2, which is symmetric.

@@ -132,7 +132,7 @@ def cached(config: Mapping[str, Any]) -> dict[str, Path]:
     ]
     return {
         name: revision.snapshot_path
-        for name, revision in sorted(revisions, key=lambda found: found[0])
+        for name, revision in sorted(revisions, key=lambda result: result[0])
         if {"model.safetensors", "config.json"} <= {file.file_name for file in revision.files}
     }
 

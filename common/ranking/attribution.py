@@ -64,10 +64,10 @@ class Explained:
         self.model.set_attn_implementation("eager")
         try:
             with torch.no_grad():
-                found = self.model(tokens, use_cache=False, output_attentions=True).attentions
+                result = self.model(tokens, use_cache=False, output_attentions=True).attentions
         finally:
             self.model.set_attn_implementation(before)
-        return torch.stack(found)
+        return torch.stack(result)
 
     def without(self, tokens: Tensor) -> Tensor:
         """The context [B, T] in which every token but end tokens is the baseline's."""

@@ -32,28 +32,28 @@ TEMPLATE = (
 
 def narrow(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration's arguments with as many layers and heads, and few channels."""
-    found = {key: narrow(value) if key.endswith("_config") else value for key, value in arguments.items()}
-    heads: Any = next((found[key] for key in HEADS if key in found), None)
-    head = 2 * HEAD if "mrope_section" in found.get("rope_parameters", {}) else HEAD
+    results = {key: narrow(value) if key.endswith("_config") else value for key, value in arguments.items()}
+    heads: Any = next((results[key] for key in HEADS if key in results), None)
+    head = 2 * HEAD if "mrope_section" in results.get("rope_parameters", {}) else HEAD
     if heads is not None:
         width = heads * head
-        found |= {key: width for key in WIDTHS if key in found}
-        found |= {key: 2 * width for key in INNER if key in found}
-        found |= {key: head for key in LATENT if key in found}
+        results |= {key: width for key in WIDTHS if key in results}
+        results |= {key: 2 * width for key in INNER if key in results}
+        results |= {key: head for key in LATENT if key in results}
         if any(int(arguments.get(key, 0)) >= MANY for key in EXPERTS):
-            found |= {key: head for key in ("moe_intermediate_size",) if key in found}
-        found |= {"head_dim": head} if "head_dim" in found else {}
-        found |= {"rotary_dim": head} if "rotary_dim" in found else {}
-        if "ffn_dim" in found:  # OPT, whose embeddings may be narrower
-            found["word_embed_proj_dim"] = width // 2 if "word_embed_proj_dim" in found else width
-        if "mrope_section" in found.get("rope_parameters", {}):
-            found["rope_parameters"] = {**found["rope_parameters"], "mrope_section": [1, 1, 2]}
-        if "partial_rotary_factor" in found:
-            found["partial_rotary_factor"] = 0.5
-    if "vocab_size" in found:
+            results |= {key: head for key in ("moe_intermediate_size",) if key in results}
+        results |= {"head_dim": head} if "head_dim" in results else {}
+        results |= {"rotary_dim": head} if "rotary_dim" in results else {}
+        if "ffn_dim" in results:  # OPT, whose embeddings may be narrower
+            results["word_embed_proj_dim"] = width // 2 if "word_embed_proj_dim" in results else width
+        if "mrope_section" in results.get("rope_parameters", {}):
+            results["rope_parameters"] = {**results["rope_parameters"], "mrope_section": [1, 1, 2]}
+        if "partial_rotary_factor" in results:
+            results["partial_rotary_factor"] = 0.5
+    if "vocab_size" in results:
         marks = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        found |= {"vocab_size": VOCABULARY, **marks}
-    return found
+        results |= {"vocab_size": VOCABULARY, **marks}
+    return results
 
 
 def tokenizer(name: str) -> Any:

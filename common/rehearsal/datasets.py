@@ -101,7 +101,7 @@ def parts(repository: str, folder: Path) -> None:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             datasets.Dataset.from_list(rows).to_parquet(folder / path)
             configs.setdefault(config or "default", []).append({"split": split, "path": path})
-    card = {"configs": [{"config_name": config, "data_files": found} for config, found in configs.items()]}
+    card = {"configs": [{"config_name": config, "data_files": result} for config, result in configs.items()]}
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n", encoding="utf-8")
 
 

@@ -91,8 +91,8 @@ def _kind(kind: hub.Kind, name: str) -> str:
 
 def _spent(run: Run) -> tuple[float, str]:
     """The hardest budget first."""
-    found = re.search(r"\d+(\.\d+)?", run.budget or "")
-    return float(found[0] if found else 1), run.identity
+    result = re.search(r"\d+(\.\d+)?", run.budget or "")
+    return float(result[0] if result else 1), run.identity
 
 
 def cut(run: Run) -> Run:

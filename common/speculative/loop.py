@@ -202,8 +202,8 @@ class DecodingHandle:
             emitted, done = until_stop(stopping_criteria, sequence, step.accepted.tokens)
             self._steps += 1
             before = torch.cat([step.accepted.nodes.new_zeros(1), step.accepted.nodes + 1])[: len(emitted)]
-            for name, found in (("scores", scores.float()), ("logits", step.logits.float())):
-                rows[name] += found[before].split(1) if outputs[name] else ()
+            for name, result in (("scores", scores.float()), ("logits", step.logits.float())):
+                rows[name] += result[before].split(1) if outputs[name] else ()
             if self._streamer is not None:
                 for token in emitted.cpu().split(1):
                     self._streamer.put(token)

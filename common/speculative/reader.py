@@ -92,11 +92,11 @@ class Reader:
         seen[: len(unread), start : len(tokens)] = seen.new_ones(len(unread), len(unread)).tril()
         seen[len(unread) :, start : len(tokens)] = True
         seen[len(unread) :, len(tokens) :] = tree.ancestors[known:]
-        places = torch.arange(start, len(tokens), device=fed.device)
+        indices = torch.arange(start, len(tokens), device=fed.device)
         behind = len(tokens) - 1 + tree.depths
         if aside is not None and self._context is not None:
             behind[drafts:].clamp_(max=self._context - 1)
-        positions = torch.cat([places, behind[known:]])
+        positions = torch.cat([indices, behind[known:]])
         if self._context is not None:  # what a draft model guesses of tokens behind its context comes to nothing
             positions.clamp_(max=self._context - 1)
         self.held, self._tree = tokens, tree

@@ -31,13 +31,13 @@ class DraftTree:
     def ancestors(self) -> Tensor:
         """[T, T] bool: whether node j is node i itself or stands on the way to it; the tree's attention mask."""
         count = len(self.parents)
-        found = torch.eye(count + 1, dtype=torch.bool, device=self.parents.device)
-        found[count] = False  # the last row is that of index -1
+        result = torch.eye(count + 1, dtype=torch.bool, device=self.parents.device)
+        result[count] = False  # the last row is that of index -1
         jump = torch.cat([self.parents, self.parents.new_tensor([-1])])
         while bool((jump >= 0).any()):  # twice as far up each time
-            found = found | found[jump]
+            result = result | result[jump]
             jump = jump[jump]
-        return found[:count, :count]
+        return result[:count, :count]
 
     @cached_property
     def depths(self) -> Tensor:

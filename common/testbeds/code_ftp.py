@@ -88,8 +88,8 @@ class CodeFTP(Testbed):
             static = {} if router is not None else {"router": "static"}
             return sum(distance(method(schedule=shares, **static), b, tokens, router) for b in self.budgets)
 
-        found: tuple[float, ...] = _of_method("searched")(cost, begin, genetic)
-        return found
+        results: tuple[float, ...] = _of_method("searched")(cost, begin, genetic)
+        return results
 
     def loss(self, model: nn.Module, progress: float, generator: torch.Generator) -> Tensor:
         stream = code.stream("train", CodeLM().vocabulary)

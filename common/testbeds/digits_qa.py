@@ -227,5 +227,5 @@ def together(lead: int, count: int, length: int) -> tuple[Tensor, Tensor]:
     group = torch.cat([torch.full((lead,), -1), own])
     causal = torch.ones(len(group), len(group), dtype=torch.bool).tril()
     mask = causal & ((group == -1) | (group.unsqueeze(1) == group))
-    places = torch.cat([torch.arange(lead), lead + torch.arange(length).repeat(count)])
-    return mask[None, None], places.unsqueeze(0)
+    indices = torch.cat([torch.arange(lead), lead + torch.arange(length).repeat(count)])
+    return mask[None, None], indices.unsqueeze(0)

@@ -39,18 +39,18 @@ def decoder_attention(model: nn.Module, queries: int) -> Iterator[list[tuple[Ten
     """Within the block, the list receives for every decoder layer that runs where its last `queries` queries sample the
     encoder's tokens, locations [B, Q, H, L, P, 2] as shares of each level, and with which weights [B, Q, H, L, P].
     Queries before those are denoising copies."""
-    found: list[tuple[Tensor, Tensor]] = []
+    results: list[tuple[Tensor, Tensor]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         locations, weights = args[4], args[5]
-        found.append((locations[:, -queries:].detach(), weights[:, -queries:].detach()))
+        results.append((locations[:, -queries:].detach(), weights[:, -queries:].detach()))
 
     sampling = [m.get_submodule("encoder_attn.attn") for m in model.modules() if hasattr(m, "encoder_attn")]
     if not sampling:
         raise PrunelabError(f"{type(model).__name__} has no decoder with deformable attention to learn from")
     handles = [m.register_forward_pre_hook(hook) for m in sampling]
     try:
-        yield found
+        yield results
     finally:
         for handle in handles:
             handle.remove()

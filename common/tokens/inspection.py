@@ -148,13 +148,13 @@ def answer(model: Any, query: Query) -> str:
 def certainty(model: Any, query: Query, frames: int) -> Tensor:
     """[T] how sure the unpruned model is of its first word, the probability of the likeliest one, when a video stands
     still at each of its `frames`: the frames' worth to the question, by the model itself."""
-    found = []
+    results = []
     for frame in range(frames):
         logits = model(
             **{**query.inputs, "pixel_values_videos": still(query.inputs["pixel_values_videos"], frame, frames)}
         )
-        found.append(logits.logits[0, -1].float().softmax(-1).max().cpu())
-    return torch.stack(found)
+        results.append(logits.logits[0, -1].float().softmax(-1).max().cpu())
+    return torch.stack(results)
 
 
 def still(pixels: Tensor, frame: int, frames: int) -> Tensor:

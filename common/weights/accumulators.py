@@ -67,12 +67,12 @@ class Accumulators:
 
     def values(self, target: Target) -> dict[str, Tensor]:
         """The statistics of a target by name."""
-        found = {}
+        results = {}
         for name, accumulator in self.made[target.name].items():
             if id(accumulator) not in self._values:
                 try:
                     self._values[id(accumulator)] = accumulator.value()
                 except PrunelabError as error:  # a singular Hessian, say: which layer's it is only known here
                     raise PrunelabError(f"{target.name}: {error}") from None
-            found[name] = self._values[id(accumulator)]
-        return found
+            results[name] = self._values[id(accumulator)]
+        return results

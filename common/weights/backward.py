@@ -76,8 +76,8 @@ class Backward:
 
         with _forwards(self.blocks, over):
             loss(batch).backward()
-        found = [torch.zeros_like(end) if end.grad is None else end.grad for end in ends]
-        return found
+        results = [torch.zeros_like(end) if end.grad is None else end.grad for end in ends]
+        return results
 
     def through(self, index: int, done: Callable[[], None]) -> None:
         """Let the gradients flow back through a block; `done` is called for each batch, once its own are whole."""

@@ -106,12 +106,12 @@ class Stream:
         """The first module that gives a sequence values that are not finite, found by running the block again."""
         if not finite(self.hidden[sequence]):
             return "what comes before the first block"
-        module, prefix, found = self.adapter.blocks[block], self.adapter.prefix(block), list[str]()
+        module, prefix, results = self.adapter.blocks[block], self.adapter.prefix(block), list[str]()
 
         def note(path: str) -> Callable[..., None]:
             def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if not all(finite(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
-                    found.append(path)
+                    results.append(path)
 
             return look
 
@@ -123,7 +123,7 @@ class Stream:
         finally:
             for handle in handles:
                 handle.remove()
-        return ".".join(filter(None, (prefix, *found[:1])))
+        return ".".join(filter(None, (prefix, *results[:1])))
 
 
 def finite(values: Tensor) -> bool:

@@ -34,8 +34,8 @@ class Work:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / RUN
         if path.exists():
-            found = _run(path)
-            differs = [name for name in run if found.get(name) != run[name]]
+            result = _run(path)
+            differs = [name for name in run if result.get(name) != run[name]]
             if differs:
                 raise PrunelabError(
                     f"{self.folder} holds a run with other {', '.join(differs)}; give the unpruned model and the same"
@@ -60,17 +60,17 @@ class Work:
         return True
 
     def measured(
-        self, name: str, found: Mapping[str, Mapping[str, Tensor]], device: torch.device
+        self, name: str, results: Mapping[str, Mapping[str, Tensor]], device: torch.device
     ) -> Mapping[str, Mapping[str, Tensor]]:
         """Keep what was measured at a block or beforehand, by target and name, and return it: in a folder it is read
         when it is asked for."""
         if self.folder is None:
-            return found
-        shelved = {target: tensors for target, tensors in found.items() if isinstance(tensors, _Lazy)}
+            return results
+        shelved = {target: tensors for target, tensors in results.items() if isinstance(tensors, _Lazy)}
         where = {target: str(lazy.path.relative_to(self.folder)) for target, lazy in shelved.items()}
         write_json(self.folder / f"evidence_{name}.json", where)
         # Targets may share a tensor, files may not.
-        rest = {target: tensors for target, tensors in found.items() if target not in shelved}
+        rest = {target: tensors for target, tensors in results.items() if target not in shelved}
         own = {f"{target}|{key}": t.clone() for target, tensors in rest.items() for key, t in tensors.items()}
         write_tensors(self.folder / f"evidence_{name}.safetensors", own)
         return self.recalled(name, device) or {}
@@ -89,7 +89,7 @@ class Work:
         where = json.loads(shelved.read_text()) if shelved.exists() else {}
         return {
             **{target: _Lazy.whole(path.parent / place, device) for target, place in where.items()},
-            **{target: _Lazy(path, f"{target}|", found, device) for target, found in keys.items()},
+            **{target: _Lazy(path, f"{target}|", result, device) for target, result in keys.items()},
         }
 
     def moved(self, block: int, hidden: Sequence[Tensor]) -> None:
@@ -205,8 +205,8 @@ class _Lazy(Mapping[str, Tensor]):
         if name not in self.names:
             raise KeyError(name)
         with _opened(self.path) as file:
-            found: Tensor = file.get_tensor(self.prefix + name).to(self.device)
-        return found
+            result: Tensor = file.get_tensor(self.prefix + name).to(self.device)
+        return result
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -230,12 +230,12 @@ def _damaged(path: Path, error: Exception) -> PrunelabError:
 
 def _run(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        result = json.loads(path.read_text())
     except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict):
+        result = None
+    if not isinstance(result, dict):
         raise PrunelabError(f"{path} does not describe a run; name a new folder")
-    return found
+    return result
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -251,7 +251,7 @@ def fingerprint(tensors: Mapping[str, Tensor] | nn.Module, every: int = 1) -> st
     seen = hashlib.sha256()
     for name, tensor in named:
         seen.update(f"{name}{tuple(tensor.shape)}".encode())
-        places = torch.arange(0, tensor.numel(), every, device=tensor.device)
-        sample = tensor.detach().flatten()[places].cpu()
+        indices = torch.arange(0, tensor.numel(), every, device=tensor.device)
+        sample = tensor.detach().flatten()[indices].cpu()
         seen.update(sample.view(torch.uint8).numpy().tobytes())
     return seen.hexdigest()[:24]

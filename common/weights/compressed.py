@@ -74,14 +74,14 @@ def save_compressed(model: nn.Module, plan: WeightPlan, folder: Path | str) -> N
 
 def tensors(code: Quantised, dtype: torch.dtype) -> dict[str, Tensor]:
     """A rounded weight [R, C] under the format's names."""
-    found = {
+    results = {
         "weight_packed": packed_words(code.codes, code.bits),
         "weight_scale": code.scale.to(dtype).cpu().contiguous(),
         "weight_shape": torch.tensor(code.codes.shape),
     }
     if not code.symmetric:
-        found["weight_zero_point"] = packed_words(code.zero.T, code.bits).T.contiguous()
-    return found
+        results["weight_zero_point"] = packed_words(code.zero.T, code.bits).T.contiguous()
+    return results
 
 
 def _check(model: nn.Module, target: Target, code: Quantised) -> None:

@@ -136,8 +136,8 @@ class Engine:
         """By target its statistics, and its scores under SCORES."""
         evidence: dict[str, Mapping[str, Tensor]] = {}
         depth, done = len(self.adapter.blocks), 0
-        while done < depth and (found := self.work.recalled(f"{done:04d}", self.device)) is not None:
-            evidence |= found
+        while done < depth and (result := self.work.recalled(f"{done:04d}", self.device)) is not None:
+            evidence |= result
             done += 1
         for chain, block, stream in self.walk(done):
             accumulators = self.measure(stream, block, self.at(block), keep=True)
@@ -170,10 +170,10 @@ class Engine:
 
     def precompute(self) -> Mapping[str, Statistics]:
         """What the method measures on the whole dense model."""
-        if (found := self.work.recalled("precompute", self.device)) is not None:
+        if (result := self.work.recalled("precompute", self.device)) is not None:
             if self.learned is not None and not self.trained:
                 self.learned.load_state_dict(self.work.shelf("learned").get("state"))
-            return found
+            return result
         probe = ModelProbe(
             self.adapter, self.targets, self.samples, self.budget, lambda t: self.signals(t, {}),
             corpora=self.corpora, objective=self.objective, work=self.work, learned=self.learned, trained=self.trained,

@@ -32,11 +32,11 @@ def paley(order: int) -> int:
 @cache
 def order(width: int) -> tuple[int, int]:
     """(m, 2^k) with m 2^k the largest order of a matrix known here that divides a width, and m as small as can be."""
-    for found in (n for n in range(width, 0, -1) if width % n == 0):
-        power = found & -found  # its largest power of 2
+    for result in (n for n in range(width, 0, -1) if width % n == 0):
+        power = result & -result  # its largest power of 2
         while power:
-            if found == power or paley(found // power):
-                return found // power, power
+            if result == power or paley(result // power):
+                return result // power, power
             power //= 2
     return 1, 1
 

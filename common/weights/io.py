@@ -92,9 +92,9 @@ def _fill(model: Any, tensors: dict[str, Tensor]) -> None:
         if name not in tensors and stored in tensors:
             tensors[name] = tensors[stored]
     wanted |= {name: tuple(b.shape) for name, b in model.state_dict().items() if name not in wanted}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wanted != found:
-        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    results = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != results:
+        wrong = sorted(name for name in wanted.keys() | results.keys() if wanted.get(name) != results.get(name))
         raise PrunelabError(f"the weights do not fit the plan: {', '.join(wrong[:8])}; save the model anew")
     model.load_state_dict(tensors, strict=True, assign=True)
     if hasattr(model, "tie_weights"):

@@ -88,8 +88,8 @@ def spectral_clusters(affinity: Tensor, groups: int, seed: int = 0) -> Tensor:
     rows = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(affinity.dtype).tiny)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that rows coincide, which is seen to below
-        found = KMeans(groups, n_init=10, random_state=seed).fit(rows.numpy()).labels_
-    labels = torch.from_numpy(found).long().unique(return_inverse=True)[1]
+        result = KMeans(groups, n_init=10, random_state=seed).fit(rows.numpy()).labels_
+    labels = torch.from_numpy(result).long().unique(return_inverse=True)[1]
     while int(labels.max()) + 1 < groups:
         largest = labels.bincount().argmax()
         labels[(labels == largest).nonzero()[-1]] = int(labels.max()) + 1
@@ -98,11 +98,11 @@ def spectral_clusters(affinity: Tensor, groups: int, seed: int = 0) -> Tensor:
 
 def leaders(labels: Tensor, usage: Tensor) -> Tensor:
     """The most used member [E] of every expert's group, the first where several are."""
-    found = torch.zeros_like(labels)
+    result = torch.zeros_like(labels)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
-        found[members] = members[usage[members].argmax()]
-    return found
+        result[members] = members[usage[members].argmax()]
+    return result
 
 
 def merged(part: Tensor, labels: Tensor, usage: Tensor) -> Tensor:

@@ -110,18 +110,18 @@ def packed(decision: Decision) -> dict[str, Tensor]:
     """A decision as small tensors: packed mask bits, of a masked weight (unless whole) the values that stay, and packed
     codes."""
     mask = decision.mask.cpu()
-    found = {"mask": torch.from_numpy(np.packbits(mask.numpy()))}
+    results = {"mask": torch.from_numpy(np.packbits(mask.numpy()))}
     for role, value in decision.values.items():
         value = value.detach().cpu()
-        found[role] = value[mask] if role == "weight" and not decision.whole else value.contiguous()
+        results[role] = value[mask] if role == "weight" and not decision.whole else value.contiguous()
     if (code := decision.code) is not None:
         form = torch.tensor([code.bits, code.group, int(code.symmetric), code.turned])
         codes = packed_codes(code.codes.cpu(), code.bits)
         stored = {"codes": codes, "scale": code.scale, "zero": code.zero, "form": form, "index": code.index}
-        found |= {role: tensor.cpu() for role, tensor in stored.items() if tensor is not None}
+        results |= {role: tensor.cpu() for role, tensor in stored.items() if tensor is not None}
     if decision.share is not None:
-        found[SHARE] = decision.share.cpu()
-    return found if decision.remove else {**found, SILENT: torch.ones(1, dtype=torch.bool)}
+        results[SHARE] = decision.share.cpu()
+    return results if decision.remove else {**results, SILENT: torch.ones(1, dtype=torch.bool)}
 
 
 def unpacked(target: Target, tensors: Mapping[str, Tensor]) -> Decision:
@@ -190,10 +190,10 @@ class WeightPlan:
             if target not in by_name:
                 raise PrunelabError(f"the plan holds no target '{target}'; it has {', '.join(list(by_name)[:4])} ...")
             target = by_name[target]
-        found = _of(target, self._blocks[target.block])
-        if "mask" not in found:
+        result = _of(target, self._blocks[target.block])
+        if "mask" not in result:
             raise PrunelabError(f"the plan is damaged: it says nothing of {target.name}; make it anew")
-        return unpacked(target, found)
+        return unpacked(target, result)
 
     def decisions(self) -> Iterator[tuple[Target, Decision]]:
         """Every target with its decision."""
@@ -215,8 +215,8 @@ class WeightPlan:
         were not. False where the pruned model's shape is one that no config of its family describes."""
         stock = [plan.apply(model) for plan in self.earlier[len(plans_of(model)) :]]
         adapter = weight_adapter(model)
-        found = {t.name: t for unit in {t.unit for t in self.targets} for t in adapter.targets(unit)}
-        wrong = [t.name for t in self.targets if t.name not in found or found[t.name].shape != t.shape]
+        results = {t.name: t for unit in {t.unit for t in self.targets} for t in adapter.targets(unit)}
+        wrong = [t.name for t in self.targets if t.name not in results or results[t.name].shape != t.shape]
         if wrong:
             raise PrunelabError(
                 f"the plan does not fit this model: {', '.join(wrong[:4])} differ; give the dense model"
@@ -301,8 +301,8 @@ class WeightPlan:
 
 def plans_of(model: Any) -> tuple[WeightPlan, ...]:
     """The plans by which a model was pruned, in order."""
-    found: tuple[WeightPlan, ...] = vars(model).get(HELD, ()) if hasattr(model, "__dict__") else ()
-    return found
+    results: tuple[WeightPlan, ...] = vars(model).get(HELD, ()) if hasattr(model, "__dict__") else ()
+    return results
 
 
 def note(model: Any, plan: WeightPlan) -> None:
@@ -332,8 +332,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def _read(where: Any) -> Mapping[str, Tensor]:
     if not isinstance(where, Path):
-        found: Mapping[str, Tensor] = where
-        return found
+        results: Mapping[str, Tensor] = where
+        return results
     with safe_open(where, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 

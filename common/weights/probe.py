@@ -87,7 +87,7 @@ class ModelProbe:
         onward: Mapping[str, int] | None = None,
         name: str = "candidates",
     ) -> StoredCandidates:
-        found = StoredCandidates(self._work.shelf(name), {t.name: t for t in self.targets})
+        result = StoredCandidates(self._work.shelf(name), {t.name: t for t in self.targets})
         for chain in self.adapter.chains:
             stream = Stream(self.adapter, self.streams[chain.component], chain=chain)
             for block in range(chain.start, chain.stop):
@@ -97,12 +97,12 @@ class ModelProbe:
                 for target in targets:
                     known = self.signals(target)
                     known = replace(known, statistics={**known.statistics, **accumulators.values(target)})
-                    found.add(target, budgets[target.name], partial(solve, target, known))
+                    result.add(target, budgets[target.name], partial(solve, target, known))
                 if onward is not None:
-                    chosen = [(t, found.decision(t.name, onward[t.name])) for t in targets if t.name in onward]
+                    chosen = [(t, result.decision(t.name, onward[t.name])) for t in targets if t.name in onward]
                     with self.trial(chosen):
                         stream.through(block)
-        return found
+        return result
 
     @torch.no_grad()
     def loss(self, sample: Any) -> Tensor:
@@ -115,7 +115,7 @@ class ModelProbe:
 
     @torch.no_grad()
     def statistics(self, wanted: Mapping[Unit, Factories], corpus: str | None = None) -> dict[str, dict[str, Tensor]]:
-        found: dict[str, dict[str, Tensor]] = {}
+        results: dict[str, dict[str, Tensor]] = {}
         for chain in self.adapter.chains:
             samples = self.streams[chain.component] if corpus is None else self._corpus(corpus).sequences
             stream = Stream(self.adapter, samples, chain=chain)
@@ -123,8 +123,8 @@ class ModelProbe:
                 targets = [target for target in self.targets if target.block == block]
                 accumulators = Accumulators(Wanted(wanted), targets)
                 stream.through(block, accumulators.taps(self.adapter), accumulators.visit)
-                found |= {target.name: accumulators.values(target) for target in targets}
-        return found
+                results |= {target.name: accumulators.values(target) for target in targets}
+        return results
 
     def _corpus(self, name: str) -> Corpus:
         if name not in self.corpora:
@@ -184,8 +184,8 @@ class ModelProbe:
         flow = [torch.zeros_like(parameter) for parameter in parameters]
         turned = [torch.zeros_like(parameter) for parameter in parameters]
 
-        def add(sums: Sequence[Tensor], found: Sequence[Tensor | None], share: float) -> None:
-            for one, other in zip(sums, found, strict=True):
+        def add(sums: Sequence[Tensor], results: Sequence[Tensor | None], share: float) -> None:
+            for one, other in zip(sums, results, strict=True):
                 if other is not None:
                     one.add_(other.detach(), alpha=share)
 
@@ -204,7 +204,7 @@ class ModelProbe:
 
     def _by_block(self, factories: Mapping[str, Callable[[Target], Accumulator]], batches: Sequence[Any]) -> Any:
         """See `Backward`."""
-        found, states = self._work.shelf(f"gradients_{self._asked}"), self._work.shelf("states")
+        result, states = self._work.shelf(f"gradients_{self._asked}"), self._work.shelf("states")
         self._asked += 1
         device = next(self.adapter.model.parameters()).device
         learning = {p for target in self.targets for p, _ in self.adapter.holders(target).values()}
@@ -221,9 +221,9 @@ class ModelProbe:
 
                 backward.through(index, done)
                 for name, accumulators in made.items():
-                    found.put(name, {key: a.value() for key, a in accumulators.items()})
+                    result.put(name, {key: a.value() for key, a in accumulators.items()})
                     accumulators.clear()
-        return {target.name: found.lazily(target.name, device) for target in self.targets if target.name in found}
+        return {target.name: result.lazily(target.name, device) for target in self.targets if target.name in result}
 
     def _readers(
         self, factories: Mapping[str, Callable[[Target], Accumulator]], targets: Sequence[Target]

@@ -214,13 +214,13 @@ def _targets(method: WeightPruner, adapter: WeightAdapter, budget: Budget) -> li
             f"{method.name} follows activations back layer by layer, and the layers of a {type(adapter.model).__name__}"
             " cannot be traced; prune a convolutional network"
         )
-    found = []
+    results = []
     for unit in method.units:
         of_unit = adapter.targets(unit)
         if not of_unit:
             raise PrunelabError(f"{method.name} prunes {unit}, and this {type(adapter.model).__name__} has none")
-        found += [target for target in of_unit if method.covers(target)]
-    if not found:
+        results += [target for target in of_unit if method.covers(target)]
+    if not results:
         raise PrunelabError(f"{method.name} covers none of this model's targets; change its options")
     if not budget.names and len(budget.amounts) not in (1, len(adapter.blocks)):
         raise PrunelabError(f"the budget names {len(budget.amounts)} amounts for {len(adapter.blocks)} blocks")
@@ -229,11 +229,11 @@ def _targets(method: WeightPruner, adapter: WeightAdapter, budget: Budget) -> li
         raise PrunelabError(f"{method.name} takes a budget in {wanted}; it got {budget}")
     if min(budget.amounts) == 0 and budget.unit != "removed":
         raise PrunelabError(f"{method.name} would remove everything under {budget}; keep more")
-    adapter.refuse_tied(found)
+    adapter.refuse_tied(results)
     if budget.unit == "pattern":  # no allocation makes a row divisible, so that this is known now
-        check_budgets(found, [budget.at(t.component if budget.names else t.block) for t in found])
-    found.sort(key=lambda target: target.block if target.block >= 0 else len(adapter.blocks))
-    return found
+        check_budgets(results, [budget.at(t.component if budget.names else t.block) for t in results])
+    results.sort(key=lambda target: target.block if target.block >= 0 else len(adapter.blocks))
+    return results
 
 
 def _amounts(way: Rounds, budget: Budget, targets: Sequence[Target]) -> list[Budget]:
@@ -284,43 +284,45 @@ def _calibration(
         raise PrunelabError(
             f"'{min(strange)}' is no component to prune; give calibration sets for {', '.join(chains)} by name"
         )
-    found = {
+    results = {
         name: (calls if isinstance(chains.get(name), Linears) else corpus)(part).to(device)
         for name, part in parts.items()
     }
     needs_calibration = any(method.statistics(unit) for unit in method.units)
     measured = [name for name in chains if method.measures(name)]
     for name in measured if several and needs_calibration else [""]:
-        if not any(found[key].items for key in ([name] if several and needs_calibration else found) if key in found):
+        if not any(
+            results[key].items for key in ([name] if several and needs_calibration else results) if key in results
+        ):
             of = f" for {name}" if name else ""
             raise PrunelabError(
                 f"{method.name} needs a calibration set{of}; give token ids, see prunelab.common.weights.windows"
             )
-    streams = {name: found[name].sequences if name in found else [] for name in chains}
+    streams = {name: results[name].sequences if name in results else [] for name in chains}
     if not several:
-        streams = {"": [sequence for part in found.values() for sequence in part.sequences]}
+        streams = {"": [sequence for part in results.values() for sequence in part.sequences]}
     streams = {name: method.prepared(samples) for name, samples in streams.items()}
     for name, samples in streams.items():
         for sample in samples:
             chains[name].check_sample(sample)
-    return streams, found
+    return streams, results
 
 
 def _identity(model: nn.Module, samples: Sequence[Any], base: nn.Module | None) -> dict[str, str]:
     """Hashes by which an interrupted run knows its own."""
     calibration = fingerprint(_leaves(samples))
-    found = {"weights": fingerprint(model, SAMPLED), "calibration": calibration}
-    return found if base is None else {**found, "base": fingerprint(base, SAMPLED)}
+    results = {"weights": fingerprint(model, SAMPLED), "calibration": calibration}
+    return results if base is None else {**results, "base": fingerprint(base, SAMPLED)}
 
 
 def _leaves(samples: Sequence[Any]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for i, sample in enumerate(samples):
         if isinstance(sample, Tensor):
-            found[str(i)] = sample
+            results[str(i)] = sample
         else:
-            found |= {f"{i}|{j}": leaf for j, leaf in enumerate(tree_leaves(sample)) if isinstance(leaf, Tensor)}
-    return found
+            results |= {f"{i}|{j}": leaf for j, leaf in enumerate(tree_leaves(sample)) if isinstance(leaf, Tensor)}
+    return results
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------

@@ -113,8 +113,8 @@ class Quantiser:
 
 def grids(weight: Tensor, quantiser: Quantiser) -> tuple[Tensor, Tensor]:
     """Scales and zeros [R, G] of the groups of a weight's columns."""
-    found = [quantiser.grid(group) for group in weight.float().split(quantiser.width(weight.shape[1]), 1)]
-    scale, zero = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    results = [quantiser.grid(group) for group in weight.float().split(quantiser.width(weight.shape[1]), 1)]
+    scale, zero = (torch.cat(parts, 1) for parts in zip(*results, strict=True))
     return scale, zero
 
 

@@ -80,8 +80,8 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, module: nn.Module, rule: Rule) -> Tensor:
         ctx.save_for_backward(x)
         ctx.module, ctx.rule = module, rule
-        found: Tensor = module(x)
-        return found
+        result: Tensor = module(x)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -111,8 +111,8 @@ class _Mixed(torch.autograd.Function):
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
             total = ctx.call(*inputs)
-            found = torch.autograd.grad(total, inputs, gradients[0] / (total.detach() + EPSILON))
-        return None, *(x.detach() * g for x, g in zip(inputs, found, strict=True))
+            result = torch.autograd.grad(total, inputs, gradients[0] / (total.detach() + EPSILON))
+        return None, *(x.detach() * g for x, g in zip(inputs, result, strict=True))
 
 
 def _product(module: Any) -> Product:
@@ -137,9 +137,9 @@ class _Interpreter(fx.Interpreter):
         module: nn.Module = self.fetch_attr(target)
         if isinstance(module, _Conv | nn.Linear):
             rule = self.rule if self.outputs or self.first is None else self.first
-            found = module(*args) if rule is None else _Layer.apply(args[0], module, rule)
-            self.outputs[target] = found
-            return found.clone()  # what comes next may work in place
+            result = module(*args) if rule is None else _Layer.apply(args[0], module, rule)
+            self.outputs[target] = result
+            return result.clone()  # what comes next may work in place
         if self.rule is None or isinstance(module, _SHAPES):
             return module(*args, **kwargs)
         if isinstance(module, _POOLS):

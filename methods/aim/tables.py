@@ -42,15 +42,15 @@ def steps(tokens: int, shape: Shape) -> list[tuple[float, float]]:
     """(operations, bytes) of every step of one layer with `tokens` tokens."""
     n, d, m, maps = tokens, shape.width, shape.inner, shape.heads * tokens**2
     kv = d // shape.heads * shape.shared
-    found = [
+    results = [
         (2.0 * n * a * b, float(a * b + n * a + n * b))
         for a, b in ((d, d), (d, kv), (d, kv), (d, d), (d, m), (d, m), (m, d))
     ]
-    found += [(2.0 * n * n * d, float(maps + 2 * n * kv)), (5.0 * maps, 2.0 * maps)]  # logits, softmax
-    found += [(2.0 * n * n * d, float(maps + n * d + n * kv))]  # values
-    found += [(7.0 * n * d, 2.0 * n * d)] * 2  # norms
-    found += [(1.0 * n * d, 2.0 * n * d)] * shape.sums + [(2.0 * n * d, 3.0 * n * d)]  # residual sums, gate
-    return [(operations, elements * BYTES) for operations, elements in found]
+    results += [(2.0 * n * n * d, float(maps + 2 * n * kv)), (5.0 * maps, 2.0 * maps)]  # logits, softmax
+    results += [(2.0 * n * n * d, float(maps + n * d + n * kv))]  # values
+    results += [(7.0 * n * d, 2.0 * n * d)] * 2  # norms
+    results += [(1.0 * n * d, 2.0 * n * d)] * shape.sums + [(2.0 * n * d, 3.0 * n * d)]  # residual sums, gate
+    return [(operations, elements * BYTES) for operations, elements in results]
 
 
 def prefill(counts: Sequence[int], shape: Shape = QWEN2_7B) -> tuple[float, float]:
@@ -79,7 +79,7 @@ def rows() -> dict[str, tuple[Shape, list[int]]]:
     """Decoder and tokens of each layer for every row whose setting is known or follows from its two figures."""
     q, v, video, quarter = QWEN2_7B, VICUNA_7B, 32 * FRAME, 32 * FRAME // 4
     base = (q, staged(q, (0, video)))
-    found = {
+    results = {
         "video/base (LLaVA-OV-7B)": base,
         "video/LongVA-7B": (q, staged(q, (0, 128 * 144))),
         "video/VTW": (q, staged(q, (0, video), (6, 0))),  # assumption: the layer that gives the printed operations
@@ -92,7 +92,7 @@ def rows() -> dict[str, tuple[Shape, list[int]]]:
     }
     # assumption: what each method keeps of an image, and VTW's layers, are those that give both printed digits; the
     # schedule of AIM starts at layer 13 as a comment of the released script has it for this decoder.
-    found |= {
+    results |= {
         "image LLaVA-1.5-7B/VTW": (v, staged(v, (0, IMAGE), (8, 0))),
         "image LLaVA-1.5-7B/FastV": (v, staged(v, (0, IMAGE), (1, IMAGE // 4))),
         "image LLaVA-1.5-7B/AIM": (v, scheduled(IMAGE * 7 // 16, 13, 21, v)),
@@ -104,14 +104,17 @@ def rows() -> dict[str, tuple[Shape, list[int]]]:
     for first in (28, 21, 14, 7):
         for last in (8, 15, 22, 29):
             if last > first:
-                found[f"schedule l1-l2/{first}-{last}"] = q, scheduled(quarter, first, last)
-    return found
+                results[f"schedule l1-l2/{first}-{last}"] = q, scheduled(quarter, first, last)
+    return results
 
 
 def costs() -> dict[str, dict[str, float]]:
     """`table/row/column` as in reported.csv -> {"value": ...}."""
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     for row, (shape, counts) in rows().items():
         operations, milliseconds = prefill(counts, shape)
-        found |= {f"{row}/FLOPs": {"value": round(operations, 4)}, f"{row}/prefill": {"value": round(milliseconds, 4)}}
-    return found
+        results |= {
+            f"{row}/FLOPs": {"value": round(operations, 4)},
+            f"{row}/prefill": {"value": round(milliseconds, 4)},
+        }
+    return results

@@ -45,9 +45,9 @@ class Projection(Accumulator):
     def update(self, observed: Observation) -> None:
         output, keys = observed.weights["o"], observed.weights["k"]
         heads = output.shape[1] // (len(keys) // self.units)
-        found = head_projections(observed.inputs, output, heads)
+        result = head_projections(observed.inputs, output, heads)
         # assumption: what leaves together counts together, head by head as in the paper.
-        self.total = self.total.to(found.device) + found.view(self.units, -1).sum(1)
+        self.total = self.total.to(result.device) + result.view(self.units, -1).sum(1)
         self.prompts += 1
 
     def value(self) -> Tensor:

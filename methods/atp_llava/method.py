@@ -69,12 +69,12 @@ def sampled(place: Tensor, columns: int, rates: Sequence[float], weight: float) 
     """S_spatial [B, N] of tokens at places [B, N] of a map of so many columns (eq. 5): 1 - rate * weight where an even
     sampling at that rate takes the token, else 0; of several rates the largest counts."""
     row, column = place // columns, place % columns
-    found = torch.zeros(place.shape, device=place.device)
+    result = torch.zeros(place.shape, device=place.device)
     for rate in rates:
         stride = round(rate**-0.5)
         taken = (row % stride == 0) & (column % stride == 0)
-        found = torch.maximum(found, taken * (1 - rate * weight))
-    return found
+        result = torch.maximum(result, taken * (1 - rate * weight))
+    return result
 
 
 class Thresholds(nn.Module):
@@ -215,8 +215,8 @@ class ATPLLaVA(TokenPruner):
             return redundant, spatial
         count = signals.prunable.sum(1).clamp_min(1)
         means = ((x * signals.prunable).sum(1) / count for x in (own, cross))
-        found: tuple[Tensor, Tensor] = signals.parts[site.index](*means)
-        return found
+        results: tuple[Tensor, Tensor] = signals.parts[site.index](*means)
+        return results
 
     def loss(self, outputs: Any, taught: Any, state: Mapping[str, Any], budget: Budget) -> Tensor:
         """L_ntp + progressive L_atp + target L_target (eq. 12-14)."""

@@ -94,19 +94,19 @@ def two_passes(log_weights: Array, accept: Accept, rng: np.random.Generator) -> 
     """
     total = float(np.logaddexp.reduce(log_weights))
     log_p = log_weights - total
-    found: int | None = None
+    result: int | None = None
     rejections, psi = 0, 0.0
     for _ in range(2):
         for token in gumbel_order(log_p.copy(), rng):
             if accept(token):
-                found = token if found is None else found
+                result = token if result is None else result
                 break
             rejections += 1
-            psi += math.exp(log_p[token]) if found is None else 0.0
+            psi += math.exp(log_p[token]) if result is None else 0.0
             log_p[token] = -np.inf
-    if found is None:
+    if result is None:
         return Outcome(DEAD, -math.inf)
-    return Outcome(found, total + math.log1p(-min(psi, 1.0)) - math.log(rejections + 1) if psi < 1 else -math.inf)
+    return Outcome(result, total + math.log1p(-min(psi, 1.0)) - math.log(rejections + 1) if psi < 1 else -math.inf)
 
 
 def one_pass(log_weights: Array, accept: Accept, rng: np.random.Generator, max_rejects: float = math.inf) -> Outcome:
@@ -149,7 +149,7 @@ def geometric(
     """The estimator of inverse binomial sampling, (a - 1) / (a + r - 1) after a successes and r failures. Draws of
     tokens already rejected are not made but counted: how many come before the next new one is geometric."""
     log_p = log_p.copy()
-    found = tested = DEAD
+    result = tested = DEAD
     accepts, rejects, rejected = 0, 0.0, 0.0  # counts, and the mass of the tokens rejected
     while accepts < max_accepts and rejects < max_rejects:
         for token in gumbel_order(log_p.copy(), rng):
@@ -160,7 +160,7 @@ def geometric(
                     break
             if accept(token):
                 accepts += 1
-                found = token if found == DEAD else found
+                result = token if result == DEAD else result
                 break
             rejects += 1
             rejected += math.exp(log_p[token])
@@ -171,7 +171,7 @@ def geometric(
             break  # every token was rejected
         if rejected >= 1:
             return Outcome(tested, -math.inf)
-    return inverse_binomial(tested if found == DEAD else found, accepts, min(rejects, max_rejects), max_accepts)
+    return inverse_binomial(tested if result == DEAD else result, accepts, min(rejects, max_rejects), max_accepts)
 
 
 def inverse_binomial(token: int, accepts: int, rejects: float, max_accepts: int) -> Outcome:
@@ -295,14 +295,14 @@ class TokenRejection(TokenSampler):
         max_rejects = max(int(min(calls, len(log_p))) - 1, 1)
         if calls < 2:
             raise PrunelabError(f"{calls:g} constraint calls a token are too few for token_rejection; give at least 2")
-        found, accepts, rejects = DEAD, 0, 0
+        result, accepts, rejects = DEAD, 0, 0
         edges = np.exp(log_p).cumsum()
         for token in np.searchsorted(edges / edges[-1], rng.random(max_rejects + 1), side="right").tolist():
             if accept(token):
                 accepts += 1
-                found = token if found == DEAD else found
+                result = token if result == DEAD else result
             else:
                 rejects += 1
             if accepts == 2 or rejects == max_rejects:
                 break
-        return inverse_binomial(found, accepts, rejects, 2)
+        return inverse_binomial(result, accepts, rejects, 2)

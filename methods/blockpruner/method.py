@@ -89,12 +89,12 @@ class BlockPruner(WeightPruner):
         """Perplexity of the calibration set without some blocks: that of the mean of the windows' mean losses."""
         with probe.trial([(target, Decision(torch.zeros(1, dtype=torch.bool))) for target in gone]):
             losses = [window_loss(probe.logits(sample), sample, self.padding) for sample in probe.samples]
-        found = float(torch.stack(losses).mean().exp())
-        if math.isnan(found):
+        result = float(torch.stack(losses).mean().exp())
+        if math.isnan(result):
             raise PrunelabError(
                 f"without {gone[-1].name} the model's loss is NaN; check the weights, use a wider dtype"
             )
-        return found
+        return result
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         return signals["step"].view(1)

@@ -149,8 +149,8 @@ class CATP(TokenPruner):
         pictures = None if signals.pictures is None else signals.pictures()
         sizes: tuple[list[int], list[int]] = ([], [])
         for sample in range(len(image)):
-            places = image[sample].nonzero().squeeze(1)
-            own = [places] if pictures is None else list(places.split([self.length(p) for p in pictures[sample]]))
+            indices = image[sample].nonzero().squeeze(1)
+            own = [indices] if pictures is None else list(indices.split([self.length(p) for p in pictures[sample]]))
             for number, part in enumerate(own):
                 pair[sample, int(part[0]) :] = number
             sizes[0].append(sum(map(len, own[:-1])))

@@ -169,14 +169,14 @@ class Darex(Dare):
         """The q of every target."""
         p = self.rate(probe.budget)
         if self.q is not None:
-            found = dict.fromkeys((target.name for target in probe.targets), self.q)
+            results = dict.fromkeys((target.name for target in probe.targets), self.q)
         elif self.rule == "global":
             low, high = self.bounds or (1 - p, 1.0)
             q = search(lambda q: self.trial(probe, lambda target: q), low, high, self.step, limit=1.0)
-            found = dict.fromkeys((target.name for target in probe.targets), q)
+            results = dict.fromkeys((target.name for target in probe.targets), q)
         else:
-            found = self.analytic(probe, p)
-        return {name: {"q": torch.tensor(q)} for name, q in found.items()}
+            results = self.analytic(probe, p)
+        return {name: {"q": torch.tensor(q)} for name, q in results.items()}
 
     def analytic(self, probe: Probe, p: float) -> dict[str, float]:
         """The q of every target by the bound, under the given eta or the best."""
@@ -195,8 +195,8 @@ class Darex(Dare):
             return q_by_name(names, q)
 
         def score(eta: float) -> float:
-            found = layers(eta)
-            return self.trial(probe, lambda target: found[target.name])
+            result = layers(eta)
+            return self.trial(probe, lambda target: result[target.name])
 
         if self.eta is not None:
             return layers(self.eta)
@@ -220,8 +220,8 @@ class Darex(Dare):
 
 def top_logits(logits: Tensor, most: int = 5) -> tuple[Tensor, Tensor]:
     """The largest logits of every token and their places, both [T, most]."""
-    values, places = logits.float().topk(min(most, logits.shape[-1]))
-    return values, places
+    values, indices = logits.float().topk(min(most, logits.shape[-1]))
+    return values, indices
 
 
 def logit_error(logits: Tensor, values: Tensor, places: Tensor) -> float:

@@ -48,7 +48,7 @@ def kept(visual: int, share: float) -> int:
 def costs() -> dict[str, dict[str, float]]:
     """`table/row/column` as in reported.csv -> {"value": ...}: the mean over tasks in T, and the mean of the tasks'
     ratios in percent."""
-    found = {}
+    results = {}
     for table, s in SETTINGS.items():
         layer, share = s.fastv
         rows: dict[str, Callable[[int], list[tuple[int, int]]]] = {
@@ -62,9 +62,9 @@ def costs() -> dict[str, dict[str, float]]:
             for text, visual in zip(s.text, s.visual, strict=True):
                 spent.append(prefill_flops(s.decoder, [(at, text + n) for at, n in stages(visual)]))
                 ratios.append(spent[-1] / prefill_flops(s.decoder, [(0, text + visual)]))
-            found[f"{table}/{row}/FLOPs"] = {"value": round(sum(spent) / len(spent) / 1e12, 4)}
-            found[f"{table}/{row}/FLOPs ratio"] = {"value": round(100 * sum(ratios) / len(ratios), 3)}
+            results[f"{table}/{row}/FLOPs"] = {"value": round(sum(spent) / len(spent) / 1e12, 4)}
+            results[f"{table}/{row}/FLOPs ratio"] = {"value": round(100 * sum(ratios) / len(ratios), 3)}
     passed = list(enumerate(left(0.9, LLAVA_7B.layers, 576)[1:]))  # a layer pays for what it leaves
     spent = [prefill_flops(LLAVA_7B, [(layer, text + n) for layer, n in passed]) for text in IMAGE_TEXT]
-    found["T1 LLaVA-1.5-7B/FitPrune/FLOPs"] = {"value": round(sum(spent) / len(spent) / 1e12, 4)}
-    return found
+    results["T1 LLaVA-1.5-7B/FitPrune/FLOPs"] = {"value": round(sum(spent) / len(spent) / 1e12, 4)}
+    return results

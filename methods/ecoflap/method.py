@@ -88,8 +88,8 @@ class MeanGradient(Accumulator):
         self.sum = torch.zeros(())
 
     def update(self, observed: Tensor) -> None:
-        found = observed.float()
-        self.sum = self.sum.to(found.device) + (found.square() if self.square else found.abs())
+        result = observed.float()
+        self.sum = self.sum.to(result.device) + (result.square() if self.square else result.abs())
         self.seen += 1
 
     def value(self) -> Tensor:
@@ -148,10 +148,10 @@ class ECoFLaP(WeightPruner):
         if self.score_by.startswith("zeroth"):
             return {target.name: {"importance": self.moved(target, probe)} for target in probe.targets}
         square = self.score_by == "square"
-        found = probe.gradients({"gradient": lambda target: MeanGradient(square)}, batch=self.batch)
+        result = probe.gradients({"gradient": lambda target: MeanGradient(square)}, batch=self.batch)
         return {
             t.name: {"importance": importance(self.score_by, probe.weights(t)["weight"], gradient=g["gradient"]).sum()}
-            for t, g in ((t, found[t.name]) for t in probe.targets)
+            for t, g in ((t, result[t.name]) for t in probe.targets)
         }
 
     def moved(self, target: Target, probe: Probe) -> Tensor:
@@ -189,11 +189,11 @@ class ECoFLaP(WeightPruner):
         whole = int(sizes.sum())
         most = self.most if self.most is not None else min(1.0, round(1 - keep / whole + self.slack, 6))
         sparsities = shared_out(scores / sizes if self.mean else scores, sizes, int(round(keep, 3)), most)
-        found = [budget] * len(targets)
+        results = [budget] * len(targets)
         for sparsity, group in zip(sparsities.tolist(), groups.values(), strict=True):
             for i in group:
-                found[i] = self.amount(sparsity, targets[i])
-        return found
+                results[i] = self.amount(sparsity, targets[i])
+        return results
 
     def amount(self, sparsity: float, target: Target) -> Budget:
         """The budget of a matrix: for Wanda so many of each row, rounded down as released."""

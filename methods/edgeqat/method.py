@@ -75,23 +75,23 @@ class EdgeQAT(TrainingMethod):
     def attach(self, training: Training) -> Sequence[Attachment]:
         """Quantisers on every linear's weight, on what attention and MLP read, on what the MLP's last linear reads, and
         in attention."""
-        tokens, found = Tokens(), []
+        tokens, results = Tokens(), []
         attentions = training.adapter.targets("heads")
         if not attentions:
             raise PrunelabError(f"edgeqat: a {type(training.model).__name__} has no attention that it knows")
         inputs: dict[str, TokenQuantised] = {}
         for target in training.targets:
-            found.append(Attachment(target, FakeQuantised(self.weights)))
+            results.append(Attachment(target, FakeQuantised(self.weights)))
             if target.span > 1:
                 continue  # what reads heads reads them as they are
             source = target.source or target.name
             if source not in inputs:
                 inputs[source] = TokenQuantised(tokens, self.activations, self.few, first=not inputs)
-            found.append(Attachment(target, inputs[source], "input"))
+            results.append(Attachment(target, inputs[source], "input"))
         for target in attentions:
             held = QuantisedAttention(tokens, self.activations, self.few, self.share)
-            found.append(Attachment(target, held, "held"))
-        return found
+            results.append(Attachment(target, held, "held"))
+        return results
 
     @contextmanager
     def around(self, training: Training) -> Iterator[None]:
@@ -100,8 +100,8 @@ class EdgeQAT(TrainingMethod):
         layers = [training.model.get_submodule(target.name) for target, _ in self.attentions(training)]
 
         def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-            found: Tensor = held[id(layer)](q, k, v, mask, scale)
-            return found
+            result: Tensor = held[id(layer)](q, k, v, mask, scale)
+            return result
 
         with ExitStack() as stack:
             stack.enter_context(seam.replaced(layers, attend))
@@ -140,9 +140,9 @@ class EdgeQAT(TrainingMethod):
         return loss
 
     def finish(self, training: Training) -> Mapping[str, Decision]:
-        found = {}
+        results = {}
         for target in training.targets:
             quantiser = next(m for m in training.modules(target) if isinstance(m, FakeQuantised))
             code = quantiser.code(training.parameter(target))
-            found[target.name] = Decision(torch.ones(target.shape, dtype=torch.bool), code=code)
-        return found
+            results[target.name] = Decision(torch.ones(target.shape, dtype=torch.bool), code=code)
+        return results

@@ -18,12 +18,12 @@ def relative(decoder: Decoder, layer: int, removed: float, image: int = IMAGE, t
 def costs() -> dict[str, dict[str, float]]:
     """`table/row/column` as in reported.csv -> {"value": ...}."""
     share = "relative FLOPs"
-    found = {
+    results = {
         f"T1/LLaVA-1.5-7B baseline/{share}": 100.0,
         f"lmms-eval/FastV K=3 R=50%/{share}": relative(LLAVA_7B, 3, 0.5),
         f"T6/Video-LLaVA+FastV K=2 R=50%/{share}": relative(LLAVA_7B, 2, 0.5, VIDEO, VIDEO_TEXT),
         "headline/LLaVA-1.5-13B/FLOPs reduction": 100 - relative(LLAVA_13B, 2, 0.5),
     }
     for removed in (50, 75, 90):
-        found[f"T1/LLaVA-1.5-7B K=2 R={removed}%/{share}"] = relative(LLAVA_7B, 2, removed / 100)
-    return {name: {"value": round(value, 3)} for name, value in found.items()}
+        results[f"T1/LLaVA-1.5-7B K=2 R={removed}%/{share}"] = relative(LLAVA_7B, 2, removed / 100)
+    return {name: {"value": round(value, 3)} for name, value in results.items()}

@@ -138,7 +138,7 @@ def left(
     whole: in rule "frame", so many context tokens gather the tokens of their own frame alone.
     """
     _, cells, _ = tokens.shape
-    unit, found = (
+    unit, results = (
         nn.functional.normalize(tokens, dim=-1).flatten(0, 1),
         [chosen(torch.zeros(0, dtype=torch.long, device=tokens.device))],
     )
@@ -147,7 +147,7 @@ def left(
         for frame, (salient, context) in kept.items():
             order = selection.descending(scores[frame])
             if salient:
-                found.append(chosen(frame * cells + order[:salient]))
+                results.append(chosen(frame * cells + order[:salient]))
             rest[frame] = order[salient:].sort().values
             if context:
                 here = tokens[frame, rest[frame]].unsqueeze(0)
@@ -170,8 +170,8 @@ def left(
                 near, span = pools[frame], slice(frame * cells, (frame + 1) * cells)
             else:
                 near = pool
-            found.append(gathered(unit, places, near, span, least))
-    return by_place(joined(found))
+            results.append(gathered(unit, places, near, span, least))
+    return by_place(joined(results))
 
 
 @dataclass(frozen=True)
@@ -247,9 +247,9 @@ class FastVID(TokenPruner):
             features, parts = signals.at(Reading("hidden", -1, "tower")), len(signals.grids)
             if signals.units != total:
                 raise PrunelabError(f"{self.name}: frames='head' works on crops of patches alone; take 'mean'")
-            found = [signals.services[HEAD](x.unflatten(0, (parts, -1))) for x in features]
-            described.extend(frame for frame, _ in found)
-            return [hidden, torch.stack([scores.flatten() for _, scores in found]).view(batch, total, 1).float()]
+            results = [signals.services[HEAD](x.unflatten(0, (parts, -1))) for x in features]
+            described.extend(frame for frame, _ in results)
+            return [hidden, torch.stack([scores.flatten() for _, scores in results]).view(batch, total, 1).float()]
 
         video = pooled_video(signals, self.name, self.pooling, read)
         tokens, scores = video.maps[0], video.maps[1].squeeze(-1)

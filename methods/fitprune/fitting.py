@@ -49,8 +49,8 @@ class Fitting(TokenPruner):
         signals.one_length(self.name)
         layer, image = site.layer - 1, signals.prunable
         own, cross = contributions(signals.attention, image, text_behind(image))
-        found = signals.memory.setdefault("sums", {})
-        found[layer] = tuple((received * image).sum(1) for received in (own, cross))
+        result = signals.memory.setdefault("sums", {})
+        result[layer] = tuple((received * image).sum(1) for received in (own, cross))
         gone = deletable(own, cross, image, self.alpha, self.sums[layer]) if self.sums else torch.zeros_like(image)
         signals.memory.setdefault("deleted", {})[layer] = int(gone[0].sum())
         return Plan(signals.keep(mask=~gone))
@@ -87,12 +87,12 @@ def search(
 ) -> list[Trial]:
     """Bisection on alpha until its interval is no wider than `within`; the last trial's recipe is the authors' result,
     whether or not it reaches the budget. deleted: what samples delete [n, layers] under an alpha."""
-    low, high, found = 0.0, 1.0, []
+    low, high, results = 0.0, 1.0, []
     while high - low > within + 1e-6:
         alpha = (low + high) / 2
-        found.append(tried(deleted(alpha), alpha, saved, tokens, decoder))
-        low, high = (low, alpha) if found[-1].reached else (alpha, high)
-    return found
+        results.append(tried(deleted(alpha), alpha, saved, tokens, decoder))
+        low, high = (low, alpha) if results[-1].reached else (alpha, high)
+    return results
 
 
 @torch.inference_mode()

@@ -43,10 +43,10 @@ def left(saved: float, depth: int, tokens: int) -> list[int]:
     low, high = known[upper - 1], known[upper]
     weight = (percent - low) / (high - low)
     curve = [(1 - weight) * a + weight * b for a, b in zip(curves[low], curves[high], strict=True)]
-    found = []
+    results = []
     for layer in range(depth + 1):
         place = layer / depth * (len(curve) - 1)
         before = min(int(place), len(curve) - 2)
         share = curve[before] + (place - before) * (curve[before + 1] - curve[before])
-        found.append(round(tokens * share))
-    return found
+        results.append(round(tokens * share))
+    return results

@@ -199,13 +199,13 @@ class FLAP(WeightPruner):
 
     def _apart(self, targets: Sequence[Target], scores: Sequence[Tensor], budget: Budget) -> list[Tensor]:
         """AL-MM: the lowest `removed_heads` heads of the model, and the lowest of all its neurons for the rest."""
-        found: dict[str, Tensor] = {}
+        results: dict[str, Tensor] = {}
         for unit, gone in (("heads", self.removed_heads), ("channels", self._neurons(targets, budget))):
             of_unit = [(t, s) for t, s in zip(targets, scores, strict=True) if t.unit == unit]
             kept = masks.per_row(torch.cat([s for _, s in of_unit]), Budget(gone, "removed"))
             parts = kept.split([t.units for t, _ in of_unit])
-            found |= {t.name: part for (t, _), part in zip(of_unit, parts, strict=True)}
-        return [found[target.name] for target in targets]
+            results |= {t.name: part for (t, _), part in zip(of_unit, parts, strict=True)}
+        return [results[target.name] for target in targets]
 
     def allocate(self, targets: Sequence[Target], signals: Sequence[WeightSignals], budget: Budget) -> Sequence[Budget]:
         """UL-UM: the same share everywhere. UL-MM: the same number of heads from every layer, and neurons for the
@@ -239,12 +239,12 @@ class FLAP(WeightPruner):
         several = [name for name in weights if name.startswith(f"{role}.") and name.rpartition(".")[2].isdigit()]
         readers = several or [role]
         means = signals["input_mean"].split([weights[name].shape[1] for name in readers])
-        found = {}
+        results = {}
         for name, mean in zip(readers, means, strict=True):
             gone = mean * ~mask.repeat_interleave(len(mean) // target.units)
             bias, given = gone @ weights[name].float().T, weights.get(f"{name}.bias")
-            found[f"{name}.bias"] = bias if given is None else bias + given.float()
-        return found
+            results[f"{name}.bias"] = bias if given is None else bias + given.float()
+        return results
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 def rename(name: str, last: int) -> str | None:
     """Our name for one of the authors', or None where it has none. `last` is the index of the first stage's heads."""
     for pattern, ours in NAMES:
-        renamed, found = re.subn(pattern, ours, name)
-        if found:
+        renamed, result = re.subn(pattern, ours, name)
+        if result:
             return renamed.replace("{last}", str(last))
     return None
 
@@ -80,7 +80,7 @@ def convert(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     state = {name.removeprefix("module."): value for name, value in state.get("model", state).items()}
     heads = [int(m[1]) for name in state if (m := re.match(r"class_embed\.(\d+)\.", name))]
     last = max(heads, default=0)
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     unknown = []
     for name, value in state.items():
         ours = rename(name, last)
@@ -94,28 +94,28 @@ def convert(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
             else {ours: value}
         )
         for key, piece in pieces.items():
-            if key in found and not torch.equal(found[key], piece):
+            if key in results and not torch.equal(results[key], piece):
                 raise PrunelabError(
                     f"the checkpoint is inconsistent: '{name}' differs from another entry for the same tensor"
                 )
-            found[key] = piece
-    return found, unknown
+            results[key] = piece
+    return results, unknown
 
 
 def load(model: nn.Module, parts: nn.Module, state: Mapping[str, Any]) -> None:
     """Fill the detector and the method's parts. Every entry must be used and none may be missing or misshapen; all
     that is wrong is named in one PrunelabError (what is missing under our names), and then nothing was changed."""
-    found, unknown = convert(state)
+    result, unknown = convert(state)
     wanted = dict(model.state_dict()) | {PARTS + name: value for name, value in parts.state_dict().items()}
     wrong = [
-        _list("missing", wanted.keys() - found.keys()),
-        _list("unknown", [*unknown, *(found.keys() - wanted.keys())]),
-        _list("of another shape", [k for k in wanted.keys() & found.keys() if wanted[k].shape != found[k].shape]),
+        _list("missing", wanted.keys() - result.keys()),
+        _list("unknown", [*unknown, *(result.keys() - wanted.keys())]),
+        _list("of another shape", [k for k in wanted.keys() & result.keys() if wanted[k].shape != result[k].shape]),
     ]
     if any(wrong):
         raise PrunelabError(f"the checkpoint does not fit this detector: {'; '.join(w for w in wrong if w)}")
-    model.load_state_dict({name: found[name] for name in model.state_dict()})
-    parts.load_state_dict({name: found[PARTS + name] for name in parts.state_dict()})
+    model.load_state_dict({name: result[name] for name in model.state_dict()})
+    parts.load_state_dict({name: result[PARTS + name] for name in parts.state_dict()})
 
 
 def _list(what: str, names: Iterable[str]) -> str:
@@ -138,10 +138,10 @@ def read(path: str | Path) -> Mapping[str, Any]:
 
 def main(source: str, target: str) -> None:
     """Write the authors' checkpoint under our names."""
-    found, unknown = convert(read(source))
-    if unknown or not found:
+    results, unknown = convert(read(source))
+    if unknown or not results:
         raise PrunelabError(f"{source} is no checkpoint of Focus-DETR: {_list('unknown', unknown) or 'nothing in it'}")
-    save_file({name: value.clone() for name, value in found.items()}, target)
+    save_file({name: value.clone() for name, value in results.items()}, target)
 
 
 if __name__ == "__main__":

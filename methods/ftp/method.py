@@ -34,9 +34,9 @@ from prunelab.common.training.parametrizations import straight_through
 def priority(real: Tensor) -> Tensor:
     """The static router's ranking [B, N] of tokens, the higher the sooner kept: the first of all, then from the last
     one backwards. real [B, N] bool: what is no padding."""
-    places = torch.arange(real.shape[1], device=real.device).expand(real.shape)
-    first = places == real.int().argmax(1, keepdim=True)
-    return places.float().masked_fill(first, real.shape[1])
+    indices = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+    first = indices == real.int().argmax(1, keepdim=True)
+    return indices.float().masked_fill(first, real.shape[1])
 
 
 def shares(weights: Sequence[float], mean: float, most: float = 1.0) -> list[float]:
@@ -44,17 +44,17 @@ def shares(weights: Sequence[float], mean: float, most: float = 1.0) -> list[flo
     which others take the rest."""
     if mean > most + 1e-9:
         raise PrunelabError(f"ftp: blocks skip at most {most:g} of the tokens, and {mean:g} is asked for; keep more")
-    found, left, free = [most] * len(weights), mean * len(weights), list(range(len(weights)))
+    result, left, free = [most] * len(weights), mean * len(weights), list(range(len(weights)))
     while free:
         total = sum(weights[i] for i in free)
         part = {i: left * weights[i] / total if total else left / len(free) for i in free}
         full = [i for i in free if part[i] > most]
         if not full:
             for i in free:
-                found[i] = part[i]
+                result[i] = part[i]
             break
         left, free = left - most * len(full), [i for i in free if i not in full]
-    return found
+    return result
 
 
 def searched(
@@ -71,12 +71,12 @@ def searched(
     wanted = round(sum(start) * levels)
 
     def summed(genes: evolution.Genes) -> evolution.Genes:
-        found = list(genes)
-        while (apart := wanted - sum(found)) != 0:
+        results = list(genes)
+        while (apart := wanted - sum(results)) != 0:
             step = 1 if apart > 0 else -1
-            room = [i for i in range(len(found)) if 0 <= found[i] + step <= levels]
-            found[max(room, key=lambda i: -step * found[i])] += step
-        return tuple(found)
+            room = [i for i in range(len(results)) if 0 <= results[i] + step <= levels]
+            results[max(room, key=lambda i: -step * results[i])] += step
+        return tuple(results)
 
     def mutated(genes: evolution.Genes, rng: random.Random) -> evolution.Genes:
         return evolution.exchanged(genes, rng, low, high, exchanges=rng.randint(1, exchanges))

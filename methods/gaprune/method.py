@@ -80,10 +80,10 @@ def spread_out(total: int, sizes: Sequence[int], least: float = 0.05, most: floa
     largest get one each. No layer gives less than the share `least` or more than `most`, so that the total may
     differ."""
     whole = sum(sizes)
-    found = [int(total * size / whole) for size in sizes]
-    for place in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[: total - sum(found)]:
-        found[place] += 1
-    return [min(max(n, int(least * size)), int(most * size)) for n, size in zip(found, sizes, strict=True)]
+    results = [int(total * size / whole) for size in sizes]
+    for place in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[: total - sum(results)]:
+        results[place] += 1
+    return [min(max(n, int(least * size)), int(most * size)) for n, size in zip(results, sizes, strict=True)]
 
 
 def smallest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -171,17 +171,17 @@ class GAPrune(WeightPruner):
         return ("attention" if "attn" in target.role or "attention" in target.role else "mlp") in self.layers
 
     def precompute(self, probe: Probe) -> Mapping[str, Statistics]:
-        found: dict[str, dict[str, Tensor]] = {target.name: {} for target in probe.targets}
+        results: dict[str, dict[str, Tensor]] = {target.name: {} for target in probe.targets}
         for corpus in self.corpora:
             count = len(probe.corpora[corpus].items) if corpus in probe.corpora else 0
             wanted = {f"fisher_{corpus}": lambda target, n=count: Fisher(n), f"gradient_{corpus}": Mean}
             for name, values in probe.gradients(wanted, corpus=corpus, batch=self.batch).items():  # type: ignore[arg-type]
-                found[name] |= values
-        for values in found.values():  # gradients say no more than how far they agree
+                results[name] |= values
+        for values in results.values():  # gradients say no more than how far they agree
             general, domain = values.pop("gradient_general"), values.pop("gradient_domain")
             local = local_alignment(general, domain)
             values["aligned"] = local if local.shape == general.shape else alignment(general, domain).expand_as(general)
-        return found
+        return results
 
     def raw(self, weight: Tensor, domain: Tensor, general: Tensor, aligned: Tensor) -> Tensor:
         """The importance of a matrix's weights before it is put on another scale."""
@@ -216,7 +216,7 @@ class GAPrune(WeightPruner):
         for place, block in enumerate(blocks):
             layers.setdefault(block, []).append(place)
         counts = spread_out(gone, [sum(scores[i].numel() for i in places) for places in layers.values()])
-        found: dict[int, Tensor] = {}
+        results: dict[int, Tensor] = {}
         for count, places in zip(counts, layers.values(), strict=True):
-            found |= dict(zip(places, smallest([scores[i] for i in places], count), strict=True))
-        return [found[i] for i in range(len(scores))]
+            results |= dict(zip(places, smallest([scores[i] for i in places], count), strict=True))
+        return [results[i] for i in range(len(scores))]

@@ -30,8 +30,8 @@ Grid = tuple[int, int]
 def class_logits(query: Tensor, keys: Tensor, crops: int) -> Tensor:
     """Scores [B, crops, N]: scaled products of every crop's class query [B, H, crops, d] with the keys
     [B, H, crops * N, d] of its patches, averaged over heads."""
-    found = torch.einsum("bhcd,bhcnd->bcn", query.float(), keys.float().unflatten(2, (crops, -1)))
-    return found * query.shape[-1] ** -0.5 / query.shape[1]
+    result = torch.einsum("bhcd,bhcnd->bcn", query.float(), keys.float().unflatten(2, (crops, -1)))
+    return result * query.shape[-1] ** -0.5 / query.shape[1]
 
 
 def stitched(x: Tensor, grid: Grid, mosaic: Grid) -> Tensor:
@@ -49,9 +49,9 @@ def crop_scales(thumbnail: Tensor, grid: Grid, mosaic: Grid, ratio: float, tempe
     """The share [B, C] that each crop keeps: the ratio, moved by the softmax of what its region of the thumbnail's
     scores [B, N] sums up to; at most 1."""
     height, width = (max(side // number, 1) for side, number in zip(grid, mosaic, strict=True))
-    places = torch.arange(thumbnail.shape[1], device=thumbnail.device)
-    row = (places // grid[1] // height).clamp_max(mosaic[0] - 1)
-    column = (places % grid[1] // width).clamp_max(mosaic[1] - 1)
+    indices = torch.arange(thumbnail.shape[1], device=thumbnail.device)
+    row = (indices // grid[1] // height).clamp_max(mosaic[0] - 1)
+    column = (indices % grid[1] // width).clamp_max(mosaic[1] - 1)
     sums = thumbnail.new_zeros(len(thumbnail), mosaic[0] * mosaic[1], dtype=torch.float64)
     sums = sums.index_add(1, row * mosaic[1] + column, thumbnail.double())
     risen = ((sums - sums.amax(1, keepdim=True)) / temperature).exp()
@@ -141,10 +141,10 @@ class GlobalCom2(TokenPruner):
 
     def scores(self, signals: TokenSignals, crops: int) -> Tensor:
         """Of the patches of every crop, [B, crops, N]."""
-        found = [signals.at(reading) for reading in self.readings()]
+        results = [signals.at(reading) for reading in self.readings()]
         if self.interest == "attention":
-            return found[0].float().mean(1).unflatten(1, (crops, -1))
-        return class_logits(found[0], found[1], crops)
+            return results[0].float().mean(1).unflatten(1, (crops, -1))
+        return class_logits(results[0], results[1], crops)
 
     def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         crops = len(signals.grids)

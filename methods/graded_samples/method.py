@@ -46,15 +46,15 @@ def spread_out(embeddings: Tensor, order: Tensor, count: int, limit: float = 0.9
 
 def neighbours(embeddings: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The nearest other samples [n, k] by cosine, and their cosines [n, k]."""
-    unit, found, cosines = torch.nn.functional.normalize(embeddings.float(), dim=-1), [], []
+    unit, results, cosines = torch.nn.functional.normalize(embeddings.float(), dim=-1), [], []
     for start in range(0, len(unit), BLOCK):
         alike = unit[start : start + BLOCK] @ unit.T
         rows = torch.arange(start, min(start + BLOCK, len(unit)), device=unit.device)
         alike[rows - start, rows] = float("-inf")
         best = alike.topk(min(count, len(unit) - 1), -1)
-        found.append(best.indices)
+        results.append(best.indices)
         cosines.append(best.values)
-    return torch.cat(found), torch.cat(cosines)
+    return torch.cat(results), torch.cat(cosines)
 
 
 def transition(
@@ -141,9 +141,9 @@ class GradedSamples(DataSelector):
         else:
             best, rare = grades[:, 0], torch.rand(len(grades), generator=examples.rng).double()
             if self.rule == "ds2":
-                found, cosines = neighbours(examples.embedding, self.near)
+                result, cosines = neighbours(examples.embedding, self.near)
                 given = best.round().long()
-                best, rare = mended(given, found, int(given.max()) + 1).double(), 1 - cosines.double().mean(1)
+                best, rare = mended(given, result, int(given.max()) + 1).double(), 1 - cosines.double().mean(1)
             kept = rare.argsort(descending=True, stable=True)
             kept = kept[best[kept].argsort(descending=True, stable=True)][:count]
         worth = torch.rand(examples.counted.shape, generator=examples.rng)

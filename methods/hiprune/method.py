@@ -43,12 +43,12 @@ def with_neighbours(anchors: Tensor, total: int, width: int, edges: Edges) -> Te
     outside the grid is its first or last token (`clamp`, as released), or there is none (`drop`, as written).
     """
     around = torch.tensor([0, -1, 1, -width, width], device=anchors.device)
-    places = (anchors.unsqueeze(-1) + around).flatten(1)  # [B, 5 * A]
+    indices = (anchors.unsqueeze(-1) + around).flatten(1)  # [B, 5 * A]
     if edges == "clamp":
-        places = places.clamp(0, total - 1)
-    places = places.masked_fill((places < 0) | (places >= total), total)  # a spare place behind the last
+        indices = indices.clamp(0, total - 1)
+    indices = indices.masked_fill((indices < 0) | (indices >= total), total)  # a spare place behind the last
     mask = torch.zeros(len(anchors), total + 1, dtype=torch.bool, device=anchors.device)
-    return mask.scatter(1, places, True)[:, :total]
+    return mask.scatter(1, indices, True)[:, :total]
 
 
 def ranked(middle: Tensor, last: Tensor, keep: int, alpha: float, width: int, edges: Edges = "clamp") -> Tensor:

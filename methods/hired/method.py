@@ -40,11 +40,11 @@ def regions(grid: tuple[int, int], crops: int, mosaic: tuple[int, int] | None, h
     """The crop [N], from 0, that each patch of the thumbnail speaks for: the one that covers it (`crops`), or, as
     released, consecutive runs of patches in raster order, whatever the crops cover (`rows`)."""
     height, width = grid
-    places = torch.arange(height * width)
+    indices = torch.arange(height * width)
     if how == "rows" or mosaic is None:
-        return places * crops // (height * width)
+        return indices * crops // (height * width)
     rows, columns = mosaic
-    return places // width * rows // height * columns + places % width * columns // width
+    return indices // width * rows // height * columns + indices % width * columns // width
 
 
 def crop_budgets(early: Tensor, region: Tensor, crops: int, marked: int, rest: int) -> Tensor:

@@ -12,5 +12,5 @@ BOARD = "questions about videos"
 def figures(context: Context) -> list[Figure]:
     """Accuracy against kept tokens, from the runs of the comparison, and videos with what is kept of them."""
     caption = "Answers against the visual tokens that a layer of the decoder sees of a video, with 95 % intervals."
-    looks = context.drawn("looks", "What is left, and what is answered", lambda found: sheets.looks(found["looks"]))
+    looks = context.drawn("looks", "What is left, and what is answered", lambda result: sheets.looks(result["looks"]))
     return context.against(BOARD, f"{BOARD}, tokens", "Accuracy against kept tokens", caption) + looks

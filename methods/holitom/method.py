@@ -48,14 +48,14 @@ def static_tokens(
     means = tokens[first : last + 1, static].mean(0, keepdim=True)  # [1, S, D]
     distance = selection.scaled_distance(means)
     centres = selection.density_peaks(distance, clusters, neighbours, noise[first, static].unsqueeze(0))
-    found = selection.cluster(distance, centres)
-    merged = found.mix(share)
+    result = selection.cluster(distance, centres)
+    merged = result.mix(share)
     frames = torch.arange(first, last + 1, device=tokens.device).unsqueeze(1)
     return Outputs(
         merged.target[0].repeat(length),
         (frames * per + static).flatten(),
         merged.weight[0].repeat(length) / length,
-        first * per + static[found.centres[0]],
+        first * per + static[result.centres[0]],
     )
 
 
@@ -161,17 +161,17 @@ class HoliTom(TokenPruner):
     def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         if site.where == "input":  # RoPE goes on with the original positions of those that stay
             return Plan(signals.keep(budget, scores=signals.last_row.mean(1)))
-        found = pooled_video(  # from here on before packing
+        result = pooled_video(  # from here on before packing
             signals,
             self.name,
             self.pooling,
             lambda: (signals.hidden.float(), signals.received.float().mean(1).unsqueeze(-1)),
         )
-        tokens, attention = found.maps[0], found.maps[1].squeeze(-1)
+        tokens, attention = result.maps[0], result.maps[1].squeeze(-1)
         frames, cells = attention.shape[1:]
         ratio = budget.amounts[0] if budget.unit == "ratio" else budget.count(frames * cells) / (frames * cells)
-        noise = self.noise * torch.rand(frames, cells, generator=signals.rng, device=found.device)  # one for the batch
-        return found.plan([self.merged(x, a, ratio, noise) for x, a in zip(tokens, attention, strict=True)])
+        noise = self.noise * torch.rand(frames, cells, generator=signals.rng, device=result.device)  # one for the batch
+        return result.plan([self.merged(x, a, ratio, noise) for x, a in zip(tokens, attention, strict=True)])
 
     def refine(self, site: Site, hidden: Tensor, signals: TokenSignals, plan: Plan) -> Tensor:
         if site.where != "input":
@@ -188,7 +188,7 @@ class HoliTom(TokenPruner):
         else:
             parts, saved = segment(runs, self.window)
         ratio = effective_ratio(ratio, frames * cells, saved)
-        found = []
+        results = []
         for part in parts:
             static, dynamic = split(runs, part)
             clusters, keep = round(round(len(static) * ratio, 6)), kept_count(len(dynamic), ratio)
@@ -197,7 +197,7 @@ class HoliTom(TokenPruner):
                     f"{self.name}: the budget keeps no token of the frames {part[0]} to {part[1]}; give a larger one"
                 )
             if clusters:
-                found.append(static_tokens(tokens, static, part, clusters, self.neighbours, self.centre_share, noise))
-            found.append(dynamic_tokens(attention, dynamic, part, keep))
-        outputs = joined(found)
+                results.append(static_tokens(tokens, static, part, clusters, self.neighbours, self.centre_share, noise))
+            results.append(dynamic_tokens(attention, dynamic, part, keep))
+        outputs = joined(results)
         return by_place(outputs) if self.order == "grid" else outputs

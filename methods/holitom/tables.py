@@ -36,9 +36,9 @@ def costs() -> dict[str, dict[str, float]]:
     rows += [f"{method} {share}%" for share in (25, 20, 15, 10) for method in (*BEFORE, "HoliTom")]
     spent = {row: prefill_flops(ONEVISION_7B, stages(row)) / 1e12 for row in rows}
     full = round(spent["Vanilla"], 1)
-    found = {}
+    results = {}
     for row, flops in spent.items():
-        found[f"{MAIN}/{row}/prefill FLOPs"] = {"value": round(flops, 3)}
+        results[f"{MAIN}/{row}/prefill FLOPs"] = {"value": round(flops, 3)}
         if row != "Vanilla":
-            found[f"{MAIN}/{row}/FLOPs ratio"] = {"value": round(100 * round(flops, 1) / full, 3)}
-    return found
+            results[f"{MAIN}/{row}/FLOPs ratio"] = {"value": round(100 * round(flops, 1) / full, 3)}
+    return results

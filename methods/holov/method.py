@@ -53,9 +53,9 @@ def holistic_score(
 def quotas(weights: Tensor, keep: Tensor) -> Tensor:
     """How many of `keep` [B, 1] tokens each part gets, [B, P], by weights that add up to 1: rounded down, and what is
     left one each to the heaviest."""
-    found = (weights * keep).floor().long()
+    result = (weights * keep).floor().long()
     rank = selection.descending(weights).argsort(-1)
-    return found + (rank < keep - found.sum(-1, keepdim=True)).long()
+    return result + (rank < keep - result.sum(-1, keepdim=True)).long()
 
 
 def share_overflow(quota: Tensor, weights: Tensor, sizes: Tensor, keep: int, epsilon: float = 1e-6) -> Tensor:

@@ -30,13 +30,13 @@ def draw(weights: Tensor, count: int, rng: torch.Generator) -> Tensor:
 
 def draw_apart(weights: Tensor, count: int, trials: int, rng: torch.Generator) -> Tensor:
     """Masks [K, n] of the layers that are damped in each trial, no two of them alike while there are others."""
-    found: list[Tensor] = []
-    while len(found) < trials:
+    results: list[Tensor] = []
+    while len(results) < trials:
         mask = draw(weights, count, rng)
-        left = len(found) < comb(len(weights), count)
-        if not (left and any(torch.equal(mask, other) for other in found)):
-            found.append(mask)
-    return torch.stack(found)
+        left = len(results) < comb(len(weights), count)
+        if not (left and any(torch.equal(mask, other) for other in results)):
+            results.append(mask)
+    return torch.stack(results)
 
 
 def updated(scores: Tensor, damped: Tensor, losses: Tensor, rate: float = 10.0) -> Tensor:

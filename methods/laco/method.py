@@ -95,8 +95,8 @@ def walk(
     while place >= lowest and depth - len(layers) < most:
         absorbed = min(merge_layers - 1, len(layers) - place - 1, most - (depth - len(layers)))
         candidate = merged(layers, place, absorbed, rule)
-        found = similarity(candidate)
-        step = Step(place, layers, candidate, found, found > threshold)
+        result = similarity(candidate)
+        step = Step(place, layers, candidate, result, result > threshold)
         yield step
         layers = step.after
         place -= interval if step.accepted else 1
@@ -181,12 +181,12 @@ class LaCo(WeightPruner):
     def precompute(self, probe: Probe) -> Mapping[str, Statistics]:
         """Which layers stay, and the new projections of those that absorbed others."""
         layers = self.layers(probe)
-        found: dict[str, dict[str, Tensor]] = {t.name: {"stays": torch.tensor(0.0)} for t in probe.targets}
+        results: dict[str, dict[str, Tensor]] = {t.name: {"stays": torch.tensor(0.0)} for t in probe.targets}
         for layer in layers:
             target = probe.targets[layer.base]
             values = self.values(probe, layer)
-            found[target.name] = {"stays": torch.tensor(1.0), **{f"{VALUE}{k}": v.clone() for k, v in values.items()}}
-        return found
+            results[target.name] = {"stays": torch.tensor(1.0), **{f"{VALUE}{k}": v.clone() for k, v in values.items()}}
+        return results
 
     def layers(self, probe: Probe) -> Layers:
         """The layers of the collapsed model."""
@@ -212,12 +212,12 @@ class LaCo(WeightPruner):
 
         if self.threshold is not None:
             return next((step.after for step in reversed(list(steps(self.threshold)))), dense)
-        found = collapse(steps, len(dense) - most)
-        if found is None:
+        result = collapse(steps, len(dense) - most)
+        if result is None:
             raise PrunelabError(
                 f"laco cannot take {most} of {len(dense)} layers; merge more layers, or over more of them"
             )
-        return found
+        return result
 
     def values(self, probe: Probe, layer: Layer) -> dict[str, Tensor]:
         """The new projections of a layer, none where it absorbed no other."""
@@ -263,8 +263,8 @@ class Similarity:
                 values = self.method.values(self.probe, stay[index]) if index in stay else {}
                 decisions.append((target, Decision(torch.tensor([index in stay]), values)))
             with self.probe.trial(decisions):
-                found = [F.cosine_similarity(a, b, dim=0) for a, b in zip(self.dense, self.states(), strict=True)]
-            self.known[layers] = float(torch.stack(found).double().mean())
+                results = [F.cosine_similarity(a, b, dim=0) for a, b in zip(self.dense, self.states(), strict=True)]
+            self.known[layers] = float(torch.stack(results).double().mean())
             if math.isnan(self.known[layers]):
                 raise PrunelabError("laco: the last hidden states hold NaN; check the weights, or use a wider dtype")
         return self.known[layers]

@@ -153,9 +153,9 @@ def _sparse(vectors: Tensor, budget: Budget) -> sparse.csr_array:
     count = budget.count(unit.shape[1])
     weights, words = unit.topk(count, -1)
     rows = np.repeat(np.arange(len(unit)), count)
-    found = sparse.csr_array((weights.flatten().numpy(), (rows, words.flatten().numpy())), tuple(unit.shape))
-    found.eliminate_zeros()
-    return found
+    result = sparse.csr_array((weights.flatten().numpy(), (rows, words.flatten().numpy())), tuple(unit.shape))
+    result.eliminate_zeros()
+    return result
 
 
 def recall(order: Array, wanted: Sequence[int], at: int) -> float:

@@ -176,13 +176,13 @@ class LLMPruner(WeightPruner):
         roles = [role for role in MEMBERS.get(target.unit, tuple(signals.weights)) if role in signals.weights]
         if self.criterion in ("l1", "l2"):
             norms = {role: signals.weights[role].float() for role in roles}
-            found = [member_importance(self.criterion, norms[role], int(role in READERS)) for role in roles]
+            results = [member_importance(self.criterion, norms[role], int(role in READERS)) for role in roles]
         else:
-            found = [signals[f"importance.{role}"] for role in roles]
+            results = [signals[f"importance.{role}"] for role in roles]
         if target.unit == "hidden":
-            return found
-        channels = min(len(member) for member in found)
-        return [folded(member, channels, target.units, self.released) for member in found]
+            return results
+        channels = min(len(member) for member in results)
+        return [folded(member, channels, target.units, self.released) for member in results]
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         if self.criterion == "random":
@@ -198,12 +198,12 @@ class LLMPruner(WeightPruner):
             return super().select(targets, signals, scores, budget)
         if self.scope == "global":
             return self._together(targets, scores, budget)
-        found = []
+        results = []
         for target, seen, score in zip(targets, signals, scores, strict=True):
             span = len(seen.weights["k"]) // target.units if target.unit == "heads" else 1
             gone = removed(target.units * span, budget.at(target.block).amounts[0]) // span
-            found.append(self.mask(target, score, Budget(gone, "removed")))
-        return found
+            results.append(self.mask(target, score, Budget(gone, "removed")))
+        return results
 
     def _together(self, targets: Sequence[Target], scores: Sequence[Tensor], budget: Budget) -> Sequence[Tensor]:
         """What lies above the score at which enough of all heads and neurons have gone; it goes too. As released, a

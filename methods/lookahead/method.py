@@ -136,8 +136,8 @@ class Lookahead(DraftDecoder):
 
     def begin(self, state: Memory, prompt: Tensor) -> None:
         draws = torch.Generator().manual_seed(self.seed)
-        places = torch.randint(len(prompt), (self.window + self.level - 3,), generator=draws)
-        state.pool, state.levels, state.recent = Pool(self.guesses), [prompt[places.to(prompt.device)]], []
+        indices = torch.randint(len(prompt), (self.window + self.level - 3,), generator=draws)
+        state.pool, state.levels, state.recent = Pool(self.guesses), [prompt[indices.to(prompt.device)]], []
         if self.prompt_pool:
             text = prompt.tolist()
             state.pool.add_text(text, self.level)

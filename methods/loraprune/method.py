@@ -33,14 +33,14 @@ def estimated_gradient(up: Tensor, down: Tensor, up_gradient: Tensor, down_gradi
 
 def importance(weight: Tensor, gradient: Tensor | None, squared: bool = False) -> Tensor:
     """|g w| [out, in], or the magnitude alone; the paper squares it."""
-    found = (weight if gradient is None else weight * gradient).abs()
-    return found.square() if squared else found
+    result = (weight if gradient is None else weight * gradient).abs()
+    return result.square() if squared else result
 
 
 def by_unit(scores: Tensor, units: int, inputs: bool, norm: bool = True) -> Tensor:
     """Sums [units] of a module's scores [out, in] over the equal parts of its outputs or inputs, over their norm."""
-    found = scores.sum(0 if inputs else 1).view(units, -1).sum(1)
-    return found / (found.norm() + 1e-8) if norm else found
+    result = scores.sum(0 if inputs else 1).view(units, -1).sum(1)
+    return result / (result.norm() + 1e-8) if norm else result
 
 
 def averaged(before: Tensor, now: Tensor, keep: float = 0.9) -> Tensor:
@@ -91,24 +91,24 @@ class LoRAPrune(TrainingMethod):
 
     def targets(self, adapter: Any) -> list[Target]:
         depth = len(adapter.blocks)
-        found = [t for t in super().targets(adapter) if int(self.spared * depth) <= t.block < depth - 1]
-        if not found:
+        results = [t for t in super().targets(adapter) if int(self.spared * depth) <= t.block < depth - 1]
+        if not results:
             raise PrunelabError(f"loraprune spares all {depth} layers; use a deeper model, or spare fewer")
-        return found
+        return results
 
     def schedule(self, steps: int) -> Schedule:
         return Cubic.of(steps, warmup=self.warmup, cooldown=self.cooldown, whole=False)
 
     def linears(self, target: Target, training: Training) -> list[Target]:
         """The linears of a structure; the last one reads its units."""
-        found = [t for t in training.linears if t.name.startswith(f"{target.name}.") and t.block == target.block]
-        *writers, reader = found or [target]
-        fused = len(found) != 4 if target.unit == "heads" else not 2 <= len(found) <= 3
+        results = [t for t in training.linears if t.name.startswith(f"{target.name}.") and t.block == target.block]
+        *writers, reader = results or [target]
+        fused = len(results) != 4 if target.unit == "heads" else not 2 <= len(results) <= 3
         if fused or any(t.shape[0] % target.units for t in writers) or reader.shape[1] % target.units:
             raise PrunelabError(
                 f"loraprune: the projections of {target.name} are fused; their factors tell no units apart"
             )
-        return found
+        return results
 
     def attach(self, training: Training) -> Sequence[Attachment]:
         factors = [

@@ -89,12 +89,12 @@ class MSMoE(WeightPruner):
         experts = {t.units for t in targets}
         if len(experts) > 1:
             raise PrunelabError("m_smoe: layers differ in their number of experts, so that usage does not compare")
-        found = {}
+        results = {}
         for layer, (target, groups) in enumerate(zip(targets, self.groups(shares, probe.budget, merging), strict=True)):
             similarity = self.alike(seen[target.name]["gram"], probe.weights(target))
             labels = grouped(similarity, shares[layer], groups)[0]
-            found[target.name] = {"labels": labels, "usage": shares[layer]}
-        return found
+            results[target.name] = {"labels": labels, "usage": shares[layer]}
+        return results
 
     def groups(self, usage: Sequence[Tensor], budget: Budget, merging: Sequence[int]) -> list[int]:
         """Groups of every layer."""

@@ -175,7 +175,7 @@ def allocated(cost: Tensor, choices: Sequence[int], total: int, least_one: Seque
                     reached[key] = (value, (*chosen, bits))
         best = reached
     full = (1 << len(least_one)) - 1
-    fitting = [found for (_, flags), found in best.items() if flags == full]
+    fitting = [result for (_, flags), result in best.items() if flags == full]
     if not fitting:
         raise PrunelabError(
             f"mc_moe: {total} bits do not suffice for {len(cost)} experts of {', '.join(map(str, choices))} bits, with"

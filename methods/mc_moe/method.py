@@ -103,11 +103,11 @@ class MixtureCompressor(WeightPruner):
             mean = probe.budget.amounts[0]
             bits = by_blocks([float(scores[target.name]["score"]) for target in mixtures], mean)
             return self.of_experts(probe, {t.block: [b] * t.units for t, b in zip(mixtures, bits, strict=True)})
-        found = {}
+        results = {}
         for target, cost in zip(mixtures, self.costs(probe, mixtures), strict=True):
             total = int(round(probe.budget.at(target.block).amounts[0] * target.units, 6))
-            found[target.block] = allocated(cost, self.choices, total, self.least_one)
-        return self.of_experts(probe, found)
+            results[target.block] = allocated(cost, self.choices, total, self.least_one)
+        return self.of_experts(probe, results)
 
     def costs(self, probe: Probe, mixtures: Sequence[Target]) -> list[Tensor]:
         """What each choice of bits costs each expert [E, choices], mixture by mixture."""
@@ -119,11 +119,11 @@ class MixtureCompressor(WeightPruner):
             "errors": lambda target: QuantisationErrors(target, self.choices, self.group, self.batch),
         }
         seen = probe.statistics({"experts": wanted})
-        found = []
+        results = []
         for target in mixtures:
             usage, mass = seen[target.name]["significance"]
-            found.append(costs(usage, mass, seen[target.name]["errors"], self.alpha, self.beta, self.gamma))
-        return found
+            results.append(costs(usage, mass, seen[target.name]["errors"], self.alpha, self.beta, self.gamma))
+        return results
 
     def of_experts(self, probe: Probe, bits: Mapping[int, Sequence[int]]) -> dict[str, Statistics]:
         """The bits of every expert, where `allocate` finds them: with its linears."""

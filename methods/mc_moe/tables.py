@@ -36,13 +36,13 @@ def gigabytes(of: Mapping[str, int], bits: float, attention: float, share: float
 
 def sizes() -> dict[str, dict[str, float]]:
     """`table/row/column` as in reported.csv -> {"value": ...}."""
-    found = {}
+    results = {}
     for table, model in MODELS.items():
         of = lookup.architecture(model)["arguments"]
         two = of["num_experts_per_tok"] / of["num_local_experts"]
         rows = {"16.00 bit": (16.0, 16.0, two), **{row: (*bits, two) for row, bits in ROWS.items()}}
         rows |= {f"{row} + ODP": (*bits, two * LEFT) for row, bits in ROWS.items() if row.startswith("PMQ")}
         for row, (bits, attention, share) in rows.items():
-            found[f"{table}/{row}/Params GB"] = {"value": round(gigabytes(of, bits, attention), 3)}
-            found[f"{table}/{row}/Act GB"] = {"value": round(gigabytes(of, bits, attention, share), 3)}
-    return found
+            results[f"{table}/{row}/Params GB"] = {"value": round(gigabytes(of, bits, attention), 3)}
+            results[f"{table}/{row}/Act GB"] = {"value": round(gigabytes(of, bits, attention, share), 3)}
+    return results

@@ -30,8 +30,8 @@ CLASS = Reading("cls_row", -1, "encoder")
 def windows(grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
     """The patches [W, n] of every window of a grid, in raster order; what does not fill one is in none (assumption)."""
     height, width = (side // part * part for side, part in zip(grid, window, strict=True))
-    places = torch.arange(grid[0] * grid[1]).view(grid)[:height, :width]
-    cut = places.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0])).transpose(1, 2)
+    indices = torch.arange(grid[0] * grid[1]).view(grid)[:height, :width]
+    cut = indices.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0])).transpose(1, 2)
     return cut.reshape(-1, window[0] * window[1])
 
 
@@ -170,20 +170,20 @@ class MustDrop(TokenPruner):
 
     def keys(self, signals: TokenSignals) -> Tensor:
         """The tokens [B, N] of the sequence that are in the key set of their picture's crop."""
-        found = torch.zeros_like(signals.prunable)
-        if found.device.type == "meta" or signals.pictures is None:
-            return found
+        result = torch.zeros_like(signals.prunable)
+        if result.device.type == "meta" or signals.pictures is None:
+            return result
         for sample, own in enumerate(signals.pictures()):
             rows = [picture.at(CLASS).unflatten(2, (len(picture.grids), -1)) for picture in own]  # [1, H, crops, n]
-            places = signals.prunable[sample].nonzero().squeeze(1)
-            newlines = (len(places) - sum(row.shape[2:].numel() for row in rows)) // max(len(own), 1)
+            indices = signals.prunable[sample].nonzero().squeeze(1)
+            newlines = (len(indices) - sum(row.shape[2:].numel() for row in rows)) // max(len(own), 1)
             for row in rows:
                 crops, count = row.shape[2:]
                 best = key_set(row[0].transpose(0, 1), self.rate)  # [crops, K]
                 first = count * torch.arange(crops, device=best.device).unsqueeze(1)
-                found[sample, places[(best + first).flatten()]] = True
-                places = places[crops * count + newlines :]
-        return found
+                result[sample, indices[(best + first).flatten()]] = True
+                indices = indices[crops * count + newlines :]
+        return result
 
     def refine(self, site: Site, hidden: Tensor, signals: TokenSignals, plan: Plan) -> Tensor:
         if site.where != "tower" and isinstance(plan.reduce, Gather):  # the key set goes along

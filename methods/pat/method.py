@@ -80,17 +80,17 @@ class PAT(TrainingMethod):
         mask = HiddenMask(
             hidden.units, stays, self.steps(training.steps), self.freeze, self.mask == "learned", self.rate
         )
-        found: list[Attachment] = []
+        results: list[Attachment] = []
         for target in training.targets:
             if target.unit == "linear":
-                found.append(low_rank(training, target, min(self.rank, *target.shape), self.scale))
+                results.append(low_rank(training, target, min(self.rank, *target.shape), self.scale))
             if target.unit == "tensor" or target.role.rpartition(".")[2] in WRITERS:
                 path = target.name.removesuffix(".weight")
                 if getattr(training.model.get_submodule(path), "bias", None) is not None:
                     raise PrunelabError(f"pat: {path} has a bias, which no weight can take in; use a model without")
                 rank = max(1, round(self.inner * hidden.units))
-                found.append(Attachment(target, Sparsified(mask, rank), "output"))
-        return found
+                results.append(Attachment(target, Sparsified(mask, rank), "output"))
+        return results
 
     def trainable(self, names: Sequence[str], training: Training) -> Collection[str]:
         own = {name for target in training.targets for name in training.learned(target)}
@@ -109,22 +109,22 @@ class PAT(TrainingMethod):
         if mask.learned:
             loss = loss + mask_loss(mask.proxy, mask.stays, self.count)
         if self.orthogonal:
-            found: list[Sparsified] = list(modules(training.attachments).values())
-            loss = loss + self.orthogonal * torch.stack([identity_loss(module.down) for module in found]).sum()
+            results: list[Sparsified] = list(modules(training.attachments).values())
+            loss = loss + self.orthogonal * torch.stack([identity_loss(module.down) for module in results]).sum()
         return loss
 
     def finish(self, training: Training) -> Mapping[str, Decision]:
-        found = {}
+        results = {}
         merged = modules(training.attachments)
         for target in training.targets:
             everything = torch.ones(target.shape, dtype=torch.bool)
             if target.unit == "hidden":
-                found[target.name] = Decision(self.hidden_mask(training).kept().cpu())
+                results[target.name] = Decision(self.hidden_mask(training).kept().cpu())
             elif target.name in merged:
                 weight = training.weight(target)
                 module = merged[target.name]
                 new = module.merged(weight.T).T if target.unit == "tensor" else module.merged(weight)
-                found[target.name] = Decision(everything, {"weight": new.contiguous()})
+                results[target.name] = Decision(everything, {"weight": new.contiguous()})
             else:
-                found[target.name] = Decision(everything)
-        return found
+                results[target.name] = Decision(everything)
+        return results

@@ -89,8 +89,8 @@ class Sparsified(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(self.scale.dtype)  # the module learns in its own precision
-        found: Tensor = self.scale * self.mask() * (wide + wide @ self.down.T @ self.up.T)
-        return found.to(x.dtype)
+        result: Tensor = self.scale * self.mask() * (wide + wide @ self.down.T @ self.up.T)
+        return result.to(x.dtype)
 
     def merged(self, weight: Tensor) -> Tensor:
         """A weight [H, n] whose outputs are what this module makes of this one's, for the channels that stay."""

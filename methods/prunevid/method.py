@@ -36,22 +36,22 @@ def clustered(tokens: Tensor, count: int, neighbours: int, noise: Tensor | None 
 
 def runs(labels: Sequence[int]) -> list[tuple[int, int, int]]:
     """(label, first frame, frames) of every stretch of equal labels."""
-    found, start = [], 0
+    results, start = [], 0
     for label, run in groupby(labels):
         length = len(list(run))
-        found.append((label, start, length))
+        results.append((label, start, length))
         start += length
-    return found
+    return results
 
 
 def refined(labels: Sequence[int]) -> list[int]:
     """Labels of frames, of which each cluster keeps its longest runs alone, none where these are single frames. Every
     stretch that this frees joins the longer of the runs beside it, the left one of equals, or label 0 without any."""
-    found = runs(labels)
+    result = runs(labels)
     longest: dict[int, int] = {}
-    for label, _, length in found:
+    for label, _, length in result:
         longest[label] = max(longest.get(label, 0), length)
-    left = [label if length == longest[label] > 1 else -1 for label, _, length in found for _ in range(length)]
+    left = [label if length == longest[label] > 1 else -1 for label, _, length in result for _ in range(length)]
     for label, first, length in runs(left):
         if label >= 0:
             continue
@@ -67,8 +67,8 @@ def segments(frames: Tensor, share: float, neighbours: int, noise: Tensor | None
     if frames.device.type == "meta":  # without values no two frames are alike
         return [(frame, 1) for frame in range(len(frames))]
     count = max(1, int(len(frames) * share))
-    found = clustered(frames.unsqueeze(0), count, neighbours, noise)
-    return [(first, length) for _, first, length in runs(refined(found.slot[0].tolist()))]
+    result = clustered(frames.unsqueeze(0), count, neighbours, noise)
+    return [(first, length) for _, first, length in runs(refined(result.slot[0].tolist()))]
 
 
 # -- merging inside a segment ------------------------------------------------------------------------------------------
@@ -95,10 +95,10 @@ def spatial_merge(
     frames, count = places.shape
     if count <= whole:
         return chosen(places.flatten())
-    found = clustered(tokens, max(1, int(count * ratio)), neighbours, noise)
-    mix, per = found.mix(), found.centres.shape[1]
+    result = clustered(tokens, max(1, int(count * ratio)), neighbours, noise)
+    mix, per = result.mix(), result.centres.shape[1]
     behind = per * torch.arange(frames, device=places.device).unsqueeze(1)
-    place = places.gather(1, found.centres).flatten()
+    place = places.gather(1, result.centres).flatten()
     return Outputs((mix.target + behind).flatten(), places.gather(1, mix.source).flatten(), mix.weight.flatten(), place)
 
 
@@ -220,7 +220,7 @@ class PruneVid(TokenPruner):
         """What is left of a video of pooled tokens [T, N, D], and of each segment. noise [T, N + 1]: of tokens, and
         last of frames."""
         cells = tokens.shape[1]
-        found, left = [], []
+        results, left = [], []
         for first, length in segments(tokens.mean(1), self.segments, self.neighbours, noise[:, -1].unsqueeze(0)):
             part, near = tokens[first : first + length], noise[first : first + length, :-1]
             frames = cells * torch.arange(first, first + length, device=tokens.device).unsqueeze(1)
@@ -229,9 +229,9 @@ class PruneVid(TokenPruner):
             mean = part[:, still].mean(0, keepdim=True)
             once = spatial_merge(mean, frames[:1] + still, *given, near[:1, still])
             each = spatial_merge(part[:, moving], frames + moving, *given, near[:, moving])
-            found += [over_time(once, length, cells), each]
+            results += [over_time(once, length, cells), each]
             left.append(Segment(length, len(once.place), len(each.place) // length))
-        return joined(found), left
+        return joined(results), left
 
     def chosen(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         """The decoder's choice: of every group the best."""

@@ -26,7 +26,7 @@ def stages(model: str, method: str) -> list[tuple[int, float]]:
 
 def costs() -> dict[str, dict[str, float]]:
     """`table/row/column` as in reported.csv -> {"value": ...}. LOOK-M prunes the cache behind the prefill."""
-    found = {}
+    results = {}
     for model in VISUAL:
         whole = prefill_flops(LLAVA_7B, stages(model, ""))
         methods = [
@@ -38,5 +38,7 @@ def costs() -> dict[str, dict[str, float]]:
         ]
         for method in methods:
             row = f"{model} w/ {method}" if method else model
-            found[f"{TABLE}/{row}/FLOPs"] = {"value": round(prefill_flops(LLAVA_7B, stages(model, method)) / whole, 4)}
-    return found
+            results[f"{TABLE}/{row}/FLOPs"] = {
+                "value": round(prefill_flops(LLAVA_7B, stages(model, method)) / whole, 4)
+            }
+    return results

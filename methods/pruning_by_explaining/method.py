@@ -66,8 +66,8 @@ class Gathered(Accumulator):
         self.state = torch.zeros(())
 
     def update(self, observed: Flow) -> None:
-        found = contribution(self.criterion, observed.outputs.float(), observed.back.float(), self.absolute)
-        self.state = self.state.to(found.device) + found
+        result = contribution(self.criterion, observed.outputs.float(), observed.back.float(), self.absolute)
+        self.state = self.state.to(result.device) + result
 
     def value(self) -> Tensor:
         return self.state
@@ -147,11 +147,11 @@ class PruningByExplaining(WeightPruner):
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         """Of filters that several layers make together, as behind a residual sum, the layers' scores add up."""
-        found = [signals[name] for name in sorted(signals.statistics)]
-        found = found or [weight_size(signals.weights["up"].float())]
+        results = [signals[name] for name in sorted(signals.statistics)]
+        results = results or [weight_size(signals.weights["up"].float())]
         if signals.alive is not None:  # what has left says nothing of its layer
-            found = [raw * signals.alive.to(raw.device) for raw in found]
-        return torch.stack([normalised(self.criterion, raw, self.normalise) for raw in found]).sum(0)
+            results = [raw * signals.alive.to(raw.device) for raw in results]
+        return torch.stack([normalised(self.criterion, raw, self.normalise) for raw in results]).sum(0)
 
     def select(
         self, targets: Sequence[Target], signals: Sequence[WeightSignals], scores: Sequence[Tensor], budget: Budget

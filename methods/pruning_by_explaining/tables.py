@@ -43,11 +43,11 @@ def method(criterion: Criterion, samples: int) -> PruningByExplaining:
 def toy(seeds: int = 3, ranked: int = 50) -> Metrics:
     """`table/row/column` as in reported.csv, each the mean over the first seeds (`ranked` of them for selections; the
     authors have 50 everywhere) with its standard error."""
-    found: Metrics = {}
+    results: Metrics = {}
     for name in points.CLASSES:
         model = testbeds.load(f"points_{name}")[0]
-        found |= accuracies(name, model, seeds) | selections(name, model, ranked)  # type: ignore[arg-type]
-    return found
+        results |= accuracies(name, model, seeds) | selections(name, model, ranked)  # type: ignore[arg-type]
+    return results
 
 
 def accuracies(name: points.Set, model: nn.Module, seeds: int) -> Metrics:
@@ -58,8 +58,8 @@ def accuracies(name: points.Set, model: nn.Module, seeds: int) -> Metrics:
     dense = {"train accuracy": [accuracy(model, trained)] * seeds}
     noisy = [accuracy(model, points_) for points_ in fresh]
     tested = [accuracy(model, drawn) for drawn in references[RANKED]]
-    found = named(ACCURACY, f"{name} unpruned", dense | {"test accuracy": tested})
-    found |= named(NOISY, f"{name} unpruned", dense | {"test accuracy": noisy})
+    result = named(ACCURACY, f"{name} unpruned", dense | {"test accuracy": tested})
+    result |= named(NOISY, f"{name} unpruned", dense | {"test accuracy": noisy})
     for label, criterion in CRITERIA.items():
         alike = None  # weights alone decide, whatever the samples
         for n in PER_CLASS:
@@ -70,9 +70,9 @@ def accuracies(name: points.Set, model: nn.Module, seeds: int) -> Metrics:
             row = f"{name} {label} n={n} per class"
             tested = [accuracy(m, drawn) for m, drawn in zip(left, references[n], strict=True)]
             noisy = [accuracy(m, drawn) for m, drawn in zip(left, fresh, strict=True)]
-            found |= named(ACCURACY, row, training | {"test accuracy": tested})
-            found |= named(NOISY, row, training | {"test accuracy": noisy})
-    return found
+            result |= named(ACCURACY, row, training | {"test accuracy": tested})
+            result |= named(NOISY, row, training | {"test accuracy": noisy})
+    return result
 
 
 def pruned(model: nn.Module, criterion: Criterion, reference: tuple[Tensor, Tensor]) -> nn.Module:
@@ -101,20 +101,20 @@ def named(table: str, row: str, columns: Mapping[str, list[float]]) -> Metrics:
 def selections(name: points.Set, model: nn.Module, seeds: int) -> Metrics:
     """How far the orders of units agree from seed to seed, and with those of relevance."""
     orders = {label: ascending(name, model, criterion, seeds) for label, criterion in CRITERIA.items()}
-    found: Metrics = {}
+    results: Metrics = {}
     for label, own in orders.items():
         for column, agreement in agreements(own, own).items():
-            found[f"{SAME}/{name} {label}/{column}"] = among(agreement)
+            results[f"{SAME}/{name} {label}/{column}"] = among(agreement)
         if label != "lrp":
             for column, agreement in agreements(orders["lrp"], own).items():
-                found[f"{CROSS}/{name} lrp vs {label}/{column}"] = between(agreement)
-    return found
+                results[f"{CROSS}/{name} lrp vs {label}/{column}"] = between(agreement)
+    return results
 
 
 def ascending(name: points.Set, model: nn.Module, criterion: Criterion, seeds: int) -> np.ndarray:
     """All units [seeds, 3000] from the least to the most important. As in the authors' program equal scores come in
     whatever order NumPy leaves them."""
-    adapter, found = weight_adapter(model), []
+    adapter, results = weight_adapter(model), []
     targets = adapter.targets("channels")
     for seed in range(seeds):
         items = tuple(Labelled(x, y) for x, y in pairs(points.drawn(name, RANKED, seed)))
@@ -122,8 +122,8 @@ def ascending(name: points.Set, model: nn.Module, criterion: Criterion, seeds: i
         judge = method(criterion, len(items))
         known = judge.precompute(probe)
         scores = [judge.score(t, WeightSignals(adapter.weights(t), known.get(t.name, {}))) for t in targets]
-        found.append(np.argsort(torch.cat(scores).numpy()))
-    return np.stack(found)
+        results.append(np.argsort(torch.cat(scores).numpy()))
+    return np.stack(results)
 
 
 def agreements(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
@@ -131,14 +131,14 @@ def agreements(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
     share of common units among the first and the last k: each [A, B]."""
     count = a.shape[1]
     centred = [(order - (count - 1) / 2) / math.sqrt((count**2 - 1) / 12) for order in (a, b)]
-    found = {"spearman": centred[0] @ centred[1].T / count}
+    results = {"spearman": centred[0] @ centred[1].T / count}
     for k in FIRST_AND_LAST:
         for which, part in (("first", slice(None, k)), ("last", slice(-k, None))):
             held = [np.zeros(order.shape, dtype=np.float32) for order in (a, b)]
             for members, order in zip(held, (a, b), strict=True):
                 np.put_along_axis(members, order[:, part], 1.0, 1)
-            found[f"{which}-{k}"] = held[0] @ held[1].T / k
-    return found
+            results[f"{which}-{k}"] = held[0] @ held[1].T / k
+    return results
 
 
 def among(agreement: np.ndarray) -> dict[str, Any]:

@@ -118,9 +118,9 @@ class PST(TrainingMethod):
 
     def finish(self, training: Training) -> Mapping[str, Decision]:
         self.prune(training, training.target_budget)
-        found = {}
+        results = {}
         for target in training.targets:
             module = self.weight(target, training)
             with torch.no_grad():
-                found[target.name] = Decision(module.mask(module.scores(module.updated(training.parameter(target)))))
-        return found
+                results[target.name] = Decision(module.mask(module.scores(module.updated(training.parameter(target)))))
+        return results

@@ -81,8 +81,8 @@ def speaker(model: Any, processor: Any, words: int = 4096) -> Callable[[str], st
         given = processor(text=[text], return_tensors="pt").to(model.device)
         with torch.no_grad():
             made = model.generate(**given, max_new_tokens=words, do_sample=False)
-        found: str = processor.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)[0]
-        return found
+        result: str = processor.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        return result
 
     return answer
 
@@ -129,15 +129,15 @@ class FrameScorer:
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        found = []
+        results = []
         for start in range(0, len(frames), self.batch):
             part = list(frames[start : start + self.batch])
             given = self.processor(
                 text=[text] * len(part), images=part, return_tensors="pt", padding=True, padding_side="left"
             )
             logits = self.model(**given.to(self.model.device), logits_to_keep=1).logits[:, -1]  # [b, V]
-            found.append(logits.double().softmax(-1)[:, yes].cpu())
-        return torch.cat(found)
+            results.append(logits.double().softmax(-1)[:, yes].cpu())
+        return torch.cat(results)
 
 
 def timing(seconds: float, places: Sequence[float]) -> str:

@@ -22,6 +22,6 @@ def chart(metrics: Mapping[str, Any]) -> str:
         mark = svg.Mark(100 * float(density), cell["value"], 1.96 * cell["stderr"], label=label)
         marks.setdefault(ratio, []).append(mark)
     level = ("dense", float(marks.pop("dense")[0].y))
-    series = [svg.Series(ratio, tuple(found)) for ratio, found in marks.items()]
+    series = [svg.Series(ratio, tuple(result)) for ratio, result in marks.items()]
     label = "weights that stay, %"
     return svg.chart(series, title="Densities by layer", x_label=label, y_label="accuracy, %", level=level)

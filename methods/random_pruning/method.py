@@ -48,18 +48,18 @@ def erdos_renyi(
     together, and the others share the rest. fixed: densities of layers that are given."""
     sizes = [math.prod(shape) for shape in shapes]
     raw = [(sum(s) / math.prod(s)) ** power for s in (shape if kernel else shape[:2] for shape in shapes)]
-    found = dict(fixed)
-    while len(found) < len(sizes):
-        free = [i for i in range(len(sizes)) if i not in found]
-        left = sum(keep * sizes[i] for i in free) - sum((found[i] - keep) * sizes[i] for i in found)
+    results = dict(fixed)
+    while len(results) < len(sizes):
+        free = [i for i in range(len(sizes)) if i not in results]
+        left = sum(keep * sizes[i] for i in free) - sum((results[i] - keep) * sizes[i] for i in results)
         scale = left / sum(raw[i] * sizes[i] for i in free)
         most = max(raw[i] for i in free)
         if scale <= 0:
             raise PrunelabError(f"random_pruning: the dense layers alone are more than {keep:g}; keep more")
         if scale * most <= 1:
-            return [found[i] if i in found else scale * raw[i] for i in range(len(sizes))]
-        found |= {i: 1.0 for i in free if raw[i] == most}
-    return [found[i] for i in range(len(sizes))]
+            return [results[i] if i in results else scale * raw[i] for i in range(len(sizes))]
+        results |= {i: 1.0 for i in free if raw[i] == most}
+    return [results[i] for i in range(len(sizes))]
 
 
 def left_of(scores: Sequence[Tensor], keep: float) -> list[float]:
@@ -74,9 +74,9 @@ def left_of(scores: Sequence[Tensor], keep: float) -> list[float]:
 
 def snip_scores(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     """How much the loss depends on a mask on each weight, as a share of the whole (SNIP, arXiv 1810.02340)."""
-    found = [(w * g).abs() for w, g in zip(weights, gradients, strict=True)]
-    whole = torch.stack([s.sum() for s in found]).sum()
-    return [s / whole for s in found]
+    results = [(w * g).abs() for w, g in zip(weights, gradients, strict=True)]
+    whole = torch.stack([s.sum() for s in results]).sum()
+    return [s / whole for s in results]
 
 
 def grasp_scores(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -35,11 +35,11 @@ def sparse(densities: tuple[float, ...] = (0.05, 0.02)) -> dict[str, dict[str, A
     """`ratio/density/accuracy` on handwritten digits that were not trained on, and of the dense network."""
     images, labels = digits.digits("train")
     samples = [{"pixel_values": x.unsqueeze(0), "labels": y} for x, y in zip(images, labels, strict=True)]
-    found = {"dense/1/accuracy": trained(RandomPruning("uniform"), 1.0, samples)}
+    results = {"dense/1/accuracy": trained(RandomPruning("uniform"), 1.0, samples)}
     for ratio in get_args(Ratio):
         for density in densities:
-            found[f"{ratio}/{density:g}/accuracy"] = trained(RandomPruning(ratio), density, samples)
-    return found
+            results[f"{ratio}/{density:g}/accuracy"] = trained(RandomPruning(ratio), density, samples)
+    return results
 
 
 def trained(method: RandomPruning, density: float, samples: list[Any]) -> dict[str, Any]:

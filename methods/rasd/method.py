@@ -48,14 +48,14 @@ def guess(draft: DraftModel, tokens: Tensor, width: int, depth: int) -> Guess:
         best = logs[-1].topk(min(width, logs[-1].shape[1]))
         reached = (score.unsqueeze(1) + best.values).flatten()
         above = read.paths[parents] if level else tokens.new_zeros(1, 0)
-        found = torch.cat([above.repeat_interleave(best.indices.shape[1], 0), best.indices.flatten().unsqueeze(1)], 1)
-        paths.append(torch.nn.functional.pad(found, (0, depth - level - 1), value=EMPTY))
+        result = torch.cat([above.repeat_interleave(best.indices.shape[1], 0), best.indices.flatten().unsqueeze(1)], 1)
+        paths.append(torch.nn.functional.pad(result, (0, depth - level - 1), value=EMPTY))
         scores.append(reached)
         if level + 1 < depth:
             chosen = reached.topk(min(width, len(reached))).indices
             known = len(read.tokens)
             origin = parents.repeat_interleave(best.indices.shape[1])[chosen]
-            read = DraftTree(torch.cat([read.tokens, found[chosen, level]]), torch.cat([read.parents, origin]))
+            read = DraftTree(torch.cat([read.tokens, result[chosen, level]]), torch.cat([read.parents, origin]))
             logs.append(draft.read(tokens, read, known)[-len(chosen) :].float().log_softmax(-1))
             parents, score = torch.arange(known, known + len(chosen), device=tokens.device), reached[chosen]
     order = torch.cat(scores).sort(descending=True, stable=True).indices
@@ -157,9 +157,9 @@ class RASD(DraftDecoder):
         seen = guess(state.draft, tokens, self.width, self.depth)
         own, _ = trie(seen.paths[: total - share])  # with a node its parent, which ranks before it
         store = tokens if self.retrieval == "context" or state.store is None else state.store.to(tokens.device)
-        found, through = trie(continuations(store, tokens, self.longest, self.length, self.most))
-        if not len(found.tokens):
+        result, through = trie(continuations(store, tokens, self.longest, self.length, self.most))
+        if not len(result.tokens):
             return own
-        kept = prune(found, seen, self.least)
-        found, through = found.where(kept), through[kept]
-        return fuse(own, found.where(frequent(found, through, share))) if len(found.tokens) else own
+        kept = prune(result, seen, self.least)
+        result, through = result.where(kept), through[kept]
+        return fuse(own, result.where(frequent(result, through, share))) if len(result.tokens) else own

@@ -99,7 +99,7 @@ def rationalised(
         return torch.where(masks, replace(context.reshape(-1, length)).view(masks.shape), context)
 
     before = logits(tokens[None])[0].softmax(-1)[target]
-    scores, found, taken = initial, [], 0
+    scores, results, taken = initial, [], 0
     stopped = torch.zeros(runs, dtype=torch.bool, device=initial.device)
     while taken < max_steps and not bool(stopped.all()):
         steps = min(max(together, taken // 4), max_steps - taken)
@@ -113,11 +113,11 @@ def rationalised(
         importance[:, going] = each.softmax(-1)
         stop = torch.zeros(masks.shape[:2], dtype=torch.bool, device=initial.device)
         stop[:, going] = (likely == target).any(-1)
-        found.append((masks, importance, stop))
+        results.append((masks, importance, stop))
         scores = scores.clone()
         scores[going] = each[-1]
         stopped, taken = stopped | stop.any(0), taken + steps
-    masks, importance, stop = (torch.cat(parts) for parts in zip(*found, strict=True))
+    masks, importance, stop = (torch.cat(parts) for parts in zip(*results, strict=True))
     first = torch.where(stop.any(0), stop.int().argmax(0), len(stop) - 1)  # a run that has stopped stays as it is
     steps = int(first.max()) + 1
     seen = torch.arange(steps, device=first.device)[:, None].minimum(first), torch.arange(runs, device=first.device)

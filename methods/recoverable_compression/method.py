@@ -37,8 +37,8 @@ def outlier_share(scores: Tensor, neighbours: int, contamination: float | Litera
     with warnings.catch_warnings():  # equal scores are meant: those of patches that are kept already
         warnings.simplefilter("ignore", UserWarning)
         factor = LocalOutlierFactor(n_neighbors=min(neighbours, len(scores) - 1), contamination=contamination)
-        found = factor.fit_predict(points)
-    return int((found == -1).sum()) / len(scores)
+        result = factor.fit_predict(points)
+    return int((result == -1).sum()) / len(scores)
 
 
 def class_interest(query: Tensor, keys: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ TEXT, IMAGE, KEPT = 60, 576, 57  # assumption: the text, since it alone gives th
 
 def costs() -> dict[str, dict[str, float]]:
     """`table/row/column` as in reported.csv -> {"value": ...}."""
-    found = {}
+    results = {}
     kinds = {"LLaVA1.5 FP16": (IMAGE, 16), "Ours FP16": (KEPT, 16), "Ours INT8": (KEPT, 8), "Ours INT4": (KEPT, 4)}
     for row, (visual, bits) in kinds.items():
         operations, milliseconds = prefill([visual + TEXT] * VICUNA_7B.layers, VICUNA_7B)
-        found[f"cost/{row}/FLOPs"] = {"value": round(operations * bits / 16, 4)}
+        results[f"cost/{row}/FLOPs"] = {"value": round(operations * bits / 16, 4)}
         if bits == 16:
-            found[f"cost/{row}/prefill"] = {"value": round(milliseconds, 4)}
-    return found
+            results[f"cost/{row}/prefill"] = {"value": round(milliseconds, 4)}
+    return results

@@ -62,8 +62,8 @@ class Chunk:
             seen = self.tokens[index.clamp(max=count - 1)].long().masked_fill(index >= count, EMPTY)
             order = (seen - queries).sign().masked_fill(columns >= lengths.unsqueeze(-1), 0)
             order = order.gather(-1, (order != 0).long().argmax(-1, keepdim=True)).squeeze(-1)
-            reached, found = low >= high, order >= wanted
-            low, high = torch.where(reached | found, low, middle + 1), torch.where(reached | ~found, high, middle)
+            reached, result = low >= high, order >= wanted
+            low, high = torch.where(reached | result, low, middle + 1), torch.where(reached | ~result, high, middle)
         return low
 
     def behind(self, first: int, last: int, skipped: int, length: int) -> Tensor:
@@ -121,12 +121,12 @@ class Datastore:
         ends = ends.to(self.chunks[0].tokens.device)
         bounds = [chunk.bounds(ends, ends.new_tensor(sizes)) for chunk in self.chunks]
         for size, *pairs in zip(sizes, *(both.T.tolist() for both in bounds), strict=True):
-            found = [
+            results = [
                 chunk.behind(first, min(last, first + most), size, length)
                 for chunk, (first, last) in zip(self.chunks, pairs, strict=True)
                 if first < last
             ]
-            paths = torch.cat(found) if found else ends.new_full((0, length), EMPTY)
+            paths = torch.cat(results) if results else ends.new_full((0, length), EMPTY)
             paths = paths[paths[:, 0] != EMPTY]
             if len(paths):
                 return paths.to(tokens.device)
@@ -176,9 +176,9 @@ def arrange(paths: Tensor) -> DraftTree:
     first = (paths.unsqueeze(0) == paths.unsqueeze(1)).long().argmax(1)  # [P, L] rows
     shape, _ = trie(torch.where(paths == EMPTY, EMPTY, first))
     order = shape.depths.argsort(stable=True)
-    places = F.pad(order.argsort(), (0, 1), value=-1)
+    indices = F.pad(order.argsort(), (0, 1), value=-1)
     tokens = paths[shape.tokens, shape.depths - 1]
-    return DraftTree(tokens[order], places[shape.parents[order]])
+    return DraftTree(tokens[order], indices[shape.parents[order]])
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class REST(DraftDecoder):
 
     def draft(self, state: Datastore, tokens: Tensor, budget: Budget) -> DraftTree:
         sizes = range(self.longest, self.shortest - 1, -1)
-        found = state.continuations(tokens, sizes, self.length, self.matches)
+        result = state.continuations(tokens, sizes, self.length, self.matches)
         choices = budget.count(self.choices)
-        kept = prefixes(found)[0][:choices]
+        kept = prefixes(result)[0][:choices]
         return arrange(kept[affordable(kept, choices)])

@@ -186,8 +186,8 @@ class RSQ(WeightPruner):
             raise PrunelabError("rsq: no rotation of this model leaves what it computes as it is; give rotation='none'")
         if self.rotation == "random":
             return {n: torch.linalg.qr(torch.randn(c, c, generator=rng)).Q for n, c in sorted(widths.items())}
-        found = {"residual": random_hadamard(widths["residual"], rng)}
-        return {**found, "values": hadamard(widths["values"])} if "values" in widths else found
+        results = {"residual": random_hadamard(widths["residual"], rng)}
+        return {**results, "values": hadamard(widths["values"])} if "values" in widths else results
 
     def turned(self, target: Target) -> int:
         """How far apart the columns lie that a linear's own rotation mixes; 0 where it has none."""

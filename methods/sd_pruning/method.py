@@ -57,8 +57,8 @@ def keep_ratios(outliers: Sequence[float], ratio: float, spread: float) -> np.nd
     shares = np.asarray(outliers, dtype=np.float64)
     width = shares.max() - shares.min()
     scaled = (shares - shares.min()) * (1 / width * spread * 2) if width > 0 else np.zeros_like(shares)
-    found: np.ndarray = scaled - scaled.mean() + (1 - ratio)
-    return found
+    result: np.ndarray = scaled - scaled.mean() + (1 - ratio)
+    return result
 
 
 def signal_to_noise(kept: Sequence[Tensor], removed: Sequence[Tensor]) -> float:
@@ -121,7 +121,7 @@ class SDPruning(WeightPruner):
         """The sparsity of every layer of the components that OWL prunes, from the unpruned model."""
         targets = [t for t in probe.targets if self.way_of(t.component).startswith("owl")]
         norms = probe.statistics({"linear": {"input_norm": InputNorm}}) if targets else {}
-        found: dict[str, Statistics] = {}
+        results: dict[str, Statistics] = {}
         for component in dict.fromkeys(t.component for t in targets):
             layers: dict[int, list[Target]] = {}
             for target in (t for t in targets if t.component == component):
@@ -134,8 +134,8 @@ class SDPruning(WeightPruner):
             ratios = 1 - keep_ratios(outliers, sparsity(budget), self.spread)
             for members, outlier, ratio in zip(layers.values(), outliers, ratios.tolist(), strict=True):
                 values = torch.tensor([outlier, ratio], dtype=torch.float64)
-                found |= {target.name: {"outliers": values[0], "ratio": values[1]} for target in members}
-        return found
+                results |= {target.name: {"outliers": values[0], "ratio": values[1]} for target in members}
+        return results
 
     # -- which weights -----------------------------------------------------------------------------------------------
 

@@ -17,10 +17,10 @@ def unet_linears() -> dict[int, int]:
     """The same of the U-Net: five transformer blocks at each of three levels and one in the middle, of self attention,
     cross attention, a gated MLP and two projections; the time's embedding, and its projection in every residual block.
     """
-    found: dict[int, int] = {LEVELS[0] * TIME: 1, TIME * TIME: 1}
+    results: dict[int, int] = {LEVELS[0] * TIME: 1, TIME * TIME: 1}
 
     def add(size: int, count: int) -> None:
-        found[size] = found.get(size, 0) + count
+        results[size] = results.get(size, 0) + count
 
     for width, blocks in zip(LEVELS[:3], (5, 5, 6), strict=True):
         add(width * width, 8 * blocks)  # self attention, q and output of cross attention, projections in and out
@@ -29,7 +29,7 @@ def unet_linears() -> dict[int, int]:
         add(4 * width * width, blocks)
     for width, blocks in zip(LEVELS, (5, 5, 5, 7), strict=True):  # two down, three up; two in the middle
         add(TIME * width, blocks)
-    return found
+    return results
 
 
 def zeros(linears: dict[int, int], ratio: float) -> float:

@@ -99,12 +99,12 @@ class SelectiveContext(Ranker[Context]):
                 raise PrunelabError(
                     f"selective_context needs the service '{name}' to rank a {self.level}; see its README"
                 )
-        found = sentences(text)
-        if not found:
+        results = sentences(text)
+        if not results:
             raise PrunelabError("there is no sentence to shorten; give a text that is not empty")
-        informed: list[Informed] = [services["information"](sentence) for sentence in found]
+        informed: list[Informed] = [services["information"](sentence) for sentence in results]
         if self.level == "sentence":
-            return Context(tuple(found), np.array([np.mean(values) for _, values in informed]), " ")
+            return Context(tuple(results), np.array([np.mean(values) for _, values in informed]), " ")
         if self.level == "token":
             pieces, values = zip(*informed, strict=True)
             return Context(tuple(p for part in pieces for p in part), np.concatenate([np.asarray(v) for v in values]))

@@ -111,14 +111,14 @@ class SHRP(TrainingMethod):
     # -- what is put on ----------------------------------------------------------------------------------------------
 
     def attach(self, training: Training) -> Sequence[Attachment]:
-        found = []
+        results = []
         for target in training.targets:
             if target.unit == "heads":
                 width = training.adapter.weights(target)["q"].shape[1]
-                found.append(Attachment(target, Router(width, target.units, self.pool), "held"))
+                results.append(Attachment(target, Router(width, target.units, self.pool), "held"))
             else:
-                found.append(masked(target))
-        return found
+                results.append(masked(target))
+        return results
 
     def routers(self, training: Training) -> Iterator[tuple[Target, Router]]:
         """Every attention with its router."""
@@ -173,11 +173,11 @@ class SHRP(TrainingMethod):
             router.counting = training.step >= routed - max(1, round(self.counted * routed))
 
     def finish(self, training: Training) -> Mapping[str, Decision]:
-        found = {
+        results = {
             target.name: Decision(most_used(router.counts, self.heads(target, training)))
             for target, router in self.routers(training)
         }
-        return found | {t.name: Decision(training.mask(t).clone()) for t in training.targets if t.unit == "channels"}
+        return results | {t.name: Decision(training.mask(t).clone()) for t in training.targets if t.unit == "channels"}
 
     def heads(self, target: Target, training: Training) -> int:
         """Heads that stay."""

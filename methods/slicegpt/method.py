@@ -33,9 +33,9 @@ def principal(moment: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
 
 def orientation(draws: Tensor, width: int) -> Tensor:
     """A rotation [D, D] of the first d directions among themselves, from draws [d, d]."""
-    found = torch.eye(width, dtype=draws.dtype)
-    found[: len(draws), : len(draws)] = torch.linalg.qr(draws).Q
-    return found
+    result = torch.eye(width, dtype=draws.dtype)
+    result[: len(draws), : len(draws)] = torch.linalg.qr(draws).Q
+    return result
 
 
 def kept_directions(width: int, sparsity: float, interval: int) -> int:

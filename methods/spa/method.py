@@ -58,9 +58,9 @@ def obs_elements(weight: Tensor, hessian: Tensor, damping: float) -> Tensor:
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """The Hessian [C, C] with a share of its mean diagonal on the diagonal; inputs that were never used count as 1."""
     diagonal = hessian.diagonal()
-    found = hessian.clone()
-    found.diagonal().copy_(diagonal.masked_fill(diagonal == 0, 1) + damping * diagonal.mean())
-    return found
+    result = hessian.clone()
+    result.diagonal().copy_(diagonal.masked_fill(diagonal == 0, 1) + damping * diagonal.mean())
+    return result
 
 
 def made_up_for(weight: Tensor, hessian: Tensor, kept: Tensor, damping: float) -> Tensor:
@@ -68,9 +68,9 @@ def made_up_for(weight: Tensor, hessian: Tensor, kept: Tensor, damping: float) -
     once."""
     full = damped(hessian, damping).double()
     solved = torch.linalg.solve(full[kept][:, kept], full[kept] @ weight.double().T).T
-    found = torch.zeros_like(weight)
-    found[:, kept] = solved.to(weight.dtype)
-    return found
+    result = torch.zeros_like(weight)
+    result[:, kept] = solved.to(weight.dtype)
+    return result
 
 
 def normalised(scores: Tensor, how: str) -> Tensor:
@@ -235,8 +235,8 @@ class SPA(WeightPruner):
         if self.criterion != "obs" or bool(mask.all()):
             return {}
         weights = members(signals.weights)
-        found = {}
+        results = {}
         for role, hessian in self.hessians(weights, signals).items():
             kept = mask.repeat_interleave(len(hessian) // target.units).to(hessian.device)
-            found[role] = made_up_for(weights[role], hessian, kept, self.damping)
-        return found
+            results[role] = made_up_for(weights[role], hessian, kept, self.damping)
+        return results

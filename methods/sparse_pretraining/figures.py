@@ -27,10 +27,10 @@ def chart(metrics: Mapping[str, Any]) -> str:
                 label = f"{name}: {n:,.0f} parameters, loss {loss:.3f}"
                 marks.setdefault(name, []).append(svg.Mark(n / 1000, loss, label=label))
     e, a, alpha = (float(metrics[f"law//{name}"]["value"]) for name in ("e", "a", "alpha"))
-    reach = [mark.x for found in marks.values() for mark in found]
+    reach = [mark.x for results in marks.values() for mark in results]
     low, high = min(reach), max(reach)
     places = [low * (high / low) ** (i / (POINTS - 1)) for i in range(POINTS)]
     curve = svg.Series("law of the dense runs", tuple(svg.Mark(x, e + a / (1000 * x) ** alpha) for x in places))
-    series = [svg.Series(name, tuple(found), joined=False) for name, found in marks.items()]
+    series = [svg.Series(name, tuple(results), joined=False) for name, results in marks.items()]
     label = "parameters of linears, thousands"
     return svg.chart([*series, curve], title="The law", x_label=label, y_label="loss on held-out text, nats a byte")

@@ -65,8 +65,8 @@ def average_parameters(parameters: Sequence[float]) -> float:
 
 def law(n: np.ndarray, d: np.ndarray, e: float, a: float, b: float, alpha: float, beta: float) -> np.ndarray:
     """Loss of a model of n parameters on average after d tokens: E + A / n^alpha + B / d^beta (Eq. 1)."""
-    found: np.ndarray = e + a / n**alpha + b / d**beta
-    return found
+    result: np.ndarray = e + a / n**alpha + b / d**beta
+    return result
 
 
 def fitted(n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float = 1e-3) -> dict[str, float]:
@@ -86,9 +86,9 @@ def fitted(n: np.ndarray, d: np.ndarray, loss: np.ndarray, delta: float = 1e-3) 
 
     grid = [(e, a, alpha) for e in (-1.0, 0.0, 1.0) for a in (0.0, 5.0, 10.0) for alpha in (0.2, 0.5, 1.0)]
     starts = [(*start, *(start[1:] if many else ())) for start in grid]
-    best = min((minimize(objective, start, method="L-BFGS-B") for start in starts), key=lambda found: found.fun).x
-    found = {"e": float(np.exp(best[0])), "a": float(np.exp(best[1])), "alpha": float(best[2])}
-    return found | ({"b": float(np.exp(best[3])), "beta": float(best[4])} if many else {"b": 0.0, "beta": 1.0})
+    best = min((minimize(objective, start, method="L-BFGS-B") for start in starts), key=lambda results: results.fun).x
+    results = {"e": float(np.exp(best[0])), "a": float(np.exp(best[1])), "alpha": float(best[2])}
+    return results | ({"b": float(np.exp(best[3])), "beta": float(best[4])} if many else {"b": 0.0, "beta": 1.0})
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ class SparsePretraining(TrainingMethod):
             if self.criterion == "random":
                 weight = torch.rand(weight.shape, generator=training.rng).to(weight.device)
             scores.append(self.turned(weight * training.mask(target)))
-        found, _ = pruned(scores, training.budget.amounts[0], self.pattern)
-        for target, mask in zip(training.targets, found, strict=True):
+        result, _ = pruned(scores, training.budget.amounts[0], self.pattern)
+        for target, mask in zip(training.targets, result, strict=True):
             training.prune(target, self.turned(mask) & training.mask(target))
 
     def turned(self, tensor: Tensor) -> Tensor:

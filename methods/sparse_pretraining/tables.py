@@ -73,16 +73,16 @@ def grid() -> dict[str, dict[str, Any]]:
             for keep, begin, end in SCHEDULES
         ],
     }
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for kind, of_kind in runs.items():
         for place, figures in enumerate(of_kind):
             for name, value in zip(("average", "last", "loss"), figures, strict=True):
-                found[f"{kind}/{place}/{name}"] = {"value": round(value, 4)}
+                results[f"{kind}/{place}/{name}"] = {"value": round(value, 4)}
     dense, sparse = (np.array(runs[kind]) for kind in ("dense", "sparse"))
     coefficients = fitted(dense[:, 0], np.full(len(dense), float(STEPS * BATCH)), dense[:, 2])
     for name, value in coefficients.items():
-        found[f"law//{name}"] = {"value": round(value, 6)}
+        results[f"law//{name}"] = {"value": round(value, 6)}
     for column, name in enumerate(("average", "last")):
         predicted = law(sparse[:, column], np.full(len(sparse), float(STEPS * BATCH)), **coefficients)
-        found[f"error//{name}"] = {"value": round(float(np.abs(predicted - sparse[:, 2]).mean()), 4)}
-    return found
+        results[f"error//{name}"] = {"value": round(float(np.abs(predicted - sparse[:, 2]).mean()), 4)}
+    return results

@@ -82,8 +82,8 @@ def recycled(
     source = ranked[:, keep : keep + merged]  # the best first
     weight = torch.ones(batch, kept.shape[1] + merged, device=kept.device)
     last = (visual * torch.arange(total, device=kept.device)).amax(1, keepdim=True)  # where the picture ends
-    places = torch.cat([kept.double(), last + torch.arange(1, count + 1, device=kept.device) / (count + 1)], 1)
-    order = places.argsort(1).argsort(1)
+    indices = torch.cat([kept.double(), last + torch.arange(1, count + 1, device=kept.device) / (count + 1)], 1)
+    order = indices.argsort(1).argsort(1)
     target = order[:, : kept.shape[1]]
     if merged:
         noise = jitter * torch.rand(source.shape, device=source.device) if jitter else None
@@ -165,8 +165,8 @@ class SparseVLM(TokenPruner):
             real = torch.where(real.any(1, keepdim=True), real, torch.ones_like(real))
             seen = signals.candidates()
             valid = visual.gather(1, seen)
-            found = text_raters(take(embedded, seen), take(embedded, rows.clamp_min(0)), valid, real)
-            signals.state["raters"] = found
+            result = text_raters(take(embedded, seen), take(embedded, rows.clamp_min(0)), valid, real)
+            signals.state["raters"] = result
         raters: Tensor = signals.state["raters"]
         return raters
 
@@ -214,5 +214,5 @@ class SparseVLM(TokenPruner):
         most = max(0, min(budget.count(units), units - 1))
         if not self.adaptive or attention.device.type == "meta":
             return most
-        found = rank(attention, raters, visual)
-        return units if found == units else min(int(found * self.scale + self.bias), most)
+        result = rank(attention, raters, visual)
+        return units if result == units else min(int(result * self.scale + self.bias), most)

@@ -193,7 +193,7 @@ class SpecPC(ShortensPrompt):
         window, later = draft.looks(tokens, valid, min(self.window_size, tokens.shape[1]), self.steps, layer)
         scores = smooth(attended(window, later, self.weighted, self.reduction), self.kernel_size, self.pooling)
         total, outputs = tokens.shape[1], max(capacities)
-        found = []
+        results = []
         for score, length, capacity in zip(scores, lengths, capacities):  # samples keep different numbers
             if capacity < 1:
                 raise PrunelabError(f"{self.name} would leave nothing of the prompt; raise the budget")
@@ -202,8 +202,8 @@ class SpecPC(ShortensPrompt):
                 - length
                 + chosen(score[total - length :], capacity, min(self.window_size, capacity), self.neighbours)
             )
-            found.append(torch.cat([torch.arange(outputs - len(kept), device=kept.device), kept]))  # padding in front
-        return torch.stack(found)
+            results.append(torch.cat([torch.arange(outputs - len(kept), device=kept.device), kept]))  # padding in front
+        return torch.stack(results)
 
     def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
         everything = torch.arange(signals.units, device=signals.prunable.device)

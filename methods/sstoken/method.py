@@ -80,10 +80,10 @@ class SsToken(DataSelector):
 def draw(responses: Tensor, budget: Budget, seed: int = 42) -> Tensor:
     """Mask [n, N] of response tokens drawn at random from all samples together; the share is rounded down. Python's own
     generator draws, as the authors' does."""
-    places = responses.flatten().nonzero().squeeze(1)
-    chosen = random.Random(seed).sample(range(len(places)), budget.count(len(places)))
+    indices = responses.flatten().nonzero().squeeze(1)
+    chosen = random.Random(seed).sample(range(len(indices)), budget.count(len(indices)))
     mask = torch.zeros(responses.numel(), dtype=torch.bool, device=responses.device)
-    mask[places[torch.tensor(chosen, dtype=torch.long, device=places.device)]] = True
+    mask[indices[torch.tensor(chosen, dtype=torch.long, device=indices.device)]] = True
     return mask.view_as(responses)
 
 

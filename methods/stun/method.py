@@ -101,12 +101,12 @@ def search_threshold(clusters: Trials, wanted: int, start: float = 0.5, step: fl
     threshold, last, turned = start, 0, False
     best: tuple[int, float] | None = None
     for _ in range(100):
-        found = clusters(threshold)
-        if found >= wanted and (best is None or found < best[0]):
-            best = (found, threshold)
-        if found == wanted:
+        result = clusters(threshold)
+        if result >= wanted and (best is None or result < best[0]):
+            best = (result, threshold)
+        if result == wanted:
             break
-        direction = 1 if found > wanted else -1
+        direction = 1 if result > wanted else -1
         turned = turned or direction * last < 0
         step = step / 2 if turned else step * 2
         threshold, last = threshold + direction * step, direction
@@ -227,15 +227,15 @@ class Stun(Owl):
                 f"stun: {wanted} experts are fewer than the {sum(least)} that tokens are sent to; keep more"
             )
         threshold = search_threshold(lambda t: sum(int(x.max()) + 1 for x in clusters(t)), wanted)
-        found = {t.name: {"clusters": labels} for t, labels in zip(layers, clusters(threshold), strict=True)}
+        results = {t.name: {"clusters": labels} for t, labels in zip(layers, clusters(threshold), strict=True)}
         if self.then == "owl":
             linears = [target for target in probe.targets if target.unit == "linear"]
-            found |= outlier_shares(probe, linears, self.outlier)
-        return found
+            results |= outlier_shares(probe, linears, self.outlier)
+        return results
 
     def distances(self, probe: Probe, layers: Sequence[Target]) -> list[Tensor]:
         """How unlike the experts of every layer are, [E, E]."""
-        found = []
+        results = []
         counts = {} if self.similarity == "router" else probe.statistics({"experts": {"counts": CoActivation}})
         for target in layers:
             distance = router_distance(probe.weights(target)["router"], self.by_norm).cpu()
@@ -244,8 +244,8 @@ class Stun(Owl):
             if self.similarity != "router":
                 used = coactivation_distance(counts[target.name]["counts"].cpu())
                 distance = used if self.similarity == "coactivation" else used * self.mix + distance
-            found.append(distance)
-        return found
+            results.append(distance)
+        return results
 
     def experts_kept(self, targets: Sequence[Target], budget: Budget) -> int:
         """Experts that stage one keeps in the whole model, never fewer than the budget makes necessary."""

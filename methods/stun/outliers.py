@@ -53,15 +53,15 @@ def owl_budgets(linears: Sequence[tuple[Target, WeightSignals]], keep: float, sp
 def outlier_shares(probe: Probe, linears: Sequence[Target], times: float) -> dict[str, dict[str, Tensor]]:
     """By linear the outlier share of its block, from the dense model's stream."""
     norms = probe.statistics({"linear": {"norm": InputNorm, "tokens": TokenCount}})
-    found: dict[str, dict[str, Tensor]] = {}
+    results: dict[str, dict[str, Tensor]] = {}
     for _, block in groupby(linears, key=lambda target: target.block):
         targets = list(block)
         # Of an expert that no token reached nothing is known, outliers neither.
         seen = [t for t in targets if int(norms[t.name]["tokens"]) > 0]
         scores = [importance(probe.weights(t)["weight"], norms[t.name]["norm"]) for t in seen]
         share = torch.tensor(outlier_share(scores, times))
-        found |= {target.name: {"outliers": share} for target in targets}
-    return found
+        results |= {target.name: {"outliers": share} for target in targets}
+    return results
 
 
 def one_ratio(budget: Budget, name: str) -> float:

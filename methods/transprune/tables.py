@@ -22,11 +22,11 @@ def high(visual: int) -> list[tuple[int, float]]:
 
 def costs() -> dict[str, dict[str, float]]:
     """`table/row/column` as in reported.csv -> {"value": ...}."""
-    found = {}
+    results = {}
     for table, visual in IMAGES.items():
-        found[f"{table}/{table.partition(' ')[2]}/TFLOPs"] = flops([(0, visual)])
-        found[f"{table}/TransPrune-High/TFLOPs"] = flops(high(visual))
+        results[f"{table}/{table.partition(' ')[2]}/TFLOPs"] = flops([(0, visual)])
+        results[f"{table}/TransPrune-High/TFLOPs"] = flops(high(visual))
     visual = IMAGES["T1 LLaVA-1.5-7B"]
-    found["T1 LLaVA-1.5-7B/FastV K=2 R=0.5/TFLOPs"] = flops([(0, visual), (2, visual / 2)])
-    found["T1 LLaVA-1.5-7B/PDrop/TFLOPs"] = flops([(8 * i, visual / 2**i) for i in range(4)])
-    return {name: {"value": round(value, 4)} for name, value in found.items()}
+    results["T1 LLaVA-1.5-7B/FastV K=2 R=0.5/TFLOPs"] = flops([(0, visual), (2, visual / 2)])
+    results["T1 LLaVA-1.5-7B/PDrop/TFLOPs"] = flops([(8 * i, visual / 2**i) for i in range(4)])
+    return {name: {"value": round(value, 4)} for name, value in results.items()}

@@ -189,23 +189,23 @@ class Tyr(WeightPruner):
         for iteration in range(self.iterations):
             levels = {t.name: self.levels_of(t, gone[t.name], iteration) for t in probe.targets}
             expected = {name: levels[name].index(gone[name]) for name in levels}
-            found = probe.candidates(
+            result = probe.candidates(
                 {name: [Budget(n, "removed") for n in of] for name, of in levels.items()}, self.local,
                 {unit: grams(self.damping) for unit in self.units}, expected if self.accumulate else None,
                 name=f"supernet{iteration}",
             )  # fmt: skip
-            chosen = self.search(probe, found, levels, expected)
+            chosen = self.search(probe, result, levels, expected)
             gone = {name: levels[name][level] for name, level in chosen.items()}
-        kept = {name: found.decision(name, level) for name, level in chosen.items()}
+        kept = {name: result.decision(name, level) for name, level in chosen.items()}
         roles = {target.name: ROLES[target.unit] for target in probe.targets}
         return {name: {"mask": d.mask, "weight": d.values[roles[name]]} for name, d in kept.items()}
 
     def search(
-        self, probe: Probe, found: Candidates, levels: Mapping[str, Sequence[int]], expected: Mapping[str, int]
+        self, probe: Probe, result: Candidates, levels: Mapping[str, Sequence[int]], expected: Mapping[str, int]
     ) -> dict[str, int]:
         """The best level of every layer under the total of each kind."""
         names = list(levels)
-        fitness = Fitness(probe, found, names, self.top, random.Random(self.seed))
+        fitness = Fitness(probe, result, names, self.top, random.Random(self.seed))
         low, high, kinds = [0] * len(names), [len(levels[n]) - 1 for n in names], [t.unit for t in probe.targets]
 
         def mutated(genes: Genes, rng: random.Random) -> Genes:
@@ -234,15 +234,15 @@ class Tyr(WeightPruner):
 class Fitness:
     """Divergence of a combination of candidates on calibration sequences, drawn anew for each stage of selection."""
 
-    def __init__(self, probe: Probe, found: Candidates, names: Sequence[str], top: int, rng: random.Random) -> None:
-        self.probe, self.found, self.names, self.top, self.rng = probe, found, names, top, rng
+    def __init__(self, probe: Probe, result: Candidates, names: Sequence[str], top: int, rng: random.Random) -> None:
+        self.probe, self.candidates, self.names, self.top, self.rng = probe, result, names, top, rng
         self.effort = 0
         self.dense: list[tuple[Any, Tensor, Tensor]] = []
 
     def __call__(self, genes: Genes, effort: int) -> float:
         if effort != self.effort or not self.dense:
             self.draw(effort)
-        with self.probe.trial(self.found.decisions(dict(zip(self.names, genes, strict=True)))):
+        with self.probe.trial(self.candidates.decisions(dict(zip(self.names, genes, strict=True)))):
             return sum(
                 float(divergence(values, self.probe.logits(sample)[:-1].gather(-1, places)))
                 for sample, values, places in self.dense

@@ -30,9 +30,9 @@ def group_scores(weight: Tensor, target: Tensor, inverse: Tensor, size: int, gra
 
 def damped(hessian: Tensor, share: float) -> Tensor:
     """The Hessian [I, I] with so large a share of its mean diagonal added to it."""
-    found = hessian.clone()
-    found.diagonal().add_(share * hessian.diagonal().mean())
-    return found
+    result = hessian.clone()
+    result.diagonal().add_(share * hessian.diagonal().mean())
+    return result
 
 
 def inverted(hessian: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Uncurl(WeightPruner):
             "gram": lambda target: RouterGram(target, centred),
         }
         seen = probe.statistics({"experts": wanted})
-        found = {}
+        results = {}
         for target in probe.targets:
             groups = probe.budget.at(target.block).count(target.units)
             if groups < target.least:
@@ -74,8 +74,8 @@ class Uncurl(WeightPruner):
                 )
             usage, gram = seen[target.name]["usage"], seen[target.name]["gram"]
             labels = spectral_clusters(alike(gram), groups) if groups < target.units else torch.arange(target.units)
-            found[target.name] = {"leaders": leaders(labels, usage), "usage": usage}
-        return found
+            results[target.name] = {"leaders": leaders(labels, usage), "usage": usage}
+        return results
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         """Usage."""

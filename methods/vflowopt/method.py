@@ -30,9 +30,9 @@ Rows = Callable[[int, int], Tensor]  # attention [B, H, stop - start, N] of some
 def trusted(received: Tensor, threshold: float) -> Tensor:
     """The patches [B, N] that receive more attention than so many times the mean; where none does, the most attended
     one (assumption; the released code divides by zero there)."""
-    found = received > threshold * received.mean(1, keepdim=True)
-    best = torch.zeros_like(found).scatter(1, received.argmax(1, keepdim=True), True)
-    return torch.where(found.any(1, keepdim=True), found, best)
+    result = received > threshold * received.mean(1, keepdim=True)
+    best = torch.zeros_like(result).scatter(1, received.argmax(1, keepdim=True), True)
+    return torch.where(result.any(1, keepdim=True), result, best)
 
 
 def calibrated(rows: Rows, shape: tuple[int, int, int], threshold: float) -> tuple[Tensor, Tensor]:
@@ -154,17 +154,17 @@ class VFlowOpt(TokenPruner):
     def importance(self, picture: TokenSignals) -> Tensor:
         """Of every patch of one picture's crops (or of several of one shape), [B, units]."""
         crops = max(1, len(picture.grids))
-        found = [picture.at(reading).float().unflatten(2, (crops, -1)) for reading in self.readings()]
-        found = [x.transpose(1, 2).flatten(0, 1) for x in found]  # [B * crops, H, N, ...]
+        results = [picture.at(reading).float().unflatten(2, (crops, -1)) for reading in self.readings()]
+        results = [x.transpose(1, 2).flatten(0, 1) for x in results]  # [B * crops, H, N, ...]
         if self.calibrate:
-            q, k = found
+            q, k = results
 
             def rows(start: int, stop: int) -> Tensor:
                 return attention.weights(q[:, :, start:stop], k, q.shape[-1] ** -0.5)
 
             scores, _ = calibrated(rows, (q.shape[0], q.shape[1], q.shape[2]), self.threshold)
         else:
-            scores = found[0].mean(1) / found[0].shape[2]
+            scores = results[0].mean(1) / results[0].shape[2]
         if self.entropy and picture.pixels is None:
             raise PrunelabError(f"{self.name}: this model's encoder is not given whole crops; take entropy=0")
         if self.entropy and picture.pixels is not None and scores.device.type != "meta":
@@ -190,10 +190,10 @@ class VFlowOpt(TokenPruner):
         keep = torch.zeros_like(signals.prunable)
         changed: list[tuple[int, Tensor, Tensor]] = []  # sample, places [c] and what stands there then [c, D]
         for sample, own in enumerate(pictures):
-            places = signals.prunable[sample].nonzero().squeeze(1)
+            indices = signals.prunable[sample].nonzero().squeeze(1)
             for picture in own:
                 values, broken = self.packed(picture, maps[id(picture)])
-                mine, places = places[: len(values)], places[len(values) :]
+                mine, indices = indices[: len(values)], indices[len(values) :]
                 scores[sample, mine] = values
                 keep[sample, mine], cells = self.first_stage(picture, values, broken, budget)
                 for low, stands, weight in cells:

@@ -112,11 +112,11 @@ def optimise(
     random, bounds = np.random.default_rng(seed), space.bounds()
     kernel = ConstantKernel(1.0) * Matern(np.ones(len(bounds)), (0.05, 20.0), nu=2.5) + WhiteKernel(1e-4, (1e-8, 1.0))
     points: list[np.ndarray] = []
-    found: list[tuple[Strategy, float]] = []
+    results: list[tuple[Strategy, float]] = []
     for trial in range(trials):
         draws = random.random((candidates if trial >= start else 1, len(bounds)))
         if trial >= start:
-            values = np.array([value for _, value in found])
+            values = np.array([value for _, value in results])
             model = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=1, random_state=seed)
             with warnings.catch_warnings():  # a length scale at its end means that a parameter does not matter
                 warnings.simplefilter("ignore", ConvergenceWarning)
@@ -128,8 +128,8 @@ def optimise(
         value = float(objective(strategy))
         if not math.isfinite(value):
             raise PrunelabError(f"vflowopt: the strategy {strategy} gives no finite number; check model and prompts")
-        found.append((strategy, value))
-    return sorted(found, key=lambda one: one[1], reverse=True)
+        results.append((strategy, value))
+    return sorted(results, key=lambda one: one[1], reverse=True)
 
 
 @torch.inference_mode()

@@ -35,13 +35,13 @@ def contextual_slots(metric: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     batch, tokens, _ = metric.shape
     unit = torch.nn.functional.normalize(metric, dim=-1)
-    places = torch.arange(count, device=metric.device) * max(1, tokens // count)
+    indices = torch.arange(count, device=metric.device) * max(1, tokens // count)
     slot = (
-        (unit @ unit[:, places].transpose(1, 2))
+        (unit @ unit[:, indices].transpose(1, 2))
         .argmax(-1)
-        .scatter(1, places.expand(batch, -1), torch.arange(count, device=metric.device).expand(batch, -1))
+        .scatter(1, indices.expand(batch, -1), torch.arange(count, device=metric.device).expand(batch, -1))
     )
-    joins = torch.ones_like(unit[..., 0]).index_fill(1, places, 0)
+    joins = torch.ones_like(unit[..., 0]).index_fill(1, indices, 0)
     total = joins.new_zeros(batch, count).scatter_add(1, slot, joins)
     weight = torch.where(joins > 0, 1 / total.gather(1, slot).clamp_min(1), 1)
     return slot, weight

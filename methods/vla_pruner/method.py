@@ -55,11 +55,11 @@ def combined(current: Tensor, guide: Tensor, counts: Tensor) -> Tensor:
 def filtered(union: Tensor, features: Tensor, counts: Tensor, most: int) -> Tensor:
     """`most` tokens [B, most] of the union [B, M], of which the first `counts` [B, 1] of each sample stay: as the
     greedy max-min rule on the cosine distance of features [B, M, D] picks them, in order where there are no more."""
-    places = (~union).int().argsort(dim=-1, stable=True)[:, : 2 * most]  # ascending: two sets have no more
-    real = union.gather(1, places)
-    picks = max_min_order(cosine_distance(take(features, places)), most, real)
+    indices = (~union).int().argsort(dim=-1, stable=True)[:, : 2 * most]  # ascending: two sets have no more
+    real = union.gather(1, indices)
+    picks = max_min_order(cosine_distance(take(features, indices)), most, real)
     every = torch.arange(most, device=picks.device).expand_as(picks)
-    return places.gather(1, torch.where(real.sum(1, keepdim=True) <= counts, every, picks))
+    return indices.gather(1, torch.where(real.sum(1, keepdim=True) <= counts, every, picks))
 
 
 @dataclass(frozen=True)

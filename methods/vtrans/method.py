@@ -58,10 +58,10 @@ class Constraint(nn.Module):
     def unlike(self) -> Tensor:
         """Mean squared distance of the model's hidden states from the teacher's, which are then forgotten."""
         own, other = self.seen
-        found = torch.stack([nn.functional.mse_loss(a, b) for a, b in zip(own, other, strict=True)]).mean()
+        result = torch.stack([nn.functional.mse_loss(a, b) for a, b in zip(own, other, strict=True)]).mean()
         own.clear()
         other.clear()
-        return found
+        return result
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ def work(decoder: Decoder, heads: float, neurons: float, layers: int) -> float:
 
 def costs() -> dict[str, dict[str, float]]:
     """`table/row/column` as in reported.csv -> {"value": ...}."""
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for model, decoder in MODELS.items():
         half = work(decoder, 0.5, 0.5, decoder.layers // 2)  # assumption: half of each makes the quarter
         shares = {"Original": 1.0, "YOPO 25%": half, "YOPO 12%": TWELVE, **dict.fromkeys(OTHERS, half)}
-        found |= {f"T2/{model} {row}/FLOPs": round(share * dense(decoder), 4) for row, share in shares.items()}
-        found["headline/LLaVA-1.5-7B/13B pruned zp25/visual FLOPs left"] = round(100 * half, 3)
-    return {name: {"value": value} for name, value in found.items()}
+        results |= {f"T2/{model} {row}/FLOPs": round(share * dense(decoder), 4) for row, share in shares.items()}
+        results["headline/LLaVA-1.5-7B/13B pruned zp25/visual FLOPs left"] = round(100 * half, 3)
+    return {name: {"value": value} for name, value in results.items()}

@@ -12,8 +12,8 @@ SHORT = 5  # words of a reference that an answer has to hold; of longer ones it 
 
 def words(text: str) -> list[str]:
     """In lower case, without punctuation and articles; a number keeps its sign and point."""
-    found = re.findall(r"-?\d+(?:\.\d+)?|\w+", text.lower())
-    return [word for word in found if word not in ARTICLES]
+    results = re.findall(r"-?\d+(?:\.\d+)?|\w+", text.lower())
+    return [word for word in results if word not in ARTICLES]
 
 
 def holds(answer: str, reference: str) -> bool:

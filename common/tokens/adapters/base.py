@@ -48,8 +48,8 @@ class Adapter(ABC, Generic[P]):
         """The forward pass of this thread that is at work, or was last."""
         if not hasattr(self._own, "running"):
             self._own.running = self.started()
-        found: P = self._own.running
-        return found
+        result: P = self._own.running
+        return result
 
     @running.setter
     def running(self, new: P) -> None:

@@ -126,12 +126,12 @@ class Application:
 
     def readings(self, where: str) -> dict[int, set[str]]:
         """What is read of other layers there: names by layer."""
-        found: dict[int, set[str]] = {}
+        results: dict[int, set[str]] = {}
         for site in self.sites:
             for reading in self.method.requires(site):
                 if isinstance(reading, Reading) and reading.where == where:
-                    found.setdefault(reading.layer, set()).add(reading.name)
-        return found
+                    results.setdefault(reading.layer, set()).add(reading.name)
+        return results
 
 
 @dataclass(frozen=True)

@@ -72,14 +72,14 @@ def first_row(recorder: Recorder) -> Tensor:
 
 def behind(visual: Tensor) -> int:
     """How many tokens stand behind the last one of visual [B, N], at most."""
-    places = torch.arange(1, visual.shape[1] + 1, device=visual.device)
-    return visual.shape[1] - int((visual * places).amax(1).min())
+    indices = torch.arange(1, visual.shape[1] + 1, device=visual.device)
+    return visual.shape[1] - int((visual * indices).amax(1).min())
 
 
 def text_rows(recorder: Recorder, visual: Tensor, valid: Tensor | None, count: int) -> Tensor:
     """Attention [B, H, R, N] of the last `count` tokens, as far as they stand behind the last visual one [B, N]."""
-    places = torch.arange(1, visual.shape[1] + 1, device=visual.device)
-    first, last = (visual * places).amax(1, keepdim=True), last_index(visual, valid)
+    indices = torch.arange(1, visual.shape[1] + 1, device=visual.device)
+    first, last = (visual * indices).amax(1, keepdim=True), last_index(visual, valid)
     rows = last - torch.arange(count - 1, -1, -1, device=visual.device)
     weights = recorder.weights(rows.clamp_min(0))
     return weights.masked_fill((rows < first)[:, None, :, None], 0)
@@ -126,11 +126,11 @@ def behind_a_bypass(
         raise PrunelabError("tokens that passed by a layer have no attention logits there; read their attention")
 
     axes = {"queries": (2,), "keys": (2,), "attention": (2, 3), "received": (2,)}
-    found = {
+    results = {
         name: functools.partial(lambda read, at: placed(read(), *at), known[name], at) for name, at in axes.items()
     }
     last = functools.partial(last_index, went.index, went.valid)
-    return {**found, "attention_logits": refused, "last_row": lambda: placed(row(recorder, last()), 2)}
+    return {**results, "attention_logits": refused, "last_row": lambda: placed(row(recorder, last()), 2)}
 
 
 def keeper(kept: Callable[[], Seen], name: str) -> Callable[..., None]:

@@ -53,8 +53,8 @@ class SegmenterViT(TimmViT):
 
     @property
     def stages(self) -> list[Prediction]:
-        found: list[Prediction] = self.running.stages
-        return found
+        results: list[Prediction] = self.running.stages
+        return results
 
     @property
     def blocks(self) -> Any:

@@ -164,8 +164,8 @@ class TimmBeit(Placed):
     def logit_bias(self, layer: int, tokens: Tokens) -> Tensor | None:
         model: Any = self.model
         attn, shared, places = self.blocks[layer].attn, model.rel_pos_bias, self.running.seen_at[layer]
-        found = super().logit_bias(layer, tokens)
-        whole: Tensor | None = None if found is None else found[:, None, None, :]
+        result = super().logit_bias(layer, tokens)
+        whole: Tensor | None = None if result is None else result[:, None, None, :]
         own = type(attn)._get_rel_pos_bias(attn) if attn.relative_position_bias_table is not None else None
         for bias in (own, None if shared is None else shared()):
             if bias is not None:

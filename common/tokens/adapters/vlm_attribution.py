@@ -40,13 +40,13 @@ class Attribution:
 
     def behind(self, sample: int) -> list[tuple[Site, Masses]]:
         """What is left of a sample behind each site."""
-        found = []
+        results = []
         for number, (site, visual, _) in enumerate(self.steps):
             mass = self._only(visual, sample)
             for _, _, back in reversed(self.steps[: number + 1]):
                 mass = back(mass)
-            found.append((site, (self.root or self._unpacked)(mass)))
-        return found
+            results.append((site, (self.root or self._unpacked)(mass)))
+        return results
 
     @staticmethod
     def _only(visual: Tensor, sample: int) -> Tensor:
@@ -56,7 +56,7 @@ class Attribution:
 
     def _unpacked(self, mass: Tensor) -> Masses:
         """Masses over patches for masses [B, N] over the prompt."""
-        found: Masses = {}
+        results: Masses = {}
         for modality, encoded in self.encoded.items():
             visual = self.visual[modality].cpu()
             owners = encoded.owners(visual.sum(1).tolist())
@@ -64,8 +64,8 @@ class Attribution:
             for row, own, places in zip(mass, owners, visual, strict=True):
                 for i, part in zip(own, row[places].split([encoded.lengths[i] for i in own]), strict=True):
                     parts[i] = parts[i] + part
-            found[modality] = [patches.squeeze(2) for patches in encoded.patches(parts)]
-        return found
+            results[modality] = [patches.squeeze(2) for patches in encoded.patches(parts)]
+        return results
 
 
 def spread(reduce: Gather | Mix, mass: Tensor, units: int) -> Tensor:

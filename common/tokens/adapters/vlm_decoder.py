@@ -108,9 +108,9 @@ class DecoderSide(FeatureSide):
             (running.modality, encoded), *_ = self.encoded.items()
             return [sum(encoded.lengths)]
         counts = torch.stack([visual.sum(1) for visual in running.visual.values()]).tolist()
-        shown = [modality for modality, found in zip(running.visual, counts, strict=True) if any(found)]
+        shown = [modality for modality, result in zip(running.visual, counts, strict=True) if any(result)]
         running.modality = shown[0] if len(shown) == 1 else None
-        return [sum(found) for found in zip(*counts, strict=True)]
+        return [sum(result) for result in zip(*counts, strict=True)]
 
     def _prefill(self, application: Application, sites: Sequence[Site], given: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments after everything that happens before its first layer."""

@@ -102,7 +102,7 @@ def places(adapter: DecoderSide) -> Tensor:
         raise PrunelabError(
             "windows are of pictures, whose sizes the encoder tells; give the model pixels, not features"
         )
-    found = torch.full((*running.anywhere.shape, 3), -1)
+    result = torch.full((*running.anywhere.shape, 3), -1)
     first = 0  # the number of an image's first crop
     for modality, encoded in running.encoded.items():
         visual, orders = running.visual[modality].cpu(), encoded.order()
@@ -118,8 +118,8 @@ def places(adapter: DecoderSide) -> Tensor:
             first += len(features)
         for sample, images in enumerate(encoded.owners(visual.sum(1).tolist())):
             if images:
-                found[sample, visual[sample]] = torch.cat([own[image] for image in images])
-    return found
+                result[sample, visual[sample]] = torch.cat([own[image] for image in images])
+    return result
 
 
 def slim(adapter: DecoderSide, mlp: Any, whole: Callable[[Tensor], Tensor], share: float, x: Tensor) -> Tensor:

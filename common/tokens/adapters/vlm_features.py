@@ -44,14 +44,14 @@ class FeatureSide(TowerSide):
 
         def hook(module: Any, args: tuple[Any, ...]) -> Any:
             encoding = self.encoding
-            modality, given, found = encoding.modality, encoding.given, args[0]
+            modality, given, result = encoding.modality, encoding.given, args[0]
             special = int(site.class_token and self.outside(modality))
             self._take_recorders()
-            features = list(found.split(self.counts(modality, given)))
+            features = list(result.split(self.counts(modality, given)))
             grids = self.crop_grids(modality, given, len(features))
             pack = self.packing(modality, given)
             lengths = [len(tokens) for tokens in pack([torch.ones(*f.shape[:2], 1) for f in features])]
-            encoded = Encoded(lengths, features, pack, grids, encoding, found, self.mosaics(modality, given))
+            encoded = Encoded(lengths, features, pack, grids, encoding, result, self.mosaics(modality, given))
             if special:
                 first = (
                     encoding.seen[len(self.tower()) - 1].kept["hidden"][:, :special].split([len(f) for f in features])
@@ -150,8 +150,8 @@ class FeatureSide(TowerSide):
         for modality, encoded in running.encoded.items():
             visual = running.visual[modality]
             for sample, own in enumerate(encoded.owners(visual.sum(1).tolist())):
-                places = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
-                for i, place in zip(own, places, strict=True):
+                indices = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
+                for i, place in zip(own, indices, strict=True):
                     if (modality, i) not in known:
                         alone, view = self.projected(modality, [i])
                         known[modality, i] = super().signals_of(application, site, alone, view)
@@ -238,8 +238,8 @@ class FeatureSide(TowerSide):
                 made_of.append((modality, number, image))
                 backs.append((modality, image.back))
             for sample, own in enumerate(encoded.owners(counts)):
-                places = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
-                spans[sample] += [Span(place, *fresh[i]) for place, i in zip(places, own, strict=True)]
+                indices = visual[sample].nonzero().squeeze(1).split([encoded.lengths[i] for i in own])
+                spans[sample] += [Span(place, *fresh[i]) for place, i in zip(indices, own, strict=True)]
         valid, visible = running.tokens.valid, running.anywhere
         made = []
         for sample in range(batch):
@@ -265,10 +265,10 @@ class FeatureSide(TowerSide):
 
         def root(mass: Tensor) -> Masses:
             parts = torch.zeros(size).scatter_add(0, rows.flatten().cpu(), mass.flatten()).split(sizes)[1:]
-            found: Masses = {}
+            results: Masses = {}
             for (modality, back), part in zip(backs, parts, strict=True):
-                found.setdefault(modality, []).append(back(part))
-            return found
+                results.setdefault(modality, []).append(back(part))
+            return results
 
         running.attribution.steps.append((site, running.prunable, lambda mass: mass))
         running.attribution.root = root
@@ -294,12 +294,12 @@ class FeatureSide(TowerSide):
         if running.carried is None:
             return None
         encoded, visual = running.encoded[modality], running.visual[modality]
-        found: dict[int, Tensor] = {}
+        results: dict[int, Tensor] = {}
         for sample, own in enumerate(encoded.owners(visual.sum(1).tolist())):
-            places = visual[sample].nonzero().squeeze(1).to(running.carried.device)
-            parts = running.carried[sample, places].split([encoded.lengths[i] for i in own])
-            found.update(zip(own, parts, strict=True))
-        return [found[i] for i in range(len(encoded.lengths))]
+            indices = visual[sample].nonzero().squeeze(1).to(running.carried.device)
+            parts = running.carried[sample, indices].split([encoded.lengths[i] for i in own])
+            results.update(zip(own, parts, strict=True))
+        return [results[i] for i in range(len(encoded.lengths))]
 
     def _packed(
         self, application: Application, site: Site, modality: str, sequence: Tensor

@@ -90,12 +90,12 @@ class TowerSide(VisionSide):
 
     def _read_of_tower(self, application: Application) -> dict[int, set[str]]:
         """What is read of the tower's layers: names by layer."""
-        found: dict[int, set[str]] = {}
+        results: dict[int, set[str]] = {}
         for site in application.sites:
             for reading in application.method.requires(site):
                 if isinstance(reading, Reading) and reading.where != "layer":
-                    found.setdefault(self.tower_layer(reading), set()).add(reading.name)
-        return found
+                    results.setdefault(self.tower_layer(reading), set()).add(reading.name)
+        return results
 
     def _watch_tower_layer(self, tower: str, layer: int, names: set[str]) -> Iterator[Callable[[], Any]]:
         """Hooks that keep what these signals of a tower's layer are made from."""
@@ -146,10 +146,10 @@ class TowerSide(VisionSide):
         encoding, special = self.encoding, int(self.class_token)
         prunable = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         prunable[:, :special] = False
-        found: dict[str, Callable[[], Tensor]] = {}
+        results: dict[str, Callable[[], Tensor]] = {}
         recorder = self.tower_recorders.get(site.layer - 1)
         if recorder is not None:
-            found = {
+            results = {
                 "queries": recorder.shown,
                 "keys": lambda: recorder.keys,
                 "attention_logits": recorder.logits,
@@ -161,7 +161,7 @@ class TowerSide(VisionSide):
         if encoding.reduced is None:
             indices = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         return View(
-            {"hidden": lambda: x, "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32), **found},
+            {"hidden": lambda: x, "sizes": lambda: torch.ones_like(prunable, dtype=torch.float32), **results},
             prunable,
             other=lambda reading: encoding.own(reading.name, self.tower_layer(reading), self.tower_head),
             units=x.shape[1] - special,

@@ -135,14 +135,14 @@ class Encoded:
         return [[i for i, key in enumerate(keys) if key == group] for group in dict.fromkeys(keys)]
 
     def _order(self) -> list[Tensor | None]:
-        found: list[Tensor | None] = []
+        results: list[Tensor | None] = []
         numbers = [torch.arange(1, 1 + f.shape[0] * f.shape[1], dtype=torch.float64) for f in self.features]
         laid = [torch.stack([n, n**2], -1).view(*f.shape[:2], 2) for n, f in zip(numbers, self.features, strict=True)]
         for packed in self.pack(laid):
             ids, squares = packed.unbind(1)
             mixed = bool((squares - ids**2 > 0.05).any())  # the mean square of unlike numbers is above that of the mean
-            found.append(None if mixed else ids.round().long() - 1)
-        return found
+            results.append(None if mixed else ids.round().long() - 1)
+        return results
 
     def newlines(self) -> list[int]:
         """How many of each image's packed tokens are newlines."""
@@ -167,15 +167,15 @@ class Encoded:
         copies, rest = divmod(sum(counts), max(1, sum(self.lengths)))
         if rest or not copies:
             raise disagreement(sum(counts), sum(self.lengths))
-        found, image = [], 0
+        results, image = [], 0
         for count in counts[::copies]:
             first, held = image, 0
             while held < count:
                 held, image = held + self.lengths[image], image + 1
             if held != count:
                 raise PrunelabError("an image's features are split between two samples; order images as their prompts")
-            found += [list(range(first, image))] * copies
-        return found
+            results += [list(range(first, image))] * copies
+        return results
 
 
 def disagreement(placeholders: int, features: int) -> PrunelabError:
@@ -344,8 +344,8 @@ def newline_order(count: int, layout: Tensor | None, every: str, device: torch.d
     else:
         ends = torch.tensor([count - 1], device=device)
     numbers = torch.arange(count, device=device)
-    places = numbers + torch.searchsorted(ends, numbers)  # newlines before each token
-    return numbers.new_full((count + len(ends),), -1).index_copy(0, places, numbers)
+    indices = numbers + torch.searchsorted(ends, numbers)  # newlines before each token
+    return numbers.new_full((count + len(ends),), -1).index_copy(0, indices, numbers)
 
 
 def with_newlines(tokens: Tensor, layout: Tensor | None, newline: Tensor, every: str) -> Tensor:
@@ -364,11 +364,11 @@ def in_packed_order(patches: Tensor, order: Tensor, total: int, newlines: bool) 
     order = order.to(patches.device)
     slot = torch.full((total + 1,), -1, device=patches.device)
     slot[patches] = torch.arange(len(patches), device=patches.device)
-    found = slot[order]  # newlines, -1, read the spare last slot
-    keep = found >= 0
+    result = slot[order]  # newlines, -1, read the spare last slot
+    keep = result >= 0
     if newlines:
         held, at = keep.long().cumsum(0), (order < 0).nonzero().squeeze(1)
         since = torch.cat([held.new_zeros(1), held[at]])
         keep = keep.index_put((at,), since[1:] > since[:-1])  # rows since the newline before
     source_index = keep.nonzero().squeeze(1)
-    return found[source_index], source_index
+    return result[source_index], source_index

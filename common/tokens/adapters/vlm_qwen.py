@@ -106,14 +106,14 @@ class Qwen2VL(VisionLanguage):
         merge = self.config.vision_config.spatial_merge_size**2
         sizes = [merge * features.shape[0] * features.shape[1] for features in encoded.features]
         parts = zip(*(seen.kept[name].split(sizes) for name in ("qkv", "cos", "sin")), strict=True)
-        found = []
+        results = []
         for (qkv, cos, sin), grid, features in zip(parts, encoded.grids, encoded.features, strict=True):
             frames = qkv.view(len(features), -1, 3, qkv.shape[1] // 3 // head, head)  # [T, patches, 3, H, d]
             angles = (x.view(len(features), -1, 1, head) for x in (cos, sin))
             queries, keys = (x.transpose(1, 2) for x in rotated(frames[:, :, :2], *angles))
             mass = received(queries, keys).unflatten(2, (-1, merge)).mean(3).transpose(1, 2)  # [T, tokens, H]
-            found.append(mass[:, self._windows(grid).argsort().to(mass.device)])
-        return found
+            results.append(mass[:, self._windows(grid).argsort().to(mass.device)])
+        return results
 
     def _windows(self, grid: tuple[int, int]) -> Tensor:
         """The tokens [N] of a frame in the order in which the encoder has them."""

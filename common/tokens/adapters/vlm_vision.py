@@ -105,8 +105,8 @@ class VisionSide(SequenceAdapter[Prefill]):
     @property
     def encoded(self) -> dict[str, Encoded]:
         """What the encoder gave last, by modality: `generate` runs it before the forward pass."""
-        found: dict[str, Encoded] = getattr(self._own, "encoded", {})
-        return found
+        results: dict[str, Encoded] = getattr(self._own, "encoded", {})
+        return results
 
     @encoded.setter
     def encoded(self, new: dict[str, Encoded]) -> None:
@@ -120,8 +120,8 @@ class VisionSide(SequenceAdapter[Prefill]):
     @property
     def encoding(self) -> TowerPass:
         """The run of the encoder that is at work in this thread, or was last."""
-        found: TowerPass = self._own.encoding
-        return found
+        result: TowerPass = self._own.encoding
+        return result
 
     # -- what a class of models fills in -------------------------------------------------------------------------------
 

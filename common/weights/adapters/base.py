@@ -104,8 +104,8 @@ class WeightAdapter(ABC):
         """The model's targets of a unit, in forward order; an empty list where it has none."""
         if unit == "tensor":
             return self._tensors()
-        found = getattr(self, f"_{unit}", None)
-        return [] if found is None else [target for block in range(len(self.blocks)) for target in found(block)]
+        results = getattr(self, f"_{unit}", None)
+        return [] if results is None else [target for block in range(len(self.blocks)) for target in results(block)]
 
     @abstractmethod
     def taps(self, target: Target) -> tuple[str, ...]:
@@ -124,8 +124,8 @@ class WeightAdapter(ABC):
     def parameter(self, target: Target) -> nn.Parameter:
         """The parameter that holds the weight of a linear or tensor target."""
         name = target.name if target.unit == "tensor" else f"{target.name}.weight"
-        found: nn.Parameter = self.model.get_parameter(name)
-        return found
+        result: nn.Parameter = self.model.get_parameter(name)
+        return result
 
     def view(self, target: Target, tensor: Tensor) -> Tensor:
         """The target's share of a tensor shaped like its parameter."""
@@ -220,11 +220,11 @@ class WeightAdapter(ABC):
     def staying(self, pruned: Sequence[tuple[Target, Tensor]]) -> dict[int, tuple[nn.Parameter, Tensor]]:
         """By identity the parameters that hold pruned weights, or that read pruned units which are still there, and of
         each, as a mask, what stays; `pruned` are targets with their masks."""
-        found: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        results: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
         def of(parameter: nn.Parameter) -> Tensor:
             stays = torch.ones_like(parameter, dtype=torch.bool)
-            return found.setdefault(id(parameter), (parameter, stays))[1]
+            return results.setdefault(id(parameter), (parameter, stays))[1]
 
         for target, mask in pruned:
             if target.loose:
@@ -232,7 +232,7 @@ class WeightAdapter(ABC):
                 view(of(parameter)).masked_fill_(~mask.to(parameter.device), False)
             for reader in () if target.loose else self.readers(target):
                 reader.blank(of(reader.module.weight), ~mask)
-        return found
+        return results
 
     def attempt(self, target: Target, decision: Decision, dense: Shelf | None = None) -> Callable[[], None]:
         """Carry a decision out in a way that the returned function takes back to the bit: structures are silenced
@@ -282,14 +282,14 @@ class WeightAdapter(ABC):
         return is_linear(module)
 
     def _linear(self, block: int) -> list[Target]:
-        found = []
+        results = []
         for path, module in self.body(block).named_modules():
             if self.is_linear(module) and path.rpartition(".")[2] not in self.skip:
                 shape = tuple(oriented(module, module.weight).shape)
                 source = self.path(block, self._source(path))
                 name, part, span = self.path(block, path), self._part_of(path), self._span(block, path)
-                found.append(Target("linear", name, block, path, shape, span=span, source=source, part=part))
-        return found
+                results.append(Target("linear", name, block, path, shape, span=span, source=source, part=part))
+        return results
 
     def _part_of(self, path: str) -> str:
         """The part of a block in which a path lies."""

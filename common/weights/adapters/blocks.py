@@ -58,8 +58,8 @@ class Blocks(WeightAdapter):
 
     def _modules(self, block: int, paths: Mapping[str, str]) -> dict[str, Any]:
         """The modules at these paths by role; none where one is missing."""
-        found = {role: self._part(block, path) for role, path in paths.items()}
-        return {} if any(module is None for module in found.values()) else found
+        results = {role: self._part(block, path) for role, path in paths.items()}
+        return {} if any(module is None for module in results.values()) else results
 
     # -- targets -----------------------------------------------------------------------------------------------------
 
@@ -88,13 +88,13 @@ class Blocks(WeightAdapter):
         return [Target("layers", self.prefix(block), block, "layers", (1,), size)]
 
     def _sublayers(self, block: int) -> list[Target]:
-        found = []
+        results = []
         for role, (path, *norms) in self.sublayers.items():
             modules = [self._part(block, name) for name in (path, *norms)]
             if not isinstance(modules[0], Absent):
                 size = sum(p.numel() for module in modules for p in module.parameters())
-                found.append(Target("sublayers", self.path(block, path), block, role, (1,), size))
-        return found
+                results.append(Target("sublayers", self.path(block, path), block, role, (1,), size))
+        return results
 
     def _span(self, block: int, path: str) -> int:
         if path != self.heads.get("o"):
@@ -155,29 +155,29 @@ class Blocks(WeightAdapter):
         return {role: channels + inner * (fused and role == "up") for role in modules}
 
     def holders(self, target: Target) -> dict[str, tuple[nn.Parameter, View]]:
-        found = self.projections(target).items()
-        return {role: (part.module.weight, part.view) for role, part in found} or super().holders(target)
+        result = self.projections(target).items()
+        return {role: (part.module.weight, part.view) for role, part in result} or super().holders(target)
 
     def structure(self, target: Target) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        results: dict[str, Tensor] = {}
         if target.whole:
             body = self.body(target.block)
             for path in self.sublayers.get(target.role, ("",)):
-                found |= body.get_submodule(path).named_parameters(prefix=path)
-            return found
+                results |= body.get_submodule(path).named_parameters(prefix=path)
+            return results
         for role, part in self.projections(target).items():
-            found[role] = part.module.weight
+            results[role] = part.module.weight
             if part.module.bias is not None:
-                found[f"{role}.bias"] = part.module.bias
-        return found
+                results[f"{role}.bias"] = part.module.bias
+        return results
 
     def weights(self, target: Target) -> dict[str, Tensor]:
         projections = self.projections(target)
         if not projections:
             return super().weights(target)
-        found = {role: part.weight() for role, part in projections.items()}
+        results = {role: part.weight() for role, part in projections.items()}
         biases = {f"{role}.bias": part.bias() for role, part in projections.items()}
-        return {**found, **{name: bias for name, bias in biases.items() if bias is not None}}
+        return {**results, **{name: bias for name, bias in biases.items() if bias is not None}}
 
     # -- what a target reads -----------------------------------------------------------------------------------------
 

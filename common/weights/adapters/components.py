@@ -95,15 +95,15 @@ class Components(WeightAdapter):
         raise PrunelabError(f"name the component a calibration set is for, one of {', '.join(self.parts)}")
 
     def targets(self, unit: Unit) -> list[Target]:
-        found = []
+        results = []
         for name, adapter in self.parts.items():
             for own in adapter.targets(unit):
                 block = own.block + self.starts[name] if own.block >= 0 else -1
                 source = f"{name}.{own.source}" if own.source else ""
                 target = replace(own, name=f"{name}.{own.name}", block=block, source=source, component=name)
                 self._own[target.name] = adapter, own
-                found.append(target)
-        return found
+                results.append(target)
+        return results
 
     def config(self) -> dict[str, Any]:
         return {name: adapter.config() for name, adapter in self.parts.items()}

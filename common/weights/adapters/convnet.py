@@ -80,12 +80,12 @@ class ConvNet(WeightAdapter):
     def _channels(self, block: int) -> list[Target]:
         """Coupled channels by the name of the layer that makes them first. The size of one is what makes it: rows,
         biases and norms; the columns that read it leave too and are counted with the rows they lie in."""
-        found = []
+        results = []
         for name, space in self.spaces.items():
             size = sum(use.part().size for use in space.made) // space.size
             read = sum(use.part().size for use in space.read) // space.size
-            found.append(Target("channels", name, block, "channels", (space.size,), size, read=read))
-        return found
+            results.append(Target("channels", name, block, "channels", (space.size,), size, read=read))
+        return results
 
     def structure(self, target: Target) -> dict[str, Tensor]:
         return {use.path: use.module.weight for use in self._uses(target)}
@@ -111,11 +111,11 @@ class ConvNet(WeightAdapter):
             return super().holders(target)
         space = self.spaces[target.name]
         made = [use for use in space.made if use.module.weight.dim() > 1]
-        found: dict[str, tuple[nn.Parameter, View]] = {}
+        results: dict[str, tuple[nn.Parameter, View]] = {}
         for role, uses, view in (("up", made, _rows), ("down", space.read, _columns)):
             for i, use in enumerate(uses):
-                found[f"{role}.{i}"] = (use.module.weight, partial(view, use))
-        return found
+                results[f"{role}.{i}"] = (use.module.weight, partial(view, use))
+        return results
 
     def readers(self, target: Target) -> list[Projection]:
         return [use.part() for use in self.spaces[target.name].read] if target.unit == "channels" else []

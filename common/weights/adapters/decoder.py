@@ -112,7 +112,7 @@ class Decoder(Mixtures):
         held = self._sliceable()
         if held is None:
             return []
-        head, parts, found = self.model.get_output_embeddings(), held.sublayers, []
+        head, parts, results = self.model.get_output_embeddings(), held.sublayers, []
         roles = [(-1, "input")] if block == 0 else []
         for place, role in [*roles, (2 * block, "attention"), (2 * block + 1, "mlp")]:
             behind = parts[place + 1].readers if place + 1 < len(parts) else (head,)
@@ -121,8 +121,8 @@ class Decoder(Mixtures):
                 writer = parts[place].writer
                 before = [writer.weight.shape[1] + (writer.bias is not None)]
             size = sum(before) + sum(reader.weight.shape[0] for reader in behind)
-            found.append(Target("stream", f"{self.prefix(block)}.{role}", block, role, (held.width,), size))
-        return found
+            results.append(Target("stream", f"{self.prefix(block)}.{role}", block, role, (held.width,), size))
+        return results
 
     def _sliceable(self) -> Sliceable | None:
         """What holds the residual stream; None where it cannot be sliced, or was."""
@@ -137,16 +137,16 @@ class Decoder(Mixtures):
         embeddings = tuple(self.model.get_submodule(path) for path in self.embeddings)
         if others or not sliceable(norms) or len({e.weight.shape[1] for e in embeddings}) > 1:
             return None
-        found = []
+        results = []
         for i, block in enumerate(blocks):
             attention, mlp = self._modules(i, self.heads), self._modules(i, self.mlp)
             if not attention or not mlp or not getattr(block, "do_layer_norm_before", True):
                 return None
             readers = tuple(attention[role] for role in "qkv")
-            found.append(Sublayer(block, names[0], "attention_shortcut", readers, attention["o"]))
+            results.append(Sublayer(block, names[0], "attention_shortcut", readers, attention["o"]))
             readers = tuple(module for role, module in mlp.items() if role != "down")
-            found.append(Sublayer(block, names[1], "mlp_shortcut", readers, mlp["down"]))
-        return Sliceable(self.model, embeddings, tuple(found), final)
+            results.append(Sublayer(block, names[1], "mlp_shortcut", readers, mlp["down"]))
+        return Sliceable(self.model, embeddings, tuple(results), final)
 
     def taps(self, target: Target) -> tuple[str, ...]:
         if target.unit != "stream":

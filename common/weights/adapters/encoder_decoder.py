@@ -78,8 +78,8 @@ class T5(Pretrained):
         return self.stages
 
     def body(self, block: int) -> nn.Module:
-        found: nn.Module = self.stages[block].block
-        return found
+        result: nn.Module = self.stages[block].block
+        return result
 
     def prefix(self, block: int) -> str:
         stack, index = self._places()[block]

@@ -30,10 +30,10 @@ class Mixtures(Pretrained):
     # -- targets -----------------------------------------------------------------------------------------------------
 
     def _linear(self, block: int) -> list[Target]:
-        found = super()._linear(block)
+        results = super()._linear(block)
         experts = self._part(block, self.experts)
         if experts is None:
-            return found
+            return results
         count, width, inner = experts.down_proj.shape
         for index in range(count):
             name = f"{self.prefix(block)}.{self.experts}.{index}"
@@ -41,10 +41,10 @@ class Mixtures(Pretrained):
                 source = f"{name}.down" if role == "down" else f"{name}.gate"
                 path = f"{self.experts}.{role}"
                 part = self._part_of(path)
-                found.append(
+                results.append(
                     Target("linear", f"{name}.{role}", block, path, shape, source=source, expert=index, part=part)
                 )
-        return found
+        return results
 
     def _experts(self, block: int) -> list[Target]:
         experts = self._part(block, self.experts)
@@ -94,8 +94,8 @@ class Mixtures(Pretrained):
         if target.expert < 0:
             return super().parameter(target)
         part = "down_proj" if target.role.endswith(".down") else "gate_up_proj"
-        found: nn.Parameter = self.model.get_parameter(f"{self.prefix(target.block)}.{self.experts}.{part}")
-        return found
+        result: nn.Parameter = self.model.get_parameter(f"{self.prefix(target.block)}.{self.experts}.{part}")
+        return result
 
     def view(self, target: Target, tensor: Tensor) -> Tensor:
         if target.expert < 0:
@@ -162,9 +162,9 @@ class Mixtures(Pretrained):
         if target.unit != "experts":
             return super().sizes(target)
         config, router = self.model.config, self._part(target.block, self.router)
-        found = {next(name for name in _COUNTS if hasattr(config, name)): target.units}
+        results = {next(name for name in _COUNTS if hasattr(config, name)): target.units}
         groups = getattr(router, "num_group", None)
-        return found if groups is None else {**found, "n_group": groups, "topk_group": router.topk_group}
+        return results if groups is None else {**results, "n_group": groups, "topk_group": router.topk_group}
 
     def finish(self) -> bool:
         routers = [r for i in range(len(self.blocks)) if (r := self._part(i, self.router)) is not None]

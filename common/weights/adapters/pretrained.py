@@ -111,9 +111,9 @@ class Pretrained(Blocks):
             return {self.inner: target.units}
         size = int(getattr(self._part(target.block, self.attention), self.head_size))
         heads = length(self._modules(target.block, self.heads)["o"], IN) // size
-        found = {"head_dim": size, "num_attention_heads": heads}
+        results = {"head_dim": size, "num_attention_heads": heads}
         grouped = hasattr(self.model.config, "num_key_value_heads")
-        return {**found, "num_key_value_heads": target.units} if grouped else found
+        return {**results, "num_key_value_heads": target.units} if grouped else results
 
     def count_layers(self, config: Any, stay: list[int]) -> None:
         """Tell the config which layers stayed."""

@@ -151,10 +151,10 @@ def centres(norm: nn.Module) -> bool:
     return isinstance(norm, nn.LayerNorm)
 
 
-def sliceable(found: Sequence[nn.Module]) -> bool:
+def sliceable(results: Sequence[nn.Module]) -> bool:
     """Whether all of these norms are layer norms with a gain, or all RMS norms."""
-    rms = all(type(n).__name__.endswith("RMSNorm") and getattr(n, "bias", None) is None for n in found)
-    return rms or all(isinstance(n, nn.LayerNorm) and n.weight is not None for n in found)
+    rms = all(type(n).__name__.endswith("RMSNorm") and getattr(n, "bias", None) is None for n in results)
+    return rms or all(isinstance(n, nn.LayerNorm) and n.weight is not None for n in results)
 
 
 def _product(weight: Tensor, vector: Tensor) -> Tensor:
@@ -173,8 +173,8 @@ def _write(parameter: Tensor, change: Any) -> None:
 
 
 def _apply(parameter: Tensor, change: Any) -> Tensor:
-    found: Tensor = change(parameter.detach().double()).to(parameter.dtype)
-    return found
+    result: Tensor = change(parameter.detach().double()).to(parameter.dtype)
+    return result
 
 
 def _replace(module: Any, name: str, value: Tensor) -> None:
