@@ -120,7 +120,7 @@ def test_images():
         ([{"query": IDS, "positive": IDS[:2]}], "unlike numbers of query, positive"),
         ([(IDS[0], IDS[1], IDS[2])], "of 3 parts is unclear"),
     ],
-    ids=str,
+    ids=lambda case: case if isinstance(case, str) else type(case).__name__,
 )
 def test_what_is_no_calibration_data_is_named_before_any_work(data, says):
     with pytest.raises(PrunelabError, match=says):
