@@ -104,12 +104,41 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def read_yaml(text: str) -> Any:
     """What a YAML text says, by libyaml where PyYAML was built with it, which is ten times as fast. Raises
-    yaml.YAMLError as `safe_load` does."""
+    yaml.YAMLError as `safe_load` does, and where a mapping has a key twice, of which that would keep the last."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _no_key_twice(node)
+        return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _no_key_twice(top: yaml.Node) -> None:
+    """Aliases share their node, so that each is looked at once."""
+    seen, left = set[int](), [top]
+    while left:
+        node = left.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+            continue
+        keys = set[tuple[str, str]]()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    raise yaml.constructor.ConstructorError(
+                        None,
+                        None,
+                        f"line {key.start_mark.line + 1} gives the key '{key.value}' a second time",
+                        key.start_mark,
+                    )
+                keys.add((key.tag, key.value))
+            left.append(value)
 
 
 def file_digest(path: Path) -> str:

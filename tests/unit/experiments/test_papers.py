@@ -149,6 +149,7 @@ BROKEN = [
     ("tables:\n  - {name: T, rows: {a: {columns: {c: {configuration: nobody}}}}}", "row 'a' names the unknown"),
     ("colour: red", "colour"),
     ("tables: [", "not valid YAML"),
+    ("tables:\n  - {name: T, name: U}", "line [0-9]+ gives the key 'name' a second time"),
 ]
 
 
