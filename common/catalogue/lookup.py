@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
-from prunelab.common.catalogue import hub, schema
+from prunelab.common.catalogue import hub, packaged, schema
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT, read_yaml
 from prunelab.common.core.registry import choose
 
-SCALES = ("smoke", "testbed", "assets", "paper")
+SCALES = ("smoke", "testbed", "real", "assets", "paper")
 DESCRIPTIVE = ("needs", "gb", "gated", "gpus", "size", "settings")  # keys of an entry that say nothing of its content
 KEYS = ("papers", "scale", "results", "batch", "gpu", "programs")  # settings that are no folders of the user's
 
@@ -126,6 +126,8 @@ def _hub_missing(entry: Mapping[str, Any], kind: hub.Kind, config: Mapping[str, 
 def _model_missing(entry: Any, scale: str, config: Mapping[str, Any]) -> str:
     if scale == "testbed" and not _training(entry).exists():
         return f"the trained weights of the testbed {entry} (python -m prunelab train {entry})"
+    if scale == "real":
+        return packaged.missing(entry)
     if scale != "paper":
         return ""
     if "file" in entry and "hub" not in entry:
@@ -162,6 +164,8 @@ def resolve(kind: hub.Kind, name: str, scale: str, config: Mapping[str, Any]) ->
 def _model(name: str, entry: Any, scale: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if scale == "testbed":
         return {"testbed": entry, "sha256": _testbed_hash(str(entry))}
+    if scale == "real":
+        return {key: entry[key] for key in ("package", "file", "sha256")}
     if scale == "paper":
         result = _content(entry, "model", config)
     else:
@@ -177,7 +181,7 @@ def _data(entry: Mapping[str, Any], scale: str, config: Mapping[str, Any]) -> di
     result = _content(entry, "dataset", config)
     if "packages" in result:  # data cut from installed packages change with their versions
         result["versions"] = {package: _version(package) for package in result["packages"]}
-    if scale == "assets":  # folders that several data sets share name theirs as `listed`
+    if "folder" in result:  # folders that several data sets share name theirs as `listed`
         result["sha256"] = _assets_hash(config, result.pop("listed", result["folder"]))
     return result
 
@@ -186,10 +190,12 @@ def surroundings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What lies outside this project and decides what is here or what it is: repositories of the hub, files of the
     user's folders, and versions of the packages that data are cut from."""
     entries = [entry for name in datasets() for entry in dataset(name).values()]
+    packages = {model(name)["real"]["package"] for name in models() if "real" in model(name)}
     return {
         "hub": hub.surroundings(config),
         "folders": {key: hub.listing(Path(config[key])) for key in ("assets", "checkpoints") if config[key]},
-        "versions": {package: _version(package) for entry in entries for package in entry.get("packages", ())},
+        "versions": {package: _version(package) for entry in entries for package in entry.get("packages", ())}
+        | {package: packaged.version(package) for package in sorted(packages)},
     }
 
 
@@ -197,6 +203,8 @@ def moved(ids: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Whether weights or data that an identity names by their content are others today, or are not here."""
     if "testbed" in ids:
         return not _training(ids["testbed"]).exists() or _testbed_hash(str(ids["testbed"])) != ids.get("sha256")
+    if "package" in ids:
+        return bool(packaged.missing(ids))
     if "assets" in ids or "folder" in ids:
         if not config["assets"]:
             raise PrunelabError("this run reads an assets folder; give --config assets=DIR")

@@ -90,6 +90,15 @@ class Asset(Strict):
     transform: dict[str, Any] = Field(default_factory=dict)
 
 
+class Packaged(Strict):
+    """A checkpoint that a package of `pip` brings: `file` as it lies beside the package, and what it must be."""
+
+    package: Name
+    file: Name
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    licence: str = Field(min_length=1)
+
+
 class Model(Strict):
     """A model by its scales."""
 
@@ -99,6 +108,7 @@ class Model(Strict):
     base: Name | None = None
     paper: Checkpoint | None = None
     testbed: Name | None = None
+    real: Packaged | None = None
     assets: Name | Asset | None = None
 
 
@@ -138,6 +148,7 @@ class Dataset(Strict):
 
     paper: Data | None = None
     testbed: Data | None = None
+    real: Data | None = None
     assets: Data | None = None
 
     @model_validator(mode="after")

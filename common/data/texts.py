@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -15,7 +16,7 @@ from torch import Tensor
 from prunelab.common.catalogue import hub
 from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import code
+from prunelab.common.data import code, documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ Split = Literal["train", "test"]
 
 _FILES = 12  # source files of a split; to cut all of them into tokens would take longer than to measure on them
 _TEST_STORIES = 200
+_HELD_OUT = 128  # of 256 values of a hash's first byte: half of the descriptions, as all of them are one book
 _MISSES = 2000  # documents in a row that are too short, after which a search for longer ones ends
 _SWAPPED = (("self", "return"), ("def", "class"), ("if", "for"), ("in", "is"), ("None", "True"), ("import", "from"))
 
@@ -34,6 +36,7 @@ def load(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split = 
         raise PrunelabError(f"there is no split '{split}' of a text; use train or test")
     loaders = {
         "source_code": _source_code,
+        "api_docs": _documentation,
         "stories": _stories,
         "wikitext": _wikitext,
         "c4": _c4,
@@ -122,6 +125,18 @@ def _source_code(identity: Mapping[str, Any], config: Mapping[str, Any], split: 
     return tuple(map(dialect, result)) if identity.get("dialect") else result
 
 
+def _documentation(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
+    """What packages say of themselves, in sentences: one document a description, by the hash of its name to measure on
+    or to calibrate with."""
+    entries = documents.api_docs(shuffled=False)
+    held_out = [hashlib.sha256(entry.id.encode()).digest()[0] < _HELD_OUT for entry in entries]
+    return tuple(
+        " ".join((*entry.references, *(sentence for part in entry.documents for sentence in part)))
+        for entry, held in zip(entries, held_out, strict=True)
+        if held == (split == "test")
+    )
+
+
 def _stories(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
     """TinyStories in plain ASCII, without blank lines, as the small story model was trained on them."""
     stories = json.loads(_asset(identity, config).read_text(encoding="utf8"))
@@ -135,10 +150,11 @@ def _wikitext(identity: Mapping[str, Any], config: Mapping[str, Any], split: Spl
     if "hub" in identity:
         with files.archive(hub.file(identity, "dataset", config)) as archive:
             text = files.member(archive, f"wikitext-2-raw/wiki.{split}.raw").decode("utf8")
-    elif split == "train":
+    elif split == "train" and "train" not in identity:
         raise PrunelabError("this WikiText-2 has no training text; calibrate on another data set")
     else:
-        text = _asset(identity, config).read_text(encoding="utf8")
+        name = identity["train" if split == "train" else "file"]
+        text = _asset({**identity, "file": name}, config).read_text(encoding="utf8")
     return tuple(line if line.strip() else "" for line in re.findall(r"[^\n]*\n|[^\n]+", text))
 
 

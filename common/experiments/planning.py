@@ -198,8 +198,14 @@ def _defining(pattern: str, what: str, name: str) -> str:
 
 
 def scales(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The scales that run: the one asked for, and assets where a folder is given."""
-    return (config["scale"], *(("assets",) if config["assets"] and config["scale"] in ("testbed", "paper") else ()))
+    """The scales that run: the one asked for, beside the testbeds what a package brings, and assets where a folder is
+    given."""
+    real = ("real",) if config["scale"] == "testbed" else ()
+    return (
+        config["scale"],
+        *real,
+        *(("assets",) if config["assets"] and config["scale"] in ("testbed", "paper") else ()),
+    )
 
 
 def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
@@ -237,6 +243,8 @@ def _cell(slug: str, table: papers.Table, number: papers.Reported, config: Mappi
         if not task.scales and scale != "paper":
             continue
         if task.scales and wanted not in at:
+            if wanted == "real":
+                continue
             runs[scale] = f"nothing: this column is not run at {wanted} scale"
         elif config["scale"] == "smoke" and (scale == "smoke" or not task.scales) and not table.smoke:
             runs[scale] = "more than the smoke scale runs"

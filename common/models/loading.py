@@ -5,8 +5,10 @@ What builds one model and not every model is imported by its name: its sources c
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from prunelab.common.catalogue import hub, lookup
+from prunelab.common.catalogue import hub, lookup, packaged
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import inside
 from prunelab.common.models import devices
@@ -249,6 +251,8 @@ def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Pr
         tokenizer = Tokenizer.from_str(testbeds.read_extra(testbeds.SHIPPED / identity["testbed"], "tokenizer.json"))
         mark = tokenizer.id_to_token(model.config.bos_token_id)
         return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=mark, eos_token=mark)
+    if "package" in identity:
+        return _unpacked(packaged.file(identity))
     if "assets" in identity:
         folder = inside(Path(config["assets"]), identity["assets"])
         if not (folder / "config.json").exists():
@@ -260,11 +264,26 @@ def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Pr
     else:
         raise PrunelabError(f"cannot load a language model from {dict(identity)}; see configs/models.yaml")
     packed = sorted(folder.glob("*.gguf"))
-    if len(packed) == 1 and not (folder / "config.json").exists():  # transformers unpacks its codes to float32
-        given = {"gguf_file": packed[0].name}
-        return pretrained(AutoModelForCausalLM, folder, **given).eval(), pretrained(AutoTokenizer, folder, **given)
+    if len(packed) == 1 and not (folder / "config.json").exists():
+        return _unpacked(packed[0])
     model = pretrained(AutoModelForCausalLM, folder, dtype="auto", use_safetensors=True, **devices.spread())
     return model.eval(), pretrained(AutoTokenizer, folder)
+
+
+def _unpacked(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The language model of a GGUF file, whose codes transformers unpacks to float32, with its tokenizer. A copy: to
+    read the file takes the library half a minute, whatever its size, and runs of one job share it."""
+    model, tokenizer = _read_packed(path, path.stat().st_mtime_ns)
+    return copy.deepcopy(model), tokenizer
+
+
+@lru_cache(maxsize=1)
+def _read_packed(path: Path, changed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    given = {"gguf_file": path.name}
+    model = pretrained(AutoModelForCausalLM, path.parent, **given)
+    return model.eval(), pretrained(AutoTokenizer, path.parent, **given)
 
 
 def vision_language(

@@ -23,7 +23,7 @@ class Attribute(Task):
 
     name: ClassVar[str] = "attribute"
     roles: ClassVar[tuple[str, ...]] = ("ranker",)
-    scales: ClassVar[tuple[str, ...]] = ("testbed", "paper")
+    scales: ClassVar[tuple[str, ...]] = ("testbed", "real", "paper")
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
     budgeted: ClassVar[bool] = False
     metrics: ClassVar[Mapping[str, Metric]] = {

@@ -21,6 +21,7 @@ class Cache(Task):
         "cache_pruner",
         "token_pruner",
     )
+    scales: ClassVar[tuple[str, ...]] = ("testbed", "real", "assets", "paper")
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
     named: ClassVar[Mapping[str, Catalogue]] = {"parts": "model"}
     cost: ClassVar[str] = "gbytes"

@@ -21,7 +21,7 @@ class Constrained(Task):
 
     name: ClassVar[str] = "constrained"
     roles: ClassVar[tuple[str, ...]] = ("constrained_sampler",)
-    scales: ClassVar[tuple[str, ...]] = ("testbed", "assets")
+    scales: ClassVar[tuple[str, ...]] = ("testbed", "real", "assets")
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
     budgeted: ClassVar[bool] = False
     metrics: ClassVar[Mapping[str, Metric]] = {

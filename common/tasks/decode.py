@@ -20,6 +20,7 @@ class Decode(Task):
 
     name: ClassVar[str] = "decode"
     roles: ClassVar[tuple[str, ...]] = ("draft_decoder",)
+    scales: ClassVar[tuple[str, ...]] = ("testbed", "real", "assets", "paper")
     budgeted: ClassVar[bool] = False
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data"})
     named: ClassVar[Mapping[str, Catalogue]] = {"draft": "model", "heads": "model", "store": "dataset"}

@@ -21,6 +21,7 @@ class Perplexity(Task):
 
     name: ClassVar[str] = "perplexity"
     roles: ClassVar[tuple[str, ...]] = ("weight_pruner",)
+    scales: ClassVar[tuple[str, ...]] = ("testbed", "real", "assets", "paper")
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "data", "calibration"})
     cost: ClassVar[str] = "nonzero_gparameters"
     metrics: ClassVar[Mapping[str, Metric]] = {

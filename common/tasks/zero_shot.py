@@ -27,7 +27,7 @@ class ZeroShot(Task):
     name: ClassVar[str] = "zero_shot"
     roles: ClassVar[tuple[str, ...]] = ("weight_pruner", "cache_pruner", "token_pruner")
     by_role: ClassVar[Mapping[str, str]] = {"weight_pruner": "common/measures/perplexity.py"}
-    scales: ClassVar[tuple[str, ...]] = ("paper",)
+    scales: ClassVar[tuple[str, ...]] = ("real", "paper")
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "calibration", "own data"})
     metrics: ClassVar[Mapping[str, Metric]] = {
         "average": Metric("mean of the scores under `average`", "%", higher_is_better=True),

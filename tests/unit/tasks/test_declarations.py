@@ -26,7 +26,7 @@ def test_a_task_is_one_module_that_says_what_it_is(name):
     assert task.name == name and (task.__doc__ or "").strip() and (task.Settings.__doc__ or "").strip()
     assert set(task.roles) <= ROLES, "roles of methods that exist"
     assert set(task.count) <= task.metrics.keys()
-    assert set(task.scales) <= {"testbed", "assets", "paper"}
+    assert set(task.scales) <= {"testbed", "real", "assets", "paper"}
     assert not task.needs_gpu or task.scales == ("paper",)
     documented = task.Settings.__doc__ or ""
     for setting in task.known():
