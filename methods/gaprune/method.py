@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.options import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt
+from prunelab.common.core.options import FiniteFloat, NonNegativeFloat, PositiveInt, Share
 from prunelab.common.weights import masks
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Accumulator, Probe, Statistics, Target, WeightSignals
@@ -64,9 +64,9 @@ def dai(
 
 
 def processed(score: Tensor, how: Post, temperature: float = 1.0) -> Tensor:
-    """Scores of one weight on a common scale."""
+    """Scores of one weight on a common scale. As released, a temperature of 0 counts 1, and one below it next to 0."""
     if how == "zscore_sigmoid":
-        return torch.sigmoid((score - score.mean()) / (score.std() + TINY) / temperature)
+        return torch.sigmoid((score - score.mean()) / (score.std() + TINY) / max(temperature or 1.0, 1e-6))
     if how == "minmax":
         return (score - score.min()) / (score.max() - score.min() + TINY)
     if how == "rank":
@@ -80,7 +80,7 @@ def spread_out(total: int, sizes: Sequence[int], least: float = 0.05, most: floa
     largest get one each. No layer gives less than the share `least` or more than `most`, so that the total may
     differ."""
     whole = sum(sizes)
-    results = [int(total * size / whole) for size in sizes]
+    results = [int(size / whole * total) for size in sizes]
     for place in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[: total - sum(results)]:
         results[place] += 1
     return [min(max(n, int(least * size)), int(most * size)) for n, size in zip(results, sizes, strict=True)]
@@ -139,9 +139,11 @@ class GAPrune(WeightPruner):
     post, temperature
         Scale on which each weight matrix's scores are put; the latter of `zscore_sigmoid`.
     fusion_alpha, fusion_beta
-        Score = alpha F_dom |w| + beta score, where these are not 0 and 1.
+        Score = alpha F_dom |w| + beta score, where these are not 0 and 1. As released, a beta of 0 counts 1.
     strategy
         `global` compares all weights, `uniform` takes about the same share of every layer.
+    least, most
+        Shares that `uniform` takes of a layer at least and at most.
     layers
         What is pruned: `mlp`, `attention`.
     batch
@@ -152,10 +154,12 @@ class GAPrune(WeightPruner):
     gamma: NonNegativeFloat = 0.5
     spread: NonNegativeFloat = 0.2
     post: Post = "none"
-    temperature: PositiveFloat = 1.0
+    temperature: FiniteFloat = 1.0
     fusion_alpha: FiniteFloat = 0.0
     fusion_beta: FiniteFloat = 1.0
     strategy: Literal["global", "uniform"] = "global"
+    least: Share = 0.05
+    most: Share = 0.95
     layers: tuple[Layers, ...] = ("mlp",)
     batch: PositiveInt = 8
 
@@ -189,10 +193,10 @@ class GAPrune(WeightPruner):
 
     def fused(self, score: Tensor, weight: Tensor, domain: Tensor) -> Tensor:
         """The score on its scale, with the domain's Fisher information once more where that is asked for."""
-        score = processed(score, self.post, self.temperature)
-        if self.fusion_alpha == 0 and self.fusion_beta == 1:
+        score, beta = processed(score, self.post, self.temperature), self.fusion_beta or 1.0
+        if self.fusion_alpha == 0 and beta == 1:
             return score
-        return self.fusion_alpha * domain * weight.abs() + self.fusion_beta * score
+        return self.fusion_alpha * domain * weight.abs() + beta * score
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         weight, domain = signals.weight.float(), signals["fisher_domain"]
@@ -209,13 +213,13 @@ class GAPrune(WeightPruner):
             return smallest(scores, gone)
         return self.uniformly([target.block for target in targets], scores, gone)
 
-    @staticmethod
-    def uniformly(blocks: Sequence[int], scores: Sequence[Tensor], gone: int) -> list[Tensor]:
+    def uniformly(self, blocks: Sequence[int], scores: Sequence[Tensor], gone: int) -> list[Tensor]:
         """The smallest of each layer, as many as are its share."""
         layers: dict[int, list[int]] = {}
         for place, block in enumerate(blocks):
             layers.setdefault(block, []).append(place)
-        counts = spread_out(gone, [sum(scores[i].numel() for i in places) for places in layers.values()])
+        sizes = [sum(scores[i].numel() for i in places) for places in layers.values()]
+        counts = spread_out(gone, sizes, self.least, self.most)
         results: dict[int, Tensor] = {}
         for count, places in zip(counts, layers.values(), strict=True):
             results |= dict(zip(places, smallest([scores[i] for i in places], count), strict=True))

@@ -48,7 +48,8 @@ class MixtureCompressor(WeightPruner):
     choices
         Bits that an expert can have; at least one expert of each in `least_one`.
     alpha, beta, gamma
-        Exponents of usage, router weight and quantisation error. As released, the paper's gamma of 2 is not used.
+        Exponents of usage, router weight and quantisation error. As released, the paper's gamma of 2 is not used, and
+        without one the exponent of the error is alpha, too.
     worth
         What decides an expert's bits: what it is worth as `released`, or, of the baselines in the paper's tables, the
         curvature of its loss (`hessian`, HAWQ-V2) or how much its mixture turns what passes it (`blocks`, where whole
@@ -70,7 +71,7 @@ class MixtureCompressor(WeightPruner):
     least_one: tuple[Bits, ...] = (3, 2)
     alpha: NonNegativeFloat = 1.0
     beta: NonNegativeFloat = 1.5
-    gamma: NonNegativeFloat = 1.0
+    gamma: NonNegativeFloat | None = None
     worth: Literal["released", "hessian", "blocks"] = "released"
     attention: Bits = 4
     group: PositiveInt = 128
@@ -122,8 +123,13 @@ class MixtureCompressor(WeightPruner):
         results = []
         for target in mixtures:
             usage, mass = seen[target.name]["significance"]
-            results.append(costs(usage, mass, seen[target.name]["errors"], self.alpha, self.beta, self.gamma))
+            results.append(self.cost(usage, mass, seen[target.name]["errors"]))
         return results
+
+    def cost(self, usage: Tensor, mass: Tensor, errors: Tensor) -> Tensor:
+        """What each choice of bits costs the experts of a mixture [E, choices]."""
+        gamma = self.alpha if self.gamma is None else self.gamma
+        return costs(usage, mass, errors, self.alpha, self.beta, gamma)
 
     def of_experts(self, probe: Probe, bits: Mapping[int, Sequence[int]]) -> dict[str, Statistics]:
         """The bits of every expert, where `allocate` finds them: with its linears."""

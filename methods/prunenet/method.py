@@ -46,6 +46,11 @@ def keep_logits(alpha: Tensor, noise: Tensor) -> Tensor:
     return torch.logit(noise) + alpha
 
 
+def rounded(alpha: Tensor) -> Tensor:
+    """Logits [I] of alpha as a floating-point number, which rounds to 0 and 1 and so to infinite logits."""
+    return torch.logit(torch.sigmoid(alpha))
+
+
 def divergence(alpha: Tensor) -> Tensor:
     """How far alpha, of these logits, is from indifference: the sum of -(1 - a) log a - a log(1 - a) + log 1/2."""
     a = torch.sigmoid(alpha)
@@ -101,6 +106,9 @@ class PruneNet(WeightPruner):
         Weight of `divergence` in the loss; 0 as in the authors' default, 1 as under their `--use_kld`.
     sample
         Rows are drawn, as released; False keeps the most probable ones under the same noise.
+    saturates
+        Alpha is rounded to floating-point numbers, as released: where it becomes 0 or 1 the loss is infinite. By
+        default logits are kept, whose loss is finite.
     best
         Prune by the policy of the episode with the largest total reward, which the authors store, rather than by the
         last one, with which their run goes on.
@@ -111,6 +119,7 @@ class PruneNet(WeightPruner):
     gamma: PositiveShare = 0.99
     divergence_weight: NonNegativeFloat = 0.0
     sample: bool = True
+    saturates: bool = False
     best: bool = False
 
     name: ClassVar[str] = "prunenet"
@@ -136,7 +145,7 @@ class PruneNet(WeightPruner):
         if not probe.trained:
             self.train(policy, probe)
         with torch.no_grad():
-            return {target.name: {"alpha": policy(self.seen(probe.weights(target)))} for target in probe.targets}
+            return {target.name: {"alpha": self.alpha(policy, probe.weights(target))} for target in probe.targets}
 
     def train(self, policy: Policy, probe: Probe) -> None:
         """Let the policy play its episodes: draw rows in every layer, and then one step a layer."""
@@ -148,16 +157,16 @@ class PruneNet(WeightPruner):
             for target, spectrum in zip(probe.targets, values, strict=True):
                 weight = self.seen(probe.weights(target))
                 with torch.no_grad():
-                    chance = torch.sigmoid(keep_logits(policy(weight), self.noise(target.units, rng, weight)))
+                    alpha = self.alpha(policy, probe.weights(target))
+                    chance = torch.sigmoid(keep_logits(alpha, self.noise(target.units, rng, weight)))
                 rows = sampled(chance, self.count(target, probe.budget), rng)
                 played.append((target, rows, reward(spectrum, weight[rows])))
             if (total := sum(value for _, _, value in played)) > most:
                 most, kept = total, before
             returns = discounted([value for _, _, value in played], self.gamma)
             for (target, rows, _), value in zip(played, returns, strict=True):
-                weight = self.seen(probe.weights(target))
-                alpha = policy(weight)
-                loss = policy_loss(keep_logits(alpha, self.noise(target.units, rng, weight)), rows, value)
+                alpha = self.alpha(policy, probe.weights(target))
+                loss = policy_loss(keep_logits(alpha, self.noise(target.units, rng, alpha)), rows, value)
                 if self.divergence_weight:
                     loss = loss + self.divergence_weight * divergence(alpha)
                 optimiser.zero_grad()
@@ -165,6 +174,11 @@ class PruneNet(WeightPruner):
                 optimiser.step()
         if self.best and kept is not None:
             policy.load_state_dict(kept)
+
+    def alpha(self, policy: nn.Module, weights: Mapping[str, Tensor]) -> Tensor:
+        """What the policy says of a layer's rows [I]."""
+        alpha: Tensor = policy(self.seen(weights))
+        return rounded(alpha) if self.saturates else alpha
 
     @staticmethod
     def seen(weights: Mapping[str, Tensor]) -> Tensor:

@@ -30,17 +30,20 @@ from prunelab.common.weights.quantisation import Quantiser, gptq
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Accumulator, Decision, Observation, Target, Unit, WeightSignals
 
-Importance = Literal["attention", "parts", "norm", "change", "frequency", "distance", "alike"]
+Importance = Literal["attention", "parts", "norm", "change", "frequency", "distance", "product", "cluster", "alike"]
+FEWER = ("change", "frequency")  # of which less counts more
 INNER = ("down_proj", "down")  # linears that read what an activation function gave, which no rotation passes
 
 # -- importance ------------------------------------------------------------------------------------------------------
 
 
-def parts(length: int, chosen: tuple[int, ...], of: int) -> Tensor:
-    """1 [L] in some of `of` equal parts of a sequence, 0 elsewhere; (0,) of 8 is the first eighth."""
+def parts(length: int, chosen: tuple[int, ...], of: int, rest: bool = False) -> Tensor:
+    """1 [L] in some of `of` equal parts of a sequence, 0 elsewhere; (0,) of 8 is the first eighth. rest: the last part
+    also has the tokens that division leaves over, which otherwise are in none."""
     each = length // of
-    place = torch.arange(length)
-    return torch.stack([(place >= part * each) & (place < (part + 1) * each) for part in chosen]).any(0).float()
+    part = torch.arange(length) // max(each, 1) if each else torch.full((length,), of)
+    part = part.clamp_max(of - 1) if rest else part
+    return torch.isin(part, torch.tensor(chosen)).float()
 
 
 def distance(x: Tensor) -> Tensor:
@@ -48,6 +51,23 @@ def distance(x: Tensor) -> Tensor:
     x = x.float()
     square = x.square().sum(-1)
     return square + square.mean() - 2 * (x @ x.mean(0))
+
+
+def clustered(x: Tensor, clusters: int, rounds: int) -> Tensor:
+    """Squared distance [L] of a token's state to the nearest of so many centres of all tokens' [L, D] (Lloyd's
+    algorithm from the first tokens; a centre that no token is nearest to goes to zero, as released)."""
+    x = x.float()
+    centres = x[:clusters].clone()
+    for _ in range(rounds):
+        nearest = apart(x, centres).argmin(1)
+        count = torch.bincount(nearest, minlength=len(centres)).to(x)
+        centres = torch.zeros_like(centres).index_add_(0, nearest, x) / (count + 1e-8).unsqueeze(1)
+    return apart(x, centres).amin(1)
+
+
+def apart(x: Tensor, centres: Tensor) -> Tensor:
+    """Squared distances [L, K] of states [L, D] to centres [K, D]."""
+    return x.square().sum(-1, keepdim=True) - 2 * (x @ centres.T) + centres.square().sum(-1)
 
 
 def per_query(received: Tensor, root: bool = False) -> Tensor:
@@ -80,7 +100,10 @@ def without_lowest(weights: Tensor, share: float, ones: bool) -> Tensor:
 
 def mean_one(weights: Tensor) -> Tensor:
     """Weights [L] over their mean, so that damping means what it did."""
-    return weights / weights.sum() * len(weights)
+    total = weights.sum()
+    if not float(total) > 0:
+        raise PrunelabError("rsq: no token of a sequence counts; give longer sequences or other parts of them")
+    return weights / total * len(weights)
 
 
 class WeighedFactor(InverseFactor):
@@ -112,17 +135,24 @@ class RSQ(WeightPruner):
     importance
         Of a token: `attention` it receives, `parts` of the sequence, `norm` of the layer's input, minus how far the
         layer moves it (`change`), minus its `frequency` in the calibration set, mean squared `distance` to the other
-        tokens; `alike` counts all the same.
-    low, high
-        Weights of the least and the most important token.
+        tokens, or to the nearest centre of a `cluster`; inner `product` with all tokens; `alike` counts all the same.
+    side
+        Whether `norm`, `distance`, `product` and `cluster` look at the layer's `input` or its `output`.
+    reverse
+        What would count most counts least.
+    low, high, stretch
+        Weights of the least and the most important token; without `stretch`, scores are weights.
     normalise
-        Attention over the `queries` that can see the token, over their `root`, or as it is.
+        Scores over the number of `queries` that can see the token, over their `root`, or as they are.
     scale
         Scores first `square`d, or their `root`.
     quantile, masked, truncate, bins
         Instead of the plain stretch: between these quantiles; ones but for the lowest share; zero for it; equal steps.
-    parts, of
-        Which parts of the sequence count, for `parts`: (0, 31) of 32 are the first and the last.
+    parts, of, rest
+        Which parts of the sequence count, for `parts`: (0, 31) of 32 are the first and the last. Tokens that division
+        leaves over are in none, or in the last (`rest`). The release's `first_half` is (1,) of 2 with the rest.
+    clusters, moves
+        Centres of `cluster`, and how often they move.
     expand
         Every sequence is also used cyclically shifted, so many times in all (8 in the paper's expansion).
     rotation
@@ -134,8 +164,11 @@ class RSQ(WeightPruner):
     """
 
     importance: Importance = "attention"
+    side: Literal["input", "output"] = "input"
+    reverse: bool = False
     low: NonNegativeFloat = 0.005
     high: PositiveFloat = 1.0
+    stretch: bool = True
     normalise: Literal["none", "queries", "root"] = "none"
     scale: Literal["none", "square", "root"] = "none"
     quantile: Share = 1.0
@@ -144,6 +177,9 @@ class RSQ(WeightPruner):
     bins: NonNegativeInt = 0
     parts: tuple[NonNegativeInt, ...] = (0,)
     of: PositiveInt = 8
+    rest: bool = False
+    clusters: PositiveInt = 100
+    moves: NonNegativeInt = 30
     expand: PositiveInt = 1
     rotation: Literal["hadamard", "random", "none"] = "hadamard"
     online: bool = True
@@ -167,10 +203,14 @@ class RSQ(WeightPruner):
         super().__post_init__()
         if self.low > self.high:
             raise PrunelabError("rsq: weights of tokens go from low up to high")
-        if self.quantile <= 0.5 or self.masked == 1 or self.truncate == 1 or self.bins == 1:
-            raise PrunelabError("rsq: quantile is above 0.5, masked and truncate below 1, bins 2 or more")
+        if self.quantile == 0.5 or self.masked == 1 or self.truncate == 1 or self.bins == 1:
+            raise PrunelabError("rsq: quantile is not 0.5, masked and truncate are below 1, bins 2 or more")
         if not self.parts or max(self.parts) >= self.of:
             raise PrunelabError(f"rsq: parts are numbers below of ({self.of})")
+        if self.reverse and self.importance == "norm" and self.scale == "root":
+            raise PrunelabError("rsq: norms the other way round are negative and have no root; give scale='none'")
+        if not self.stretch and (self.reverse or self.importance in (*FEWER, "product")):
+            raise PrunelabError("rsq: weights of tokens are not negative; stretch scores that can be")
 
     def quantiser(self, budget: Budget) -> Quantiser:
         """The grids under a budget of whole bits."""
@@ -204,29 +244,38 @@ class RSQ(WeightPruner):
 
     def weights(self, observed: Observation) -> Tensor:
         """The weights [L] of a sequence's tokens in a layer."""
-        scores = self.scores(observed)
-        return scores if self.importance in ("parts", "alike") else self.shaped(scores)
+        length, device = len(observed.before), observed.before.device
+        if self.importance == "parts":
+            return parts(length, self.parts, self.of, self.rest).to(device)
+        if self.importance == "alike":
+            return torch.ones(length, device=device)
+        return self.shaped(self.scores(observed).float())
 
     def scores(self, observed: Observation) -> Tensor:
-        """The importance [L] of a sequence's tokens in a layer."""
-        before, after = observed.before.float(), observed.after.float()
+        """What the importance [L] of a sequence's tokens in a layer is measured by."""
         if self.importance == "attention":
-            received = observed.attention
-            return received if self.normalise == "none" else per_query(received, self.normalise == "root")
+            return observed.attention
         if self.importance == "frequency":
-            return -observed.frequencies.float()
-        if self.importance == "parts":
-            return parts(len(before), self.parts, self.of).to(before.device)
-        if self.importance == "alike":
-            return torch.ones(len(before), device=before.device)
+            return observed.frequencies
+        before, after = observed.before.float(), observed.after.float()
+        if self.importance == "change":
+            return (before - after).norm(dim=-1)
+        seen = before if self.side == "input" else after
         if self.importance == "distance":
-            return distance(before)
-        return before.norm(dim=-1) if self.importance == "norm" else -(before - after).norm(dim=-1)
+            return distance(seen)
+        if self.importance == "cluster":
+            return clustered(seen, self.clusters, self.moves)
+        return seen.norm(dim=-1) if self.importance == "norm" else seen @ seen.sum(0)
 
     def shaped(self, scores: Tensor) -> Tensor:
-        """Weights [L] of scores."""
+        """Weights [L] of scores. Norms and products change sign before they are scaled, all others after it."""
+        sign = -1 if self.reverse != (self.importance in FEWER) else 1
+        early = self.importance in ("norm", "product")
+        scores = scores * sign if early else scores
         scores = {"none": scores, "square": scores.square(), "root": scores.clamp_min(0).sqrt()}[self.scale]
-        weights = stretched(scores, self.low, self.high, self.quantile)
+        scores = scores if early else scores * sign
+        scores = scores if self.normalise == "none" else per_query(scores, self.normalise == "root")
+        weights = stretched(scores, self.low, self.high, self.quantile) if self.stretch else scores
         if self.masked or self.truncate:
             return without_lowest(weights, self.masked or self.truncate, bool(self.masked))
         return binned(weights, self.low, self.high, self.bins) if self.bins else weights

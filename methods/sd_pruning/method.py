@@ -40,9 +40,10 @@ def wanda_scores(weight: Tensor, norm: Tensor) -> Tensor:
     return weight.abs().float() * norm.sqrt()
 
 
-def wanda_mask(scores: Tensor, ratio: float) -> Tensor:
-    """Mask of which each row lost the same number of its smallest scores."""
-    return masks.per_row(scores, Budget(int(scores.shape[1] * ratio), "removed"))
+def wanda_mask(scores: Tensor, ratio: float, spared: float = 0.0) -> Tensor:
+    """Mask of which each row lost the same number of its smallest scores, but for the `spared` smallest share."""
+    first, last = (Budget(int(scores.shape[1] * share), "removed") for share in (spared, max(spared, ratio)))
+    return masks.per_row(scores, last) | ~masks.per_row(scores, first)
 
 
 def outlier_share(scores: Sequence[Tensor], times: float) -> float:
@@ -86,6 +87,9 @@ class SDPruning(WeightPruner):
         How far a layer's share may lie from the mean of all (lambda).
     least
         Sparsity of a layer that OWL gives none or less (with `owl_wanda`).
+    spare
+        The smallest share of each matrix (of each row, with Wanda) stays, and what goes lies between it and the
+        sparsity: the release's pair of ratios, which shows what weights of a size matter. Not with OWL.
     wraps
         As released, a threshold in front of the first weight is looked for at the end of the order, so that (nearly)
         all of the matrix goes, and what is left empty is refused. By default nothing goes.
@@ -96,10 +100,16 @@ class SDPruning(WeightPruner):
     outlier: NonNegativeFloat = 7.0
     spread: NonNegativeFloat = 0.08
     least: Share = 0.01
+    spare: Share = 0.0
     wraps: bool = False
 
     name: ClassVar[str] = "sd_pruning"
     exempt = {"budget": "of each matrix as a whole, and what ties with the last weight goes, too"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spare and self.way.startswith("owl"):
+            raise PrunelabError("sd_pruning spares the smallest weights by magnitude and wanda alone, not with OWL")
 
     def way_of(self, component: str) -> Way:
         """How a component is pruned."""
@@ -148,20 +158,25 @@ class SDPruning(WeightPruner):
         )
 
     def solve(self, target: Target, signals: WeightSignals, budget: Budget) -> Decision:
-        if budget.unit != "ratio":
-            raise PrunelabError(f"sd_pruning prunes a share of each matrix, such as 0.5; it got {budget}")
+        way = self.way_of(target.component)
+        if budget.unit != "ratio" and (budget.unit != "pattern" or way.startswith("owl")):
+            raise PrunelabError(
+                f"sd_pruning prunes a share of each matrix, or without OWL a pattern (2:4), not {budget}"
+            )
         scores = self.score(target, signals)
         masks.refuse_nan(scores, target.name)
-        way = self.way_of(target.component)
+        if budget.unit == "pattern":
+            return Decision(masks.per_row(scores, budget))
         dense = budget.amounts[0] == 1  # assumption: who asks for everything gets it, whatever shares OWL finds
         ratio = 0.0 if dense else float(signals["ratio"]) if way.startswith("owl") else sparsity(budget)
         if way.endswith("wanda"):
             floored = self.least if ratio <= 0 and way == "owl_wanda" and not dense else ratio
-            return Decision(wanda_mask(scores, floored))
+            return Decision(wanda_mask(scores, floored, self.spare))
         place = int(scores.numel() * ratio) - (way == "magnitude")  # OWL's takes one weight more
         if dense or (place < 0 and not self.wraps):
             return Decision(torch.ones_like(scores, dtype=torch.bool))
-        return Decision(above(scores, place))
+        kept, spared = above(scores, place), int(scores.numel() * self.spare) - 1
+        return Decision(kept if spared < 0 else kept | (scores < scores.flatten().kthvalue(spared + 1).values))
 
 
 def sparsity(budget: Budget) -> float:

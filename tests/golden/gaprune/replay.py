@@ -40,7 +40,8 @@ def made(inputs: Mapping[str, np.ndarray]) -> GAPrune:
     return GAPrune(
         float(inputs["hp_beta"]), float(inputs["hp_compression_weight"]), post=str(inputs.get("hp_postproc", "none")),  # type: ignore[arg-type]
         temperature=float(inputs.get("hp_temperature", 1.0)), fusion_alpha=float(inputs.get("hp_fusion_alpha", 0.0)),
-        fusion_beta=float(inputs.get("hp_fusion_beta", 1.0)),
+        fusion_beta=float(inputs.get("hp_fusion_beta", 1.0)), least=float(inputs.get("hp_rho_min", 0.05)),
+        most=float(inputs.get("hp_rho_max", 0.95)),
     )  # fmt: skip
 
 

@@ -14,11 +14,12 @@ from prunelab.common.core.plan import ModelInfo, Site
 from prunelab.common.experts.role import ExpertSignals
 from prunelab.common.weights.merging import chosen_counts
 from prunelab.common.weights.targets import Observation, Routing, Target
-from prunelab.methods.mc_moe.allocation import QuantisationErrors, allocated, costs, fake_quantised, router_mass
+from prunelab.methods.mc_moe.allocation import QuantisationErrors, allocated, fake_quantised, router_mass
 from prunelab.methods.mc_moe.method import MixtureCompressor, OnlineDynamicPruning
 
 TOLERANCE = {"out_quant_loss": (1e-4, 1e-4), "out_": (1e-5, 1e-5)}
 TOP, BITS = 2, (1, 2, 3)
+EXPONENTS = {"in_alpha": "alpha", "in_beta": "beta"}  # where a case says so; the release's `gama` has no effect
 
 
 def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
@@ -39,7 +40,7 @@ def expert(a: Mapping[str, Tensor], e: int, x: Tensor) -> Tensor:
 def routed(a: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, the chosen experts, and their weights in the layer."""
     logits = linear(x, a["in_gate_weight"])
-    weights, chosen = logits.softmax(-1).topk(TOP)
+    weights, chosen = logits.softmax(-1).topk(int(a.get("in_top_k", torch.tensor(TOP))))
     return logits, chosen, weights / weights.sum(-1, keepdim=True)
 
 
@@ -52,13 +53,14 @@ def mixture(a: Mapping[str, Tensor], x: Tensor, chosen: Tensor, weights: Tensor)
 
 
 def allocation(a: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
-    method, out = MixtureCompressor(), {}
+    given = {ours: round(float(a[theirs]), 6) for theirs, ours in EXPONENTS.items() if theirs in a}
+    choices = tuple(a["in_x_space"].tolist()) if "in_x_space" in a else BITS
+    method, out = MixtureCompressor(choices=choices, **given), {}
     for name in wanted:
         total = int(name.rpartition("_")[2])
         layers = zip(a["in_act_frequency"], a["in_act_weight"], a["in_quant_loss"], strict=True)
         out[name] = torch.tensor([
-            allocated(costs(f, w, e, method.alpha, method.beta, method.gamma), method.choices, total, method.least_one)
-            for f, w, e in layers
+            allocated(method.cost(f, w, e), method.choices, total, method.least_one) for f, w, e in layers
         ])  # fmt: skip
     return out
 
@@ -75,11 +77,12 @@ def losses(a: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return linear(silu(gate) * up, last)
 
     routing = Routing(x, logits, chosen, gates, x, lambda e, tokens: expert(scaled, e, tokens), computed)
-    errors = QuantisationErrors(Target("experts", "m", 0, "experts", (len(down),)), BITS, group=128, batch=8)
+    group = int(a.get("in_groupsize", torch.tensor(MixtureCompressor().group)))
+    errors = QuantisationErrors(Target("experts", "m", 0, "experts", (len(down),)), BITS, group=group, batch=8)
     errors.update(Observation(x, {"gate_up": gate_up, "down": down}, x, x, x, routing))
     out = {"out_quant_loss": errors.value()}
     first = scaled["in_w1"][0][:16]
-    return out | {f"out_w1e0_rows16_q{bits}": fake_quantised(first, bits, 128) for bits in BITS}
+    return out | {f"out_w1e0_rows16_q{bits}": fake_quantised(first, bits, group) for bits in BITS}
 
 
 def statistics(a: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from prunelab.methods.prunenet.method import (
     keep_logits,
     policy_loss,
     reward,
+    rounded,
 )  # fmt: skip
 
 TOLERANCE = {"": (1e-5, 1e-4)}
@@ -29,9 +30,9 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     policy = Policy(*weight.shape)
     names = {"proj.weight": "proj_weight", "proj.bias": "proj_bias", "row_sparsities": "row_sparsities"}
     policy.load_state_dict({name: torch.from_numpy(inputs[f"in_{array}"]) for name, array in names.items()})
-    method = PruneNet()
+    method = PruneNet(gamma=float(inputs.get("in_gamma", PruneNet.gamma)))
     with torch.no_grad():
-        alpha = policy(weight)
+        alpha = rounded(policy(weight))  # infinite where the release's is
         chance = keep_logits(alpha, torch.from_numpy(inputs["in_eps"]))
     rows, most = torch.from_numpy(inputs["in_sampled_rows"]), torch.from_numpy(inputs["in_topk_rows"])
     values = torch.linalg.svdvals(weight)

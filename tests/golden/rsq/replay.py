@@ -17,7 +17,13 @@ from tests.golden.gptq.replay import measured, target_of
 TOLERANCE = {"quantile": (1e-4, 1e-4), "out_H": (1e-4, 1e-4), "out_quant_weight": (1e-4, 1e-4), "out_": (1e-5, 1e-5)}
 STRATEGIES = {
     "attncon": "attention", "actnorm": "norm", "actdiff": "change", "tokensim": "distance", "tokenfreq": "frequency",
+    "dot": "product", "cluster": "cluster",
 }  # fmt: skip
+HALVES = {"first_half": 1, "second_half": 0}  # the half that the release's names leave out is the other one
+SOLVER = {
+    "in_groupsize": "group", "in_blocksize": "width", "in_sym": "symmetric", "in_norm": "power", "in_grid": "steps",
+    "in_maxshrink": "shrink", "in_tries": "tries",
+}  # fmt: skip  # where a case says so
 
 
 def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -> dict[str, np.ndarray]:
@@ -36,19 +42,24 @@ def importance(a: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> dict[str
 
 def options(name: str) -> dict[str, Any]:
     """The options that make an output of this name."""
+    if half := re.search(r"(first|second)_half", name):
+        return {"importance": "parts", "parts": (HALVES[half[0]],), "of": 2, "rest": half[1] == "first"}
     if match := re.search(r"first(?:last)?n_(\d+(?:_\d+)*)$", name):
         *chosen, of = map(int, match[1].split("_"))
         return {"importance": "parts", "parts": tuple(chosen), "of": of}
     strategy = next(s for s in STRATEGIES if f"_{s}" in name)
-    found: dict[str, Any] = {"importance": STRATEGIES[strategy]}
-    for option, how in (("quantile", "quantile"), ("truncate", "truncate"), ("masking", "masked"), ("bins", "bins")):
-        if match := re.search(rf"_{option}(\d+(?:p\d+)?)", name):
-            found[how] = int(match[1]) if how == "bins" else float(match[1].replace("p", "."))
-    for ending, how in (("linear", {"normalise": "queries"}), ("sqrt", {"normalise": "root"}),
-                        ("square", {"scale": "square"})):  # fmt: skip
-        if name.endswith(f"_{ending}"):
-            found |= how
-    return found
+    chosen_options: dict[str, Any] = {"importance": STRATEGIES[strategy]}
+    for option, how in (("quantile", "quantile"), ("truncate", "truncate"), ("masking", "masked"), ("bins", "bins"),
+                        ("cluster", "clusters")):  # fmt: skip
+        if match := re.search(rf"_{option}_?(\d+(?:p\d+)?)", name):
+            number = float(match[1].replace("p", "."))
+            chosen_options[how] = int(number) if how in ("bins", "clusters") else number
+    for word, how in (("linear", {"normalise": "queries"}), ("sqrt", {"normalise": "root"}),
+                      ("square", {"scale": "square"}), ("scalesqrt", {"scale": "root"}), ("raw", {"stretch": False}),
+                      ("output", {"side": "output"}), ("reverse", {"reverse": True})):  # fmt: skip
+        if re.search(rf"_{word}(?:_|$)", name):
+            chosen_options |= how
+    return chosen_options
 
 
 class Given(RSQ):
@@ -60,9 +71,11 @@ class Given(RSQ):
 
 def solved(a: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     weighed = bool(a["in_weighted"])
+    given: dict[str, Any] = {ours: a[theirs].item() for theirs, ours in SOLVER.items() if theirs in a}
+    given |= {"group": max(given["group"], 0)} if "group" in given else {}
     method = (Given if weighed else RSQ)(
         importance="alike", rotation="none", search=bool(a["in_mse_clip"]), act_order=bool(a["in_act_order"]),
-        damping=round(float(a["in_percdamp"]), 6),
+        damping=round(float(a["in_percdamp"]), 6), **given,
     )  # fmt: skip
     weight = a["in_weight"]
     found, hessian = measured(method, weight, a["in_inputs"], a["in_token_weights"] if weighed else None)

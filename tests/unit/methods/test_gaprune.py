@@ -88,3 +88,22 @@ def test_bad_input_is_named():
         prune(GAPrune(), language_model(), (0.5, 0.5, 0.5), CORPORA, objective="contrastive", progress=False)
     with pytest.raises(PrunelabError, match="gaprune: beta"):
         GAPrune(beta=-1.0)
+
+
+def test_what_counts_as_not_given_is_as_released():
+    score = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(processed(score, "zscore_sigmoid", 0.0), processed(score, "zscore_sigmoid", 1.0))
+    assert torch.equal(processed(score, "zscore_sigmoid", -3.0), processed(score, "zscore_sigmoid", 1e-6))
+    weight, fisher = score + 1, score.abs()
+    assert torch.equal(GAPrune(fusion_beta=0.0).fused(score, weight, fisher), score)
+    assert torch.equal(
+        GAPrune(fusion_beta=0.0, fusion_alpha=2.0).fused(score, weight, fisher), 2 * fisher * weight.abs() + score
+    )
+
+
+def test_shares_of_layers_have_bounds():
+    scores = [torch.rand(10), torch.rand(10)]
+    kept = GAPrune(least=0.4, most=0.6).uniformly([0, 1], scores, 2)
+    assert [int((~mask).sum()) for mask in kept] == [4, 4]
+    kept = GAPrune(least=0.0, most=0.3).uniformly([0, 1], scores, 18)
+    assert [int((~mask).sum()) for mask in kept] == [3, 3]

@@ -193,3 +193,11 @@ def test_whole_mixtures_have_two_bits_or_four():
     model = language_model("mixtral", num_hidden_layers=4)
     found = bits_of(prune(MixtureCompressor(group=8, worth="blocks"), model, "2.5bits", token_ids(), progress=False))
     assert sorted(bits[0] for bits in found.values()) == [2, 2, 2, 4]
+
+
+def test_the_error_has_the_exponent_of_usage_where_it_has_none_of_its_own():
+    g = torch.Generator().manual_seed(0)
+    usage, mass, errors = torch.rand(4, generator=g), torch.rand(4, generator=g), torch.rand(4, 3, generator=g)
+    released = MixtureCompressor(alpha=2.0).cost(usage, mass, errors)
+    assert torch.equal(released, costs(usage, mass, errors, 2.0, 1.5, 2.0))
+    assert torch.equal(MixtureCompressor(gamma=2.0).cost(usage, mass, errors), costs(usage, mass, errors, 1, 1.5, 2.0))

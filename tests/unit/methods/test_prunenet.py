@@ -16,6 +16,7 @@ from prunelab.methods.prunenet.method import (
     keep_logits,
     kolmogorov_smirnov,
     reward,
+    rounded,
 )
 from tests.contract.references import language_model
 
@@ -96,3 +97,15 @@ def test_large_weights_do_not_break_the_policy():
             layer.mlp.gate_proj.weight.mul_(1e3)
     plan = prune(PruneNet(episodes=4, divergence_weight=1.0), model, 0.5, progress=False)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in plan.learned.values())
+
+
+def test_rounded_probabilities_have_the_released_infinite_loss():
+    alpha = torch.tensor([200.0, -200.0, 0.3])
+    assert torch.isinf(rounded(alpha)[:2]).all() and float(rounded(alpha)[2]) == pytest.approx(0.3, rel=1e-5)
+    assert torch.isinf(divergence(rounded(alpha))) and torch.isfinite(divergence(alpha))
+    plans = [
+        prune(PruneNet(episodes=1, saturates=r, sample=False), language_model(), 0.5, progress=False)
+        for r in (False, True)
+    ]
+    first, second = ([d.mask for _, d in plan.decisions()] for plan in plans)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "nothing rounds here"

@@ -11,6 +11,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import WeightPlan, prune
 from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.hadamard import hadamard, order, random_hadamard, turn
+from prunelab.common.weights.targets import Observation
 from prunelab.methods.rsq.method import RSQ, distance, mean_one, parts, stretched, without_lowest
 from tests.contract.families import WEIGHT_FAMILIES
 from tests.contract.references import language_model, token_ids
@@ -99,10 +100,45 @@ def test_edges_of_the_importance():
 
 
 def test_what_it_cannot_do_is_refused():
-    for options in ({"low": 2}, {"quantile": 0.4}, {"masked": 1}, {"bins": 1}, {"parts": (8,)}, {"expand": 0}):
+    for options in ({"low": 2}, {"quantile": 0.5}, {"masked": 1}, {"bins": 1}, {"parts": (8,)}, {"expand": 0}):
         with pytest.raises(PrunelabError, match="rsq"):
             RSQ(**options)
     with pytest.raises(PrunelabError, match="rotation='none'"):
         prune(RSQ(), WEIGHT_FAMILIES["gpt2"](), "3bits", token_ids(), progress=False)
     with pytest.raises(PrunelabError, match="2 or more bits"):
         prune(RSQ(), language_model(), "1bits", token_ids(), progress=False)
+
+
+def test_every_part_of_a_sequence_counts_once_and_the_rest_where_it_is_asked_for():
+    assert parts(7, (1,), 2).tolist() == [0, 0, 0, 1, 1, 1, 0] and parts(7, (1,), 2, rest=True)[-1] == 1
+    assert parts(3, (0,), 8).sum() == 0, "parts of no token"
+    with pytest.raises(PrunelabError, match="no token of a sequence counts"):
+        mean_one(parts(3, (0,), 8))
+
+
+@pytest.mark.parametrize("importance", ["norm", "change", "frequency", "distance", "product", "cluster", "attention"])
+def test_importance_can_be_reversed_and_is_scaled_before_or_after_its_sign(importance):
+    g = torch.Generator().manual_seed(0)
+    before, after = torch.randn(12, 5, generator=g), torch.randn(12, 5, generator=g)
+    counts, received = torch.arange(1, 13).float(), torch.rand(12, generator=g) + 0.1
+    seen = Observation(before, {}, before, after, counts, attend=lambda: received, count=lambda: counts)
+    kinds = {name: RSQ(importance=importance, clusters=3, **options) for name, options in
+             {"plain": {}, "reverse": {"reverse": True}, "square": {"scale": "square"}}.items()}  # fmt: skip
+    plain, reverse, square = (method.weights(seen) for method in kinds.values())
+    assert torch.equal(plain.argsort(), reverse.argsort(descending=True)) and not torch.equal(plain, square)
+    if importance != "product":  # whose squares lose the sign
+        assert torch.equal(plain.argsort(), square.argsort())
+    if importance in ("norm", "distance", "product", "cluster"):
+        assert not torch.equal(plain, RSQ(importance=importance, clusters=3, side="output").weights(seen))
+    other = RSQ(importance=importance, clusters=3, normalise="queries", quantile=0.9).weights(seen)
+    assert other.min() >= 0.005 and other.max() <= 1
+
+
+def test_options_that_would_give_no_weights_are_refused():
+    for options, match in (
+        ({"importance": "norm", "reverse": True, "scale": "root"}, "have no root"),
+        ({"importance": "change", "stretch": False}, "not negative"),
+        ({"quantile": 0.5}, "not 0.5"),
+    ):
+        with pytest.raises(PrunelabError, match=match):
+            RSQ(**options)

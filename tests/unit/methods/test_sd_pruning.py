@@ -11,7 +11,14 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import WeightPlan, prune
 from prunelab.methods.sd_pruning import tables
-from prunelab.methods.sd_pruning.method import SDPruning, above, keep_ratios, outlier_share, signal_to_noise
+from prunelab.methods.sd_pruning.method import (
+    SDPruning,
+    above,
+    keep_ratios,
+    outlier_share,
+    signal_to_noise,
+    wanda_mask,
+)
 from tests.contract.references import language_model, token_ids
 
 
@@ -94,7 +101,7 @@ def test_shares_follow_outliers_and_have_the_asked_mean():
 
 def test_budgets_are_shares():
     with pytest.raises(PrunelabError, match="prunes a share"):
-        prune(SDPruning(), language_model(), "2:4", progress=False)
+        prune(SDPruning(), language_model(), "8count", progress=False)
 
 
 def test_the_headline_is_met():
@@ -113,3 +120,26 @@ def test_linears_of_the_published_components_are_counted():
     sizes = [m.weight.numel() for m in unet.modules() if isinstance(m, nn.Linear)]
     assert {size: sizes.count(size) for size in sizes} == tables.unet_linears()
     assert sum(p.numel() for p in unet.parameters()) == tables.PARAMETERS["unet"]
+
+
+def test_the_smallest_weights_can_be_spared_and_patterns_kept():
+    def gone(method, budget):
+        torch.manual_seed(0)
+        model = Denoiser()
+        before = {n: w.clone() for n, w in model.state_dict().items()}
+        prune(method, model, budget, progress=False)
+        return {n: (w == 0) & (before[n] != 0) for n, w in model.state_dict().items()}, before
+
+    masks, before = gone(SDPruning(spare=0.25), 0.5)
+    size, sizes = before["time.weight"].abs(), before["time.weight"].abs().flatten().sort().values
+    # As released, the pair of thresholds are the weights at both places, and both go.
+    assert torch.equal(masks["time.weight"], (size >= sizes[8 - 1]) & (size <= sizes[16 - 1]))
+    model = language_model()
+    prune(SDPruning(), model, "2:4", progress=False)
+    assert bool((model.model.layers[0].mlp.up_proj.weight.unflatten(1, (-1, 4)) == 0).sum(-1).eq(2).all())
+    with pytest.raises(PrunelabError, match="not with OWL"):
+        SDPruning(way="owl_wanda", spare=0.1)
+    with pytest.raises(PrunelabError, match="without OWL a pattern"):
+        prune(SDPruning(way="owl_magnitude"), language_model(), "2:4", token_ids(), progress=False)
+    scores = torch.arange(12.0).view(2, 6)
+    assert wanda_mask(scores, 0.5, 1 / 3).tolist() == [[True, True, False, True, True, True]] * 2
