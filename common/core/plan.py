@@ -180,7 +180,7 @@ class Mix:
 
     def narrow(self, outputs: int) -> Mix:
         """See `Gather.narrow`."""
-        return replace(self, target=self.target.clamp(max=outputs - 1), outputs=outputs)
+        return Mix(self.target.clamp(max=outputs - 1), self.source, self.weight, outputs, self.valid)
 
     @classmethod
     def from_matrix(cls, matrix: Tensor) -> Mix:
@@ -189,6 +189,34 @@ class Mix:
         target = torch.arange(outputs, device=matrix.device).repeat_interleave(units)
         source = torch.arange(units, device=matrix.device).repeat(outputs)
         return cls(target.expand(batch, -1), source.expand(batch, -1), matrix.reshape(batch, -1), outputs)
+
+
+@dataclass(frozen=True)
+class Squares(Mix):
+    """Means of squares of `side` units of maps (rows, columns) of equal size that lie one after the other behind
+    `first` units that stay as they are: a `Mix` that pools in place of looking entries up.
+
+    grid: of one map. made: the entries that this holds of; with others in their place it is any mixture.
+    """
+
+    grid: tuple[int, int] = (0, 0)
+    side: int = 1
+    first: int = 0
+    made: tuple[Tensor, ...] = ()
+
+    def of_batch(self, batch: int, device: torch.device) -> Squares:
+        """The same for so many samples, on a device."""
+        made = tuple(part.expand(batch, -1).to(device) for part in self.made)
+        return replace(self, target=made[0], source=made[1], weight=made[2], made=made)
+
+    def _apply(self, x: Tensor) -> Tensor:
+        own = (self.target, self.source, self.weight)
+        if any(now is not before for now, before in zip(own, self.made, strict=True)):
+            return super()._apply(x)
+        batch, width = len(x), x.shape[-1]
+        maps = x[:, self.first :].reshape(-1, *self.grid, width).permute(0, 3, 1, 2)
+        pooled = torch.nn.functional.avg_pool2d(maps, self.side).permute(0, 2, 3, 1).reshape(batch, -1, width)
+        return torch.cat([x[:, : self.first], pooled], 1) if self.first else pooled
 
 
 Reduction = Gather | Mix

@@ -11,6 +11,8 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.plan import Gather, Mix, take
 
+MANY = 2048  # scores, from which on a partial sort of longer keys is faster than a whole one
+
 
 def descending(scores: Tensor) -> Tensor:
     """Positions [..., N] from the best score to the worst; equal scores keep their order."""
@@ -18,8 +20,17 @@ def descending(scores: Tensor) -> Tensor:
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, None]:
-    """The k best positions [..., K] of scores [..., N], in ascending order; ties go to the earlier position."""
-    return descending(scores)[..., :k].sort(-1).values, None
+    """The k best positions [..., K] of scores [..., N], in ascending order; ties go to the earlier position.
+
+    Of many float32 scores the best are picked by whole numbers that no two positions share, which needs no sort of
+    all: the scores' bits in their order, and below them the position."""
+    if scores.numel() < MANY or scores.dtype != torch.float32 or scores.device.type == "meta":
+        return descending(scores)[..., :k].sort(-1).values, None
+    bits = (scores.detach() + 0.0).view(torch.int32)  # -0.0 becomes 0.0, its equal
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32
+    earlier = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    best = (ordered | earlier).topk(min(k, scores.shape[-1]), dim=-1, sorted=False).indices
+    return best.sort(-1).values, None
 
 
 def top_k_of_parts(scores: Tensor, parts: int, k: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -36,9 +37,11 @@ def split(total: int, alpha: float, patches: int, crops: int) -> tuple[int, int]
     return full, min(total - full, (crops - 1) * patches)
 
 
+@lru_cache(maxsize=64)
 def regions(grid: tuple[int, int], crops: int, mosaic: tuple[int, int] | None, how: Regions) -> Tensor:
     """The crop [N], from 0, that each patch of the thumbnail speaks for: the one that covers it (`crops`), or, as
-    released, consecutive runs of patches in raster order, whatever the crops cover (`rows`)."""
+    released, consecutive runs of patches in raster order, whatever the crops cover (`rows`). Made once for its
+    sizes."""
     height, width = grid
     indices = torch.arange(height * width)
     if how == "rows" or mosaic is None:
@@ -125,12 +128,12 @@ class HiRED(TokenPruner):
             )
         if late.device.type == "meta":  # what rounding leaves is in the values
             return Gather(torch.arange(full + rest, device=late.device).expand(len(late), -1))
-        shares = late.new_full((len(late), crops), full, dtype=torch.long)
+        shares = late.new_zeros(len(late), crops, dtype=torch.long)
+        shares[:, 0] = full
         if rest:
-            region = regions(signals.grids[0], crops - 1, signals.mosaic, self.regions)
+            with torch.device("cpu"):
+                region = regions(signals.grids[0], crops - 1, signals.mosaic, self.regions)
             shares[:, 1:] = crop_budgets(early[:, 0], region, crops - 1, marked, rest)
-        else:
-            shares[:, 1:] = 0
         first = torch.arange(patches, device=late.device) < shares.unsqueeze(-1)  # of the order, as many as a crop has
         stays = torch.zeros_like(first).scatter(-1, selection.descending(late), first)
         return signals.keep(mask=stays.flatten(1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
-from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site
+from prunelab.common.core.plan import Gather, Mix, ModelInfo, Plan, Site, Squares
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
 
@@ -27,15 +28,21 @@ def kernel(units: int, scale: int) -> int:
     return max(1, math.isqrt(units // scale))
 
 
-def squares(grid: tuple[int, int], side: int) -> tuple[Mix, Tensor]:
-    """The means of all whole squares of a map (height, width), in rows, as a mixture of batch 1, and the row and column
-    [K, 2] of each. Rows and columns behind the last whole square are left out (average pooling without padding)."""
+@lru_cache(maxsize=32)
+def squares(grid: tuple[int, int], side: int, maps: int = 1, first: int = 0) -> tuple[Squares, Tensor]:
+    """The means of all whole squares of maps (height, width), in rows, as a mixture of batch 1 behind `first` tokens
+    that stay, and the map, row and column [K, 3] of each (-1 of those that stay). Rows and columns behind the last
+    whole square are left out (average pooling without padding). A matter of sizes alone, it is made once."""
     rows, columns = grid[0] // side, grid[1] // side
     row, column = torch.arange(rows * side).unsqueeze(1), torch.arange(columns * side)
-    target = (row // side * columns + column // side).view(1, -1)
-    source = (row * grid[1] + column).view(1, -1)
-    place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    return Mix(target, source, torch.full(target.shape, 1 / side**2), rows * columns), place
+    target = (row // side * columns + column // side).view(1, -1).expand(maps, -1)
+    source = (row * grid[1] + column).view(1, -1).expand(maps, -1)
+    of_one = Mix(target, source, torch.full(target.shape, 1 / side**2), rows * columns)
+    mix = selection.behind(selection.of_crops(of_one, maps, grid[0] * grid[1]), first)
+    place = torch.cartesian_prod(torch.arange(maps), torch.arange(rows), torch.arange(columns))
+    place = torch.nn.functional.pad(place, (0, 0, first, 0), value=-1)
+    made = (mix.target, mix.source, mix.weight)
+    return Squares(*made, mix.outputs, grid=grid, side=side, first=first, made=made), place
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,7 @@ class M3(TokenPruner):
         if side == 1:
             return Plan(Gather(torch.arange(total, device=device).expand(batch, -1)), positions="renumber")
         with torch.device("cpu"):  # costs are counted where values are not known, but these depend on sizes alone
-            mix, place = squares(grid, side)
-            target, source, weight = (part.expand(batch * crops, -1) for part in (mix.target, mix.source, mix.weight))
-            of_crops = selection.of_crops(Mix(target, source, weight, mix.outputs), crops, units)
-            mix = selection.behind(of_crops, special)
-            layout = torch.cat([torch.cat([torch.full((len(place), 1), crop), place], 1) for crop in range(crops)])
-            layout = torch.nn.functional.pad(layout, (0, 0, special, 0), value=-1).expand(batch, -1, -1)
-        target, source, weight = (part.to(device) for part in (mix.target, mix.source, mix.weight))
+            mix, place = squares(grid, side, crops, special)
+        layout = place.expand(batch, -1, -1)
         layout = layout if device.type == "meta" else layout.to(device)
-        return Plan(Mix(target, source, weight, mix.outputs), layout, positions="renumber")
+        return Plan(mix.of_batch(batch, device), layout, positions="renumber")

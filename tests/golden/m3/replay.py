@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from prunelab.common.core.plan import Mix
 from prunelab.methods.m3.method import kernel, squares
 
 TOLERANCE = {"": (1e-6, 1e-6)}
@@ -21,6 +20,5 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     found = {}
     for scale in inputs["in_scales"].tolist():
         mix, _ = squares((side, side), kernel(units, scale))
-        target, source, weight = (part.expand(len(features), -1) for part in (mix.target, mix.source, mix.weight))
-        found[f"out_scale_{scale}"] = Mix(target, source, weight, mix.outputs).apply(features).numpy()
+        found[f"out_scale_{scale}"] = mix.of_batch(len(features), features.device).apply(features).numpy()
     return found

@@ -54,6 +54,19 @@ def test_budget_of_a_site():
         Budget((0.9, 0.8)).at(2)
 
 
+@pytest.mark.parametrize("values", ["apart", "alike", "without bound"])
+@pytest.mark.parametrize("shape", [(selection.MANY,), (5, 576), (2, 3, 1000)])
+def test_the_best_of_many_are_those_of_a_whole_sort(values, shape):
+    scores = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    if values == "alike":
+        scores = scores.round()
+    if values == "without bound":
+        scores = torch.where(scores.abs() > 1, scores * float("inf"), torch.where(scores > 0, 0.0, -0.0))
+    for k in (0, 1, 100, shape[-1], shape[-1] + 5):
+        wanted = selection.descending(scores)[..., :k].sort(-1).values
+        assert torch.equal(selection.top_k(scores, k)[0], wanted)
+
+
 @fast
 @given(n=st.integers(1, 12), k=st.integers(0, 12), seed=st.integers(0, 9))
 def test_gather_is_its_matrix(n, k, seed):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def test_any_map_is_pooled_as_torch_does(grid, side):
     mix, place = squares(grid, side)
     want = torch.nn.functional.avg_pool2d(x.transpose(1, 2).unflatten(2, grid), side)
     assert torch.allclose(mix.apply(x), want.flatten(2).transpose(1, 2), atol=1e-6)
-    assert place.tolist() == [[r, c] for r in range(want.shape[2]) for c in range(want.shape[3])]
+    assert place.tolist() == [[0, r, c] for r in range(want.shape[2]) for c in range(want.shape[3])]
 
 
 @torch.no_grad()
@@ -43,9 +45,8 @@ def test_a_model_reads_the_pooled_features():
         model(**given)
         first.remove()
     dense, pooled = seen  # 3 words, 16 visual tokens, 4 words
-    want = squares((4, 4), 2)[0]
-    parts = type(want)(*(part.expand(2, -1) for part in (want.target, want.source, want.weight)), want.outputs)
-    assert torch.allclose(pooled[:, 3:7], parts.apply(dense[:, 3:19]), atol=1e-5)
+    want = squares((4, 4), 2)[0].of_batch(2, dense.device)
+    assert torch.allclose(pooled[:, 3:7], want.apply(dense[:, 3:19]), atol=1e-5)
     assert torch.equal(pooled[:, :3], dense[:, :3]) and torch.equal(pooled[:, 7:], dense[:, 19:])
 
 
@@ -54,3 +55,18 @@ def test_a_crop_keeps_one_token_at_least():
     model, given = vlm("llava"), prompt("llava", images("llava", 1))
     with apply(M3(), model, "0count"):
         assert model(**given).logits.shape[1] == given["input_ids"].shape[1] - 15
+
+
+def test_maps_behind_tokens_that_stay_pool_as_their_entries_say():
+    mix, place = squares((4, 6), 2, maps=3, first=2)
+    x = torch.randn(2, 2 + 3 * 24, 5)
+    pooled = mix.of_batch(2, x.device).apply(x)
+    assert torch.allclose(pooled, mix.matrix(x.shape[1]) @ x, atol=1e-6)
+    assert torch.equal(pooled[:, :2], x[:, :2])
+    assert place[:2].eq(-1).all() and place[2:].amax(0).tolist() == [2, 1, 2]
+
+
+def test_squares_with_other_weights_are_any_mixture():
+    mix = squares((4, 4), 2)[0].of_batch(1, torch.device("cpu"))
+    x = torch.randn(1, 16, 3)
+    assert torch.allclose(replace(mix, weight=2 * mix.weight).apply(x), 2 * mix.apply(x), atol=1e-6)
