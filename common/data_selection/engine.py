@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,9 +20,10 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import unwritable
 from prunelab.common.core.hooks import after, before, claimed, run_all
 from prunelab.common.core.method import Method
-from prunelab.common.data_selection import signals
-from prunelab.common.data_selection.examples import Examples, JsonLines, checked_texts, collate
+from prunelab.common.data_selection import reading, signals
+from prunelab.common.data_selection.examples import Examples, JsonLines, Rows, checked_texts, collate
 from prunelab.common.data_selection.losses import IGNORED, counted, weighted_loss
+from prunelab.common.data_selection.reading import Look, Lost
 from prunelab.common.data_selection.role import DataPlan, DataSelector
 from prunelab.common.data_selection.signals import WEIGHT, Batch, Forward
 
@@ -47,11 +48,10 @@ class Selected:
 
     def __iter__(self) -> Iterator[Any]:
         kept = set(self.indices)
-        rows = self.source.rows() if isinstance(self.source, JsonLines) else self.source
-        return (self._sample(place, row) for place, row in enumerate(rows) if place in kept)
+        return (self._sample(place, row) for place, row in enumerate(_rows(self.source)) if place in kept)
 
     def __getitem__(self, index: int) -> Any:
-        if not isinstance(self.source, Sequence | Tensor):
+        if not hasattr(self.source, "__getitem__"):
             raise PrunelabError("samples of a file are read one after the other; make a list of them first")
         place = self.indices[index]
         return self._sample(place, self.source[place])
@@ -93,6 +93,32 @@ class Selected:
             lines.append(f"tokens     {int(self.plan.tokens[self.indices].sum()):,} enter the loss")
         return "\n".join(lines)
 
+    def report(self, tokenizer: Any = None) -> str:
+        """What stays in numbers, and the first samples that go or lose tokens, to read; `tokenizer` turns tokens into
+        text."""
+        return "\n".join((str(self), *reading.lines(list(self._lost()), tokenizer)))
+
+    def _lost(self) -> Iterator[Lost]:
+        kept, missing = set(self.indices), {False: reading.SHOWN, True: reading.SHOWN}
+        for place, row in enumerate(_rows(self.source)):
+            stays = place in kept
+            if not missing[stays] or (stays and self.plan.tokens is None):
+                continue
+            missing[stays] -= 1
+            where = f"sample {place}"
+            if isinstance(row, str) or (isinstance(row, Mapping) and "input_ids" not in row):
+                yield Lost(where, reading.words(row))
+                continue
+            sample = collate([row])
+            trained = counted(sample["labels"])[0]
+            tokens = self.plan.tokens[place, : len(trained)].cpu() if stays and self.plan.tokens is not None else None
+            yield Lost(where, sample["input_ids"][0], trained, tokens)
+
+
+def _rows(source: Any) -> Iterable[Any]:
+    rows: Iterable[Any] = source.rows() if isinstance(source, JsonLines | Rows) else source
+    return rows
+
 
 def select(
     method: Method,
@@ -112,7 +138,8 @@ def select(
     Parameters
     ----------
     data
-        Texts, `JsonLines`, or tokenised samples (token ids, or mappings as the model takes them).
+        Texts, a file (`corpus`: JSON lines or Parquet), rows with a field `text` (a list, a `datasets.Dataset`, or
+        `Rows` for another field), or tokenised samples (token ids, or mappings as the model takes them).
     budget
         One amount, or two, for samples and for tokens.
     model, tokenizer
@@ -158,7 +185,7 @@ def select(
     nothing = not indices or (plan.tokens is not None and not bool(plan.tokens[indices].any()))
     if nothing:
         raise PrunelabError(f"{selector.name} would keep nothing of {size} samples under {budget}; keep more")
-    source = data if texts is None or isinstance(data, JsonLines) else texts
+    source = data if texts is None else texts
     if texts is not None and (plan.tokens is not None or plan.weight is not None):
         pairs = zip(columns["input_ids"], columns["attention_mask"])
         source = [ids[mask.bool()] for ids, mask in pairs]  # what was decided on tokens holds for these tokens
@@ -181,11 +208,16 @@ def _checked(method: Method, budget: Budget | float | str | Sequence[float], whe
 
 def _texts(data: Iterable[Any]) -> tuple[Iterable[str] | None, Iterable[Any] | None]:
     """The data as texts, or as tokenised samples."""
-    if isinstance(data, JsonLines | str) or (isinstance(data, Sequence) and data and isinstance(data[0], str)):
+    if isinstance(data, JsonLines | Rows | str):
         return checked_texts(data), None
-    if not isinstance(data, Sequence | Tensor) or not len(data):
-        raise PrunelabError("training data are a list of texts or samples that is not empty, or a JsonLines file")
-    return None, data
+    if not (isinstance(data, Sized) and len(data) and hasattr(data, "__getitem__")):
+        raise PrunelabError(
+            "training data are texts or samples in a list or a datasets.Dataset that is not empty, or a file (corpus)"
+        )
+    first = data[0]
+    if isinstance(first, Mapping) and "input_ids" not in first and isinstance(first.get("text"), str):
+        return Rows(data), None
+    return (checked_texts(data), None) if isinstance(first, str) else (None, data)
 
 
 def _corpus(texts: Iterable[str]) -> Examples:
@@ -279,9 +311,11 @@ class Handle:
     tokens: Tensor | int = 0
     kept_tokens: Tensor | int = 0
     broken: list[Tensor] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)  # the first batches, and the last
 
-    def report(self) -> str:
-        """Shares of samples and tokens that entered the loss."""
+    def report(self, tokenizer: Any = None) -> str:
+        """Shares of samples and tokens that entered the loss, and of the first batches and the last a sample that went
+        and one that lost tokens, to read; `tokenizer` turns tokens into text."""
         if not self.batches:
             raise PrunelabError(
                 f"{self.method.name} has seen no batch; train the model with `labels` among its inputs inside the block"
@@ -291,6 +325,7 @@ class Handle:
             f"batches    {self.batches:,}",
             f"samples    {self.kept_samples:,} of {self.samples:,}",
             f"tokens     {int(self.kept_tokens):,} of {int(self.tokens):,} entered the loss",
+            *reading.lines([one for look in self.looks for one in look.examples()], tokenizer),
         ))  # fmt: skip
 
     def refuse_broken(self) -> None:
@@ -302,11 +337,31 @@ class Handle:
             )
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """What the tokens of a pass count: a weight of the method's own, None for 1, and by how much the tokens of the
+    batch outnumber those that stay."""
+
+    own: Tensor | None
+    labels: Tensor
+    share: Tensor
+
+    def weigh(self, output: Any) -> None:
+        """Let an output's loss have the weights. TRL's trainer asks for logarithms of probabilities, which it sums
+        itself and divides by the tokens of the whole batch."""
+        own = self.own if self.own is None or self.own.dim() == 2 else self.own[:, None]
+        if getattr(output, "log_probs", None) is not None:
+            factor = self.share if own is None else self.share * (own[:, 1:] if own.shape[1] > 1 else own)
+            output.log_probs = output.log_probs * factor.to(output.log_probs.dtype)
+        elif own is not None:
+            output.loss = weighted_loss(output.logits, self.labels, own)
+
+
 class _Now(threading.local):
     """The pass at hand of a thread: whether it is one for signals alone, and what its loss is to be weighed with."""
 
     busy = False
-    weight: tuple[Tensor, Tensor] | None = None
+    weight: _Weight | None = None
 
 
 @contextmanager
@@ -323,8 +378,9 @@ def applied(
 
     Whatever trains the model, each of its passes in training mode with `labels` first goes through the model without
     gradients for the signals, if the method reads any of the model's own; then samples and labels that the method drops
-    are left out of the pass. Methods that weigh data need `logits` among the model's outputs. Draws start from torch's
-    global generator, so that a training that puts it back where it stood goes on with the same choices.
+    are left out of the pass. Methods that weigh data need `logits` or `log_probs` among the model's outputs. Draws
+    start from torch's global generator, so that a training that puts it back where it stood goes on with the same
+    choices.
     """
     selector, budget = _checked(method, budget, "each_batch")
     seconds = dict(services or {})
@@ -343,16 +399,15 @@ def applied(
         now.busy = True
         try:
             rng = torch.Generator().manual_seed(seed + int(torch.randint(2**31, ())))
-            left = _chosen(handle, batch, model, seconds, forward, rng)
+            left, share = _chosen(handle, batch, model, seconds, forward, rng)
         finally:
             now.busy = False
-        now.weight = (left.pop(WEIGHT), left["labels"]) if WEIGHT in left else None
+        now.weight = _Weight(left.pop(WEIGHT, None), left["labels"], share)
         return (), left
 
     def weigh(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if now.weight is not None and not now.busy:
-            weight, labels = now.weight
-            output.loss = weighted_loss(output.logits, labels, weight)
+            now.weight.weigh(output)
             now.weight = None
 
     with claimed(selector, model, seconds):
@@ -371,8 +426,9 @@ def applied(
 
 def _chosen(
     handle: Handle, batch: Batch, model: nn.Module, services: Mapping[str, Any], forward: Forward, rng: torch.Generator
-) -> dict[str, Any]:
-    """The batch as the method leaves it; counts are taken on the device."""
+) -> tuple[dict[str, Any], Tensor]:
+    """The batch as the method leaves it, and how often its tokens hold those that stay; counts are taken on the
+    device."""
     selector, labels = handle.method, batch["labels"]
     required = selector.requires()
     sources = signals.sources(required, batch, model, services, selector.attention_layer, forward)
@@ -397,4 +453,8 @@ def _chosen(
     handle.tokens, handle.kept_tokens = handle.tokens + before, handle.kept_tokens + after
     bad = after == 0 if examples.broken is None else examples.broken | (after == 0)
     handle.broken = [bad if not handle.broken else handle.broken[0] | bad]
-    return left
+    if batch.get("input_ids") is not None:
+        samples = None if plan.samples is None else plan.samples.index[0]
+        look = Look(handle.batches, batch["input_ids"], labels, batch.get("attention_mask"), plan.tokens, samples)
+        handle.looks = [*handle.looks[: reading.SHOWN - 1], look]
+    return left, before / after.clamp_min(1)

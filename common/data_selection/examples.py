@@ -178,6 +178,8 @@ class JsonLines:
             raise PrunelabError(f"{where} has no text in its field '{self.field}'; name the field that has")
         if not row[self.field].strip():
             raise PrunelabError(f"{where} holds an empty document; leave it out")
+        if not _encodable(row[self.field]):
+            raise PrunelabError(f"{where} holds characters that are no valid UTF-8; repair it")
         return row
 
     def __iter__(self) -> Iterator[str]:
@@ -198,6 +200,36 @@ class Parquet(JsonLines):
             raise PrunelabError(f"cannot read {self.path} ({error}); check the path") from None
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Documents of rows at hand, as a `datasets.Dataset` holds them, read one at a time.
+
+    Parameters
+    ----------
+    data
+        The rows, mappings that can be read again.
+    field
+        The field of a row that holds the text.
+    """
+
+    data: Any
+    field: str = "text"
+
+    def rows(self) -> Iterator[Any]:
+        """The rows, each checked: a text of valid characters that is not empty."""
+        for place, row in enumerate(self.data):
+            if not isinstance(row, Mapping) or not isinstance(row.get(self.field), str):
+                raise PrunelabError(f"row {place} has no text in its field '{self.field}'; name the field that has")
+            _check(row[self.field], place)
+            yield row
+
+    def __iter__(self) -> Iterator[str]:
+        return (row[self.field] for row in self.rows())
+
+    def __getitem__(self, place: int) -> Any:
+        return self.data[place]
+
+
 def corpus(path: Path | str, field: str = "text") -> JsonLines:
     """The documents of a file, by its ending."""
     return (Parquet if Path(path).suffix == ".parquet" else JsonLines)(path, field)
@@ -212,19 +244,29 @@ def _opened(path: Path) -> Any:
 
 def checked_texts(texts: Iterable[str]) -> Iterable[str]:
     """Texts at hand, none of them empty or of broken characters; files check their own."""
-    if isinstance(texts, JsonLines):
+    if isinstance(texts, JsonLines | Rows):
         return texts
     if isinstance(texts, str):
         raise PrunelabError("training data are a list of texts, and this is one; put it into a list")
     documents = list(texts)
     for place, text in enumerate(documents):
-        if not isinstance(text, str) or not text.strip():
-            raise PrunelabError(f"document {place} is empty or no text; leave it out")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise PrunelabError(f"document {place} holds characters that are no valid UTF-8; repair it") from None
+        _check(text, place)
     return documents
+
+
+def _check(text: Any, place: int) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise PrunelabError(f"document {place} is empty or no text; leave it out")
+    if not _encodable(text):
+        raise PrunelabError(f"document {place} holds characters that are no valid UTF-8; repair it")
+
+
+def _encodable(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair in it, as JSON may."""
+    try:
+        return text.isascii() or bool(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
 
 
 def collate(samples: Sequence[Any]) -> dict[str, Tensor]:

@@ -24,10 +24,11 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import digest, unwritable, write_text
 from prunelab.common.data_selection.examples import JsonLines, corpus
-from prunelab.common.data_selection.streaming import CHUNK, Array, StreamSelector, chunks, draws
+from prunelab.common.data_selection.reading import SHOWN, short
+from prunelab.common.data_selection.streaming import CHUNK, Array, Best, Scores, StreamSelector, blocks, chunks, draws
 
 SAVED = 64  # chunks between two notes of how far the statistics are
-SHOWN, WIDTH = 3, 100  # documents that a manifest shows, and how much of each
+WIDTH = 100  # how much a manifest shows of a document
 ROOM = "make room there, or name another file with --out"
 
 
@@ -188,8 +189,8 @@ def _note(path: Path, **arrays: Any) -> None:
     part.replace(path)
 
 
-def _scored(job: Job, raw: JsonLines, fitted: Array, documents: int, each: Each, progress: bool) -> Array:
-    """Scores [n, T] of all documents; those of whole chunks that an earlier start left are taken as they are."""
+def _scored(job: Job, raw: JsonLines, fitted: Array, documents: int, each: Each, progress: bool) -> Scores:
+    """Scores [n, T] of all documents, in a file; whole chunks that an earlier start left are taken as they are."""
     path, columns = job.work / "scores", len(fitted)
     size = 8 * columns * CHUNK
     done = path.stat().st_size // size if path.exists() else 0
@@ -200,38 +201,82 @@ def _scored(job: Job, raw: JsonLines, fitted: Array, documents: int, each: Each,
         for scores in track(parts, "scoring", left, disable=not progress):
             file.write(np.ascontiguousarray(scores, np.float64).tobytes())
             file.flush()
-    result = np.fromfile(path, np.float64).reshape(-1, columns)
+    result = _Stored(path, columns)
     if len(result) != documents:
         raise PrunelabError(f"{job.raw} changed while it was read; select again when nothing writes to it")
     return result
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Scores [n, T] in a file."""
+
+    path: Path
+    columns: int
+
+    def __len__(self) -> int:
+        return self.path.stat().st_size // (8 * self.columns)
+
+    def __getitem__(self, part: slice) -> Array:
+        start, stop, _ = part.indices(len(self))
+        count, offset = self.columns * (stop - start), 8 * self.columns * start
+        return np.fromfile(self.path, np.float64, count, offset=offset).reshape(-1, self.columns)
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Documents to show of each kind, by number, with their scores, and how many were sorted out."""
+
+    kinds: dict[str, list[int]]
+    scores: dict[int, float]
+    sorted_out: int
+
+
+def _examples(scores: Scores, chosen: Array) -> _Examples:
+    names = "kept, best first", "kept, the last", "dropped, the first", "dropped, the last"
+    best, sorted_out = {name: Best(SHOWN) for name in names}, 0
+    for start, block in blocks(scores):
+        values, stays = block.max(1), np.zeros(len(block), bool)
+        sorted_out += int((~np.isfinite(block).any(1)).sum())
+        first, last = np.searchsorted(chosen, (start, start + len(block)))
+        stays[chosen[first:last] - start] = True
+        for side, mask in (("kept", stays), ("dropped", ~stays)):
+            documents = np.flatnonzero(mask)
+            high, low = (name for name in names if name.startswith(side))
+            best[high].add(values[documents], start + documents)
+            best[low].add(-values[documents], start + documents)
+    ends = {name: -1 if name.endswith("last") else 1 for name in names}
+    kinds = {name: one.first()[:: ends[name]] for name, one in best.items()}
+    shown = {
+        document: ends[name] * value
+        for name, one in best.items()
+        for document, value in zip(one.documents.tolist(), one.values.tolist(), strict=True)
+    }
+    return _Examples(kinds, shown, sorted_out)
+
+
 def _written(
-    job: Job, raw: JsonLines, scores: Array, chosen: Array, counts: Array, targets: list[Array], progress: bool
+    job: Job, raw: JsonLines, scores: Scores, chosen: Array, counts: Array, targets: list[Array], progress: bool
 ) -> dict[str, Any]:
     """The lines that stay go to the output; what came of it, in words and numbers."""
-    stays = np.zeros(len(scores), bool)
-    stays[chosen] = True
-    best = np.argsort(-scores.max(1), kind="stable")
-    wanted = {
-        "kept, best first": best[stays[best]][:SHOWN].tolist(),
-        "kept, the last": best[stays[best]][-SHOWN:].tolist(),
-        "dropped, the first": best[~stays[best]][:SHOWN].tolist(),
-        "dropped, the last": best[~stays[best]][-SHOWN:].tolist(),
-    }
-    shown = {place: "" for places in wanted.values() for place in places}
+    examples = _examples(scores, chosen)
+    shown = dict.fromkeys(examples.scores, "")
     before, after, statistics = hashlib.sha256(), hashlib.sha256(), np.zeros_like(counts)
     part = job.out.with_name(f".{job.out.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("wb") as file:
         held: list[str] = []
+        waiting = iter(chosen.tolist())
+        following = next(waiting, None)
         for place, line in enumerate(track(raw.lines(), "writing", len(scores), disable=not progress)):
             before.update(line)
-            if stays[place] or place in shown:
+            stays = place == following
+            if stays or place in shown:
                 text = raw.row(line, place + 1)[raw.field]
                 if place in shown:
                     shown[place] = text
-                if stays[place]:
+                if stays:
+                    following = next(waiting, None)
                     line = line.rstrip(b"\r\n") + b"\n"
                     after.update(line)
                     file.write(line)
@@ -243,16 +288,17 @@ def _written(
     part.replace(job.out)
     samples = {
         kind: [
-            {"line": place + 1, "score": _number(scores[place].max()), "text": _short(shown[place])} for place in ids
+            {"line": place + 1, "score": _number(examples.scores[place]), "text": short(shown[place], WIDTH)}
+            for place in documents
         ]
-        for kind, ids in wanted.items()
+        for kind, documents in examples.kinds.items()
     }
     return {
         "method": repr(job.method), "budget": str(job.budget), "seed": job.seed, "field": job.field,
         "raw": {"file": job.raw.name, "documents": len(scores), "sha256": before.hexdigest()},
         "targets": [path.name for path in job.targets],
         "out": {"file": job.out.name, "documents": len(chosen), "sha256": after.hexdigest()},
-        "sorted out": int((~np.isfinite(scores).any(1)).sum()),
+        "sorted out": examples.sorted_out,
         "statistics": {name: _number(value) for name, value in job.method.report(counts, targets, statistics).items()},
         "samples": samples,
     }  # fmt: skip
@@ -262,14 +308,12 @@ def _number(value: float) -> float | None:
     return round(float(value), 4) if np.isfinite(value) else None
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"
-
-
 def summary(manifest: Mapping[str, Any]) -> list[str]:
     """A manifest in lines to read."""
-    lines = [f"kept {manifest['out']['documents']:,} of {manifest['raw']['documents']:,} documents"]
+    kept, documents = manifest["out"]["documents"], manifest["raw"]["documents"]
+    lines = [f"kept {kept:,} of {documents:,} documents"]
+    if kept == documents:
+        lines.append(f"all of them: {manifest['budget']} asks for no fewer than there are")
     if manifest["sorted out"]:
         lines.append(f"sorted out before: {manifest['sorted out']:,}")
     lines += [f"{name}: {value}" for name, value in manifest["statistics"].items()]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunelab.common.core import attention_interface
 from prunelab.common.core.attention import BLOCK
 from prunelab.common.core.attention_interface import Recorder
+from prunelab.common.core.context import refuse_long
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import before
 from prunelab.common.data_selection.losses import IGNORED, counted, token_entropy, token_loss
@@ -25,12 +26,15 @@ OWN = frozenset(("loss", "entropy", "logits", "embedding")) | ATTENTION  # what 
 SERVICES = {"reference_loss": "reference", "history_loss": "history"}
 WEIGHT = "loss_weight"  # field of a batch: what each sample or token counts
 GRADES = "grades"  # column of a batch: what graders gave each sample
-_NO_INPUT = ("labels", "num_items_in_batch", WEIGHT, GRADES, *SERVICES)
+# `fused_lm_head`: by which TRL asks for logarithms of probabilities in place of logits
+_NO_INPUT = ("labels", "num_items_in_batch", "fused_lm_head", WEIGHT, GRADES, *SERVICES)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """The logits of a model of transformers for a batch; its labels are not shown to it."""
     inputs = {name: value for name, value in batch.items() if name not in _NO_INPUT}
+    if "input_ids" in inputs and inputs.get("position_ids") is None:
+        refuse_long(model, inputs["input_ids"].shape[1], "a sample")
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
     output = model(**inputs)

@@ -1,5 +1,5 @@
 """Data selectors that read a corpus of any size a chunk at a time: for statistics that add up, and for a score a
-document. What is kept in memory is the scores, and what was read of a corpus as far as it is small."""
+document. Scores of a file lie in a file, so that memory holds what is chosen and no more."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from prunelab.common.data_selection.role import DataPlan, DataSelector
 Array = np.ndarray[Any, np.dtype[Any]]
 
 CHUNK = 1000  # documents
+BLOCK = 1 << 16  # documents whose scores are compared at a time
 AT_HAND = 1 << 28  # bytes of what was read of a corpus that are kept, so that it is not read twice
 
 
@@ -28,6 +29,14 @@ class Features(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+
+class Scores(Protocol):
+    """Scores [n, T] of documents, in memory or not, of which slices are read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> Array: ...
 
 
 F = TypeVar("F", bound=Features)
@@ -62,7 +71,7 @@ class StreamSelector(DataSelector, Generic[F]):
         a document may not be chosen."""
 
     @abstractmethod
-    def choose(self, scores: Array, budget: Budget, rng: np.random.RandomState, targets: Sequence[Array]) -> Array:
+    def choose(self, scores: Scores, budget: Budget, rng: np.random.RandomState, targets: Sequence[Array]) -> Array:
         """The documents that stay, ascending, by scores [n, T]; targets: their statistics."""
 
     def report(self, raw: Array, targets: Sequence[Array], chosen: Array) -> dict[str, float]:
@@ -113,6 +122,36 @@ class _Corpus(Generic[F]):
                 behind += 1
             yield part
         self.whole = size <= AT_HAND
+
+
+def blocks(scores: Scores) -> Iterator[tuple[int, Array]]:
+    """Scores a block at a time, with the number of the block's first document."""
+    for start in range(0, len(scores), BLOCK):
+        yield start, scores[start : start + BLOCK]
+
+
+class Best:
+    """The k documents of largest value among all that were added in their order; of equal ones the earlier."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.values, self.documents = np.empty(0), np.empty(0, np.int64)
+
+    def add(self, values: Array, documents: Array) -> None:
+        """Values [m] of documents [m]."""
+        self.values = np.concatenate([self.values, values])
+        self.documents = np.concatenate([self.documents, documents])
+        if len(self.values) > self.k:
+            left = np.sort(self._order()[: self.k])
+            self.values, self.documents = self.values[left], self.documents[left]
+
+    def first(self) -> list[int]:
+        """The documents, the best first."""
+        best: list[int] = self.documents[self._order()].tolist()
+        return best
+
+    def _order(self) -> Array:
+        return np.argsort(-self.values, kind="stable")
 
 
 def draws(rng: torch.Generator) -> np.random.RandomState:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from prunelab.common.core.context import refuse_long
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.ranking.role import Ranker
 
@@ -33,6 +34,7 @@ class Explained:
 
     def next_token_logits(self, tokens: Tensor) -> Tensor:
         """Logits [B, V] behind contexts [B, T]."""
+        refuse_long(self.model, tokens.shape[1], "the context")
         with torch.no_grad():
             logits: Tensor = self.model(tokens, use_cache=False, **self._last).logits[:, -1].float()
         return logits
@@ -49,6 +51,7 @@ class Explained:
 
     def from_embeddings(self, embeddings: Tensor) -> Tensor:
         """Logits [B, V] behind contexts given by their word embeddings [B, T, D]; positions are added inside."""
+        refuse_long(self.model, embeddings.shape[1], "the context")
         given = embeddings.to(self.model.get_input_embeddings().weight.dtype)
         logits: Tensor = self.model(inputs_embeds=given, use_cache=False, **self._last).logits[:, -1].float()
         return logits
@@ -60,6 +63,7 @@ class Explained:
 
     def attentions(self, tokens: Tensor) -> Tensor:
         """Attention [L, B, H, T, T] of all layers."""
+        refuse_long(self.model, tokens.shape[1], "the context")
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation("eager")
         try:

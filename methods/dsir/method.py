@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import digits, punctuation
-from typing import ClassVar
+from typing import ClassVar, Literal
+from unicodedata import normalize
 
 import numpy as np
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
@@ -19,7 +20,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveInt
 from prunelab.common.data_selection.ngrams import Array, Bags, HashedNgrams, divergence, tokens
-from prunelab.common.data_selection.streaming import StreamSelector
+from prunelab.common.data_selection.streaming import Best, Scores, StreamSelector, blocks
 
 
 def distribution(counts: Array, smoothing: float = 0.0) -> Array:
@@ -114,6 +115,9 @@ class DSIR(StreamSelector[Documents]):
         Added to probabilities before the logarithm.
     quality
         Whether the filter on word statistics sorts out first (`Quality`).
+    normal_form : {"NFC", "NFD", "NFKC", "NFKD"}, optional
+        Unicode's form that texts are brought to before they are split; by default they are read as they are, so that
+        an accent that stands behind its letter splits a word.
     """
 
     ngrams: PositiveInt = 2
@@ -126,6 +130,7 @@ class DSIR(StreamSelector[Documents]):
     proportions: tuple[NonNegativeFloat, ...] | None = None
     epsilon: NonNegativeFloat = 1e-8
     quality: bool = False
+    normal_form: Literal["NFC", "NFD", "NFKC", "NFKD"] | None = None
 
     name: ClassVar[str] = "dsir"
 
@@ -137,6 +142,8 @@ class DSIR(StreamSelector[Documents]):
         return 100_000 * self.buckets if self.fitted is None else self.fitted
 
     def read(self, texts: Sequence[str]) -> Documents:
+        if self.normal_form is not None:
+            texts = [normalize(self.normal_form, text) for text in texts]
         bags = self.features.bags(texts)
         usable = self.features.words(bags.sizes) >= self.min_length
         if self.quality:
@@ -161,20 +168,24 @@ class DSIR(StreamSelector[Documents]):
     def scores(self, features: Documents, fitted: Array) -> Array:
         return np.where(features.usable[:, None], log_weights(features.bags, fitted), -np.inf)
 
-    def choose(self, scores: Array, budget: Budget, rng: np.random.RandomState, targets: Sequence[Array]) -> Array:
-        k, left = self.budgets(budget)[0].count(len(scores)), np.flatnonzero(np.isfinite(scores[:, 0]))
-        if k > len(left):
+    def choose(self, scores: Scores, budget: Budget, rng: np.random.RandomState, targets: Sequence[Array]) -> Array:
+        k, usable = self.budgets(budget)[0].count(len(scores)), 0
+        for _, block in blocks(scores):
+            usable += int(np.isfinite(block[:, 0]).sum())
+        if k > usable:
             raise PrunelabError(
-                f"dsir may choose among {len(left)} of {len(scores)} documents, the others being shorter than"
+                f"dsir may choose among {usable} of {len(scores)} documents, the others being shorter than"
                 f" {self.min_length} words or sorted out, and is to keep {k}; keep fewer, or lower min_length"
             )
-        chosen: list[Array] = []
+        chosen = np.empty(0, np.int64)
         for place, amount in enumerate(shares(k, self._proportions(targets))):
-            own = scores[left, place]
-            picked = gumbel_top_k(own, amount, None if self.top_k else rng.gumbel(size=len(own)))
-            chosen.append(left[picked])
-            left = np.delete(left, picked)
-        return np.sort(np.concatenate(chosen))
+            best = Best(amount)
+            for start, block in blocks(scores):
+                left = np.setdiff1d(start + np.flatnonzero(np.isfinite(block[:, 0])), chosen, assume_unique=True)
+                own = block[left - start, place]
+                best.add(own if self.top_k else own + rng.gumbel(size=len(own)), left)
+            chosen = np.sort(np.concatenate([chosen, best.documents]))
+        return chosen
 
     def report(self, raw: Array, targets: Sequence[Array], chosen: Array) -> dict[str, float]:
         target = distribution(np.sum(targets, axis=0))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.context import refuse_long
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.ranking.role import Ranker, Ranking
 
@@ -143,17 +144,13 @@ def threshold(context: Context, budget: Budget) -> float:
 def self_information(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Informed]:
     """The service `information` of a causal language model: a sentence behind the model's start token."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if start is None:
         raise PrunelabError("the tokenizer has neither a start nor an end token to put before a sentence; set one")
 
     @torch.inference_mode()
     def information(sentence: str) -> Informed:
         ids = torch.tensor([start, *tokenizer(sentence, add_special_tokens=False)["input_ids"]], device=model.device)
-        if context is not None and len(ids) > context:
-            raise PrunelabError(
-                f"a sentence has {len(ids) - 1} tokens and the model a context of {context}; split it first"
-            )
+        refuse_long(model, len(ids), "a sentence")
         logs = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
         values = -logs.gather(1, ids[1:, None]).squeeze(1)
         return [tokenizer.decode([token]) for token in ids[1:].tolist()], values.tolist()
