@@ -16,7 +16,8 @@ from typing import Any
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import write_text
-from prunelab.common.experiments import papers, plans, provenance
+from prunelab.common.experiments import papers, plans, provenance, replay
+from prunelab.common.experiments.run import Run
 from prunelab.paper_tables import cite, claims, cross, figures, grids, join, literature, page, tables
 
 
@@ -74,6 +75,24 @@ def keep(folder: Path, place: Path) -> None:
     write_text(place / "numbers.csv", (folder / "numbers.csv").read_text(encoding="utf-8"))
 
 
+def keep_records(config: Mapping[str, Any]) -> int:
+    """Put the records of boards that ran with the samples that decide them under version control, in place of older
+    ones of the same runs; how many. Raises PrunelabError where the configuration does not ask for all samples."""
+    if config["samples"] != "full":
+        raise PrunelabError("records are kept of runs with all samples; add --config samples=full")
+    plan, results = plans.of(config), Path(config["results"])
+    full = [p.run for slug in plan.slugs for p in plan.points(slug) if p.scale in p.board.full]
+    runs = {run.likeness: run for run in full if isinstance(run, Run) and run.path(results).exists()}
+    for path in join.KEPT.glob("*.json"):
+        run = runs.get(replay.run_of(provenance.read(path)).likeness)
+        if run and run.path(results).name != path.name:
+            path.unlink()
+    for run in runs.values():
+        provenance.read(run.path(results))  # raises where it is damaged
+        write_text(join.KEPT / run.path(results).name, run.path(results).read_text(encoding="utf-8"))
+    return len(runs)
+
+
 def _downloads(place: str, name: str, values: str, grid: grids.Grid) -> dict[str, str]:
     """A table's files by path: all that a reader may want to take along."""
     return {
@@ -111,9 +130,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--config", action="append", nargs="+", default=[], metavar="KEY=VALUE", help="setting of configs/default.yaml"
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="also write what is kept under version control there")
+    parser.add_argument("--keep-records", action="store_true", help="keep the boards' records (--config samples=full)")
     given = parser.parse_args(arguments)
     try:
-        path, lines = build(lookup.settings(lookup.pairs([pair for group in given.config for pair in group])))
+        config = lookup.settings(lookup.pairs([pair for group in given.config for pair in group]))
+        if given.keep_records:
+            print(f"{keep_records(config)} records kept")
+        path, lines = build(config)
         if given.keep:
             keep(path.parent, given.keep)
     except PrunelabError as error:

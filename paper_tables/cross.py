@@ -100,7 +100,7 @@ def leaderboards(boards: Iterable[tuple[str, BoardTable]], records: Records) -> 
         for point in board.points:
             if point.value.record is None or point.value.value is None or point.value.status == "stale":
                 continue
-            record = records.at(point.value.record)
+            record = {**records.at(point.value.record), "protocol": point.value.protocol}
             run = record["run"]
             same = (run["task"], run["scale"], run["ids"].get("model"), run["ids"].get("data"), _settings(run))
             key = files.digest((*same, board.board.metric, board.board.cost))
@@ -162,7 +162,7 @@ def _entry(
     result = figures[stated.metric]
     address = f"{record['identity']}-{record['sources']}"
     value = Value(
-        run["scale"], result["value"], result.get("stderr"), result.get("n"), address, None, result.get("protocol", "")
+        run["scale"], result["value"], result.get("stderr"), result.get("n"), address, None, record["protocol"]
     )
     paired = uncertainty.paired_difference(result, base) if base is not None and run["method"] is not None else None
     spent, saved = (figures.get(key, {}).get("value") for key in (stated.cost, saving(stated.cost)))

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from prunelab.common import tasks
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import forecast, papers, planning, provenance
+from prunelab.common.experiments import forecast, papers, planning, provenance, replay
 from prunelab.common.experiments.plans import Plan
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
@@ -24,6 +25,8 @@ from prunelab.paper_tables.tolerance import Tolerance
 ON_REQUEST = "--config scale=paper; the data are at hand"
 MISSING = "its record, which snakemake paper_tables makes"
 EXACT = "not needed: what this row runs is exact at paper scale"
+KEPT = Path(__file__).parent / "kept"  # records of runs with the samples that decide a board
+UNKEPT = "its run with all samples (--config samples=full), which no record is kept of"
 FOLDER = "own folder"  # scale of what ran on a folder of the user's in the place of the published files
 UNPUBLISHED = "the published files, which a folder of yours stands in for (--config hub)"
 Z95 = 1.96
@@ -166,10 +169,39 @@ class Records:
 
     def at(self, address: str) -> dict[str, Any]:
         """A record by its address."""
+        return self._at(self.place(address))
+
+    def place(self, address: str) -> Path:
+        """Where a record lies, made here or kept."""
         path = self.results / "records" / f"{address}.json"
         if not path.exists():
+            path = KEPT / path.name
+        if not path.exists():
             raise PrunelabError(f"there is no record {address} in {self.results}")
-        return self._at(path)
+        return path
+
+    @cached_property
+    def _kept(self) -> Mapping[str, dict[str, Any]]:
+        """The kept records by what they ran."""
+        return {replay.run_of(record).likeness: record for record in map(self._at, sorted(KEPT.glob("*.json")))}
+
+    def kept(self, run: Run | None) -> tuple[dict[str, Any], str] | None:
+        """The kept record of a run, whatever sources, weights and versions of data made it, with a note in words that
+        tells of them; None where none is kept."""
+        record = self._kept.get(run.likeness) if run else None
+        if run is None or record is None:
+            return None
+        commit, day = record["environment"].get("commit"), datetime.fromtimestamp(record["timing"]["started"], UTC)
+        changed = [
+            name
+            for name, same in (
+                ("sources", record["sources"] == run.sources),
+                ("versions of model or data", record["identity"] == run.identity),
+            )
+            if not same
+        ]
+        since = f"its {' and '.join(changed)} have changed since" if changed else "by the sources of today"
+        return record, f"kept record, made at revision {(commit or 'unknown')[:12]} on {day:%Y-%m-%d}; {since}"
 
     def _at(self, path: Path) -> dict[str, Any]:
         if path not in self._read:
@@ -249,17 +281,35 @@ def saving(cost: str) -> str:
     return re.sub("g?(macs|parameters|bytes)$", "saving", cost)
 
 
+def of_kept(record: Mapping[str, Any], note: str, metric: str, status: str) -> Value:
+    """The value of a kept record, which says that it is one."""
+    result = record["metrics"].get(metric)
+    if result is None:
+        return Value(f"not run: needs {UNKEPT}")
+    protocol = "; ".join(part for part in (result.get("protocol", ""), note) if part)
+    address = f"{record['identity']}-{record['sources']}"
+    return Value(status, result["value"], result.get("stderr"), result.get("n"), address, None, protocol)
+
+
 def _board(points: list[planning.BoardPoint], records: Records) -> BoardTable:
     board = points[0].board
     task = tasks.get(board.task)
     scale = points[0].scale if task.scales else task.status
     if task.scales and any(isinstance(p.run, Run) and p.run.stand_in for p in points):
         scale = FOLDER
-    base = records.get(points[0].run)[0] if isinstance(points[0].run, Run) else None
+    kept = records.kept(points[0].full) is not None  # then the board is of those alone, as samples must be the same
+
+    def found(point: planning.BoardPoint) -> tuple[dict[str, Any] | None, Value]:
+        if not kept:
+            own = records.get(point.run)[0] if isinstance(point.run, Run) else None
+            return own, records.value(point.run, board.metric, scale)
+        last = records.kept(point.full)
+        return (last[0], of_kept(*last, board.metric, scale)) if last else (None, Value(f"not run: needs {UNKEPT}"))
+
+    base = found(points[0])[0]
     rows = []
     for point in points:
-        value = records.value(point.run, board.metric, scale)
-        record = records.get(point.run)[0] if isinstance(point.run, Run) else None
+        record, value = found(point)
         if record is None or board.metric not in record["metrics"]:
             rows.append(Point(point.entry, point.budget, scale, value))
             continue

@@ -133,7 +133,7 @@ class Runs:
             "task": run["task"],
             "summary": " · ".join(str(part) for part in (short, run["budget"], run["scale"]) if part),
             "rows": [(k, v) for k, v in rows.items() if v not in (None, "")],
-            "file": Path(os.path.relpath(self.records.results / "records" / f"{address}.json", self.folder)).as_posix(),
+            "file": Path(os.path.relpath(self.records.place(address), self.folder)).as_posix(),
         }
 
 

@@ -19,8 +19,9 @@ from prunelab.common.core.files import ROOT, read_yaml
 from prunelab.common.core.registry import choose
 
 SCALES = ("smoke", "testbed", "real", "assets", "paper")
+ELSEWHERE = ("real", "paper")  # scales whose runs are known by name where they cannot be made
 DESCRIPTIVE = ("needs", "gb", "gated", "gpus", "size", "settings")  # keys of an entry that say nothing of its content
-KEYS = ("papers", "scale", "results", "batch", "gpu", "programs")  # settings that are no folders of the user's
+KEYS = ("papers", "scale", "results", "samples", "batch", "gpu", "programs")  # settings that are no folders
 
 
 @cache
@@ -58,6 +59,8 @@ def settings(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
         values[key] = value if value not in (None, "") else values[key]
     if values["scale"] not in SCALES:
         raise PrunelabError(f"there is no scale '{values['scale']}'; use one of {', '.join(SCALES)}")
+    if values["samples"] not in ("", "full"):
+        raise PrunelabError(f"there is no '{values['samples']}' of samples; write samples=full, or leave it out")
     for key in values:
         if key not in KEYS and values[key] and not Path(values[key]).is_dir():
             raise PrunelabError(
@@ -155,7 +158,7 @@ def resolve(kind: hub.Kind, name: str, scale: str, config: Mapping[str, Any]) ->
     if entry is None:
         return Resolved({}, f"{name}, which has no entry at {scale} scale", listed=False)
     missing = _model_missing(entry, scale, config) if kind == "model" else _data_missing(entry, config)
-    if missing and scale != "paper":
+    if missing and scale not in ELSEWHERE:
         return Resolved({}, missing)
     result = _model(name, entry, scale, config) if kind == "model" else _data(entry, scale, config)
     return Resolved(result, missing, gpus=entry.get("gpus", 1) if scale == "paper" else 1)

@@ -162,7 +162,9 @@ class Table(_Strict):
 
 
 class Board(_Strict):
-    """A comparison of our own: several configurations under several budgets on one model, shown as table and curve."""
+    """A comparison of our own: several configurations under several budgets on one model, shown as table and curve.
+    `full` has by scale the settings with which it decides (`--config samples=full`), where a default run has fewer
+    samples; the last such run is kept."""
 
     name: str
     caption: str = ""
@@ -177,6 +179,7 @@ class Board(_Strict):
     entries: dict[str, str]
     budgets: tuple[str, ...]
     settings: dict[str, Any] = Field(default_factory=dict)
+    full: dict[Literal["testbed", "real", "assets"], dict[str, Any]] = Field(default_factory=dict)
     scales: tuple[str, ...] = ("paper", "assets", "testbed")
     smoke: bool = False
 

@@ -102,14 +102,15 @@ def resolve(
     data: str | None = None,
     budget: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    full: Mapping[str, Any] | None = None,
 ) -> Run | str:
-    """The run of a task and configuration at a scale, or what it needs in words. Raises PrunelabError where the task,
-    a name or a setting is unknown."""
+    """The run of a task and configuration at a scale, or what it needs in words. full: settings that go before all
+    others. Raises PrunelabError where the task, a name or a setting is unknown."""
     task = tasks.get(name)
     if not task.roles:
         configuration = papers.Configuration()
     method = configuration.method
-    settings = merged(task, scale, data, settings or {}, configuration)
+    settings = {**merged(task, scale, data, settings or {}, configuration), **(full or {})}
     task.read(settings)
     budget = budget or configuration.budget if method else None
     task.admit(method, budget)
@@ -126,7 +127,7 @@ def resolve(
         used = _used(task, method, model, data, settings, scale)
         results = {of: lookup.resolve(kind, entry, scale, config) for of, (kind, entry) in used.items()}
         lacking = "; ".join(dict.fromkeys(r.missing for r in results.values() if r.missing))
-        if lacking and (scale != "paper" or not all(r.listed for r in results.values())):
+        if lacking and (scale not in lookup.ELSEWHERE or not all(r.listed for r in results.values())):
             return lacking
         needs = lacking or needs
         ids = {of: r.identity for of, r in results.items()}
@@ -265,13 +266,15 @@ def _cell(slug: str, table: papers.Table, number: papers.Reported, config: Mappi
 
 @dataclass(frozen=True)
 class BoardPoint:
-    """One entry of a board under one budget (None: unpruned) at one scale; the first of a board is its baseline."""
+    """One entry of a board under one budget (None: unpruned) at one scale; the first of a board is its baseline.
+    full: the run with the samples that decide, of which a record may be kept, where `run` has fewer."""
 
     board: papers.Board
     entry: str
     budget: str | None
     scale: str
     run: Run | str
+    full: Run | None = None
 
 
 def points(slug: str, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
@@ -288,11 +291,20 @@ def _points(slug: str, board: papers.Board, config: Mapping[str, Any]) -> Iterat
     if "cost" in board.model_fields_set and board.cost not in ("", "none"):
         task.metric(board.cost)
 
-    def at(scale: str, name: str, budget: str | None) -> Run | str:
-        return resolve(
-            board.task, scale, config, paper.configuration(name),
-            model=board.model, data=board.data, budget=budget, settings=board.settings,
-        )  # fmt: skip
+    def point(scale: str, entry: str, name: str, budget: str | None, spent: str) -> BoardPoint:
+        def run(full: Mapping[str, Any] | None) -> Run | str:
+            return resolve(
+                board.task, scale, config, paper.configuration(name),
+                model=board.model, data=board.data, budget=spent, settings=board.settings, full=full,
+            )  # fmt: skip
+
+        full = board.full.get(scale) if task.scales else None  # type: ignore[call-overload]
+        if full is None:
+            return BoardPoint(board, entry, budget, scale, run(None))
+        decides = run(full)
+        if config["samples"] == "full":
+            return BoardPoint(board, entry, budget, scale, decides)
+        return BoardPoint(board, entry, budget, scale, run(None), decides if isinstance(decides, Run) else None)
 
     for scale in scales(config) if task.scales else scales(config)[:1]:
         wanted = "testbed" if scale == "smoke" else scale
@@ -300,13 +312,13 @@ def _points(slug: str, board: papers.Board, config: Mapping[str, Any]) -> Iterat
             continue
         first = board.budgets[0]  # the baseline may be a method, then under the first budget
         pruned = paper.configuration(board.baseline).method is not None
-        yield BoardPoint(board, board.baseline, first if pruned else None, scale, at(scale, board.baseline, first))
+        yield point(scale, board.baseline, board.baseline, first if pruned else None, first)
         for entry, name in board.entries.items():
             budgets: tuple[str | None, ...] = board.budgets[:1] if scale == "smoke" else board.budgets
             if paper.configuration(name).method is None:  # without a method there is nothing to spend
                 budgets = (None,)
             for budget in budgets:
-                yield BoardPoint(board, entry, budget, scale, at(scale, name, budget))
+                yield point(scale, entry, name, budget, budget or first)
 
 
 @dataclass(frozen=True)

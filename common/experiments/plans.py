@@ -23,7 +23,7 @@ from prunelab.common.experiments.planning import BoardPoint, Cell, FigureRun
 from prunelab.common.experiments.run import Run
 
 FOLDER = "plans"  # in the results folder
-FORMAT = 2
+FORMAT = 3
 _ELSEWHERE = ("results", "batch")  # settings that decide nothing of a plan
 
 
@@ -69,8 +69,8 @@ class Plan:
         """Every point of a paper's boards."""
         boards = papers.load(slug).boards
         return [
-            BoardPoint(boards[number], entry, budget, scale, self._named(run))
-            for number, entry, budget, scale, run in self.content["papers"][slug]["points"]
+            BoardPoint(boards[number], entry, budget, scale, self._named(run), self.runs[full] if full else None)
+            for number, entry, budget, scale, run, full in self.content["papers"][slug]["points"]
         ]
 
     def figures(self, slug: str) -> list[FigureRun]:
@@ -144,7 +144,14 @@ def made(config: Mapping[str, Any]) -> Plan:
         return {
             "cells": [of_cell(cell) for cell in planning.cells(slug, config)],
             "points": [
-                [paper.boards.index(p.board), p.entry, p.budget, p.scale, named(p.run)]
+                [
+                    paper.boards.index(p.board),
+                    p.entry,
+                    p.budget,
+                    p.scale,
+                    named(p.run),
+                    named(p.full, job=False)[0] if p.full else None,
+                ]
                 for p in planning.points(slug, config)
             ],
             "figures": [[paper.figures.index(f.figure), f.scale, named(f.run)] for f in planning.figures(slug, config)],

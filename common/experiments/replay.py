@@ -28,7 +28,7 @@ from prunelab.common.experiments.run import Run
 TOLERANCE = 1e-3  # relative
 OF_STDERR = 0.1
 ROUNDING = ("python", "machine", "device", "dtype", "threads")  # of an environment, beside its libraries
-NAMES = ("hub", "file", "folder", "assets", "testbed", "setting", "test", "train", "images", "annotations")
+NAMES = ("hub", "package", "file", "folder", "assets", "testbed", "setting", "test", "train", "images", "annotations")
 Verdict = Literal["equal", "within", "off", "missing", "timed"]
 
 

@@ -15,6 +15,10 @@ from prunelab.common.experiments import provenance
 _TOLD = ("entries", "needs", "names", "gpus")  # fields of a run that decide nothing of its outcome
 
 
+def _unversioned(ids: Any) -> Any:
+    return {k: v for k, v in ids.items() if k not in ("sha256", "versions")} if isinstance(ids, Mapping) else ids
+
+
 @dataclass(frozen=True)
 class Run:
     """One job: everything that decides its outcome, resolved. `scale` is '' where the outcome has none.
@@ -40,6 +44,12 @@ class Run:
     def identity(self) -> str:
         """Hash of what is run."""
         return files.digest({k: v for k, v in asdict(self).items() if k not in _TOLD})[:20]
+
+    @cached_property
+    def likeness(self) -> str:
+        """Hash of what is run, whatever weights and versions of data answer to the names today."""
+        plain = {of: _unversioned(ids) for of, ids in self.ids.items()}
+        return files.digest({k: v for k, v in asdict(self).items() if k not in _TOLD} | {"ids": plain})[:20]
 
     @cached_property
     def sources(self) -> str:
