@@ -23,10 +23,11 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import after, before, claimed, replaced, run_all, runs
 from prunelab.common.core.plan import Gather, ModelInfo, Site
 from prunelab.common.kv_cache.draft import Draft
-from prunelab.common.kv_cache.layer import CacheState, PrunedLayer, Stack
+from prunelab.common.kv_cache.layer import CacheState, Cascade, Growing, PrunedLayer, Stack
 from prunelab.common.kv_cache.role import (
     CachePruner,
     CacheSignals,
+    Cascades,
     OwnAttention,
     ReadsAhead,
     ShortensPrompt,
@@ -95,9 +96,13 @@ class CacheHandle:
         self._sites = [Site(layer, "block_output", layer) for layer in range(self.depth)]
         read = [method.requires(site) for site in self._sites]
         self._read = read[0]
+        rests = isinstance(method, ThinsVectors) and method.resting and len(budget.amounts) == 1
+        self._rests: ThinsVectors | None = method if rests else None  # type: ignore[assignment]
         self._alike = (
             method.alike and len(budget.amounts) == 1 and self._read <= {"queries", "keys", "values", "received"}
         )
+        cascades = isinstance(method, Cascades) and method.cascades() and len(budget.amounts) == 1
+        self._cascades: Cascades | None = method if cascades else None  # type: ignore[assignment]
         self._sound: Tensor | float = 0.0  # NaN or infinite once a pass came out so
         self._generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
         self._thread = threading.local()
@@ -109,6 +114,7 @@ class CacheHandle:
         if not self.layers or not self.layers[0].is_initialized:
             raise PrunelabError("nothing ran yet; generate, or run the model with a cache, inside the `with` block")
         self._look()
+        self._rest()
         stored = [layer.nbytes() for layer in self.layers]
         return CacheReport(
             tuple(layer.entries() for layer in self.layers),
@@ -164,8 +170,11 @@ class CacheHandle:
                 f"{seen + new - state.ahead} tokens are more than the model's context of {self.context}; shorten the"
                 " text"
             )
-        if state.stack is not None and not self._stays(state, new, valid is None and not drafted):
+        plain = valid is None and not drafted
+        if state.stack is not None and not self._stays(state, new, plain):
             state.unstack()
+        elif state.stack is None and plain and new == 1 and seen and self._rests and self._level(past.layers):
+            state.stack = Growing(past.layers, self._rests.frozen)
         state.fresh, state.running = valid, True
         self.layers = self._thread.layers = past.layers
         if state.stack is not None:
@@ -221,9 +230,16 @@ class CacheHandle:
         if layers is None:
             return output
         state = layers[0].state
-        if state.stack is not None:
+        if isinstance(state.stack, Growing):
+            assert self._rests is not None
+            with torch.no_grad():
+                self._rests.thin(self._sites[0], *state.stack.now, 1, self._budgets[0])
+            state.stack.entries += 1
+        elif isinstance(state.stack, Stack):
             self._step(state)
-        elif self._alike and self._level(layers):
+        elif state.stack is None and self._cascades and self._level(layers):
+            state.stack = Cascade(layers)
+        elif state.stack is None and self._alike and self._level(layers):
             state.stack = Stack(layers)
         self._sound = self._sound + output.last_hidden_state[:, -1].sum(dtype=torch.float32).detach()
         if output.last_hidden_state.shape[1] > 1:
@@ -241,6 +257,13 @@ class CacheHandle:
         if self.layers:
             self.layers[0].state.running = False
             self.layers[0].state.unstack()
+            self._rest()
+
+    def _rest(self) -> None:
+        """What became dense to be written becomes bitmaps again."""
+        for layer in self.layers if self._rests else ():
+            if layer.is_initialized:
+                layer.rest(self._rests.frozen)  # type: ignore[union-attr]
 
     def _look(self) -> None:
         """Read what was noted on the device: once a prompt, a report and a block, never for a token."""
@@ -255,24 +278,29 @@ class CacheHandle:
     def _level(self, layers: list[PrunedLayer]) -> bool:
         """Whether all layers hold what they may, equally much of equally many tokens, on one device."""
         first = layers[0]
+        if not first.is_initialized:
+            return False
         if self.method.when == "prefill" or torch.is_grad_enabled() or len(set(first.prompt)) != 1:
             return False
         if any(layer.valid is not None or layer.pads is not None or layer.seen != first.seen for layer in layers):
             return False
+        if runs(self.model, "token_pruner"):
+            return False
         alike = {(layer.keys.shape, layer.values.shape, layer.keys.device, *layer.marks) for layer in layers}
-        whole = self.method.capacity(self._budgets[0], first.prompt)[0]
-        return len(alike) == 1 and first.keys.shape[2] == whole > 0 and not runs(self.model, "token_pruner")
+        if self._rests:
+            return len(alike) == 1
+        return len(alike) == 1 and first.keys.shape[2] == self.method.capacity(self._budgets[0], first.prompt)[0] > 0
 
     def _stays(self, state: CacheState, new: int, plain: bool) -> bool:
         """Whether the pass at hand is a step that the stack knows: one token each, without padding."""
         assert state.stack is not None
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return plain and new == 1 and self._alike and modes == (False, state.stack.indices.is_inference())
+        return plain and new == 1 and modes == (False, state.stack.inference)
 
     def _step(self, state: CacheState) -> None:
         """Decide for all layers of a decoding step at once, as if they were samples of a batch."""
         stack = state.stack
-        assert stack is not None
+        assert isinstance(stack, Stack)
         layers = stack.layers
         sources: dict[str, Callable[[], Tensor]] = {
             "queries": lambda: torch.cat(stack.queries),
@@ -346,10 +374,18 @@ class CacheHandle:
             return None
         layer: PrunedLayer = layers[module.layer_idx]
         state, site = layer.state, self._sites[layer.index]
-        if state.stack is not None:
+        if isinstance(state.stack, Stack):
             state.stack.queries.append(query)
             state.stack.scale = scale
             return None
+        if isinstance(state.stack, Growing):
+            return None
+        if isinstance(state.stack, Cascade):
+            assert self._cascades is not None
+            with torch.no_grad():
+                outputs, worth = self._cascades.step(query, key, value, scale)
+                state.stack.add(layer.index, worth)
+            return outputs.to(query.dtype).transpose(1, 2)
         fresh = state.fresh
         if mask is not None and runs(self.model, "token_pruner"):  # which left this layer other tokens than the first
             fresh = mask[:, 0, -1, -query.shape[2] :].expand(len(query), -1)
@@ -375,7 +411,9 @@ class CacheHandle:
                 kept = method.plan(site, signals, budget).reduce
                 assert isinstance(kept, Gather)
                 if isinstance(method, ThinsVectors):
-                    layer.keys, layer.values = method.thin(site, layer.keys, layer.values, signals, budget)
+                    if output.requires_grad:  # whose backward pass reads what attention saw
+                        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+                    method.thin(site, layer.keys, layer.values, layer.added, budget)
                 layer.keep(kept)
         if prefill and state.ahead:
             layer.forget(state.ahead)

@@ -40,7 +40,7 @@ class CacheState:
     fresh: Tensor | None = None
     tree: Tensor | None = None
     ahead: int = 0
-    stack: Stack | None = None
+    stack: Stack | Growing | Cascade | None = None
 
     def unstack(self) -> None:
         """Give every layer its own entries back."""
@@ -103,6 +103,11 @@ class Stack:
         return torch.cat([held, torch.zeros_like(held[:, :, :, :1])], 3)
 
     @property
+    def inference(self) -> bool:
+        """Whether the tensors can be changed in inference mode alone."""
+        return self.indices.is_inference()
+
+    @property
     def keys(self) -> Tensor:
         """[L B, KV, K + 1, d]."""
         return self.held[0].flatten(0, 1)
@@ -149,6 +154,151 @@ class Stack:
             keys, values = (part[i].take_along_dim(first.unsqueeze(-1), 2) for part in self.held)
             marks = {name: mark[i].gather(-1, first) for name, mark in self.marks.items()}
             layer.fill((keys, values, self.indices[i].gather(-1, first)), marks)
+
+
+class Growing:
+    """The dense entries of all layers side by side while single tokens are written, of which none leaves.
+
+    held: keys and values [L, B, KV, C, d]; the first `entries` of their places are taken. frozen: how many of the first
+    of so many entries cannot be taken back.
+    """
+
+    ROOM = 64  # places that are made at once
+
+    def __init__(self, layers: Sequence[PrunedLayer], frozen: Callable[[int], int]) -> None:
+        self.layers, self.frozen = layers, frozen
+        self.entries = layers[0].seen
+        held: list[Tensor] = []
+        for layer in layers:
+            layer.unpack()
+            for number, part in enumerate((layer.keys, layer.values)):
+                if layer is layers[0]:
+                    held.append(self._room(part, len(layers)))
+                held[number][layer.index, :, :, : self.entries] = part
+            layer.empty()
+        self.held = held[0], held[1]
+
+    def _room(self, part: Tensor, depth: int) -> Tensor:
+        """[L, B, KV, C, d] for a layer's [B, KV, N, d] and what comes."""
+        return part.new_zeros(depth, *part.shape[:2], part.shape[2] + self.ROOM, part.shape[3])
+
+    @property
+    def inference(self) -> bool:
+        """Whether the tensors can be changed in inference mode alone."""
+        return self.held[0].is_inference()
+
+    @property
+    def now(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [L B, KV, N, d], the step's own among them."""
+        keys, values = (part.flatten(0, 1)[:, :, : self.entries + 1] for part in self.held)
+        return keys, values
+
+    def begin(self) -> None:
+        """A step begins, in which no layer has written yet."""
+        if self.entries == self.held[0].shape[3]:
+            keys, values = (torch.cat([p, p.new_zeros(*p.shape[:3], self.ROOM, p.shape[4])], 3) for p in self.held)
+            self.held = keys, values
+        self._views = list(zip(*(part.narrow(3, 0, self.entries + 1).unbind() for part in self.held)))
+        self._slots = list(zip(*(part.narrow(3, self.entries, 1).unbind() for part in self.held)))
+        for layer in self.layers:
+            layer.added = 0
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put one token's keys and values [B, KV, 1, d] behind the others; all entries of the layer."""
+        for slot, new in zip(self._slots[layer], (keys, values)):
+            slot.copy_(new)
+        return self._views[layer]
+
+    def dissolve(self) -> None:
+        """Give the layers back what they hold, and one more where the step at hand has written it."""
+        for i, layer in enumerate(self.layers):
+            count = self.entries + (layer.added if layer.state.running else 0)
+            keys, values = (part[i, :, :, :count].clone() for part in self.held)
+            layer.fill((keys, values, layer._indices), {})
+            layer._loose, layer.tail = count, min(layer.tail, count - self.frozen(count))
+
+
+class Cascade:
+    """The entries of layers that all hold the same tokens, of which the first decides in every step for all of them.
+
+    held: keys and values [L, B, KV, K + 1, d]. The first layer writes the next token behind its K entries, and the
+    others in the place of the one that left then: nothing else moves, and the entries stand in no order. indices
+    [B, K + 1]: their tokens'; worth [B, K + 1]: what these add up to, by `memory["importance"]` of all tokens so far.
+    """
+
+    WORTH = "importance"
+
+    def __init__(self, layers: Sequence[PrunedLayer]) -> None:
+        self.layers = layers
+        first = layers[0]
+        self.entries = first.keys.shape[2]
+        keys, values = (torch.stack(part) for part in zip(*((layer.keys, layer.values) for layer in layers)))
+        room = (torch.cat([p, torch.zeros_like(p[:, :, :, :1])], 3) for p in (keys, values))
+        self.held: tuple[Tensor, Tensor] = (next(room), next(room))
+        self.indices = torch.nn.functional.pad(first.indices[:, 0], (0, 1))
+        self.before = self.indices  # those of layers that the step at hand has not reached
+        memory = first.state.memory
+        worth = memory[self.WORTH].gather(1, first.indices[:, 0])
+        self.worth = torch.nn.functional.pad(worth, (0, 1))
+        _, batch, heads, places, _ = self.held[0].shape
+        self._rows = list(zip(*(part.flatten(1, 3).unbind() for part in self.held)))  # [B KV (K + 1), d] of each layer
+        views = list(zip(*(part.narrow(3, 0, self.entries).unbind() for part in self.held)))
+        self._views = [tuple(part[0] for part in self.held), *views[1:]]
+        self._first = places * torch.arange(batch * heads, device=self.indices.device)  # row of each head's first place
+        self._last = self._first + self.entries
+        self._free = self._last
+        for layer in layers:
+            layer.empty()
+
+    @property
+    def inference(self) -> bool:
+        """Whether the tensors can be changed in inference mode alone."""
+        return self.worth.is_inference()
+
+    def begin(self) -> None:
+        """A step begins, in which no layer has written yet."""
+        self._free, self.before = self._last, self.indices
+        self.indices = torch.cat([self.indices[:, :-1], torch.full_like(self.indices[:, -1:], self.layers[0].seen)], 1)
+        for layer in self.layers:
+            layer.added = 0
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put one token's keys and values [B, KV, 1, d] into the free place; all entries of the layer."""
+        for rows, new in zip(self._rows[layer], (keys, values)):
+            rows.index_copy_(0, self._free, new.flatten(0, 2))
+        found: tuple[Tensor, Tensor] = self._views[layer]
+        return found
+
+    def add(self, layer: int, worth: Tensor) -> None:
+        """What the tokens of a layer are worth for it, [B, N]. Behind the first layer the least of them leaves, and of
+        several the latest; never the newest."""
+        self.worth[:, : worth.shape[1]] += worth
+        if layer:
+            return
+        older = self.worth[:, :-1]
+        better = older > older.amin(-1, keepdim=True)
+        worst = self.indices[:, :-1].masked_fill(better, -1).argmax(-1, keepdim=True)
+        heads = self.held[0].shape[2]
+        self._free = worst.expand(-1, heads).flatten() + self._first
+        for rows in self._rows[0]:
+            rows.index_copy_(0, self._free, rows.index_select(0, self._last))
+        self.worth.scatter_(1, worst, self.worth[:, -1:].clone())
+        self.worth[:, -1] = 0
+        self.indices = self.indices.scatter(1, worst, self.layers[0].seen - 1)
+
+    def dissolve(self) -> None:
+        """Give the layers back what they hold, in order, as far as the step at hand has come."""
+        decided = self._free is not self._last
+        for i, layer in enumerate(self.layers):
+            reached = bool(layer.added) or not layer.state.running
+            count = self.entries + (reached and layer.state.running and not decided)
+            indices = (self.indices if reached else self.before)[:, :count]
+            order = indices.argsort(-1)
+            keys, values = (part[i].take_along_dim(order[:, None, :, None], 2) for part in self.held)
+            layer.fill((keys, values, indices.gather(1, order).unsqueeze(1).expand(-1, keys.shape[1], -1)), {})
+        worth = self.worth.new_zeros(len(self.worth), self.layers[0].seen + 1)
+        worth.scatter_(1, self.indices[:, : self.entries], self.worth[:, : self.entries])
+        self.layers[0].state.memory[self.WORTH] = worth[:, : self.layers[0].seen]
 
 
 class PrunedLayer(DynamicLayer):
@@ -245,7 +395,8 @@ class PrunedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.state.stack is not None and self.state.running:
-            self.seen, self.tail, self.added = self.seen + 1, 1, 1
+            self.seen, self.added = self.seen + 1, 1
+            self.tail = self.tail + 1 if isinstance(self.state.stack, Growing) else 1
             return self.state.stack.write(self.index, key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -410,6 +561,12 @@ class PrunedLayer(DynamicLayer):
             self.keys = torch.cat([*(keys.unpack() for keys, _ in self.packed), self.keys], 2)
             self.values = torch.cat([*(values.unpack() for _, values in self.packed), self.values], 2)
             self.packed = []
+        self._unpacked = []
+
+    def rest(self, frozen: Callable[[int], int]) -> None:
+        """Store as bitmaps what changes no more, where single tokens were written in between."""
+        if not self.packed:
+            self.pack(frozen(self.keys.shape[2]))
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes of keys and values as they are stored, and of what keeps book of them."""

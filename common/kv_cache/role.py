@@ -183,13 +183,17 @@ class CachePruner(Method):
 
 
 class ThinsVectors(CachePruner):
-    """Prunes single numbers of keys and values; what changes no more is stored as bitmaps and nonzero numbers."""
+    """Prunes single numbers of keys and values. What changes no more is stored as bitmaps and nonzero numbers: while
+    single tokens are written (`resting`) once the cache rests, else behind every pass.
+
+    Its layers are handed over together, as those of methods that are `alike`, where no sample is padded.
+    """
+
+    resting: bool
 
     @abstractmethod
-    def thin(
-        self, site: Site, keys: Tensor, values: Tensor, signals: CacheSignals, budget: Budget
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, KV, N, d] with zeros where single numbers are pruned."""
+    def thin(self, site: Site, keys: Tensor, values: Tensor, added: int, budget: Budget) -> None:
+        """Put zeros in place of what is pruned of keys and values [B, KV, N, d], to which a pass just added some."""
 
     @abstractmethod
     def frozen(self, entries: int) -> int:
@@ -202,6 +206,20 @@ class OwnAttention(CachePruner):
     @abstractmethod
     def attend(self, site: Site, signals: CacheSignals, budget: Budget) -> Tensor | None:
         """The heads' outputs [B, H, M, d]; None leaves them to the model."""
+
+
+class Cascades(OwnAttention):
+    """Adds up what tokens are worth from layer to layer and step to step; what one layer lets go is gone for all later
+    ones. Where every layer holds as much, a decoding step is then decided once, behind its first layer."""
+
+    @abstractmethod
+    def cascades(self) -> bool:
+        """Whether `step` says all of a step under these options."""
+
+    @abstractmethod
+    def step(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The heads' outputs [B, H, 1, d] of one token's queries on entries [B, KV, N, d], and the worth [B, N] that
+        these add to the entries' tokens."""
 
 
 class _ReadsPrompt(CachePruner):

@@ -64,6 +64,10 @@ class Mustafar(ThinsVectors):
         Whether the entries of one vector are compared, or those of one channel over `window_size` tokens.
     released : bool
         Whether one entry less goes, as in the released code; see `largest`.
+    resting : bool
+        Whether what is pruned becomes bitmaps only when the cache rests: behind a prompt, at a report and at the end of
+        the block. Single tokens are then written into dense vectors with zeros, as fast as without pruning; else each
+        of them unpacks one layer after the other, and no two are dense at once.
     """
 
     keys: Share | None = None
@@ -71,6 +75,7 @@ class Mustafar(ThinsVectors):
     window_size: NonNegativeInt = 32
     value_groups: Literal["token", "channel"] = "token"
     released: bool = True
+    resting: bool = True
 
     name: ClassVar[str] = "mustafar"
     when = "both"
@@ -82,32 +87,30 @@ class Mustafar(ThinsVectors):
             raise PrunelabError("mustafar: with groups of channels the window must be at least 1")
 
     def requires(self, site: Site) -> frozenset[str]:
-        return frozenset({"queries", "keys"})
+        return frozenset()
 
     def frozen(self, entries: int) -> int:
         done = max(entries - self.window_size, 0)
         return done if self.value_groups == "token" else done // self.window_size * self.window_size
 
     def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
-        return Plan(Gather(torch.arange(signals.units, device=signals.keys.device).expand(*signals.keys.shape[:2], -1)))
+        return Plan(Gather(torch.arange(signals.units, device=signals.indices.device).expand_as(signals.indices)))
 
-    def thin(
-        self, site: Site, keys: Tensor, values: Tensor, signals: CacheSignals, budget: Budget
-    ) -> tuple[Tensor, Tensor]:
+    def thin(self, site: Site, keys: Tensor, values: Tensor, added: int, budget: Budget) -> None:
         if budget.unit != "ratio":
             raise PrunelabError(f"mustafar keeps a share of every vector, not {budget}; give a ratio")
         dense = 1 - budget.amounts[0]
         sparse_keys, sparse_values = (dense if given is None else given for given in (self.keys, self.values))
-        end = max(signals.units - self.window_size, 0)
-        start = max(end - signals.queries.shape[2], 0)  # what is before it was pruned when it left the window
-        keys = keys.clone()
-        keys[:, :, start:end] = per_token(keys[:, :, start:end], sparse_keys, self.released)
-        values = values.clone()
+        end = max(keys.shape[2] - self.window_size, 0)
+        start = max(end - added, 0)  # what is before it was pruned when it left the window
+        if start == end:
+            return
+        left = keys[:, :, start:end]
+        left.copy_(per_token(left, sparse_keys, self.released))
         if self.value_groups == "token":
-            values[:, :, start:end] = per_token(values[:, :, start:end], sparse_values, self.released)
+            left = values[:, :, start:end]
+            left.copy_(per_token(left, sparse_values, self.released))
         else:
             start = start // self.window_size * self.window_size  # the group that may now be whole
-            values[:, :, start:end] = per_channel(
-                values[:, :, start:end], sparse_values, self.window_size, self.released
-            )
-        return keys, values
+            left = values[:, :, start:end]
+            left.copy_(per_channel(left, sparse_values, self.window_size, self.released))

@@ -20,7 +20,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveShare, Share
 from prunelab.common.core.plan import Plan, Site
-from prunelab.common.kv_cache.role import CachePruner, CacheSignals, OwnAttention
+from prunelab.common.kv_cache.role import CachePruner, CacheSignals, Cascades
 
 ROWS = 128  # queries attended at once
 
@@ -57,7 +57,7 @@ def fetched(
 
 
 @dataclass(frozen=True)
-class SpAtten(OwnAttention):
+class SpAtten(Cascades):
     """Cascade pruning while a prompt is read and an answer written (HPCA 2021, arXiv 2012.09852).
 
     The budget is what stays of the tokens behind each layer: one amount for all, or falling amounts, one a layer. Heads
@@ -104,13 +104,21 @@ class SpAtten(OwnAttention):
             carry.setdefault("head_importance", torch.zeros(batch, heads, device=indices.device))
         alive = carry["tokens"].gather(1, indices[:, 0]).unsqueeze(1) & signals.prunable  # [B, KV, N]
         asking = alive[:, 0, -new:]
-        output, received, refetched = self._attend(signals, alive, asking)
-        output = output * carry["heads"][:, :, None, None]
-        carry["refetched"] = refetched
+        output, received, carry["refetched"] = self._attend(signals, alive, asking)
         carry["importance"] = carry["importance"].scatter_add(1, indices[:, 0], received * alive[:, 0])
-        size = (output.abs() * asking[:, None, :, None]).sum((2, 3))
-        carry["head_importance"] = carry["head_importance"] + size
+        if self.heads < 1:
+            output = output * carry["heads"][:, :, None, None]
+            size = (output.abs() * asking[:, None, :, None]).sum((2, 3))
+            carry["head_importance"] = carry["head_importance"] + size
         return output
+
+    def cascades(self) -> bool:
+        return self.heads == 1 and not self.msb
+
+    def step(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        row = attention.causal_rows(queries, keys, scale).squeeze(3)  # [B, KV, G, N]
+        output = local_values(row, self.values).to(values.dtype) @ values
+        return output.flatten(1, 2).unsqueeze(2), row.sum((1, 2))
 
     def _attend(self, signals: CacheSignals, alive: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, float]:
         """Outputs [B, H, M, d], attention [B, N] received over the heads at work, and the share of queries whose keys
@@ -149,9 +157,10 @@ class SpAtten(OwnAttention):
         carry = signals.memory
         left = torch.zeros(*carry["tokens"].shape, dtype=torch.long, device=stays.device)
         carry["tokens"] = carry["tokens"] & left.scatter_add(1, stays, counts.long()).bool()
-        heads = carry["head_importance"].masked_fill(~carry["heads"], -1)
-        best, _ = selection.top_k(heads, math.ceil(round(self.heads * heads.shape[1], 6)))
-        carry["heads"] = carry["heads"] & torch.zeros_like(carry["heads"]).scatter(1, best, True)
+        if self.heads < 1:
+            heads = carry["head_importance"].masked_fill(~carry["heads"], -1)
+            best, _ = selection.top_k(heads, math.ceil(round(self.heads * heads.shape[1], 6)))
+            carry["heads"] = carry["heads"] & torch.zeros_like(carry["heads"]).scatter(1, best, True)
         return Plan(kept)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -40,11 +41,11 @@ def alone(method: CachePruner) -> CachePruner:
     """The same method, whose layers decide one by one."""
     cls = type(method)
     same = replace(method)
-    object.__setattr__(same, "__class__", type(cls.__name__, (cls,), {"alike": False}))
+    object.__setattr__(same, "__class__", type(cls.__name__, (cls,), {"alike": False, "cascades": lambda _: False}))
     return same
 
 
-@pytest.mark.parametrize("method", ALIKE, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [*ALIKE, SpAtten(), SpAtten(values=0.6)], ids=str)
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])
 @torch.no_grad()
 def test_layers_that_decide_at_once_decide_as_each_alone(method, family):
@@ -55,7 +56,13 @@ def test_layers_that_decide_at_once_decide_as_each_alone(method, family):
             cache, logits = DynamicCache(), []
             for part in tokens.split([16, *[1] * 8, 3, *[1] * 7], 1):
                 logits.append(model(part, **with_cache({}, cache)).logits[:, -1])
-            assert (cache.layers[0].state.stack is not None) == each.alike
+            assert (cache.layers[0].state.stack is not None) == (each is method)
+            twin = copy.deepcopy(cache)
+            fault = model.get_decoder().layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(tokens[:, :1], **with_cache({}, twin))
+            fault.remove()
+            assert all(layer.indices.diff(dim=-1).min() > 0 for layer in twin.layers)
             cache.reorder_cache(torch.tensor([1, 0]))
             logits.append(model(tokens[[1, 0], :1], **with_cache({}, cache)).logits[:, -1])
             assert handle.report().entries == (9.0,) * 3

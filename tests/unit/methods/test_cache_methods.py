@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -81,8 +82,9 @@ def thinned(model: Any, tokens: Tensor, steps: int, method: Mustafar, dense: flo
     return found
 
 
-def test_mustafar_prunes_each_token_once_behind_the_step_in_which_it_leaves():
-    model, tokens, method = decoder(hidden_size=64), prompt(2, 30), Mustafar(window_size=6)
+@pytest.mark.parametrize("resting", [True, False])
+def test_mustafar_prunes_each_token_once_behind_the_step_in_which_it_leaves(resting):
+    model, tokens, method = decoder(hidden_size=64), prompt(2, 30), Mustafar(window_size=6, resting=resting)
     with torch.no_grad():
         want = thinned(model, tokens, 8, method, 0.4)
         with applied(method, model, 0.4) as handle:
@@ -92,19 +94,20 @@ def test_mustafar_prunes_each_token_once_behind_the_step_in_which_it_leaves():
     assert torch.allclose(torch.stack(got), torch.stack(want), atol=1e-6)
     assert handle.report().entries == (30,) * 3
     layer = handle.layers[0]
-    # 16 numbers a vector, k = int(0.6 * 16) = 9, so that 8 go and 8 stay; the prompt's 16 tokens before the window are
-    # packed, those written since wait for a block of 64
-    vectors = 16 * 2 * 2
+    # 16 numbers a vector, k = int(0.6 * 16) = 9, so that 8 go and 8 stay. Of a resting cache all tokens before the
+    # window are packed, else the prompt's 16, and those written since wait for a block of 64
+    done = 24 if resting else 16
+    vectors = done * 2 * 2
     assert layer.packed[0][0].numbers.numel() == vectors * 8
-    assert bool(((layer.keys[:, :, :8] != 0).sum(-1) == 8).all())
-    packed, waiting = vectors * 8 * 4 + vectors * 16 // 64 * 12, 14 * 2 * 2 * 16 * 4
+    assert bool(((layer.keys[:, :, : 24 - done] != 0).sum(-1) == 8).all())
+    packed, waiting = vectors * 8 * 4 + vectors * 16 // 64 * 12, (30 - done) * 2 * 2 * 16 * 4
     assert handle.report().cache_bytes == 3 * 2 * (packed + waiting)
 
 
 def test_bitmaps_grow_by_blocks_and_are_made_one(monkeypatch):
     monkeypatch.setattr(layer_module, "BLOCK", 4)
     monkeypatch.setattr(layer_module, "BLOCKS", 3)
-    model, tokens, method = decoder(), prompt(2, 40), Mustafar(window_size=6)
+    model, tokens, method = decoder(), prompt(2, 40), Mustafar(window_size=6, resting=False)
     with torch.no_grad():
         want = thinned(model, tokens, 25, method, 0.4)
         with applied(method, model, 0.4) as handle:
@@ -117,6 +120,38 @@ def test_bitmaps_grow_by_blocks_and_are_made_one(monkeypatch):
     assert parts[-1] < 3
     held = sum(keys.shape[2] for keys, _ in handle.layers[0].packed)
     assert held + handle.layers[0].keys.shape[2] == 40
+
+
+@torch.no_grad()
+def test_a_cache_that_is_written_is_dense_and_rests_as_bitmaps(monkeypatch):
+    """Also where it is reordered, cut, copied, read in pieces, or left by an exception in between."""
+    monkeypatch.setattr(layer_module.Growing, "ROOM", 3)
+    model, tokens = decoder(), prompt(2, 40)
+    found = []
+    for resting in (True, False):
+        with applied(Mustafar(window_size=6, resting=resting), model, 0.4) as handle:
+            cache, logits, dense = DynamicCache(), [], []
+            for part in tokens[:, :34].split([15, *[1] * 8, 3, *[1] * 8], 1):
+                logits.append(model(part, past_key_values=cache).logits[:, -1])
+                dense.append(not cache.layers[0].packed)
+            assert dense == [False, *[resting] * 8, False, *[resting] * 8]
+            cache.reorder_cache(torch.tensor([1, 0]))
+            logits.append(model(tokens[[1, 0], 34:35], past_key_values=cache).logits[:, -1])
+            cache.crop(-1)
+            fault = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+            twin = copy.deepcopy(cache)
+            with pytest.raises(ZeroDivisionError):
+                model(tokens[:, 35:36], past_key_values=twin)
+            fault.remove()
+            logits.append(model(tokens[:, 36:37], past_key_values=cache).logits[:, -1])
+            ratio = handle.report().ratio
+            assert cache.layers[0].packed
+            logits.append(model(tokens[:, 37:38], past_key_values=cache).logits[:, -1])
+            assert bool(cache.layers[0].packed) != resting
+        assert cache.layers[0].packed and ratio < 0.85
+        logits.append(model(tokens[:, 38:39], past_key_values=cache).logits[:, -1])  # behind the block
+        found.append(torch.stack(logits))
+    assert torch.allclose(*found, atol=1e-6)
 
 
 def test_a_packed_cache_goes_on_without_hooks():
