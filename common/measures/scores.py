@@ -24,7 +24,7 @@ CAPTIONS = frozenset({"coco_CIDEr", "flickr_CIDEr", "nocaps_CIDEr"})
 # Other scores that papers print, as the library has them.
 OTHERS = frozenset({
     "mme_perception_score", "mme_cognition_score", "gpt_eval_score", "mvbench_accuracy", "mlvu_percetion_score",
-    "videomme_perception_score", "mme_total_score",
+    "videomme_perception_score", "mme_total_score", "rule_points", "WUPS",
 })  # fmt: skip
 # Sums of two scores that papers print as one.
 SUMS = {"mme_total_score": ("mme_perception_score", "mme_cognition_score")}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
+from prunelab.common.data import video_questions
 from prunelab.common.measures import oracle
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.examples import Examples
@@ -42,7 +45,8 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
         raise PrunelabError("an oracle chooses a method's budget by one metric; name it under `average`")
     read, groups = definitions(settings.tasks, settings.include, settings.prompts)
     shown = Examples(settings.shots, bench.seed, {e["task"]: e.get("doc_to_target") for e in read})
-    data = {str(value["hub"]): value for name, value in bench.ids.items() if name.startswith("data of ")}
+    used = [value for name, value in bench.ids.items() if name.startswith("data of ")]
+    data = {str(value.get("hub") or value["file"]): value for value in used}
     logged: list[Mapping[str, Any]] = []
     for budget in budgets:
         evaluated = wrapper(
@@ -56,7 +60,7 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
         # Some tasks write their answers to a file when they are scored.
         with at_hand(read, data, bench.config), TemporaryDirectory() as folder:
             made = lmms_eval.api.task.ConfigurableMessagesTask
-            tasks = [made(config=entry | located(entry, data, bench.config)) for entry in read]
+            tasks = [made(config=entry | located(entry, data, bench.config, Path(folder))) for entry in read]
             result = lmms_eval.evaluator.simple_evaluate(
                 model=evaluated,
                 tasks=tasks,
@@ -170,16 +174,26 @@ def definitions(
 
 
 def located(
-    entry: Mapping[str, Any], data: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+    entry: Mapping[str, Any],
+    data: Mapping[str, Mapping[str, Any]],
+    config: Mapping[str, Any],
+    scratch: Path | None = None,
 ) -> dict[str, Any]:
     """What a task's definition is to say of its data set, of those that the run names by their repositories: where it
     was downloaded. Archives of videos are unpacked by the library itself, which wants the repository's name for it, and
-    finds it in the hub client's cache. A run that names none leaves definitions as they are."""
+    finds it in the hub client's cache. Of a folder of the reader's its rows are written to `scratch`, in the form that
+    the library reads. A run that names none leaves definitions as they are."""
     if not data:
         return {}
     repository = entry["dataset_path"]
     if repository not in data:
         raise PrunelabError(f"configs/datasets.yaml names no {repository}, which the task {entry['task']} reads")
+    if "setting" in data[repository] and scratch is not None:
+        own = data[repository]
+        rows = video_questions.rows(Path(config[own["setting"]]) / own["file"], own["videos"])
+        path = scratch / f"{entry['task']}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}}
     if not (entry.get("dataset_kwargs") or {}).get("video"):
         return {"dataset_path": str(hub.folder(data[repository], "dataset", config)), "dataset_kwargs": None}
     if "revision" not in data[repository]:
@@ -197,7 +211,7 @@ def at_hand(
     before = [(space, space["load_dataset"]) for space in spaces.values() if "load_dataset" in space]
 
     def load(original: Any, path: str, *args: Any, token: Any = None, **kwargs: Any) -> Any:
-        place = str(hub.folder(data[path], "dataset", config)) if path in data else path
+        place = str(hub.folder(data[path], "dataset", config)) if "hub" in data.get(path, ()) else path
         return original(place, *args, **kwargs)
 
     try:

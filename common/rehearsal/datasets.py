@@ -178,6 +178,27 @@ def questions(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def films(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Questions about videos of plain colours, in files as `data/video_questions` reads them."""
+    import numpy as np
+
+    from prunelab.common.data import videos
+
+    (folder / entry["videos"]).mkdir(parents=True, exist_ok=True)
+    asked = [{"question": f"{_text(i)}?", "video_name": f"v{i}", "question_id": i} for i in range(ROWS)]
+    answers = [{"answer": "river", "question_id": i} for i in range(ROWS)]
+    for i in range(ROWS):
+        with videos.library().open(str(folder / entry["videos"] / f"v{i}.mp4"), "w") as container:
+            stream = container.add_stream("mpeg4", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            for shade in range(16):
+                grey = np.full((64, 64, 3), 16 * shade, np.uint8)
+                container.mux(stream.encode(videos.library().VideoFrame.from_ndarray(grey, format="rgb24")))
+            container.mux(stream.encode())
+    (folder / "test_q.json").write_text(json.dumps(asked), encoding="utf-8")
+    (folder / "test_a.json").write_text(json.dumps(answers), encoding="utf-8")
+
+
 def photographs(folder: Path) -> None:
     """The thousand classes of pictures, one folder each."""
     for label in range(1000):
@@ -189,7 +210,10 @@ def photographs(folder: Path) -> None:
 FILES: Mapping[str, Callable[[Path], None]] = {
     "wikitext": wikitext, "c4": c4, "instructions": instructions, "ultrachat": dialogues,
 }  # fmt: skip
-ENTRIES: Mapping[str, Callable[[Path, Mapping[str, Any]], None]] = {"problems": problems}  # as a catalogue tells
+ENTRIES: Mapping[str, Callable[[Path, Mapping[str, Any]], None]] = {
+    "problems": problems,
+    "video_questions": films,
+}  # as entries tell
 FOLDERS: Mapping[str, Callable[[Path], None]] = {
     "imagenet_folder": photographs, "lines": prompts, "questions": questions,
 }  # fmt: skip

@@ -189,7 +189,7 @@ class LookAlikes:
 
     def _own(self, name: str, paper: Mapping[str, Any]) -> None:
         """In a folder that readers bring."""
-        if paper["loader"] not in datasets.FOLDERS:
+        if paper["loader"] not in {*datasets.FOLDERS, *datasets.ENTRIES}:
             raise PrunelabError(f"no look-alike of the data set {name} (--config {paper['setting']}=DIR)")
         place = self.folder / "own" / paper["setting"]
         self.config[paper["setting"]] = str(place)
@@ -197,7 +197,10 @@ class LookAlikes:
         if done is not None:
             path = place / paper.get("file", "")
             path.parent.mkdir(parents=True, exist_ok=True)
-            datasets.FOLDERS[paper["loader"]](path)
+            if paper["loader"] in datasets.ENTRIES:
+                datasets.ENTRIES[paper["loader"]](path, paper)
+            else:
+                datasets.FOLDERS[paper["loader"]](path)
             done.touch()
 
 

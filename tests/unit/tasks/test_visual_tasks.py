@@ -294,6 +294,24 @@ def test_own_tasks_and_those_of_other_splits_run_pruned_on_look_alikes_of_their_
     assert scored["samples"] == 3 and 0 <= scored["value"] <= 100 and found["seconds"]["value"] > 0
 
 
+def test_questions_about_videos_in_a_readers_folder_run_on_its_look_alike(onevision, tasks, tmp_path):
+    from prunelab.common.rehearsal.datasets import films
+
+    entry = lookup.dataset("msrvtt_qa")["paper"]
+    films(tmp_path / entry["file"], entry)
+    asked = run(onevision, tasks, ["msrvtt_qa_rule"], "divprune", "0.5", limit=3)
+    asked.ids["data of it"] = entry
+    found = runner.measure(asked, {entry["setting"]: str(tmp_path)})
+    share, points = (found[f"msrvtt_qa_rule {metric}"] for metric in ("rule_score", "rule_points"))
+    assert share["samples"] == 3 and points["value"] == pytest.approx(share["value"] / 20)
+    (tmp_path / entry["file"] / entry["videos"] / "v1.mp4").unlink()
+    with pytest.raises(PrunelabError, match="holds no video v1"):
+        runner.measure(asked, {entry["setting"]: str(tmp_path)})
+    (tmp_path / entry["file"] / "test_a.json").write_text("[]")
+    with pytest.raises(PrunelabError, match="6 questions and 0 answers"):
+        runner.measure(asked, {entry["setting"]: str(tmp_path)})
+
+
 def test_what_cannot_be_asked_is_refused(llava, onevision, tasks):
     with pytest.raises(PrunelabError, match="takes images only"):
         runner.measure(run(llava, tasks, ["films"]), {})
@@ -323,7 +341,8 @@ def test_every_task_that_a_paper_names_is_one_of_the_librarys(tasks):
             shown = {m.split(" ")[1].split(",")[0] for m in asked(column) if m.split(" ")[0] == name}
             assert {part for metric in shown for part in SUMS.get(metric, (metric,))} <= metrics, name
             (data,) = lookup.of_tasks([name])
-            assert lookup.dataset(data)["paper"]["hub"] == leaf["dataset_path"], name
+            paper = lookup.dataset(data)["paper"]
+            assert paper.get("hub", paper.get("file")) == leaf["dataset_path"], name
 
 
 # -- what needs no lmms-eval -------------------------------------------------------------------------------------------
