@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prunelab.common.core import files
 from prunelab.common.core.learned import PARTS
 from prunelab.common.costs import meter
 from prunelab.common.measures.bench import Bench
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from prunelab.common.tasks.macs import Macs
 
 
+# MACs of unpruned models and what passes through their norms, by what decides them, so that a process which makes many
+# runs counts them once.
+_UNPRUNED: dict[str, tuple[float, int]] = {}
+
+
 def measure(bench: Bench[Macs.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.macs`."""
     model, settings = loading.architecture(bench.ids["model"]), bench.settings
@@ -27,8 +33,11 @@ def measure(bench: Bench[Macs.Settings]) -> dict[str, Any]:
         example = example.new_empty(*example.shape[:2], *settings.size)
     embed = getattr(model, "patch_embed", None)
     embedding = 0.0 if embed is None else meter.flops(lambda: meter.on_meta(embed, example)) / 2
-    dense = meter.macs(model, example)
-    total, scoring, norms = dense, 0.0, 5 * meter.norm_elements(model, example)
+    key = files.digest([bench.ids["model"], settings.size])
+    if key not in _UNPRUNED:
+        _UNPRUNED[key] = meter.macs(model, example), meter.norm_elements(model, example)
+    dense, elements = _UNPRUNED[key]
+    total, scoring, norms = dense, 0.0, 5 * elements
     method = bench.method(TokenPruner)
     if method is not None:
         with torch.device("meta"):
@@ -38,7 +47,7 @@ def measure(bench: Bench[Macs.Settings]) -> dict[str, Any]:
         budget = match.match(method, model, bench.budget)
         with applied(method, model, budget) as handle, torch.no_grad():
             norms = 5 * meter.norm_elements(model, example)
-            report = handle.report(example)
+            report = handle.report(example, dense)
             total, scoring = report.macs, report.scoring_macs
     figures = {
         "macs": total,

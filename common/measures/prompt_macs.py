@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from prunelab.common.tasks.prompt_macs import PromptMacs
 
 
-# MACs of encoders by what decides them, so that a process which makes many runs counts them once.
-_ENCODERS: dict[str, float] = {}
+# MACs of encoders, and of whole unpruned models, by what decides them, so that a process which makes many runs
+# counts them once.
+_UNPRUNED: dict[str, tuple[float, float]] = {}
 
 
 def measure(bench: Bench[PromptMacs.Settings]) -> dict[str, Any]:
@@ -34,18 +35,17 @@ def measure(bench: Bench[PromptMacs.Settings]) -> dict[str, Any]:
         raise PrunelabError(f"prompts are counted of image and video language models; {adapter.family} is none")
     example = adapter.prompt(settings.frames, settings.text)
     key = files.digest([bench.ids["model"], settings.frames, settings.text])
-    if key not in _ENCODERS:
-        _ENCODERS[key] = meter.macs(model, example.encoding())
-    encoder, scoring = _ENCODERS[key], 0.0
+    if key not in _UNPRUNED:
+        _UNPRUNED[key] = meter.macs(model, example.encoding()), meter.macs(model, example)
+    encoder, dense = _UNPRUNED[key]
+    total, scoring = dense, 0.0
     visual = adapter.visual_tokens(example)
     held = full = adapter.cache_bytes([example.text + visual] * adapter.info.depth)
     method = bench.method(TokenPruner)
-    if method is None:
-        total = dense = meter.macs(model, example)
-    else:
+    if method is not None:
         with applied(method, model, bench.budget, services={"frame_scores": even_scores}) as handle:
-            report = handle.report(example)
-        total, dense, scoring, held = report.macs, report.dense_macs, report.scoring_macs, report.cache_bytes or 0
+            report = handle.report(example, dense)
+        total, scoring, held = report.macs, report.scoring_macs, report.cache_bytes or 0
     figures = {
         "macs": total,
         "encoder_macs": encoder,

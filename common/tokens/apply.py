@@ -74,13 +74,15 @@ class Handle:
         """MACs of one sample, scoring included; see `report`."""
         return sum(self._measure(given)[0] * share for given, share in self._examples(example))
 
-    def report(self, example: Any = None) -> Report:
+    def report(self, example: Any = None, dense: float | None = None) -> Report:
         """Tokens a layer and MACs a sample. Needs no forward pass, except for methods whose counts depend on the
         input, which are costed at the mean counts seen so far. `example` replaces the model's standard input, or the
-        sizes of the images that were seen."""
+        sizes of the images that were seen; dense: MACs of the unpruned model where they are known."""
         seen = self.application.trace
         examples = self._examples(example)
-        costs = [(self._measure(given), self._dense(given), share) for given, share in examples]
+        costs = [
+            (self._measure(given), self._dense(given) if dense is None else dense, share) for given, share in examples
+        ]
         meter = costs[0][0][1]
         counted = seen if seen.samples else meter
         n = counted.samples
@@ -88,7 +90,7 @@ class Handle:
             tokens=tuple((a / n, m / n) for a, m in zip(counted.attention, counted.mlp, strict=True)),
             macs=sum(macs * share for (macs, _), _, share in costs),
             scoring_macs=sum(meter.scoring_flops / 2 * share for (_, meter), _, share in costs),
-            dense_macs=sum(dense * share for _, dense, share in costs),
+            dense_macs=sum(unpruned * share for _, unpruned, share in costs),
             samples=seen.samples,
             cache_bytes=self.adapter.cache_bytes([a / n for a in counted.attention]),
         )

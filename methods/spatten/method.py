@@ -39,7 +39,8 @@ def local_values(probabilities: Tensor, share: float) -> Tensor:
         return probabilities
     seen = (probabilities > 0).sum(-1, keepdim=True)
     kept = (share * seen + 1e-6).long().clamp_min(1)
-    least = probabilities.sort(-1, descending=True).values.gather(-1, kept - 1)
+    most = max(1, int(share * probabilities.shape[-1] + 1e-6))
+    least = probabilities.topk(most, -1).values.gather(-1, kept - 1)
     return probabilities.masked_fill(probabilities < least, 0)
 
 
