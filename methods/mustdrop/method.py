@@ -177,12 +177,14 @@ class MustDrop(TokenPruner):
             rows = [picture.at(CLASS).unflatten(2, (len(picture.grids), -1)) for picture in own]  # [1, H, crops, n]
             indices = signals.prunable[sample].nonzero().squeeze(1)
             newlines = (len(indices) - sum(row.shape[2:].numel() for row in rows)) // max(len(own), 1)
-            for row in rows:
-                crops, count = row.shape[2:]
+            for picture, row in zip(own, rows, strict=True):
                 best = key_set(row[0].transpose(0, 1), self.rate)  # [crops, K]
-                first = count * torch.arange(crops, device=best.device).unsqueeze(1)
-                result[sample, indices[(best + first).flatten()]] = True
-                indices = indices[crops * count + newlines :]
+                marked = torch.zeros(row.shape[2:], dtype=torch.bool, device=best.device).scatter(1, best, True)
+                key = torch.nn.functional.pad(marked.flatten(), (0, newlines))
+                if picture.order is not None and marked.numel() == picture.units:  # none merged: laid out as ever
+                    key = torch.nn.functional.pad(marked.flatten(), (0, 1))[picture.order.to(best.device)]
+                result[sample, indices[: len(key)]] = key
+                indices = indices[len(key) :]
         return result
 
     def refine(self, site: Site, hidden: Tensor, signals: TokenSignals, plan: Plan) -> Tensor:

@@ -78,6 +78,10 @@ def behind(visual: Tensor) -> int:
 
 def text_rows(recorder: Recorder, visual: Tensor, valid: Tensor | None, count: int) -> Tensor:
     """Attention [B, H, R, N] of the last `count` tokens, as far as they stand behind the last visual one [B, N]."""
+    if not count:
+        raise PrunelabError(
+            "no text stands behind the visual tokens, whose attention the method reads; put the question there"
+        )
     indices = torch.arange(1, visual.shape[1] + 1, device=visual.device)
     first, last = (visual * indices).amax(1, keepdim=True), last_index(visual, valid)
     rows = last - torch.arange(count - 1, -1, -1, device=visual.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -82,3 +84,14 @@ def test_what_cannot_be_is_said():
         apply(H2O(), model, 0.5),
     ):
         pass
+
+
+def test_the_key_set_of_a_large_image_is_marked_where_its_patches_are_read():
+    """Crops' rows interleave in the sequence, unpadding leaves some patches out, and newlines (-1) are nobody's."""
+    order = torch.tensor([0, 1, 2, 3, 4, 5, 8, 9, -1, 6, 10, -1])  # a thumbnail and two crops of 2 x 2 side by side
+    row = torch.full((1, 1, 12), 0.01)
+    row[..., [2, 6, 11]] = 0.5  # the best of each crop; the last is cut off
+    picture = SimpleNamespace(order=order, units=12, grids=((2, 2),) * 3, at=lambda reading: row)
+    prunable = torch.tensor([[False] * 2 + [True] * 12 + [False]])
+    signals = SimpleNamespace(prunable=prunable, pictures=lambda: [[picture]])
+    assert MustDrop(rate=0.25).keys(signals).nonzero()[:, 1].tolist() == [2 + 2, 2 + 9]
