@@ -16,7 +16,7 @@ from typing import Any
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import write_text
-from prunelab.common.experiments import papers, plans, provenance, replay
+from prunelab.common.experiments import forecast, papers, plans, provenance, replay
 from prunelab.common.experiments.run import Run
 from prunelab.paper_tables import cite, claims, cross, figures, grids, join, literature, page, tables
 
@@ -27,7 +27,8 @@ def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
     results = Path(config["results"])
     folder, records = results / "paper_tables", join.Records(results)
     plan = plans.of(config)
-    sections = [_section(slug, plan, records) for slug in plan.slugs]
+    outlook = forecast.Outlook(plan, forecast.gpu(join.GPU))
+    sections = [_section(slug, plan, records, outlook) for slug in plan.slugs]
     leaderboards = cross.leaderboards(((s.paper.slug, board) for s in sections for board in s.boards), records)
     made = provenance.environment()
     joined = literature.of(plan, ((s.paper.slug, s.named_tables) for s in sections))
@@ -37,6 +38,8 @@ def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
         slug = section.paper.slug
         for name, table in section.named_tables:
             files |= _downloads(slug, name, tables.table_csv(table), tables.table_grid(slug, table))
+            printed = tables.printed_grid(slug, table)
+            files[f"{slug}/{name}-as-printed.tex"] = grids.latex(printed, f"{slug}-{name}-as-printed")
         for name, board in section.named_boards:
             files |= _downloads(slug, name, tables.board_csv(board), tables.board_grid(slug, board))
         files[f"{slug}/cite.bib"] = cite.entries(section.paper, made["commit"], config["scale"])
@@ -102,12 +105,18 @@ def _downloads(place: str, name: str, values: str, grid: grids.Grid) -> dict[str
     }
 
 
-def _section(slug: str, plan: plans.Plan, records: join.Records) -> page.Section:
-    result, boards = join.tables(slug, plan, records), join.boards(slug, plan, records)
+def _section(slug: str, plan: plans.Plan, records: join.Records, outlook: forecast.Outlook) -> page.Section:
+    result, boards = join.tables(slug, plan, records, outlook), join.boards(slug, plan, records)
     lines = [line for table in result for line in table.lines]
     drawn, made = figures.of(slug, plan, lines, boards, records)
     results = list(claims.verdicts(papers.load(slug), boards, records))
-    return page.Section(papers.load(slug), result, boards, tables.file_names(result, boards), drawn, made, results)
+    runs = [cell.runs.get("paper") for cell in plan.cells(slug)]
+    named = [name for run in runs if isinstance(run, Run) for kind, name in run.names if kind == "model"]
+    models = tuple(dict.fromkeys(literature.published(name) for name in named))
+    waiting = outlook.total([run for paper, run in outlook.waiting if paper == slug])
+    hours = page.Hours(waiting["gpu_hours"], waiting["runs"], waiting["hours_unknown"])
+    names = tables.file_names(result, boards)
+    return page.Section(papers.load(slug), result, boards, names, drawn, made, results, models, hours)
 
 
 def counts(lines: list[join.Line]) -> str:

@@ -236,10 +236,10 @@ class Records:
         return Value(status, result["value"], result.get("stderr"), result.get("n"), address, self.count(run), protocol)
 
 
-def tables(slug: str, plan: Plan, records: Records) -> list[PaperTable]:
-    """Every reported table of a paper, line by line."""
+def tables(slug: str, plan: Plan, records: Records, outlook: forecast.Outlook | None = None) -> list[PaperTable]:
+    """Every reported table of a paper, line by line. outlook: that of the plan, where several papers share it."""
     config, paper = plan.config, papers.load(slug)
-    outlook = forecast.Outlook(plan, forecast.gpu(GPU))
+    outlook = outlook or forecast.Outlook(plan, forecast.gpu(GPU))
     lines: dict[str, list[Line]] = {}
     for cell in plan.cells(slug):
         runs = dict(cell.runs)

@@ -37,29 +37,54 @@
     });
   }
 
-  // -- filtering: rows that hold every word, and the chosen value of every list
+  // -- filtering: rows that hold every word, and the chosen value of every list; the address says what was chosen
+  const holds = (text, word) => (/^\d+$/.test(word) ? new RegExp(`(^|\\D)${word}(\\D|$)`).test(text) : text.includes(word));
   for (const form of all("form.controls[data-for]")) {
     const place = document.getElementById(form.dataset.for);
     const rows = all("tbody tr", place);
     const texts = rows.map((row) => plain(`${row.textContent} ${row.dataset.search ?? ""}`));
     const lists = all("select[data-key]", form);
     const nothing = document.querySelector(".nothing");
+    const also = form.dataset.also ? document.getElementById(form.dataset.also) : null; // what a search finds besides
+    const found = also ? all("li", also).map((item) => ({ item, text: plain(`${item.textContent} ${item.dataset.search ?? ""}`) })) : [];
     const apply = () => {
       const words = plain(form.elements.search.value).split(" ").filter(Boolean);
       const chosen = lists.filter((list) => list.value);
       let shown = 0;
       rows.forEach((row, i) => {
         const fits = (list) => row.dataset[list.dataset.key].split(" ").includes(list.value);
-        row.hidden = !(words.every((word) => texts[i].includes(word)) && chosen.every(fits));
+        row.hidden = !(words.every((word) => holds(texts[i], word)) && chosen.every(fits));
         shown += !row.hidden;
       });
       for (const block of all(".block", place)) block.hidden = all("tbody tr", block).every((row) => row.hidden);
       form.querySelector("output").textContent = words.length || chosen.length ? `${shown} of ${rows.length}` : "";
-      if (nothing) nothing.hidden = shown > 0 || !rows.length;
+      let hits = 0;
+      if (also) {
+        for (const { item, text } of found) item.hidden = !words.every((word) => holds(text, word));
+        hits = found.filter(({ item }) => !item.hidden).length;
+        also.open = words.length > 0 && hits > 0 && (hits <= 60 || !shown);
+        also.hidden = words.length > 0 && !hits;
+      }
+      if (nothing) nothing.hidden = shown > 0 || (words.length > 0 && hits > 0) || !rows.length;
     };
-    form.addEventListener("input", apply);
+    const fields = { search: form.elements.search, ...Object.fromEntries(lists.map((list) => [list.dataset.key, list])) };
+    const restore = () => {
+      if (!location.hash.startsWith("#?")) return;
+      const wanted = new URLSearchParams(location.hash.slice(2));
+      for (const [name, input] of Object.entries(fields)) input.value = wanted.get(name) ?? "";
+    };
+    form.addEventListener("input", () => {
+      apply();
+      const chosen = Object.entries(fields).filter(([, input]) => input.value);
+      history.replaceState(null, "", `#?${new URLSearchParams(chosen.map(([name, input]) => [name, input.value]))}`);
+    });
+    addEventListener("hashchange", () => {
+      restore();
+      apply();
+    });
     form.addEventListener("submit", (event) => event.preventDefault());
     form.hidden = !rows.length;
+    restore();
     apply(); // a browser that comes back may have kept what was typed
   }
 
@@ -112,7 +137,7 @@
   // -- arriving: a link to a run opens it; anchors of the time when all papers shared a page lead to their own
   const arrive = () => {
     const id = decodeURIComponent(location.hash.slice(1));
-    if (!id || show(id)) return;
+    if (!id || id.startsWith("?") || show(id)) return;
     const target = document.getElementById(id);
     if (!target) {
       const row = all("#papers tbody tr[id]").find((r) => id.startsWith(`${r.id}-`));

@@ -24,14 +24,40 @@ from markupsafe import Markup
 from prunelab.common.core import files
 from prunelab.common.drawing import svg
 from prunelab.common.drawing.figures import Figure
-from prunelab.common.experiments import papers
+from prunelab.common.experiments import forecast, papers
 from prunelab.paper_tables import claims, cross, join, literature, tables
 
 HERE = Path(__file__).parent
 OUTCOMES = tuple(tables.SHAPES)
+HOURS = (1, 10, 100)  # limits that readers choose among, of GPU hours
 
 
 # -- one paper as the template sees it -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hours:
+    """What runs that wait take of a GPU, foretold. unknown: runs whose hours nothing tells."""
+
+    hours: float
+    runs: int
+    unknown: int
+
+    @property
+    def limits(self) -> list[str]:
+        """Which of the limits that readers choose among they keep to."""
+        if not self.runs:
+            return ["nothing"]
+        if self.unknown:
+            return ["unknown"]
+        return [str(limit) for limit in HOURS if self.hours <= limit] or ["more"]
+
+    @property
+    def shown(self) -> str:
+        """In a cell."""
+        if not self.runs or self.unknown == self.runs:
+            return "unknown" if self.runs else "–"
+        return forecast.shown(self.hours) + (" or more" if self.unknown else "")
 
 
 @dataclass(frozen=True)
@@ -45,6 +71,13 @@ class Section:
     figures: Sequence[Figure]
     made: Sequence[str]  # addresses of runs made for figures alone
     verdicts: Sequence[claims.Verdict] = ()
+    models: Sequence[str] = ()  # that its tables run on, as they are known
+    hours: Hours = Hours(0, 0, 0)  # of what waits
+
+    @property
+    def tags(self) -> list[str]:
+        """The taxonomy, one word an axis and term."""
+        return [f"{axis}:{tag}" for axis, tags in self.paper.taxonomy.items() for tag in tags]
 
     @cached_property
     def lines(self) -> list[join.Line]:
@@ -274,7 +307,14 @@ class Site:
             reasons=[(papers.REASONS[r], n) for r, n in self.reasons().most_common()],
             verdicts=[verdict for section in self.sections for verdict in section.verdicts],
             families=sorted({s.paper.family for s in self.sections}),
-            targets=sorted({tag for s in self.sections for tag in s.paper.taxonomy.get("target", [])}),
+            axes={
+                axis: tags
+                for axis in papers.AXES
+                if (tags := sorted({tag for s in self.sections for tag in s.paper.taxonomy.get(axis, [])}))
+            },
+            models=sorted({model for s in self.sections for model in s.models}, key=str.lower),
+            hours=HOURS,
+            gpu=forecast.gpu(join.GPU).name,
         )
 
     def reasons(self) -> Counter[str]:

@@ -248,7 +248,9 @@ def table_grid(slug: str, table: PaperTable) -> Grid:
     def noted(text: str, value: Value) -> str:
         return f"{text} {notes(value.protocol)}" if value.protocol else text
 
-    def row(line: Line) -> list[str]:
+    again = repeats(table)
+
+    def row(number: int, line: Line) -> list[str]:
         r, own, digits = line.reported, line.reproduced, places(line)
         cells = [r.row, r.column, f"{r.text} {r.unit} {notes(f'{r.source} ({r.quality})')}"]
         lacks = line.ready.partition("; ")[2] or own.status  # without the command, which every cell has its own of
@@ -261,6 +263,9 @@ def table_grid(slug: str, table: PaperTable) -> Grid:
         cells.append(f"{SHAPES[line.outcome]} {status(line)}{under}")
         for scale in others:
             v = line.others[scale]
+            if (number, scale) in again:
+                cells.append(f"as above {notes(again[number, scale])}")
+                continue
             samples = f" (n = {v.samples})" if v.samples else ""
             cells.append(noted(shown(v, fitting(v)) + samples, v) if v.value is not None else f"– {notes(v.status)}")
         return cells
@@ -274,9 +279,41 @@ def table_grid(slug: str, table: PaperTable) -> Grid:
         legend.append(ASSUMED)
     if own_counts:
         legend.append(COUNTS)
-    rows = [row(line) for line in table.lines]
+    rows = [row(number, line) for number, line in enumerate(table.lines)]
     name = f"{slug}: {table.name}"
     return Grid(name, (table.caption, table.note), header, right, rows, [*legend, *tolerances(table)], notes.texts)
+
+
+def printed_grid(slug: str, table: PaperTable) -> Grid:
+    """The table as the paper lays it out, rows and columns in its order: the reported number, and ours behind it where
+    there is one."""
+    columns = list(dict.fromkeys(line.reported.column for line in table.lines))
+    cells: dict[str, dict[str, str]] = {}
+    for line in table.lines:
+        own = f" ({shown(line.reproduced, places(line))})" if line.reproduced.value is not None else ""
+        approximate = "≈" if line.reported.quality == "by-eye" else ""
+        by = cells.setdefault(line.reported.row, {})
+        by[line.reported.column] = f"{approximate}{line.reported.text}{own}"
+    rows = [[row, *(by.get(column, "") for column in columns)] for row, by in cells.items()]
+    legend = ["In brackets what Prunelab obtains at the paper's scale, with the 95 % half width where it has one."]
+    made = any(line.reproduced.value is not None for line in table.lines)
+    right = [False] + [True] * len(columns)
+    return Grid(f"{slug}: {table.name}", (table.caption,), ["", *columns], right, rows, legend if made else ())
+
+
+def repeats(table: PaperTable) -> dict[tuple[int, str], str]:
+    """Stand-ins that an earlier line of the table has already shown, by line and scale: in words, of which. One model
+    stands in for several, and its one number is no evidence on each."""
+    first: dict[tuple[str | None, float | None, str], str] = {}
+    results: dict[tuple[int, str], str] = {}
+    for number, line in enumerate(table.lines):
+        name = f"{line.reported.row}, {line.reported.column}"
+        for scale, value in line.others.items():
+            if value.value is not None:
+                earlier = first.setdefault((value.record, value.value, scale), name)
+                if earlier != name:
+                    results[number, scale] = f"the run of {earlier}, which stands in here as well"
+    return results
 
 
 def board_grid(slug: str, board: BoardTable) -> Grid:

@@ -248,8 +248,9 @@ def test_same_records_give_same_bytes_and_the_page_comes_last(
     first = {path: path.read_bytes() for path in order}
     grids_ = len(papers.load(SLUG).tables) + 3  # with the board, the board across papers, and what papers disagree on
     models = list((index.parent / "literature").glob("*.html"))
+    printed = len(papers.load(SLUG).tables)  # in the paper's own layout
     # four pages, two files to cite with, all numbers, and what enters the literature
-    assert order[-1] == index and len(first) == len(order) == 3 * grids_ + 8 + len(models)
+    assert order[-1] == index and len(first) == len(order) == 3 * grids_ + printed + 8 + len(models)
     command.build(config)
     assert {path: path.read_bytes() for path in first} == first
     assert not list(index.parent.rglob(".*"))
@@ -393,6 +394,55 @@ def test_the_index_tells_the_status_of_every_paper(config: dict[str, Any]) -> No
     assert f"can run {kinds.total()} of {len(found)} numbers" in text
     for reason, number in (*reasons.most_common(3), *kinds.items()):
         assert f'<span class="count">{number} ×</span> {Markup.escape(reason)}</li>' in text
+
+
+def test_the_index_filters_by_taxonomy_model_and_hours_and_finds_models(config: dict[str, Any]) -> None:
+    text = command.build(config)[0].read_text(encoding="utf-8")
+    row = re.search(rf'<tr id="{SLUG}"[^>]*>', text)
+    assert row
+    said = dict(re.findall(r'data-(\w+)="([^"]*)"', row[0]))
+    assert "target:tokens" in said["tags"].split() and "when:run_time" in said["tags"].split()
+    assert said["models"].split() and set(said["models"].split()) <= set(re.findall(r'<option value="([^"]+)"', text))
+    assert set(said["hours"].split()) <= {"nothing", "unknown", "more", *map(str, page.HOURS)}
+    for key in ("tags", "models", "hours", "outcome", "family"):
+        assert f'<select data-key="{key}">' in text
+    assert 'data-also="shelves"' in text and re.search(r'<li data-search="[^"]+"><a href="literature/', text)
+
+
+@pytest.mark.parametrize(
+    ("given", "limits", "shown"),
+    [((0, 0, 0), ["nothing"], "–"), ((5, 3, 0), ["10", "100"], "5"), ((500, 3, 0), ["more"], "500"),
+     ((0.5, 3, 1), ["unknown"], "0.5 or more"), ((0, 2, 2), ["unknown"], "unknown")],
+)  # fmt: skip
+def test_hours_keep_to_the_limits_that_readers_choose(given: Any, limits: list[str], shown: str) -> None:
+    assert (page.Hours(*given).limits, page.Hours(*given).shown) == (limits, shown)
+
+
+def test_one_run_that_stands_in_for_several_models_shows_its_number_once(config: dict[str, Any]) -> None:
+    def line(row: str, record: str, value: float = 5.0) -> join.Line:
+        number = papers.Reported("T", row, "c", 1.0, "1.0", "", "here", "primary")
+        stood = join.Value("testbed", value, record=record)
+        return join.Line(number, join.Value("not run: needs x"), None, None, None, {"testbed": stood})
+
+    table = join.PaperTable("T", "", "", (line("small", "a"), line("large", "a"), line("other", "b")))
+    assert tables.repeats(table) == {(1, "testbed"): "the run of small, c, which stands in here as well"}
+    cells = [row[-1] for row in tables.table_grid("x", table).rows]
+    assert cells[0].startswith("5.0") and cells[1].startswith("as above") and cells[2].startswith("5.0")
+
+
+def test_latex_has_the_papers_own_rows_and_columns(config: dict[str, Any]) -> None:
+    table = next(t for t in join_of(config)[0] if t.name == "DeiT-S main")
+    grid = tables.printed_grid(SLUG, table)
+    assert grid.header == ["", *dict.fromkeys(n.column for n in papers.reported(SLUG) if n.table == "DeiT-S main")]
+    assert [row[0] for row in grid.rows] == list(
+        dict.fromkeys(n.row for n in papers.reported(SLUG) if n.table == "DeiT-S main")
+    )
+    by = {row[0]: dict(zip(grid.header, row, strict=True)) for row in grid.rows}
+    assert by["DeiT-S"]["GFLOPs"] == "4.55 (4.608)" and by["+Zero-TP-a"]["GFLOPs"].endswith("(2.971)")
+    name = tables.identifier("DeiT-S main")
+    folder = page_of(config).parent
+    assert "4.55 (4.608)" in (folder / f"{name}-as-printed.tex").read_text(encoding="utf-8")
+    assert f'href="{name}-as-printed.tex"' in (folder / "index.html").read_text(encoding="utf-8")
 
 
 DRAWN = sorted(path.parent.name for path in papers.METHODS.glob("*/figures.py"))
