@@ -297,7 +297,8 @@ def vision_language(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    importlib.import_module("prunelab.common.backbones.llava_video")  # makes its class known to both
+    for own in ("llava_video", "openvla"):  # makes their classes known
+        importlib.import_module(f"prunelab.common.backbones.{own}")
 
     if "testbed" in identity:
         return _testbeds().load(identity["testbed"])[0], None

@@ -24,6 +24,7 @@ class Kin:
     shown: Callable[[Tensor], Shown]
     film: Callable[[Tensor], Shown] | None = None
     class_token: bool = False  # whether methods can read the encoder's
+    closed: bool = False  # whether nothing is read of the encoder
     rows: bool = False  # whether pixels come in rows of a sample's images
     apart: int = 0  # tokens of a frame, where words stand between frames
 
@@ -115,6 +116,19 @@ def _paligemma(tower: int, text: dict[str, Any]) -> nn.Module:
     return t.PaliGemmaForConditionalGeneration(config)
 
 
+def _openvla(tower: int, text: dict[str, Any]) -> nn.Module:
+    from prunelab.common.backbones.openvla import openvla
+
+    sizes = {"embed_dim": 24, "depth": tower, "num_heads": 3, "patch_size": 8}
+    marks = {"image_token_index": IMAGE, "action_token_id": 59, "empty_token_id": 3, "pad_to_multiple_of": 8}
+    encoders = {"timm_arguments": [sizes, sizes | {"mlp_ratio": 2}], "image_sizes": [32, 32]}
+    return openvla(text_config={"model_type": "llama", **text}, **encoders, **marks)
+
+
+def _channels(pixels: Tensor) -> Shown:
+    return {"pixel_values": torch.cat([pixels, -pixels], 1)}, 16
+
+
 def _pictures(pixels: Tensor) -> Shown:
     import transformers as t
 
@@ -151,6 +165,7 @@ KIN: Mapping[str, Kin] = {
     "idefics3": Kin(_idefics3("Idefics3"), _tiles, rows=True),
     "smolvlm": Kin(_idefics3("SmolVLM"), _tiles, rows=True),
     "paligemma": Kin(_paligemma, _tiles),
+    "openvla": Kin(_openvla, _channels, closed=True),
     "qwen3_vl": Kin(_qwen3_vl, _patches, _pairs, apart=16),
     "internvl": Kin(_internvl, _tiles, class_token=True),
     "video_llava": Kin(_video_llava, _pictures, _frames(17), class_token=True),
