@@ -206,6 +206,8 @@ class Squares(Mix):
 
     def of_batch(self, batch: int, device: torch.device) -> Squares:
         """The same for so many samples, on a device."""
+        if batch == 1 and device == self.weight.device:
+            return self
         made = tuple(part.expand(batch, -1).to(device) for part in self.made)
         return replace(self, target=made[0], source=made[1], weight=made[2], made=made)
 
