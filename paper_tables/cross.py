@@ -36,6 +36,7 @@ class Entry:
     saving: float | None
     difference: float | None
     interval: float | None
+    result: dict[str, Any]  # the metric in its record, whose samples pair up
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ class Leaderboard:
         """Every budget's entries with the unpruned model among them, best first."""
         extra = [self.unpruned] if self.unpruned else []
         return {b: sorted([*extra, *entries], key=self._rank) for b, entries in self.budgets.items()}
+
+    @property
+    def ranks(self) -> dict[str, list[str]]:
+        """The places of every block's entries. Who lies within chance of the best of its group, by the 95 % interval of
+        the difference over the same samples, has that one's place, marked `=`."""
+        return {budget: _places(entries) for budget, entries in self.blocks.items()}
 
     def _rank(self, entry: Entry) -> tuple[float, str]:
         return (entry.value.value or 0.0) * (1 if self.lower else -1), entry.method
@@ -149,6 +156,20 @@ def _leaderboard(group: Sequence[Point]) -> Leaderboard:
     )
 
 
+def _places(entries: Sequence[Entry]) -> list[str]:
+    groups: list[list[Entry]] = []
+    for entry in entries:
+        gap = uncertainty.paired_difference(entry.result, groups[-1][0].result) if groups else None
+        if gap and abs(gap[0]) <= gap[1]:
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    results: list[str] = []
+    for group in groups:
+        results += [f"{len(results) + 1}{'=' * (len(group) > 1)}"] * len(group)
+    return results
+
+
 def _distinct(entries: Sequence[Entry]) -> list[Entry]:
     """Places whose methods would read the same are told apart by their options."""
     names = Counter(p.method for p in entries)
@@ -165,10 +186,11 @@ def _entry(
         run["scale"], result["value"], result.get("stderr"), result.get("n"), address, None, record["protocol"]
     )
     paired = uncertainty.paired_difference(result, base) if base is not None and run["method"] is not None else None
+    difference, interval = paired or (None, None)
     spent, saved = (figures.get(key, {}).get("value") for key in (stated.cost, saving(stated.cost)))
     options = ", ".join(f"{k}={v}" for k, v in run["options"].items())
     name = UNPRUNED if run["method"] is None else label
-    return Entry(name, options, slug, budget, value, spent, saved, *(paired or (None, None)))
+    return Entry(name, options, slug, budget, value, spent, saved, difference, interval, result)
 
 
 def _named(identity: Mapping[str, Any] | None) -> str:
@@ -187,17 +209,17 @@ def grid(leaderboard: Leaderboard) -> Grid:
     """All budgets of a leaderboard, one block after the other."""
     notes, rows = Notes(), []
     for budget, entries in leaderboard.blocks.items():
-        for entry in entries:
+        for rank, entry in zip(leaderboard.ranks[budget], entries, strict=True):
             note = notes(entry.value.protocol) if entry.value.protocol else ""
             spent = tables.cost(entry.cost) if entry.cost is not None else "–"
             saved = f"{entry.saving:.1f} %" if entry.saving is not None else "–"
-            cells = [budget, entry.method, f"{tables.shown(entry.value, 2)} {note}".strip(), spent, saved]
+            cells = [budget, rank, entry.method, f"{tables.shown(entry.value, 2)} {note}".strip(), spent, saved]
             rows.append([*cells, tables.gap(entry.difference, entry.interval)])
-    header = ["budget", "method", leaderboard.metric, leaderboard.cost, "saved", "difference to unpruned"]
+    header = ["budget", "place", "method", leaderboard.metric, leaderboard.cost, "saved", "difference to unpruned"]
     head = (
         f"{leaderboard.scale} scale" + (f", in place of {leaderboard.stands_for}." if leaderboard.stands_for else "."),
     )
-    return Grid(leaderboard.title, head, header, [False, False, True, True, True, True], rows, (), notes.texts)
+    return Grid(leaderboard.title, head, header, [False, True, False, True, True, True, True], rows, (), notes.texts)
 
 
 def csv(leaderboard: Leaderboard) -> str:

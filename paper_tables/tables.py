@@ -334,5 +334,7 @@ def board_grid(slug: str, board: BoardTable) -> Grid:
 
 
 def gap(difference: float | None, interval: float | None) -> str:
-    """A paired difference with its interval."""
-    return "–" if difference is None or interval is None else f"{signed(difference, 2)} ± {interval:.2f}"
+    """A paired difference with its interval; where that holds zero, the two are tied."""
+    if difference is None or interval is None:
+        return "–"
+    return f"{signed(difference, 2)} ± {interval:.2f}" + (", tied" if abs(difference) <= interval else "")

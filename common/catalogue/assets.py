@@ -25,8 +25,9 @@ def uses() -> dict[str, list[str]]:
             where = entry["assets"]
             results.setdefault(where if isinstance(where, str) else where["folder"], []).append(name)
     for name, entry in lookup.datasets().items():
-        if "assets" in entry:
-            results.setdefault(entry["assets"].get("listed", entry["assets"]["folder"]), []).append(name)
+        for at in ("assets", "real"):
+            if "folder" in entry.get(at, {}):
+                results.setdefault(entry[at].get("listed", entry[at]["folder"]), []).append(name)
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -116,6 +117,8 @@ def of_tasks(tasks: Iterable[str]) -> list[str]:
 def _data_missing(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if "setting" in entry and not config.get(entry["setting"]):
         return str(entry["needs"])
+    if "folder" in entry and entry["loader"] == "lm_eval" and importlib.util.find_spec("lm_eval") is None:
+        return 'lm-evaluation-harness (pip install -e ".[evaluation]")'
     if "folder" in entry and not (Path(config["assets"] or "/nonexistent") / entry["folder"]).exists():
         return f"the assets folder with {entry['folder']} (--config assets=DIR)"
     return _hub_missing(entry, "dataset", config) if "hub" in entry else ""

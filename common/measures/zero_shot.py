@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.files import inside
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.language import experts_run, sizes, without_experts
 from prunelab.common.measures.scores import HARNESS_SHARES, average
@@ -82,11 +84,31 @@ def located(tasks: Sequence[str], ids: Mapping[str, Any], config: Mapping[str, A
     for name, data in ids.items():
         if name.startswith("data of "):
             begins = tuple(f"{task}_" for task in data["tasks"])
-            place = str(hub.folder(data, "dataset", config))
+            place = "" if "folder" in data else str(hub.folder(data, "dataset", config))
             for i, task in enumerate(tasks):
                 if f"{task}_".startswith(begins):
-                    results[i] = {"task": task, "dataset_path": place}
+                    given = {"dataset_path": place} if place else of_rows(task, data, config)
+                    results[i] = {"task": task, **given}
     return results if results == list(tasks) else [{"group": "prunelab", "task": results}]
+
+
+def of_rows(task: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a task of the harness is told to read its questions from a file of JSON lines in a folder of the user's,
+    under whatever names: `tasks` of the data set's entry says for each task the file and how its prompts are made."""
+    if task not in data["tasks"]:
+        raise PrunelabError(
+            f"no file of {data['folder']} holds the questions of {task}; there are {', '.join(data['tasks'])}"
+        )
+    templates = dict(data["tasks"][task])
+    path = inside(inside(Path(config["assets"]), data["folder"]), templates.pop("file"))
+    return {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        **dict.fromkeys(("training_split", "validation_split", "fewshot_split")),
+        "test_split": "test",
+        **templates,
+    }
 
 
 def harness() -> tuple[Any, Any]:

@@ -672,6 +672,14 @@ def test_methods_stand_in_order_beside_the_unpruned_model(config: dict[str, Any]
     assert low < 80 < 90 < high and leaderboard.stands_for == "deit_small"
 
 
+def test_who_lies_within_chance_of_the_best_shares_its_place(config: dict[str, Any]) -> None:
+    (leaderboard,) = leaderboards(config)
+    for places in leaderboard.ranks.values():  # the unpruned model, and five methods whose answers are the same
+        assert places == ["1", "2=", "2=", "2=", "2=", "2="]
+    assert "2=" in grids.markdown(cross.grid(leaderboard))
+    assert tables.gap(-10.0, 3.0) == "−10.00 ± 3.00" and tables.gap(-2.0, 3.0) == "−2.00 ± 3.00, tied"
+
+
 def test_runs_that_papers_share_stand_once(config: dict[str, Any]) -> None:
     (alone,), (twice,) = leaderboards(config), leaderboards(config, (SLUG, SLUG))
     assert {b: len(p) for b, p in twice.budgets.items()} == {b: len(p) for b, p in alone.budgets.items()}

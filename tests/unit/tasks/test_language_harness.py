@@ -3,13 +3,16 @@ must be those that the harness finds through its own loader."""
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import numpy as np
 import pytest
 
+from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
+from prunelab.common.measures import zero_shot
 
 WORDS = 64
 
@@ -134,3 +137,20 @@ def test_a_task_of_the_harness_reads_the_folder_that_stands_in_for_its_data(fold
     data = {"data of piqa": {"hub": "baber/piqa", "tasks": ["piqa"], "local": "0"}}
     found = execute(folder, ["piqa"], data=data, hub=tmp_path, shots=0)["piqa acc"]
     assert found["value"] == 50 and found["stderr"] > 0
+
+
+def test_a_task_of_the_harness_reads_rows_of_an_assets_folder(folder, tmp_path):
+    """Rows under names of their own, as `tasks` of the catalogue's entry says, through the harness's scoring."""
+    place = folder.parent / "rows"
+    place.mkdir(exist_ok=True)
+    rows = [{"query": "w5 w6 ", "choices": ["w7", "w8 w9"], "gold": n % 2} for n in range(6)]
+    with gzip.open(place / "piqa.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, rows)))
+    says = {"file": "piqa.jsonl.gz", "doc_to_text": "{{query.strip()}}\nAnswer:", "doc_to_choice": "choices"}
+    data = {
+        "data of piqa": {"loader": "lm_eval", "folder": "rows", "tasks": {"piqa": {**says, "doc_to_target": "gold"}}}
+    }
+    found = execute(folder, ["piqa"], data=data)["piqa acc"]
+    assert found["value"] == 50 and found["stderr"] > 0
+    with pytest.raises(PrunelabError, match="no file of rows holds the questions of piqa_other"):
+        zero_shot.located(["piqa_other"], data, {"assets": str(folder.parent)})
