@@ -10,7 +10,7 @@ from torch import nn
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import plain
+from prunelab.common.core.hooks import bare, plain
 from prunelab.common.core.method import Method
 
 if TYPE_CHECKING:
@@ -58,16 +58,17 @@ def apply(
     roles work on one model at once, in nested blocks of any order that has a meaning. The model's weights and forward
     stay as they are: hooks go in, and all come out at the end, also after an exception. A copy made inside (deepcopy,
     pickle, `torch.save`, `save_pretrained`) is the model as it was, runs no method and shares nothing. Threads may
-    share a model at work; texts that are drafted take turns. What `torch.compile` made runs uncompiled inside. `seed`
-    starts the draws of random methods. `services` are second models by the names that the method gives them. `parts`
-    are the method's learned parts (`method.build`); inside the block they belong to the model, so that one optimiser
-    and one device serve both. A model that was trained with the method carries them already, as `model.pruning_parts`.
+    share a model at work; texts that are drafted take turns. What `torch.compile` made runs uncompiled inside, and
+    adapters of `peft` run with the model that they are in. `seed` starts the draws of random methods. `services`
+    are second models by the names that the method gives them. `parts` are the method's learned parts
+    (`method.build`); inside the block they belong to the model, so that one optimiser and one device serve both. A
+    model that was trained with the method carries them already, as `model.pruning_parts`.
     Raises PrunelabError, before any work, where the model has no adapter, a site or signal cannot be had there, a
     service or learned part is missing, or the model runs a method already that this one has no meaning beside.
     """
     if isinstance(method, type):
         raise PrunelabError(f"{method.__name__} is a class; give a method with its options: {method.__name__}()")
-    budget, model = Budget.of(budget), plain(model)
+    budget, model = Budget.of(budget), plain(model) if method.role == "data_selector" else bare(model)
     # A wing is imported when it is asked for: each brings libraries of its own.
     if method.role == "token_pruner":
         from prunelab.common.tokens import apply as tokens
@@ -122,7 +123,7 @@ def supports(method: Method, model: nn.Module) -> Literal[True] | Refusal:
     what else a call is given, a budget, services or learned parts, is not asked about.
     """
     try:
-        _check(method, plain(model))
+        _check(method, bare(model))
     except PrunelabError as reason:
         return Refusal(reason)
     return True

@@ -29,7 +29,7 @@ _METHODS: WeakKeyDictionary[nn.Module, tuple[Method, ...]] = WeakKeyDictionary()
 
 def at_work(model: nn.Module) -> tuple[Method, ...]:
     """The methods that are applied to a model now, the outermost first."""
-    return _METHODS.get(_bare(model), ())
+    return _METHODS.get(bare(model), ())
 
 
 def runs(model: nn.Module, role: str) -> bool:
@@ -55,16 +55,16 @@ def claimed(method: Method, model: nn.Module, services: Mapping[str, Any] | None
         reason = method.beside(other) or other.beside(method)
         if reason is not None:
             raise PrunelabError(f"{method.name} and {other.name} cannot run on one model: {reason}")
-    bare = _bare(model)
-    _METHODS[bare] = (*before, method)
+    inner = bare(model)
+    _METHODS[inner] = (*before, method)
     try:
         with _uncompiled():
             yield
     finally:
         left = tuple(other for other in at_work(model) if other is not method)
-        _METHODS[bare] = left
+        _METHODS[inner] = left
         if not left:
-            del _METHODS[bare]
+            del _METHODS[inner]
 
 
 _EAGER: list[Any] = []  # for each block that is open now, the first one's holding the stance before
@@ -92,7 +92,7 @@ def plain(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> nn.Module:
     """The model within an adapter of `peft`, or that was compiled."""
     model = plain(model)
     inner = getattr(model, "get_base_model", None)
@@ -136,6 +136,7 @@ class _Replacement(Hook):
         super().__init__(call)
         functools.update_wrapper(self, call)  # whoever looks at its signature sees the method's
         self._owner, self._name, self._before = owner, name, vars(owner).get(name)
+        self.__code__ = getattr(inspect.unwrap(call), "__code__", None)  # where torch.export says that it is
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         owner = memo.get(id(self._owner), self._owner)
@@ -179,6 +180,13 @@ def replaced(owner: Any, name: str, call: Callable[..., Any]) -> Remove:
             values.pop(name, None)
 
     return restore
+
+
+def wrapped(owner: Any, name: str) -> bool:
+    """Whether an instance has something in place of its class's method; a copy that was made inside a block has the
+    method itself there."""
+    own = vars(owner).get(name)
+    return own is not None and getattr(own, "__func__", None) is not getattr(type(owner), name)
 
 
 def arguments(owner: Any, name: str, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -279,7 +279,8 @@ class Effort:
 class Report:
     """What one application cost. Counts are means over the samples seen; MACs are per sample.
 
-    tokens[l] = (tokens the attention of layer l saw, tokens its MLP saw). `macs` includes `scoring_macs`.
+    tokens[l] = (tokens the attention of layer l saw, tokens its MLP saw). `macs` includes `scoring_macs`. standard:
+    whether MACs are of the model's standard input, though others passed, whose images could not be told apart.
     """
 
     tokens: tuple[tuple[float, float], ...]
@@ -288,6 +289,7 @@ class Report:
     dense_macs: float
     samples: int
     cache_bytes: int | None = None
+    standard: bool = False
 
     @property
     def saving(self) -> float:
@@ -302,6 +304,8 @@ class Report:
         ]
         if not self.samples:
             lines.append("seen      nothing yet: this is what an input would cost")
+        if self.standard:
+            lines.append("MACs are of a standard input: the samples seen had unlike numbers of images in one batch")
         if self.cache_bytes is not None:
             lines.append(f"cache     {self.cache_bytes / 2**20:.2f} MiB")
         return "\n".join(lines)

@@ -76,8 +76,9 @@ class Handle:
 
     def report(self, example: Any = None, dense: float | None = None) -> Report:
         """Tokens a layer and MACs a sample. Needs no forward pass, except for methods whose counts depend on the
-        input, which are costed at the mean counts seen so far. `example` replaces the model's standard input, or the
-        sizes of the images that were seen; dense: MACs of the unpruned model where they are known."""
+        input, which are costed at the mean counts seen so far. MACs are of inputs as they were seen: of the sizes of
+        their images, and of text of their mean length. `example` replaces these, or the model's standard input; dense:
+        MACs of the unpruned model where they are known."""
         seen = self.application.trace
         examples = self._examples(example)
         costs = [
@@ -93,28 +94,27 @@ class Handle:
             dense_macs=sum(unpruned * share for _, unpruned, share in costs),
             samples=seen.samples,
             cache_bytes=self.adapter.cache_bytes([a / n for a in counted.attention]),
+            standard=bool(seen.samples) and example is None and not self.adapter.seen(seen),
         )
 
     def _dense(self, example: Any) -> float:
         return self._unhooked(lambda: macs_of(self.adapter.model, example))
 
     def _examples(self, given: Any) -> list[tuple[Any, float]]:
-        """Inputs to count MACs with, and the share of each: the one given, else images of the sizes that were seen,
-        else the model's standard input."""
+        """Inputs to count MACs with, and the share of each: the one given, else such as were seen, else the model's
+        standard input."""
         if self.application.method.adaptive and not self.application.trace.samples:
             name = self.application.method.name
             raise PrunelabError(f"{name} keeps as many tokens as the input asks for; run the model first")
-        standard = self.adapter.example() if given is None else given.to("meta")
-        sizes = self.application.trace.sizes
-        if given is not None or not sizes:
-            return [(standard, 1.0)]
-        if len(sizes) > 1 and self.application.method.adaptive:
+        trace = self.application.trace
+        if given is not None:
+            return [(given.to("meta"), 1.0)]
+        if len(trace.sizes) > 1 and self.application.method.adaptive:
             raise PrunelabError(
                 f"{self.application.method.name} keeps as many tokens as the input asks for, and the inputs had unlike"
                 " sizes; report each size by itself"
             )
-        total = sum(sizes.values())
-        return [(standard.new_empty(1, *size), n / total) for size, n in sizes.items()]
+        return self.adapter.seen(trace) or [(self.adapter.example(), 1.0)]
 
     def _measure(self, example: Any) -> tuple[float, Trace]:
         """MACs on the meta device and the trace of that pass, with hooks of its own in place of the handle's."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, unscaled
 from prunelab.common.core.signals import Checks, Reading
-from prunelab.common.tokens.adapters.passes import Application, P, Pass
+from prunelab.common.tokens.adapters.passes import Application, P, Pass, Trace
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals, View
 
@@ -63,6 +63,11 @@ class Adapter(ABC, Generic[P]):
     @abstractmethod
     def example(self) -> Any:
         """A meta-device input of batch 1, to count MACs with; see `prunelab.common.costs.meter.on_meta`."""
+
+    def seen(self, trace: Trace) -> list[tuple[Any, float]]:
+        """Meta-device inputs like those that passed, and the share of each; none where their sizes are not known."""
+        standard, total = self.example(), sum(trace.sizes.values())
+        return [(standard.new_empty(1, *size), n / total) for size, n in trace.sizes.items()]
 
     @abstractmethod
     def install(self, application: Application) -> Callable[[], None]:

@@ -35,7 +35,7 @@ from prunelab.common.core.hooks import after, before, padded_first, refuse_check
 from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site, take
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.adapters.causal_lm_cache import Entries, PromptCache, in_order, visible
-from prunelab.common.tokens.adapters.passes import Application, Pass, Seen, Tokens
+from prunelab.common.tokens.adapters.passes import Application, Pass, Seen, Tokens, Trace
 from prunelab.common.tokens.adapters.recorded import (
     ALONE,
     FIXED,
@@ -111,6 +111,9 @@ class CausalLM(SequenceAdapter[PromptPass]):
 
     def example(self) -> Tensor:
         return torch.zeros(1, self.info.tokens, dtype=torch.long, device="meta")
+
+    def seen(self, trace: Trace) -> list[tuple[Any, float]]:
+        return [(torch.zeros(1, trace.text, dtype=torch.long, device="meta"), 1.0)] if trace.text else []
 
     def cache_bytes(self, tokens: Sequence[float]) -> int:
         config = self.config
@@ -292,6 +295,8 @@ class CausalLM(SequenceAdapter[PromptPass]):
             x, cache, running = args[0], cache_in(given), self.running
             if layer == 0 and not running.decoding:
                 application.trace.begin(len(x))
+                real = running.cache.real
+                application.trace.read(x.shape[0] * x.shape[1] if real is None else real.sum())
                 if cache is not None:
                     self.caches[cache] = running.cache
                     running.cache.follow(cache)

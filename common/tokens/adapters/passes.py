@@ -32,13 +32,15 @@ class Trace:
 
     def __init__(self, depth: int, measured: Trace | None = None) -> None:
         self.samples = 0
-        self.sizes: dict[tuple[int, ...], int] = {}  # samples by the size of their images, where that may vary
+        self.sizes: dict[tuple[Any, ...], int] = {}  # samples by the size of their images, where that may vary
+        self.inputs: dict[tuple[Any, ...], Any] = {}  # what else a family knows of such images
         self.kept: list[tuple[Site, Tensor]] = []  # of the last batch
         self.attribution: Any = None  # how the last batch's tokens came from patches, where a family keeps that
         self.scoring_flops = 0
         self.counter: FlopCounterMode | None = None
         self.measured = measured  # mean counts to cost at, for methods whose counts depend on the input
         self._counts: dict[str, list[Any]] = {part: [0.0] * depth for part in ("attention", "mlp")}
+        self._text: Any = 0  # tokens of text
         self._images: dict[int, tuple[Any, int]] = {}  # outputs of plans for single images, and images, by site
         self._lock = threading.Lock()
 
@@ -61,11 +63,22 @@ class Trace:
             before, seen = self._images.get(site.index, (0, 0))
             self._images[site.index] = (before + outputs, seen + images)
 
-    def saw(self, size: tuple[int, ...] | None, samples: int) -> None:
-        """So many samples were images of that size (channels, height, width)."""
+    def saw(self, size: tuple[Any, ...] | None, samples: int, images: Any = None) -> None:
+        """So many samples were images of that size (channels, height, width; a family with `images` has its own)."""
         if size is not None:
             with self._lock:
                 self.sizes[size] = self.sizes.get(size, 0) + samples
+                self.inputs.setdefault(size, images)
+
+    def read(self, text: int | Tensor) -> None:
+        """So many tokens of text were read, of all samples together."""
+        with self._lock:
+            self._text = self._text + text
+
+    @property
+    def text(self) -> int:
+        """Tokens of text, a mean over the samples."""
+        return max(1, round(float(self._text) / self.samples)) if self.samples else 0
 
     def begin(self, samples: int) -> None:
         """A batch of so many samples enters the model."""
@@ -75,10 +88,11 @@ class Trace:
     def mark(self) -> Callable[[], None]:
         """What takes back all that is counted from here on."""
         counts, samples = {part: list(layers) for part, layers in self._counts.items()}, self.samples
+        text, sizes = self._text, dict(self.sizes)
 
         def undo() -> None:
             with self._lock:
-                self._counts, self.samples = counts, samples
+                self._counts, self.samples, self._text, self.sizes = counts, samples, text, sizes
 
         return undo
 

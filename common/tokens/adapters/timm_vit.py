@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunelab.common.core import attention
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import after, arguments, before, replaced, run_all
+from prunelab.common.core.hooks import after, arguments, before, replaced, run_all, wrapped
 from prunelab.common.core.plan import ModelInfo, Site
 from prunelab.common.core.signals import Reading
 from prunelab.common.tokens.adapters.passes import Application, Pass, Seen, Tokens
@@ -147,7 +147,7 @@ class TimmViT(SequenceAdapter[Any]):
 
         name = "_old_forward" if hasattr(block, "_hf_hook") else "forward"  # accelerate's wrapper calls the former
         plain = type(block).__name__ in self.plain_blocks
-        if not plain or (name == "forward" and name in vars(block)):
+        if not plain or (name == "forward" and wrapped(block, name)):
             kind = "wrapped in a forward of its own" if plain else type(block).__name__
             raise PrunelabError(
                 f"'after_attention' needs timm's plain {self.plain_blocks[0]}, block {site.layer} is {kind}"

@@ -34,10 +34,10 @@ from torch import Tensor
 
 from prunelab.common.core.attention_interface import Recorder, record, spared
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import after, before, run_all
+from prunelab.common.core.hooks import after, before, replaced, run_all
 from prunelab.common.core.plan import ModelInfo, Plan, Site
 from prunelab.common.core.signals import Reading
-from prunelab.common.tokens.adapters.passes import SUBLAYERS, Application
+from prunelab.common.tokens.adapters.passes import SUBLAYERS, Application, Trace
 from prunelab.common.tokens.adapters.recorded import (
     ALONE,
     behind,
@@ -131,6 +131,10 @@ class VisionLanguage(DecoderSide):
         visual = int((given["input_ids"] == getattr(self.config, self.tokens[modality])).sum())
         pixels = {name: value for name, value in given.items() if name in names}
         return Prompt(pixels, given["input_ids"].shape[1] - visual, modality).to("meta")
+
+    def seen(self, trace: Trace) -> list[tuple[Any, float]]:
+        total = sum(trace.sizes.values())
+        return [(replace(trace.inputs[size], text=trace.text), n / total) for size, n in trace.sizes.items()]
 
     def text_length(self) -> int:
         """Text tokens of the standard prompt, within what the decoder has positions for."""
@@ -227,7 +231,7 @@ class VisionLanguage(DecoderSide):
             for modality in self.tokens:
                 removers.append(self._watch_encoder(modality))
             removers.append(self._watch_placeholders())
-            removers.append(before(self.model, self._note_labels, kwargs=True))
+            removers.append(replaced(self.model, "forward", self._noting_labels(self.model.forward)))
             removers.append(before(self.body, self._begin, kwargs=True))
             # before what prunes the cache of the tokens that are left
             removers.append(before(self.decoder, self._enter(application), kwargs=True, first=True))

@@ -4,7 +4,9 @@ masks and caches follow the tokens that are left."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +18,7 @@ from prunelab.common.core.attention_interface import Recorder, cache_in, cache_n
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import refuse_checkpointing, refuse_tracing
 from prunelab.common.core.plan import Gather, Site, take
-from prunelab.common.tokens.adapters.passes import Application, Seen, Tokens, padding_behind, padding_in_front
+from prunelab.common.tokens.adapters.passes import Application, Seen, Tokens, Trace, padding_behind, padding_in_front
 from prunelab.common.tokens.adapters.recorded import FIXED, UNSHOWN, fixed, last_index, newest_row, row
 from prunelab.common.tokens.adapters.vlm_attribution import Attribution, spread
 from prunelab.common.tokens.adapters.vlm_features import FeatureSide
@@ -45,10 +47,21 @@ class DecoderSide(FeatureSide):
         """Position ids as the decoder's rotary table reads them."""
         return positions
 
+    @abstractmethod
+    def shaped(self, given: Mapping[str, Any]) -> Any:
+        """The shapes of a prompt given as the model's forward takes it, for one image or video."""
+
     # -- a pass begins -------------------------------------------------------------------------------------------------
 
-    def _note_labels(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self._own.labels = kwargs.get("labels") is not None
+    def _noting_labels(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's forward, in whose place this is, since adapters of `peft` call it past the hooks."""
+
+        @functools.wraps(forward)
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            self._own.labels = kwargs.get("labels") is not None
+            return forward(*args, **kwargs)
+
+        return noting
 
     def _refuse_labels(self) -> None:
         if getattr(self._own, "labels", False):
@@ -62,6 +75,7 @@ class DecoderSide(FeatureSide):
         refuse_checkpointing(self.model)
         refuse_tracing()
         self._own.padding, self._own.kinds = kwargs.get("attention_mask"), kwargs.get("token_type_ids")
+        self._own.given = kwargs
         self._own.prefix = self.prefixes and self._own.kinds is not None
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
         embeddings: Any = kwargs.get("inputs_embeds")
@@ -125,6 +139,7 @@ class DecoderSide(FeatureSide):
         if not any(counts):
             raise disagreement(0, 0)
         valid = None if mask is None or x.device.type == "meta" or bool(mask.all()) else mask.bool()
+        self._tell(application.trace, counts, x.shape[0] * x.shape[1] if valid is None else valid.sum())
         if valid is None and len(set(counts)) > 1:
             valid = torch.ones_like(visual)
         batch, total = x.shape[:2]
@@ -160,6 +175,35 @@ class DecoderSide(FeatureSide):
             "position_ids": running.positions,
             "attention_mask": None if seen is None else seen.long(),
         }
+
+    def _tell(self, trace: Trace, counts: Sequence[int], tokens: int | Tensor) -> None:
+        """Note for reports what was read: so many visual tokens a sample, of so many tokens together."""
+        given, self._own.given = self._own.given, {}
+        trace.read(tokens - sum(counts))
+        modality = self.running.modality
+        if modality is None or SHOWN.get() is not None or len(set(counts)) > 1:
+            return
+        names = inspect.signature(getattr(type(self.body), f"get_{modality}_features")).parameters
+        pixels = {name: given[name] for name in names if isinstance(given.get(name), Tensor)}
+        if not pixels or any(len(value) % len(counts) for value in pixels.values()):
+            return
+        size: list[Any] = [modality, counts[0]]
+        for name, value in pixels.items():
+            samples = value.unflatten(0, (len(counts), -1))
+            pixels[name] = samples[0]
+            size.append(tuple(samples.shape[1:]))
+            if not value.is_floating_point():  # sizes of images, which the model itself looks at
+                values = samples.tolist()
+                if any(other != values[0] for other in values):
+                    return
+                size.append(str(values[0]))
+        key = tuple(size)
+        if key not in trace.inputs:
+            token: int = getattr(self.config, self.tokens[modality])
+            pixels |= {"input_ids": torch.full((1, counts[0] + 1), token)}
+            pixels["input_ids"][:, -1] += 1
+            trace.saw(key, 0, self.shaped(pixels))
+        trace.saw(key, len(counts))
 
     def _held(self, layer: int, index: Tensor | None = None) -> Held:
         """What the layers from this one on hold of the tokens at hand, which are entries [B, K] of the layers
