@@ -145,28 +145,31 @@ class CATP(TokenPruner):
             signals.state["sizes"] = [0] * len(image), signals.available()
             stay = [int(round((1 + share) / 2 * n, 6)) for n in signals.available()]
             return Plan(signals.keep(stay, scores=hidden[..., 0]), positions=self.positions)
-        keep, pair = torch.zeros_like(image), torch.full(image.shape, -1, device=image.device)
+        places = image.cpu()  # one look: where pictures stand is the prompt's
+        known = ~places if signals.valid is None else ~places & signals.valid.cpu()
+        keep, pair = torch.zeros_like(image), torch.full(image.shape, -1)
         pictures = None if signals.pictures is None else signals.pictures()
         sizes: tuple[list[int], list[int]] = ([], [])
         for sample in range(len(image)):
-            indices = image[sample].nonzero().squeeze(1)
+            indices = places[sample].nonzero().squeeze(1)
             own = [indices] if pictures is None else list(indices.split([self.length(p) for p in pictures[sample]]))
             for number, part in enumerate(own):
                 pair[sample, int(part[0]) :] = number
             sizes[0].append(sum(map(len, own[:-1])))
             sizes[1].append(len(own[-1]))
-            words = ~image[sample] if signals.valid is None else ~image[sample] & signals.valid[sample]
+            words = known[sample]
             for number, part in enumerate(own):
                 text = words & (pair[sample] == number)
                 text = text if bool(text.any()) else words  # nothing follows: all words are a picture's text
                 mean = hidden[sample, text].float().mean(0) if bool(text.any()) else hidden.new_zeros(hidden.shape[2])
+                part = part.to(image.device)
                 tokens, left = hidden[sample, part], int(round((1 + share) / 2 * len(part), 6))
                 if left == len(part):
                     keep[sample, part] = True
                     continue
                 fit = self.alignment * rescaled_cosine(tokens, mean.unsqueeze(0)).squeeze(1)
                 keep[sample, part[facility_location(rescaled_cosine(tokens, tokens), fit, left)]] = True
-        signals.state["pair"], signals.state["sizes"] = pair, sizes
+        signals.state["pair"], signals.state["sizes"] = pair.to(image.device), sizes
         return Plan(signals.keep(mask=keep), positions=self.positions)
 
     def length(self, picture: TokenSignals) -> int:
