@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from prunelab.common.core.errors import PrunelabError
 
@@ -17,10 +18,14 @@ def frames(path: Path, count: int) -> NDArray[np.uint8]:
     """`count` frames [F, H, W, 3] in RGB at even distances, the first and the last of the video among them; all of
     them (F < count) of a shorter one, as lmms-eval's PyAV reader samples; scripts of LLaVA-NeXT repeat frames there.
 
+    A folder of pictures is a video, too, frame by frame in the order of their names (MVBench has some).
+
     Raises PrunelabError for a count below 1, a file that is not there, does not decode or holds no frame.
     """
     if count < 1:
         raise PrunelabError(f"{count} frames of a video are asked for; ask for at least 1")
+    if path.is_dir():
+        return _pictures(path, count)
     if not path.is_file():
         raise PrunelabError(f"the video {path} does not exist")
     av = library()
@@ -34,6 +39,20 @@ def frames(path: Path, count: int) -> NDArray[np.uint8]:
         raise PrunelabError(f"the video {path} {UNREADABLE}") from error
     if not chosen:
         raise PrunelabError(f"the video {path} holds no frame that decodes; give one that plays elsewhere")
+    return np.stack(chosen)
+
+
+def _pictures(folder: Path, count: int) -> NDArray[np.uint8]:
+    """Of the pictures of a folder the frames that are taken."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not paths:
+        raise PrunelabError(
+            f"the folder {folder} holds no pictures; give one with the frames of a video as JPEG or PNG"
+        )
+    chosen = []
+    for place in places(len(paths), count):
+        with Image.open(paths[place]) as picture:
+            chosen.append(np.asarray(picture.convert("RGB")))
     return np.stack(chosen)
 
 

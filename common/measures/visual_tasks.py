@@ -180,12 +180,12 @@ def located(
     scratch: Path | None = None,
 ) -> dict[str, Any]:
     """What a task's definition is to say of its data set, of those that the run names by their repositories: where it
-    was downloaded. Archives of videos are unpacked by the library itself, which wants the repository's name for it, and
-    finds it in the hub client's cache. Of a folder of the reader's its rows are written to `scratch`, in the form that
-    the library reads. A run that names none leaves definitions as they are."""
+    was downloaded. Archives of videos are unpacked by the library itself, beside the hub client's cache. Of a folder of
+    the reader's its rows are written to `scratch`, in the form that the library reads. A run that names none leaves
+    definitions as they are."""
     if not data:
         return {}
-    repository = entry["dataset_path"]
+    repository, given = entry["dataset_path"], entry.get("dataset_kwargs") or {}
     if repository not in data:
         raise PrunelabError(f"configs/datasets.yaml names no {repository}, which the task {entry['task']} reads")
     if "setting" in data[repository] and scratch is not None:
@@ -194,11 +194,9 @@ def located(
         path = scratch / f"{entry['task']}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}}
-    if not (entry.get("dataset_kwargs") or {}).get("video"):
-        return {"dataset_path": str(hub.folder(data[repository], "dataset", config)), "dataset_kwargs": None}
-    if "revision" not in data[repository]:
-        raise PrunelabError(f"videos of {repository} are read from the hub's cache; use `python -m prunelab prefetch`")
-    return {"dataset_kwargs": {**entry["dataset_kwargs"], "revision": data[repository]["revision"]}}
+    place = str(hub.folder(data[repository], "dataset", config))
+    unpacked = {key: value for key, value in given.items() if key not in ("revision", "token")}
+    return {"dataset_path": place, "dataset_kwargs": unpacked if given.get("video") else None}
 
 
 @contextmanager
@@ -206,7 +204,8 @@ def at_hand(
     read: Sequence[Mapping[str, Any]], data: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
 ) -> Iterator[None]:
     """While open, code of tasks that loads a further part of its data by the repository's name (GQA its images) gets it
-    from where that was downloaded."""
+    from where that was downloaded, and the library finds archives of videos there."""
+    library: Any = importlib.import_module("lmms_eval.api.task")
     spaces = {id(f.__globals__): f.__globals__ for entry in read for f in entry.values() if hasattr(f, "__globals__")}
     before = [(space, space["load_dataset"]) for space in spaces.values() if "load_dataset" in space]
 
@@ -214,11 +213,15 @@ def at_hand(
         place = str(hub.folder(data[path], "dataset", config)) if "hub" in data.get(path, ()) else path
         return original(place, *args, **kwargs)
 
+    download = library.snapshot_download
     try:
         for space, original in before:
             space["load_dataset"] = partial(load, original)
+        if data:
+            library.snapshot_download = lambda repo_id, **ignored: repo_id  # `located` gave it the folder
         yield
     finally:
+        library.snapshot_download = download
         for space, original in before:
             space["load_dataset"] = original
 

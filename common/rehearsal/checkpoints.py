@@ -15,6 +15,7 @@ from prunelab.common.models import loading
 
 VOCABULARY = 512
 HEAD = 4  # channels of a head
+ANSWER = 3  # tokens, behind which the end is likely
 MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<begin>", "<end>")
 HEADS = ("num_attention_heads", "num_heads", "n_head")
 WIDTHS = ("hidden_size", "n_embd", "embed_dim", "d_model", "projection_dim")
@@ -74,7 +75,8 @@ def tokenizer(name: str) -> Any:
         known |= {f"w{i}": i for i in range(len(known), VOCABULARY)}
         backend = Tokenizer(models.WordLevel(known, "<unk>"))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    seen = {"image_token": "<image>", "video_token": "<video>"}
+    seen = {"image_token": "<image>", "video_token": "<video>", "context_image_token": "<image>"}
+    seen |= {"start_image_token": "<begin>", "end_image_token": "<end>"}
     seen |= {"vision_bos_token": "<begin>", "vision_eos_token": "<end>"}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
@@ -115,6 +117,17 @@ def processor(name: str, config: Any) -> Any:
             images, words, t.LlavaOnevisionVideoProcessor(**sizes), num_image_tokens=patches,
             vision_feature_select_strategy="full", **common,
         )  # fmt: skip
+    if name == "LlavaNextVideoForConditionalGeneration":
+        crops = {"height": vision.image_size, "width": vision.image_size}
+        sizes = {"size": {"shortest_edge": vision.image_size}, "crop_size": crops}
+        images = t.LlavaNextImageProcessor(**sizes, image_grid_pinpoints=config.image_grid_pinpoints)
+        return t.LlavaNextVideoProcessor(t.LlavaNextVideoVideoProcessor(**sizes), images, words, **llava)
+    if name == "InternVLForConditionalGeneration":
+        sizes = _square(vision.image_size[0])
+        images = t.GotOcr2ImageProcessor(**sizes, crop_to_patches=True, min_patches=1, max_patches=12)
+        return t.InternVLProcessor(
+            images, words, t.InternVLVideoProcessor(**sizes), image_seq_length=config.image_seq_length, **common
+        )
     if name in ("Qwen2_5_VLForConditionalGeneration", "Qwen2VLForConditionalGeneration"):
         pixels = {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}}
         cls = t.Qwen2_5_VLProcessor if "2_5" in name else t.Qwen2VLProcessor
@@ -139,6 +152,7 @@ def transformers_model(architecture: Mapping[str, Any], folder: Path, *, seen: b
         if p.dim() > 1:
             nn.init.normal_(p, std=0.2)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.generation_config.exponential_decay_length_penalty = (ANSWER, 1e4)  # answers end soon
     model.save_pretrained(folder)
     (processor(architecture["name"], model.config) if seen else tokenizer(architecture["name"])).save_pretrained(folder)
 

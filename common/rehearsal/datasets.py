@@ -9,9 +9,11 @@ from __future__ import annotations
 import base64
 import csv
 import gzip
+import io
 import json
 import pickle
 import random
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -64,6 +66,25 @@ def _picture(seed: int, side: int = 336) -> Any:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
+def _jpeg(seed: int, side: int = 336) -> bytes:
+    file = io.BytesIO()
+    _picture(seed, side).save(file, "JPEG")
+    return file.getvalue()
+
+
+@cache
+def _film(frames: int = 12, side: int = 64) -> bytes:
+    """An MP4 file."""
+    av, file = optional("av", "videos"), io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width = stream.height = side
+        for seed in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_image(_picture(seed, side))))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
 def value(column: Any, i: int) -> Any:
     """What a column holds in row `i`."""
     if isinstance(column, list):
@@ -78,6 +99,8 @@ def value(column: Any, i: int) -> Any:
         "question": lambda: f"{_text(i)}?",
         "id": lambda: str(i),
         "number": lambda: i,
+        "film": lambda: f"{i}.mp4",
+        "encoded": lambda: base64.b64encode(_jpeg(i)).decode(),
         "picture": lambda: _picture(i),
         "pictures": lambda: [_picture(i + k) for k in range(number)],
     }
@@ -102,7 +125,26 @@ def parts(repository: str, folder: Path) -> None:
             datasets.Dataset.from_list(rows).to_parquet(folder / path)
             configs.setdefault(config or "default", []).append({"split": split, "path": path})
     card = {"configs": [{"config_name": config, "data_files": result} for config, result in configs.items()]}
+    for archive, place in described()[repository].get("films", {}).items():
+        _pack(folder / archive, {f"{place}/{i}.mp4": _film() for i in range(ROWS)})
+    for archive, place in described()[repository].get("frames", {}).items():
+        _pack(folder / archive, {f"{place}/{i}/{k:05}.jpg": _jpeg(k, 64) for i in range(ROWS) for k in range(12)})
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n", encoding="utf-8")
+
+
+def _pack(path: Path, members: Mapping[str, bytes]) -> None:
+    """An archive of these files, of the kind that its name tells."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as packed:
+            for name, content in members.items():
+                packed.writestr(name.lstrip("/"), content)
+        return
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name.lstrip("/"))
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
 
 
 # -- files of other kinds --------------------------------------------------------------------------------------------

@@ -8,13 +8,15 @@ no record; results/rehearsals.json says which passed.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +38,8 @@ CUT = {
     "samples": 2, "limit": 2, "calibration": 2, "length": 64, "calibration_length": 64, "text_length": 64, "new": 4,
     "draws": 1, "runs": 2, "limited": 8, "epochs": 1, "frames": 8, "warmup": 1, "batch": 4,
 }  # fmt: skip
+# What runs of one method on one class of models that an evaluation library makes may differ in, and be one rehearsal.
+JOINED = ("tasks", "average", "against", "shots_of")
 _KINDS: tuple[hub.Kind, ...] = ("model", "dataset")
 
 
@@ -89,10 +93,52 @@ def _kind(kind: hub.Kind, name: str) -> str:
     return str(built.get("name", name)) if built.get("library") != "timm" else "timm"
 
 
-def _spent(run: Run) -> tuple[float, str]:
-    """The hardest budget first."""
+def _spent(run: Run) -> tuple[int, float, str]:
+    """The model of fewest layers first, then the hardest budget."""
     result = re.search(r"\d+(\.\d+)?", run.budget or "")
-    return float(result[0] if result else 1), run.identity
+    layers = sum(_layers(name) for kind, name in run.names if kind == "model")
+    return layers, float(result[0] if result else 1), run.identity
+
+
+def _layers(name: str) -> int:
+    """Of the decoder of a model of transformers; 0 where another library's counts are not known."""
+    arguments = lookup.model(name).get("architecture", {}).get("arguments", {})
+    return int(arguments.get("text_config", arguments).get("num_hidden_layers", 0))
+
+
+def groups(combinations: Iterable[Combination]) -> list[list[Combination]]:
+    """Those that one run rehearses together, since they differ in what an evaluation library is asked."""
+    results: dict[str, list[Combination]] = {}
+    for each in combinations:
+        settings = dict(cut(each.run).settings)
+        rest = {key: value for key, value in settings.items() if key not in JOINED}
+        models = [_kind(kind, name) for kind, name in each.run.names if kind == "model"]
+        alike = [each.run.task, each.run.method, sorted(each.run.options), models, rest]
+        joins = "tasks" in settings and not settings.get("oracle")  # an oracle chooses by one metric
+        results.setdefault(files.digest(alike if joins else each.name), []).append(each)
+    return list(results.values())
+
+
+def joined(group: list[Combination]) -> Combination:
+    """One that asks all that these do."""
+    first, runs = group[0].run, [each.run for each in group]
+    if len(group) == 1:
+        return group[0]
+    settings = dict(first.settings)
+    for key in ("tasks", "average"):
+        values = dict.fromkeys(value for run in runs for value in run.settings.get(key, ()))
+        settings |= {key: list(values)} if values else {}
+    settings |= {"shots_of": merged} if (merged := _merged(run.settings.get("shots_of") for run in runs)) else {}
+    if against := next((run.settings["against"] for run in runs if run.settings.get("against")), None):
+        settings["against"] = [1.0] * len(settings["average"]) if isinstance(against, list | tuple) else against
+    data = dict.fromkeys(name for run in runs for name in run.names if name[0] == "dataset")
+    names = tuple(name for name in first.names if name[0] != "dataset") + tuple(data)
+    ids = {**_merged(run.ids for run in runs), **first.ids}
+    return replace(group[0], run=replace(first, settings=settings, names=names, ids=ids))
+
+
+def _merged(given: Iterable[Mapping[str, Any] | None]) -> dict[str, Any]:
+    return {key: value for each in given for key, value in (each or {}).items()}
 
 
 def cut(run: Run) -> Run:
@@ -126,6 +172,12 @@ class LookAlikes:
     def log(self) -> IO[str]:
         """What runs print, and where they failed."""
         return (self.folder / "rehearsals.log").open("a", encoding="utf-8")
+
+    def prepare(self, run: Run) -> Run:
+        """A run that reads look-alikes, all of which are there."""
+        for kind, name in run.names:
+            self.make(kind, name)
+        return replace(run, ids={of: _identity(value, self.config) for of, value in run.ids.items()})
 
     def make(self, kind: hub.Kind, name: str) -> None:
         """That of an entry of the catalogue."""
@@ -209,18 +261,34 @@ def run(
 ) -> list[Outcome]:
     """Rehearse the chosen papers' combinations, all or the first `sample`, and note how they went. What is noted to
     have passed with the same sources is not run again."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    wanted = combinations(plans.of({**config, "scale": "paper", "assets": ""}).runs.values())
-    wanted = wanted[:sample]
-    made = LookAlikes(folder, config)
+    wanted = combinations(plans.of({**config, "scale": "paper", "assets": ""}).runs.values())[:sample]
     path = Path(config["results"]) / RESULT
-    passed = {outcome.address: outcome for outcome in _noted(path) if not outcome.fault}
-    outcomes = []
-    for each in track(wanted, "rehearsing", console=console, transient=True, disable=console is None):
-        outcomes.append(passed.get(each.run.address) or rehearse(each, made))
-        summary = [vars(outcome) for outcome in outcomes]
-        files.write_text(path, json.dumps(summary, indent=1) + "\n")
-    return outcomes
+    outcomes = {o.name: o for o in _noted(path) if not o.fault}
+    addresses = {each.name: each.run.address for each in wanted}
+    outcomes = {name: o for name, o in outcomes.items() if o.address == addresses.get(name)}
+    pending = groups(each for each in wanted if each.name not in outcomes)
+    with _offline(folder):
+        made = LookAlikes(folder, config)
+        for group in track(pending, "rehearsing", console=console, transient=True, disable=console is None):
+            outcomes |= {o.name: o for o in together(group, made)}
+            summary = [vars(outcomes[name]) for name in addresses if name in outcomes]
+            files.write_text(path, json.dumps(summary, indent=1) + "\n")
+    return [outcomes[name] for name in addresses]
+
+
+@contextmanager
+def _offline(folder: Path) -> Iterator[None]:
+    """No library asks a server while this is open, and what they keep they keep in the folder."""
+    ours = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    ours |= {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "home")}
+    before = {key: os.environ.get(key) for key in ours}
+    os.environ |= ours
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key)
+            os.environ |= {key: value} if value is not None else {}
 
 
 def _noted(path: Path) -> list[Outcome]:
@@ -229,6 +297,31 @@ def _noted(path: Path) -> list[Outcome]:
         return [Outcome(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         return []
+
+
+def together(group: list[Combination], made: LookAlikes) -> list[Outcome]:
+    """Outcomes of a group: in one run those of which there are look-alikes, and where that fails each by itself."""
+    known = set(sys.modules)
+    held = [each for each in group if _held(each, made)]
+    whole = rehearse(joined(held), made) if len(held) > 1 else None
+    if whole is None or whole.fault:
+        outcomes = [rehearse(each, made) for each in group]
+    else:
+        share = round(whole.seconds / len(held), 1)
+        passed = [Outcome(each.name, each.run.address, each.runs, "", False, share) for each in held]
+        outcomes = passed + [rehearse(each, made) for each in group if each not in held]
+    if set(sys.modules) != known:  # libraries that came stay, and need no looking through by each collection
+        gc.collect()
+        gc.freeze()
+    return outcomes
+
+
+def _held(combination: Combination, made: LookAlikes) -> bool:
+    try:
+        made.prepare(cut(combination.run))
+    except PrunelabError:
+        return False
+    return True
 
 
 def rehearse(combination: Combination, made: LookAlikes) -> Outcome:
@@ -249,20 +342,18 @@ def rehearse(combination: Combination, made: LookAlikes) -> Outcome:
     if tasks.get(short.task).needs_gpu:
         return outcome("a CUDA GPU", skipped=True)
     try:
-        for kind, name in short.names:
-            made.make(kind, name)
-        ids = {of: _identity(value, made.config) for of, value in short.ids.items()}
+        short = made.prepare(short)
     except PrunelabError as error:
         return outcome(str(error), skipped=True)
     try:
         with made.log() as log, redirect_stdout(log), redirect_stderr(log):
             print(f"-- {combination.name}")
             try:
-                runner.measure(replace(short, ids=ids), made.config)
-            except Exception:
+                runner.measure(short, made.config)
+            except (Exception, SystemExit):  # some tasks exit
                 traceback.print_exc()
                 raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return outcome(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
     return outcome("")
 

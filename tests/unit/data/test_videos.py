@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import videos
@@ -28,6 +29,17 @@ def film(path: Path, frames: int, options: dict[str, str] | None = None) -> Path
             container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def test_a_folder_of_pictures_is_a_video(tmp_path):
+    for number in (2, 0, 1):
+        Image.new("RGB", (8, 6), (100 * number, 0, 0)).save(tmp_path / f"{number:05}.png")
+    found = videos.frames(tmp_path, 2)
+    assert found.shape == (2, 6, 8, 3) and found[:, 0, 0, 0].tolist() == [0, 200]
+    assert videos.frames(tmp_path, 8).shape[0] == 3
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PrunelabError, match="holds no pictures"):
+        videos.frames(tmp_path / "empty", 2)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "webm"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data import videos
 from prunelab.common.experiments import plans, runner
 from prunelab.common.rehearsal import checkpoints, datasets, rehearse
 
@@ -39,6 +42,37 @@ def test_a_cut_run_is_short_and_otherwise_itself(plan: plans.Plan) -> None:
     short = rehearse.cut(run)
     assert short.settings["length"] == 64 and short.settings["samples"] == 2 and short.settings["calibration"] == 2
     assert (short.method, short.budget, short.options, short.ids) == (run.method, run.budget, run.options, run.ids)
+
+
+def test_runs_of_an_evaluation_library_are_joined_where_only_its_tasks_differ(plan: plans.Plan) -> None:
+    found = [c for c in rehearse.combinations(plan.runs.values()) if c.run.task == "visual_tasks"]
+    groups = rehearse.groups(found)
+    assert [c.name for group in groups for c in group] and sum(map(len, groups)) == len(found) > 2 * len(groups)
+    group = max(groups, key=len)
+    whole = rehearse.joined(group)
+    for each in group:
+        assert set(each.run.settings["tasks"]) <= set(whole.run.settings["tasks"])
+        assert set(each.run.names) - set(whole.run.names) <= {n for n in each.run.names if n[0] == "model"}
+        assert {k for k in each.run.ids if k.startswith("data of ")} <= set(whole.run.ids)
+    assert rehearse.joined(group[:1]) is group[0]
+
+
+def test_a_group_that_fails_is_tried_one_by_one(
+    plan: plans.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [c for c in rehearse.combinations(plan.runs.values()) if c.run.task == "visual_tasks"]
+    group = max(rehearse.groups(found), key=len)[:3]
+    bad = set(group[1].run.settings["tasks"]) - set(group[0].run.settings["tasks"])
+
+    def measure(run: Any, config: Any) -> None:
+        if bad & set(run.settings["tasks"]):
+            raise SystemExit("no such video")
+
+    monkeypatch.setattr(runner, "measure", measure)
+    monkeypatch.setattr(rehearse.LookAlikes, "prepare", lambda self, run: run)
+    outcomes = rehearse.together(group, rehearse.LookAlikes(tmp_path, plan.config))
+    assert [o.name for o in outcomes] == [each.name for each in group]
+    assert not outcomes[0].fault and outcomes[1].fault == "SystemExit: no such video"
 
 
 @pytest.mark.parametrize("parts", [("perplexity", "wanda"), ("classify", "zero_tprune")])
@@ -97,6 +131,17 @@ def test_described_sets_have_the_names_the_catalogue_reads() -> None:
         for part in described["parts"].values():
             row = {name: datasets.value(column, 1) for name, column in part["columns"].items()}
             assert part["splits"] and all(value is not None for value in row.values())
+
+
+def test_archives_hold_a_film_or_pictures_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("av")
+    datasets._pack(tmp_path / "films.zip", {f"/{i}.mp4": datasets._film() for i in range(2)})
+    datasets._pack(tmp_path / "films.tar.part.aa", {"videos/0.mp4": datasets._film()})
+    with zipfile.ZipFile(tmp_path / "films.zip") as packed:
+        packed.extractall(tmp_path / "own")
+    with tarfile.open(tmp_path / "films.tar.part.aa") as archive:
+        assert archive.getnames() == ["videos/0.mp4"]
+    assert videos.frames(tmp_path / "own" / "1.mp4", 4).shape == (4, 64, 64, 3)
 
 
 def test_an_unknown_processor_is_named() -> None:

@@ -411,10 +411,9 @@ def test_data_sets_lie_where_they_were_downloaded(tmp_path, monkeypatch):
     found = visual_tasks.located(image, pinned, {})
     assert found == {"dataset_path": str(tmp_path / name), "dataset_kwargs": None}
     given = visual_tasks.located(video, pinned, {})
-    assert given == {"dataset_kwargs": {"video": True, "cache_dir": "films", "revision": commit}}
+    unpacked = {"video": True, "cache_dir": "films"}
+    assert given == {"dataset_path": str(tmp_path / name), "dataset_kwargs": unpacked}
     assert visual_tasks.located(video, {}, {}) == {}
-    with pytest.raises(PrunelabError, match="hub's cache"):
-        visual_tasks.located(video, {name: {"hub": name, "local": "1"}}, {})
     with pytest.raises(PrunelabError, match="names no lmms-lab-encoder/GQA"):
         visual_tasks.located(image, {"lmms-lab/POPE": {}}, {})
 
