@@ -20,7 +20,7 @@ from prunelab.paper_tables.grids import Grid, Notes
 from prunelab.paper_tables.join import BoardTable, Records, Value, saving
 
 UNPRUNED = "unpruned"
-OWN = ("calibration",)  # settings that a method has and the unpruned model has not
+OWN = ("calibration", "seeds")  # settings that a method has and the unpruned model has not
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class Runs:
         run, made = record["run"], record["environment"]
         options = ", ".join(f"{k}={v!r}" for k, v in run["options"].items())
         short = (f"{run['method']}({options})" if options else run["method"]) or "unpruned"
-        settings = {k: v for k, v in run["settings"].items() if k not in ("samples", "seed")}
+        settings = {k: v for k, v in run["settings"].items() if k not in ("samples", "seed", "seeds")}
         commit, dirty = made.get("commit"), ", with changes not committed" if made.get("dirty") else ""
         rows = {
             "method": f"{run['method']}({options})" if run["method"] else "none: the unpruned model",
@@ -156,6 +156,7 @@ class Runs:
             "settings": _flat(settings),
             "samples": run["settings"].get("samples"),
             "seed": run["settings"].get("seed", 0),
+            "seeds": run["settings"].get("seeds"),
             "device": f"{made['device']}, {made['threads']} thread{'s' * (made['threads'] != 1)}, {made['dtype']}",
             "libraries": f"Python {made.get('python')}, {_flat(made.get('libraries'))} on {made.get('machine')}",
             "code": f"commit {commit or 'unknown'}{dirty}; sources {record['sources']}",

@@ -35,7 +35,7 @@ def task_table() -> str:
             module = __import__(task.__module__, fromlist=["x"])
             under = ", ".join(role.replace("_", " ") for role in task.roles) or "none"
             scales = ", ".join(task.scales) or "none: exact"
-            given = ", ".join(f"`{setting}`" for setting in task.known() if setting != "seed")
+            given = ", ".join(f"`{setting}`" for setting in task.known() if setting not in ("seed", "seeds"))
             yield f"`{name}`", _first(module.__doc__), under, scales, given
 
     return _table("task|gives|methods|scales|settings", rows())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunelab.common import tasks
 from prunelab.common.experiments import forecast, provenance
 from prunelab.common.experiments.run import Run
+from prunelab.common.metrics import uncertainty
 from prunelab.common.tasks.base import Metrics
 
 if TYPE_CHECKING:
@@ -24,7 +25,12 @@ def gpus_needed(runs: Iterable[Run]) -> int:
 
 
 def measure(run: Run, config: Mapping[str, Any]) -> Metrics:
-    """The metrics of a run, by its task."""
+    """The metrics of a run, by its task; over several seeds their means."""
+    settings = tasks.get(run.task).read(run.settings)
+    if settings.seeds > 1:
+        rest = {key: value for key, value in run.settings.items() if key != "seeds"}
+        each = range(settings.seed, settings.seed + settings.seeds)
+        return uncertainty.over_seeds([measure(replace(run, settings={**rest, "seed": s}), config) for s in each])
     return tasks.get(run.task)().measure(bench(run, config))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,27 @@ def per_sample(metric: dict[str, Any]) -> list[float] | None:
     if "bits" in metric:
         return [100.0 * (bit == "1") for bit in f"{int(metric['bits'], 16):b}"[1:]]
     return metric.get("samples")
+
+
+def over_seeds(results: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The metrics of one run under several seeds as one: means of their values and, sample by sample, of what is behind
+    them, so that they pair up with those of other runs. What is no number is the first's."""
+    merged: dict[str, dict[str, Any]] = {}
+    for name, first in results[0].items():
+        values = [
+            result[name]["value"] for result in results if isinstance(result.get(name, {}).get("value"), int | float)
+        ]
+        if len(values) < len(results):
+            merged[name] = dict(first)
+            continue
+        told = "; ".join(part for part in (first.get("protocol", ""), f"mean over {len(results)} seeds") if part)
+        merged[name] = {**first, "value": round(sum(values) / len(values), 9), "protocol": told}
+        samples = [per_sample(result[name]) for result in results]
+        if all(s is not None and len(s) == len(samples[0] or ()) for s in samples):
+            merged[name].pop("bits", None)
+            summary = mean([sum(column) / len(column) for column in zip(*(s or () for s in samples), strict=True)])
+            merged[name] |= {key: summary[key] for key in ("n", "stderr", "samples")}
+    return merged
 
 
 def paired_difference(metric: dict[str, Any], baseline: dict[str, Any]) -> tuple[float, float] | None:

@@ -63,11 +63,13 @@ class Work:
 
 
 class Settings(BaseModel):
-    """What a paper may set of a task. seed: of all that is drawn."""
+    """What a paper may set of a task. seed: of all that is drawn. seeds: how many from that one on, over which every
+    metric is the mean, for methods in which chance enters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seed: NonNegativeInt = 0
+    seeds: PositiveInt = 1
 
 
 class AtRunTime(BaseModel):
