@@ -30,7 +30,8 @@ def test_a_task_is_one_module_that_says_what_it_is(name):
     assert not task.needs_gpu or task.scales == ("paper",)
     documented = task.Settings.__doc__ or ""
     for setting in task.known():
-        assert setting in ("seed", "samples") or setting in documented or setting in (task.__doc__ or ""), setting
+        known = setting in ("seed", "seeds", "samples")
+        assert known or setting in documented or setting in (task.__doc__ or ""), setting
 
 
 @pytest.mark.parametrize("name", tasks.names())
@@ -124,8 +125,8 @@ def written(folder: Path, monkeypatch, **changes: str) -> None:
         ({"OPTION: false": "inflection: 2"}, PLACE + "tome: inflection must be a number from -1 to 1, not 2"),
         ({"BUDGET": "4remove"}, PLACE + "budget unit 'remove' is unknown"),
         (
-            {"SETTING": "seeds"},
-            "configuration 'half': no task .* has a setting 'seeds'; did you mean 'seed'",
+            {"SETTING": "sead"},
+            "configuration 'half': no task .* has a setting 'sead'; did you mean 'seed'",
         ),
         ({"BOARD": "top5"}, "methods/wrong/paper.yaml, board 'b': the task classify gives no metric 'top5'"),
         ({"family: vit": "family: vti"}, "methods/wrong/paper.yaml, .*family: there is no 'vti'; did you mean 'vit'"),
