@@ -6,9 +6,11 @@ so that methods of different papers stand in one order. Nothing is run for it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from prunelab.common import tasks
@@ -83,6 +85,12 @@ class Leaderboard:
         """Every budget's entries with the unpruned model among them, best first."""
         extra = [self.unpruned] if self.unpruned else []
         return {b: sorted([*extra, *entries], key=self._rank) for b, entries in self.budgets.items()}
+
+    @property
+    def kept(self) -> list[str]:
+        """What is told of kept records among the entries."""
+        protocols = (entry.value.protocol for entries in self.blocks.values() for entry in entries)
+        return list(dict.fromkeys(found[0] for text in protocols if (found := re.search("kept record.*", text))))
 
     @property
     def ranks(self) -> dict[str, list[str]]:
@@ -197,6 +205,8 @@ def _named(identity: Mapping[str, Any] | None) -> str:
     """A model or data set in one or two words: its testbed, asset, checkpoint or loader."""
     if not identity:
         return ""
+    if "package" in identity:
+        return PurePath(identity["file"]).stem
     name = next(
         (identity[key] for key in ("testbed", "assets", "hub", "listed", "name", "loader", "file") if key in identity),
         "",

@@ -33,7 +33,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.delenv("PRUNELAB_ASSETS", raising=False)
     monkeypatch.setattr(join, "KEPT", tmp_path / "kept")
     board = papers.Board(
-        name="one", task="cache", model="llama_code", data="source_code", metric="accuracy", entries={"H2O": "h2o"},
+        name="one", task="cache", model="llama_code", data="source_code", metric="accuracy",
+        entries={"H2O": "h2o", "sums": "observed"},
         budgets=("0.5", "0.25"), settings={"length": 64, "samples": 2}, full={"testbed": {"samples": 9}},
         scales=("testbed",),
     )  # fmt: skip
@@ -78,20 +79,20 @@ def test_a_default_run_has_few_samples_and_knows_the_run_that_decides(config: di
 def test_kept_records_stand_in_the_board_and_say_so(config: dict[str, Any]) -> None:
     for value, point in enumerate(points(config)):
         write(point.run, config, 10.0 + value)
-    assert [p.value.samples for p in board(config).points] == [2, 2, 2]
+    assert [p.value.samples for p in board(config).points] == [2] * 5
     full = {**config, "samples": "full"}
     for value, point in enumerate(points(full)):
         write(point.run, full, 40.0 + value)
-    assert command.keep_records(full) == 3
+    assert command.keep_records(full) == 5
     shown = board(config)
     assert [(p.value.value, p.value.samples, p.difference) for p in shown.points] == [
-        (40.0, 9, None), (41.0, 9, 1.0), (42.0, 9, 2.0),
+        (40.0, 9, None), (41.0, 9, 1.0), (42.0, 9, 2.0), (43.0, 9, 3.0), (44.0, 9, 4.0),
     ]  # fmt: skip
     told = "kept record, made at revision c0ffeec0ffee on 2026-09-21; by the sources of today"
     assert all(p.value.protocol == told for p in shown.points)
     assert "revision c0ffeec0ffee" in tables.board_csv(shown)
-    (order,) = cross.leaderboards([(SLUG, shown)], join.Records(Path(config["results"]))) or (None,)
-    assert order is None or order.unpruned is not None
+    (order,) = cross.leaderboards([(SLUG, shown)], join.Records(Path(config["results"])))
+    assert order.kept == [told] and order.unpruned and order.unpruned.value.value == 40.0
     shutil.rmtree(Path(config["results"]) / "records")
     index, _ = command.build(config)
     page = (index.parent / SLUG / "index.html").read_text(encoding="utf-8")
