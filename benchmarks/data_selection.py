@@ -1,25 +1,32 @@
 """DSIR and ReAGent against straightforward loops, and DSIR's growth with the corpus.
 
-    python -m benchmarks.data_selection [--documents 2000] [--contexts 6]
+    python -m benchmarks.data_selection [--documents 2000] [--contexts 6] [--assets DIR]
 
 The loops do what the released programs do, a document and a step at a time: DSIR's hashes every n-gram of every
 document with SHA-256 in each of two passes, into a dense vector of counts; ReAGent's calls the model twice a step. Both
 sides must choose alike. Ours is timed in the same process by processor time, with nothing remembered from the loops.
+
+With a folder of assets, DSIR also looks for news, stories and code in a mixture of all three: what share of its choice
+is of the target's kind, and by how much KL to the target falls, as released and with a pseudo-count.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import random
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from prunelab.common.data import code
+from prunelab.common.catalogue import lookup
+from prunelab.common.data import code, texts
+from prunelab.common.data import documents as articles
 from prunelab.common.data_selection import ngrams
 from prunelab.common.data_selection.engine import select
 from prunelab.common.models import loading
@@ -68,6 +75,35 @@ def documents(count: int, length: int = 3000) -> list[str]:
     return [pieces[i % len(pieces)] for i in range(count)]
 
 
+def kinds_of_text(assets: Path) -> dict[str, list[str]]:
+    """News, stories and source code, 250 texts of each of at most 1,500 characters."""
+    stories = texts.load(lookup.dataset("stories")["assets"], {"assets": str(assets)}, "train")
+    news = [" ".join(chain(*article.documents)) for article in articles.bbc(assets, every=8)]
+    found = {"news": news, "stories": stories, "code": documents(250, 1500)}
+    return {name: [text[:1500] for text in kind[:250]] for name, kind in found.items()}
+
+
+def mixture(assets: Path) -> None:
+    """DSIR's choice from a mixture for each kind of target."""
+    kinds, bags = kinds_of_text(assets), ngrams.HashedNgrams()
+    raw = [(name, text) for name, kind in kinds.items() for text in kind[50:]]
+    random.Random(0).shuffle(raw)
+    only = [text for _, text in raw]
+    for name, smoothing in product(kinds, (0.0, 0.1)):
+        kind, method = kinds[name], DSIR(min_length=10, smoothing=smoothing)
+        amount = len(kind) - 50
+        target, falls, shares = bags.counts(kind[:50]), [], []
+        for seed in range(3):
+            chosen = select(method, only, f"{amount}count", target=kind[:50], seed=seed).indices
+            drawn = random.Random(seed).sample(only, amount)
+            falls.append(ngrams.kl_reduction(target, bags.counts(only[i] for i in chosen), bags.counts(drawn)))
+            shares.append(sum(raw[i][0] == name for i in chosen) / amount)
+        share, chance = 100 * np.mean(shares), 100 * amount / len(raw)
+        fall = f"{np.mean(falls):.3f} nats (standard deviation over draws {np.std(falls, ddof=1):.3f})"
+        print(f"DSIR, smoothing {smoothing}, {name} among {len(raw)} texts: {share:.1f} % of {amount}")
+        print(f"  (chance {chance:.1f} %); KL falls by {fall}")
+
+
 # -- ReAGent ---------------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--documents", type=int, default=2000)
     parser.add_argument("--contexts", type=int, default=6)
+    parser.add_argument("--assets", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -125,10 +162,13 @@ def main() -> None:
     half, _ = seconds(lambda: dsir(raw[: len(raw) // 2], target, kept // 2))
     print(f"  half of the documents: {half:.2f} s, growth {np.log2(ours / half):.2f} (1 is linear)")
 
+    if given.assets is not None:
+        mixture(given.assets)
+
     model, tokenizer = loading.language({"testbed": "code_lm"}, {})
     probe, method = Explained(model), ReAGent(max_steps=400)
-    texts = code.files("held_out")[: given.contexts]
-    contexts = [torch.tensor(tokenizer(text)["input_ids"][:40]) for text in texts]
+    sources = code.files("held_out")[: given.contexts]
+    contexts = [torch.tensor(tokenizer(text)["input_ids"][:40]) for text in sources]
     loop, wanted = seconds(lambda: [plain_reagent(tokens, probe, method) for tokens in contexts])
     ours, result = seconds(lambda: [reagent(tokens, probe, method) for tokens in contexts])
     same = sum(a == b for a, b in zip(wanted, result, strict=True))

@@ -98,13 +98,20 @@ def rationalised(
         context = tokens.expand(masks.shape)
         return torch.where(masks, replace(context.reshape(-1, length)).view(masks.shape), context)
 
+    def fall(masks: Tensor) -> Tensor:
+        contexts, other = swapped(masks), masks.any(-1)  # what is as it was need not be read
+        change = before.new_zeros(other.shape)
+        if bool(other.any()):
+            change[other] = before - read(contexts[other]).softmax(-1)[..., target]
+        return change
+
     before = logits(tokens[None])[0].softmax(-1)[target]
     scores, results, taken = initial, [], 0
     stopped = torch.zeros(runs, dtype=torch.bool, device=initial.device)
     while taken < max_steps and not bool(stopped.all()):
         steps = min(max(together, taken // 4), max_steps - taken)
         masks, going = uniforms(steps) < ratio, ~stopped
-        change = before - read(swapped(masks[:, going])).softmax(-1)[..., target]
+        change = fall(masks[:, going])
         each = scores[going] + update(change, masks[:, going]).cumsum(0)
         best = each.topk(min(top_n, length), -1).indices
         rest = torch.ones_like(masks[:, going]).scatter(-1, best, False)

@@ -91,6 +91,21 @@ def test_reading_steps_together_changes_passes_and_nothing_else(together):
     assert together == 1 or len(passes) - before < before // 2
 
 
+def test_contexts_in_which_nothing_was_replaced_are_not_read():
+    seen = []
+
+    def logits(context):
+        seen.extend(context.tolist())
+        return torch.arange(31.0).expand(len(context), -1)
+
+    method = ReAGent(max_steps=40, top_k=1)
+    given = {"next_token_logits": logits, "replace": lambda units, rng: (units + 7) % 31}
+    trace = method.trace(TOKENS, given, target=0)
+    empty = int((~trace.masks.any(-1)).sum())
+    assert empty > 20 and seen.count(TOKENS.tolist()) == 1, "the whole context is read once"
+    assert len(seen) == 1 + 2 * 3 * 40 - empty
+
+
 def test_where_no_run_stops_all_of_them_count():
     never = {"next_token_logits": lambda c: torch.arange(31.0).expand(len(c), -1), "replace": alike([0] * 31)}
     method = ReAGent(max_steps=20, top_k=1)
