@@ -211,6 +211,13 @@ def refuse_checkpointing(model: nn.Module) -> None:
             )
 
 
+def refuse_chunks(name: str, model: Any, options: Mapping[str, Any]) -> None:
+    """A prompt that `generate` would read in pieces is decided about before all of it was read."""
+    config = options.get("generation_config") or model.generation_config
+    if options.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
+        raise PrunelabError(f"{name} decides when the whole prompt was read; generate without prefill_chunk_size")
+
+
 def refuse_tracing() -> None:
     """A trace would hold one input's decisions for good."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():

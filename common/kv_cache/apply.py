@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prunelab.common.core import attention_interface as seam
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import after, before, claimed, replaced, run_all, runs
+from prunelab.common.core.hooks import after, before, claimed, refuse_chunks, replaced, run_all, runs
 from prunelab.common.core.plan import Gather, ModelInfo, Site
 from prunelab.common.kv_cache.draft import Draft
 from prunelab.common.kv_cache.layer import CacheState, Cascade, Growing, PrunedLayer, Stack
@@ -469,11 +469,7 @@ class CacheHandle:
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """The model's own `generate`, whose prompt is read in one piece."""
-        config = options.get("generation_config") or self.model.generation_config
-        if options.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
-            raise PrunelabError(
-                f"{self.method.name} decides when the whole prompt was read; generate without prefill_chunk_size"
-            )
+        refuse_chunks(self.method.name, self.model, options)
         return self._generate(*args, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.hooks import claimed
+from prunelab.common.core.hooks import claimed, refuse_chunks, replaced
 from prunelab.common.core.learned import PARTS, fitting
 from prunelab.common.core.plan import Report, Site
 from prunelab.common.costs.meter import flops, on_meta
@@ -201,6 +202,7 @@ def applied(
     with claimed(method, model, services):
         handle = _handle(method, model, budget, services or {}, parts, seed)
         own = getattr(model, PARTS, None)
+        restore = _in_one_piece(method, model)
         handle.start()
         try:
             if parts is not None:
@@ -209,10 +211,25 @@ def applied(
             handle.adapter.pending.read()
         finally:
             handle.stop()
+            restore()
             if own is not None:
                 model.add_module(PARTS, own)
             else:
                 model._modules.pop(PARTS, None)
+
+
+def _in_one_piece(method: TokenPruner, model: Any) -> Callable[[], None]:
+    """Let the model's `generate`, where it has one, read prompts in one piece. Returns what undoes it."""
+    if not hasattr(model, "generate"):
+        return lambda: None
+    own = model.generate
+
+    @functools.wraps(own)
+    def generate(*args: Any, **options: Any) -> Any:
+        refuse_chunks(method.name, model, options)
+        return own(*args, **options)
+
+    return replaced(model, "generate", generate)
 
 
 def _handle(

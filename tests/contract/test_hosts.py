@@ -252,6 +252,8 @@ def test_what_a_shorter_sequence_cannot_give_is_refused(family):
                 model(**given, labels=labels)
             with pytest.raises(PrunelabError, match="growing cache"):
                 model.generate(**given, **GREEDY, cache_implementation="static")
+            with pytest.raises(PrunelabError, match="without prefill_chunk_size"):
+                model.generate(**given, **GREEDY, prefill_chunk_size=8)
     with apply(FastV(2), model, 0.5), pytest.raises(PrunelabError, match="leave output_attentions out"):
         model(**given, output_attentions=True)
 

@@ -17,6 +17,8 @@ from prunelab.common.core.plan import Gather, Mix, Plan, Site
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
+from prunelab.methods.ftp.method import FTP
+from prunelab.methods.lazyllm.method import LazyLLM
 from prunelab.methods.random_drop.method import RandomDrop
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Phi")
@@ -508,3 +510,21 @@ def test_plans_that_a_language_model_cannot_follow_are_refused():
     ):
         with apply(Planned(made=made), model := model_of(), 0.5), pytest.raises(PrunelabError, match=error):
             model(ids())
+
+
+@torch.no_grad()
+def test_a_prompt_in_chunks_is_refused_and_a_second_turn_is_right():
+    model, tokens = model_of(), ids(1)
+    run = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    torch.manual_seed(1)
+    for method in (Attended(), LazyLLM((2, 4)), FTP()):
+        parts = method.build(adapter_for(model).info)
+        with apply(method, model, 0.7, parts=None if parts is None else parts.eval()):
+            with pytest.raises(PrunelabError, match="without prefill_chunk_size"):
+                model.generate(tokens, max_new_tokens=4, prefill_chunk_size=4, **run)
+            whole = model.generate(tokens, max_new_tokens=6, **run)
+            first = model.generate(tokens, max_new_tokens=3, return_dict_in_generate=True, **run)
+            said, cache = first.sequences, first.past_key_values
+            more = {"attention_mask": torch.ones_like(said), "past_key_values": cache, "max_new_tokens": 3, **run}
+            assert torch.equal(model.generate(said, **more), whole)
+        assert "generate" not in vars(model)
