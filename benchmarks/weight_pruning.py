@@ -6,7 +6,8 @@ speed: our Wanda, SparseGPT and FLAP against the straightforward way: hooks on t
 through the whole model for the statistics of one layer, all inputs kept until they are used. `a block` gathers all
 linears of a block in one pass, `a linear` one linear a pass. Both ways must give the same masks. The straightforward
 way calls the methods' own solver (SparseGPT's column loop, FLAP's threshold), so that the ratio is the engine's.
-memory: the most bytes alive beyond the weights, against depth. Plans go to a folder, as for large models.
+memory: the most bytes alive beyond the weights, against depth. Plans go to a folder, as for large models. What methods
+that compare all layers hold of each are scores of its structures; SliceGPT adds the matrices between its bases.
 laws: time and peak memory of every method over depths and widths, with c * depth^a * width^b fitted by least squares
 of the logarithms. The exponents hold for the shapes measured: small ones are ruled by what an operation costs at all.
 removal: what `load_pruned` gives back from disk: size, parameters, MACs, and the latency of reading a prompt. Ratios
@@ -44,11 +45,18 @@ from prunelab.methods.cfsp.method import CFSP
 from prunelab.methods.darex.method import Dare, Darex
 from prunelab.methods.easy_ep.method import EasyEP
 from prunelab.methods.flap.method import FLAP, WandaSP, above_common_threshold
+from prunelab.methods.gaprune.method import GAPrune
 from prunelab.methods.gblm.method import GBLM
+from prunelab.methods.gptq.method import Gptq
+from prunelab.methods.llm_pruner.method import LLMPruner
 from prunelab.methods.magnitude.method import Magnitude
+from prunelab.methods.prunenet.method import PruneNet
 from prunelab.methods.random_weights.method import RandomWeights
+from prunelab.methods.rsq.method import RSQ
+from prunelab.methods.slicegpt.method import SliceGPT
 from prunelab.methods.sparsegpt.method import SparseGPT, prune_matrix
 from prunelab.methods.stun.method import Owl, Stun
+from prunelab.methods.tyr.method import Tyr
 from prunelab.methods.wanda.method import Wanda
 
 VOCABULARY = 512
@@ -241,14 +249,20 @@ class Case:
     method: WeightPruner
     budget: float | str = 0.5
     experts: int = 0
+    triplets: bool = False  # whether it reads two corpora of queries with a positive and a negative, each of the set
 
     def prepared(self, depth: int, width: int, ids: Tensor, folder: Path) -> tuple[list[Any], Callable[[], Any]]:
         """A fresh model (and the one before fine-tuning), and its pruning, with a plan on disk."""
         model = language_model(depth, width, self.experts)
         base = language_model(depth, width, self.experts, seed=1) if self.method.needs_base else None
-        options: Mapping[str, Any] = {"base": base, "folder": folder, "progress": False}
+        options: dict[str, Any] = {"base": base, "folder": folder, "progress": False}
+        data: Any = ids
+        if self.triplets:
+            turned = {"query": ids, "positive": ids.roll(1, 0), "negative": ids.roll(2, 0)}
+            items = [{name: rows[i] for name, rows in turned.items()} for i in range(len(ids))]
+            data, options["objective"] = {"domain": items, "general": items}, "contrastive"
         return [model] if base is None else [model, base], lambda: prune(
-            self.method, model, self.budget, ids, **options
+            self.method, model, self.budget, data, **options
         )
 
 
@@ -266,6 +280,13 @@ CASES = {
     "Wanda-sp": Case(WandaSP()),
     "CFSP": Case(CFSP(), 0.7),
     "AMP": Case(AMP(), 0.7),
+    "LLM-Pruner": Case(LLMPruner(), 0.8),
+    "Týr": Case(Tyr(), 0.7),
+    "SliceGPT": Case(SliceGPT(), 0.75),
+    "PruneNet": Case(PruneNet(episodes=2), 0.7),
+    "GAPrune": Case(GAPrune(), triplets=True),
+    "GPTQ": Case(Gptq(), "3bits"),
+    "RSQ": Case(RSQ(), "3bits"),
     "DARE": Case(Dare()),
     "DAREx-q": Case(Darex(), 0.1),
     "EASY-EP (MoE)": Case(EasyEP(), experts=4),

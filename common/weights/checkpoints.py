@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,8 +67,8 @@ class Work:
         when it is asked for."""
         if self.folder is None:
             return results
-        shelved = {target: tensors for target, tensors in results.items() if isinstance(tensors, _Lazy)}
-        where = {target: str(lazy.path.relative_to(self.folder)) for target, lazy in shelved.items()}
+        shelved = {target: files for target, tensors in results.items() if (files := _files(tensors))}
+        where = {target: [str(path.relative_to(self.folder)) for path in files] for target, files in shelved.items()}
         write_json(self.folder / f"evidence_{name}.json", where)
         # Targets may share a tensor, files may not.
         rest = {target: tensors for target, tensors in results.items() if target not in shelved}
@@ -88,7 +89,10 @@ class Work:
         shelved = path.with_suffix(".json")
         where = json.loads(shelved.read_text()) if shelved.exists() else {}
         return {
-            **{target: _Lazy.whole(path.parent / place, device) for target, place in where.items()},
+            **{
+                target: ChainMap(*(_Lazy.whole(path.parent / place, device) for place in places))  # type: ignore[arg-type]
+                for target, places in where.items()
+            },
             **{target: _Lazy(path, f"{target}|", result, device) for target, result in keys.items()},
         }
 
@@ -213,6 +217,12 @@ class _Lazy(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def _files(tensors: Mapping[str, Tensor]) -> list[Path]:
+    """The files that a target's tensors lie in whole; none where any is in memory."""
+    maps: Sequence[Any] = tensors.maps if isinstance(tensors, ChainMap) else [tensors]
+    return [lazy.path for lazy in maps] if all(isinstance(lazy, _Lazy) for lazy in maps) else []
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from prunelab.common.weights.adapters.base import Chain, WeightAdapter
 from prunelab.common.weights.calibration import Stream
 from prunelab.common.weights.checkpoints import Work
 from prunelab.common.weights.corpora import Corpus
-from prunelab.common.weights.plan import Tally, WeightPlan, packed
+from prunelab.common.weights.plan import Tally, WeightPlan, bits, packed, unbits
 from prunelab.common.weights.probe import ModelProbe
 from prunelab.common.weights.quantisation import MOST
 from prunelab.common.weights.role import WeightPruner
@@ -93,7 +93,7 @@ class Engine:
             tensors: dict[str, Tensor] = {}
             for target in self.at(block):
                 signals = self.signals(target, evidence[target.name])
-                mask = chosen[target.name]
+                mask = unbits(chosen[target.name], target.shape).to(self.device)
                 tensors |= self.carry_out(target, Decision(mask, self.method.update(target, signals, mask)))
             self.work.decided(block, tensors)
 
@@ -147,24 +147,29 @@ class Engine:
                 signals = self.signals(target, seen)
                 scores = self.method.score(target, signals)
                 masks.refuse_nan(scores, target.name)
-                measured[target.name] = {**seen, SCORES: signals.without_gone(scores)}
+                kept = {} if self.method.forgets else seen
+                measured[target.name] = {**kept, SCORES: signals.without_gone(scores)}
             evidence |= self.work.measured(f"{block:04d}", measured, self.device)
             if chain is not None and stream is not None and block < chain.stop - 1:
                 self.work.moved(block + 1, stream.hidden)
         return evidence
 
     def select(self, evidence: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The masks by target, all checked before any of them is used."""
+        """The masks by target as bits, all checked before any of them is used."""
         signals = [self.signals(target, evidence[target.name]) for target in self.targets]
-        scores = [evidence[target.name][SCORES] for target in self.targets]
+        scores = Scores([evidence[target.name] for target in self.targets])
         self.worth.update({t.name: float(s) for t, s in zip(self.targets, scores, strict=True) if t.whole})
-        chosen = self.method.select(self.targets, signals, scores, self.budget)
-        for target, mask in zip(self.targets, chosen, strict=True):
+        chosen: dict[str, Tensor] = {}
+        alive = [False, False]  # whether there are whole layers or sublayers, and whether any stays
+        for target, mask in zip(
+            self.targets, self.method.select(self.targets, signals, scores, self.budget), strict=True
+        ):
             self.check(target, Decision(mask))
-        whole = [mask for target, mask in zip(self.targets, chosen, strict=True) if target.whole]
-        if whole and not any(bool(mask.any()) for mask in whole):
+            chosen[target.name] = bits(mask)
+            alive = [alive[0] or target.whole, alive[1] or (target.whole and bool(mask.any()))]
+        if alive == [True, False]:
             raise PrunelabError(f"{self.method.name} would remove all {self.targets[0].unit}; keep more")
-        return {target.name: mask for target, mask in zip(self.targets, chosen, strict=True)}
+        return chosen
 
     # -- shared steps ------------------------------------------------------------------------------------------------
 
@@ -254,6 +259,21 @@ class Engine:
     def write(self, target: Target, decision: Decision) -> None:
         """Prune the target, and count what that did."""
         self.tally.write(self.adapter, target, decision)
+
+
+class Scores(Sequence[Tensor]):
+    """The scores of targets, each read from its evidence when it is asked for."""
+
+    def __init__(self, evidence: Sequence[Mapping[str, Tensor]]) -> None:
+        self.evidence = evidence
+
+    def __len__(self) -> int:
+        return len(self.evidence)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return Scores(self.evidence[place])
+        return self.evidence[place][SCORES]
 
 
 def check_budgets(targets: Sequence[Target], budgets: Sequence[Budget]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,54 @@ def within(scores: Sequence[Tensor], sizes: Sequence[int], keep: float) -> list[
     held = each[order].double().cumsum(0) <= keep * float(each.double().sum()) * (1 + 1e-9)
     mask = torch.zeros_like(flat, dtype=torch.bool).scatter(0, order, held) | flat.isinf()
     return list(mask.split([len(s) for s in scores]))
+
+
+class Leaving(Sequence[Tensor]):
+    """Masks of several targets of which the `gone` smallest scores of all have left, earlier ones first where scores
+    are equal; each is made when it is asked for. scores: read one at a time, so that those on disk stay there."""
+
+    def __init__(self, scores: Sequence[Tensor], gone: int) -> None:
+        self.scores, self.gone, self.threshold, self.ties = scores, gone, 0, [0] * len(scores)
+        if not gone:
+            return
+        below = self._find(gone)
+        for place, score in enumerate(scores):  # how many of those at the threshold each loses
+            self.ties[place] = min(gone - below, int((_ordered(score) == self.threshold).sum()))
+            below += self.ties[place]
+
+    def _find(self, gone: int) -> int:
+        """Set the threshold to the `gone`-th smallest score, eight bits at a time; how many lie below it."""
+        prefix, below = 0, 0
+        for shift in (24, 16, 8, 0):
+            counts = torch.zeros(256, dtype=torch.int64)
+            for score in self.scores:
+                keys = _ordered(score).long() + 2**31
+                here = keys[(keys >> (shift + 8)) == prefix] >> shift & 255
+                counts += torch.bincount(here, minlength=256).cpu()
+            passed = counts.cumsum(0) + below
+            digit = int(torch.searchsorted(passed, gone))
+            below = int(passed[digit - 1]) if digit else below
+            prefix = prefix << 8 | digit
+        self.threshold = prefix - 2**31
+        return below
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, place: Any) -> Any:
+        score = self.scores[place]
+        if not self.gone:
+            return torch.ones_like(score, dtype=torch.bool)
+        keys = _ordered(score)
+        tied = keys == self.threshold
+        leaves = (keys < self.threshold) | (tied & (tied.cumsum(0, dtype=torch.int32) <= self.ties[place]))
+        return ~leaves.view(score.shape)
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """Whole numbers [n] in the order of scores, int32."""
+    bits = (scores.float().flatten() + 0.0).view(torch.int32)  # zeros have one sign
+    return bits ^ (bits >> 31 & 0x7FFFFFFF)
 
 
 def refuse_nan(scores: Tensor, name: str) -> None:

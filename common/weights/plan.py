@@ -106,11 +106,21 @@ SHARE = "share"  # by whom each expert is served
 SILENT = "silent"  # marks structures that stay, with zeros where they are read
 
 
+def bits(mask: Tensor) -> Tensor:
+    """A mask as bits [ceil(n / 8)], uint8."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unbits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The mask that `bits` made."""
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=math.prod(shape))).bool().view(*shape)
+
+
 def packed(decision: Decision) -> dict[str, Tensor]:
     """A decision as small tensors: packed mask bits, of a masked weight (unless whole) the values that stay, and packed
     codes."""
     mask = decision.mask.cpu()
-    results = {"mask": torch.from_numpy(np.packbits(mask.numpy()))}
+    results = {"mask": bits(mask)}
     for role, value in decision.values.items():
         value = value.detach().cpu()
         results[role] = value[mask] if role == "weight" and not decision.whole else value.contiguous()
@@ -126,8 +136,7 @@ def packed(decision: Decision) -> dict[str, Tensor]:
 
 def unpacked(target: Target, tensors: Mapping[str, Tensor]) -> Decision:
     """The decision that `packed` stored."""
-    bits = np.unpackbits(tensors["mask"].numpy(), count=target.units)
-    mask = torch.from_numpy(bits).bool().view(target.shape)
+    mask = unbits(tensors["mask"], target.shape)
     values = {role: value for role, value in tensors.items() if role not in ("mask", SILENT, SHARE, *CODE)}
     whole = "weight" in values and values["weight"].numel() == target.units > int(mask.sum())
     if "weight" in values and not whole:

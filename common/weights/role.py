@@ -27,6 +27,7 @@ class WeightPruner(Method):
     needs_base: ClassVar[bool] = False  # prunes what fine-tuning changed, and reads the model before it
     quantises: ClassVar[bool] = False  # takes budgets in bits, and no others
     corpora: ClassVar[tuple[str, ...]] = ()  # parts of the calibration set that it reads by name
+    forgets: ClassVar[bool] = False  # statistics serve the scores alone, and are let go once these are made
     traces: ClassVar[bool] = False  # follows what flows back through a classifier, and reads labelled samples
 
     @property

@@ -6,6 +6,7 @@ corpora's gradients agree, and something for its size.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -86,12 +87,9 @@ def spread_out(total: int, sizes: Sequence[int], least: float = 0.05, most: floa
     return [min(max(n, int(least * size)), int(most * size)) for n, size in zip(results, sizes, strict=True)]
 
 
-def smallest(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of what stays when the `count` smallest scores of all go."""
-    joined = torch.cat([s.flatten() for s in scores])
-    count = min(count, len(joined) - 1)
-    kept = masks.per_row(joined, Budget(count, "removed")).split([s.numel() for s in scores])
-    return [mask.view_as(s) for mask, s in zip(kept, scores, strict=True)]
+def smallest(scores: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    """Masks of what stays when the `count` smallest scores of all go, but for one."""
+    return masks.Leaving(scores, min(count, sum(s.numel() for s in scores) - 1))
 
 
 class Fisher(Accumulator):
@@ -165,6 +163,7 @@ class GAPrune(WeightPruner):
 
     name: ClassVar[str] = "gaprune"
     corpora = ("domain", "general")
+    forgets = True
     exempt = {"budget": "weights of all layers are compared"}
 
     @property
@@ -175,17 +174,20 @@ class GAPrune(WeightPruner):
         return ("attention" if "attn" in target.role or "attention" in target.role else "mlp") in self.layers
 
     def precompute(self, probe: Probe) -> Mapping[str, Statistics]:
-        results: dict[str, dict[str, Tensor]] = {target.name: {} for target in probe.targets}
+        by_corpus = []
         for corpus in self.corpora:
             count = len(probe.corpora[corpus].items) if corpus in probe.corpora else 0
             wanted = {f"fisher_{corpus}": lambda target, n=count: Fisher(n), f"gradient_{corpus}": Mean}
-            for name, values in probe.gradients(wanted, corpus=corpus, batch=self.batch).items():  # type: ignore[arg-type]
-                results[name] |= values
-        for values in results.values():  # gradients say no more than how far they agree
-            general, domain = values.pop("gradient_general"), values.pop("gradient_domain")
-            local = local_alignment(general, domain)
-            values["aligned"] = local if local.shape == general.shape else alignment(general, domain).expand_as(general)
-        return results
+            by_corpus.append(probe.gradients(wanted, corpus=corpus, batch=self.batch))  # type: ignore[arg-type]
+        # Nothing is read here: in a folder all of it stays there until a target is scored.
+        return {target.name: ChainMap(*(of[target.name] for of in by_corpus)) for target in probe.targets}  # type: ignore[arg-type]
+
+    @staticmethod
+    def aligned(statistics: Mapping[str, Tensor]) -> Tensor:
+        """How far the two corpora's gradients of a weight agree, by weight where its shape lets them be smoothed."""
+        general, domain = statistics["gradient_general"], statistics["gradient_domain"]
+        local = local_alignment(general, domain)
+        return local if local.shape == general.shape else alignment(general, domain).expand_as(general)
 
     def raw(self, weight: Tensor, domain: Tensor, general: Tensor, aligned: Tensor) -> Tensor:
         """The importance of a matrix's weights before it is put on another scale."""
@@ -200,7 +202,7 @@ class GAPrune(WeightPruner):
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         weight, domain = signals.weight.float(), signals["fisher_domain"]
-        raw = self.raw(weight, domain, signals["fisher_general"], signals["aligned"])
+        raw = self.raw(weight, domain, signals["fisher_general"], self.aligned(signals.statistics))
         return self.fused(raw, weight, domain)
 
     def select(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.memory import Live
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.weights import prune, windows
+from prunelab.common.weights import masks, prune, windows
 from prunelab.common.weights.accumulators import Accumulators
 from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.calibration import Stream, finite
@@ -586,3 +586,15 @@ def test_training_mode_and_hooks_are_as_before():
     prune(Wanda(), model, 0.5, token_ids(), progress=False)
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_smallest_scores_of_all_leave_one_target_at_a_time():
+    generator = torch.Generator().manual_seed(0)
+    for number in range(60):
+        scores = [torch.randn(1 + number % 5, 5, generator=generator) for _ in range(1 + number % 4)]
+        scores = [(2 * s).round() for s in scores] if number % 3 == 0 else scores  # ties, zeros of either sign
+        joined = torch.cat([s.flatten() for s in scores])
+        for gone in (0, 1, len(joined) // 2, len(joined)):
+            want = masks.per_row(joined, Budget(gone, "removed")).split([s.numel() for s in scores])
+            kept = masks.Leaving(scores, gone)
+            assert all(torch.equal(a.view_as(b), b) for a, b in zip(want, kept, strict=True))
