@@ -92,9 +92,16 @@ class LlavaVideoProcessor(LlavaOnevisionProcessor):
         return placeholders
 
 
+PROCESSOR = LlavaVideoProcessor
+
 AutoConfig.register(LlavaVideoConfig.model_type, LlavaVideoConfig, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaVideoConfig, LlavaVideoForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(LlavaVideoConfig, LlavaVideoProcessor, exist_ok=True)
+
+
+def like(config: LlavaOnevisionConfig) -> LlavaVideoConfig:
+    """The settings of a LLaVA-OneVision as LLaVA-Video's."""
+    return LlavaVideoConfig(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
 
 
 def llava_video(**settings: Any) -> LlavaVideoForConditionalGeneration:

@@ -68,6 +68,21 @@ def length(path: Path) -> int:
         return sum(packet.size > 0 for packet in container.demux(stream))
 
 
+def seconds(path: Path) -> float:
+    """How long the video is. Raises PrunelabError where it does not decode or does not say."""
+    av = library()
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            if container.duration:
+                return float(container.duration / av.time_base)
+            if stream.average_rate:
+                return length(path) / float(stream.average_rate)
+    except (av.error.FFmpegError, IndexError, ValueError) as error:
+        raise PrunelabError(f"the video {path} {UNREADABLE}") from error
+    raise PrunelabError(f"the video {path} says neither how long it is nor how many frames a second has")
+
+
 def library() -> Any:
     """PyAV."""
     try:

@@ -17,6 +17,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from rich.progress import track
+from torch import Tensor
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import videos
@@ -31,6 +32,8 @@ class VisualModel(lmms):
     """A model and processor of transformers behind lmms-eval's interface.
 
     batch: questions of one `generate`. frames: taken of every video, evenly. shown: examples before a question.
+    hourly: frames more for every hour of a video. scorer: gives scores [T] of the frames of a video for the question
+    about it; what those of the last batch are, `frame_scores` says to a method that asks for that service.
     pruned: opens the `with` block around each `generate`, such as `lambda: apply(method, model, budget)`; questions
     without image or video are asked outside it, as they hold nothing to prune. `seconds` is what answering took,
     pictures read and answers written.
@@ -45,6 +48,8 @@ class VisualModel(lmms):
         *,
         batch: int = 1,
         frames: int = 32,
+        hourly: float = 0,
+        scorer: Callable[[Any, str], Tensor] | None = None,
         shown: Examples | None = None,
         pruned: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
@@ -53,6 +58,7 @@ class VisualModel(lmms):
             raise PrunelabError("the processor has no chat template; use a checkpoint that ships one")
         self.model, self.processor = model, processor
         self.batch, self.frames, self.pruned = batch, frames, pruned
+        self.hourly, self.scorer, self.scores = hourly, scorer, list[Tensor]()
         self.shown = shown or Examples()
         self.seconds = 0.0
         processor.tokenizer.padding_side = "left"  # answers begin where prompts end
@@ -95,13 +101,18 @@ class VisualModel(lmms):
             results.setdefault(bool(shown or filmed), {})[place] = turn
         settings = next(iter(arguments.values()))[2]
         for sees, turns in sorted(results.items(), reverse=True):
+            given = self._inputs(list(turns.values()))
             with self.pruned() if sees else nullcontext():
-                yield from zip(turns, self._generate(list(turns.values()), settings), strict=True)
+                yield from zip(turns, self._generate(given, settings), strict=True)
+
+    def frame_scores(self, videos: int, frames: int) -> list[Tensor]:
+        """The service of this name: scores [T] of the frames of each video that is being asked about."""
+        return self.scores
 
     @torch.inference_mode()
-    def _generate(self, turns: Sequence[ChatMessages], settings: Mapping[str, Any]) -> list[str]:
-        """The model's answers to messages, decoded as the task sets: greedily unless it gives a temperature."""
-        given = self._inputs(turns).to(self.model.device, self.model.dtype)
+    def _generate(self, inputs: Any, settings: Mapping[str, Any]) -> list[str]:
+        """The model's answers to inputs, decoded as the task sets: greedily unless it gives a temperature."""
+        given = inputs.to(self.model.device, self.model.dtype)
         temperature = float(settings.get("temperature") or 0)
         # A checkpoint's own settings of sampling would only be warned about.
         sampling: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
@@ -126,13 +137,26 @@ class VisualModel(lmms):
         ]
         seen = [turn.extract_media() for turn in turns]
         pictures = [_picture(image) for shown, _, _ in seen for image in shown]
-        films = [videos.frames(_path(film), self.frames) for _, filmed, _ in seen for film in filmed]
+        asked = [(_path(film), turn) for turn, (_, filmed, _) in zip(turns, seen, strict=True) for film in filmed]
+        films = [videos.frames(path, self._count(path)) for path, _ in asked]
+        if self.scorer is not None:
+            self.scores = [self.scorer(film, _said(turn)) for film, (_, turn) in zip(films, asked, strict=True)]
         media: dict[str, Any] = {"images": pictures} if pictures else {}
         if films:
             if not hasattr(self.processor, "video_processor"):
                 raise PrunelabError(f"{type(self.model).__name__} takes images only; choose a model that takes videos")
             media |= {"videos": films, "do_sample_frames": False}  # they are sampled already
         return self.processor(text=text, padding=True, return_tensors="pt", **media)
+
+    def _count(self, path: Path) -> int:
+        """Frames that are taken of a video."""
+        return self.frames + (int(videos.seconds(path) / 3600 * self.hourly) if self.hourly else 0)
+
+
+def _said(turn: ChatMessages) -> str:
+    """The words of the last message."""
+    parts = turn.to_hf_messages()[-1]["content"]
+    return "\n".join(part["text"] for part in parts if part["type"] == "text")
 
 
 def _picture(image: Any) -> Image.Image:

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 from prunelab.common.data import video_questions
-from prunelab.common.measures import oracle
+from prunelab.common.measures import frame_scoring, oracle
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.examples import Examples
 from prunelab.common.measures.scores import CAPTIONS, COUNTED, OWN, SHARES, SUMS, average, relative
@@ -43,6 +43,7 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     budgets = oracle.levels(settings.oracle, own.get("budget", bench.budget))
     if settings.oracle and (method is None or len(settings.average) != 1):
         raise PrunelabError("an oracle chooses a method's budget by one metric; name it under `average`")
+    scorer = frame_scorer(bench, model, processor) if "frame_scores" in bench.ids else None
     read, groups = definitions(settings.tasks, settings.include, settings.prompts)
     shown = Examples(settings.shots, bench.seed, {e["task"]: e.get("doc_to_target") for e in read})
     used = [value for name, value in bench.ids.items() if name.startswith("data of ")]
@@ -54,9 +55,12 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
             processor,
             batch=settings.batch,
             frames=settings.frames,
+            hourly=settings.hourly,
+            scorer=scorer,
             shown=shown,
-            pruned=partial(bench.at_work, method, model, budget=budget),
         )
+        weighed = {"services": {"frame_scores": evaluated.frame_scores}} if scorer is not None else {}
+        evaluated.pruned = partial(bench.at_work, method, model, budget=budget, **weighed)
         # Some tasks write their answers to a file when they are scored.
         with at_hand(read, data, bench.config), TemporaryDirectory() as folder:
             made = lmms_eval.api.task.ConfigurableMessagesTask
@@ -80,6 +84,11 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
         protocol += "; prompts with " + ", ".join(f"{key}={value}" for key, value in settings.prompts.items())
     if settings.shots:
         protocol += f"; {settings.shots} examples before each question, drawn with seed {bench.seed} from the others"
+    if settings.hourly:
+        protocol += f" and {settings.hourly:g} more an hour"
+    if scorer is not None:
+        things = "the things to look for, which the model asked names" if settings.decouple else "the question itself"
+        protocol += f"; frames are weighed by a model of images that is asked for {things}"
     if own:
         protocol += f"; the budget {own['budget']} gives the layers {bench.budget} of an image's tokens, in the mean"
     if settings.oracle:
@@ -100,6 +109,20 @@ def matched(bench: Bench[VisualTasks.Settings], method: Any, model: Any) -> Any:
     if method.role != "token_pruner":
         raise PrunelabError(f"{method.name} leaves no visual tokens out; `match` is for methods that do")
     return importlib.import_module("prunelab.common.tokens.match").match_mean(method, model, bench.budget)
+
+
+def frame_scorer(bench: Bench[VisualTasks.Settings], model: Any, processor: Any) -> Callable[[Any, str], Tensor]:
+    """Scores of a video's frames for a question, by the run's own model of images; see the settings `frame_scores` and
+    `decouple`."""
+    judge, sees = loading.vision_language(bench.ids["frame_scores"], bench.config)
+    score = frame_scoring.FrameScorer(devices.place(judge, bench.device, half=True), sees)
+    speak = frame_scoring.speaker(model, processor)
+
+    def scored(film: Any, question: str) -> Tensor:
+        things = frame_scoring.decouple(question, speak) if bench.settings.decouple else ()
+        return score(list(film), question, things)
+
+    return scored
 
 
 def each_question(logged: Sequence[Mapping[str, Any]], metric: str) -> Tensor:

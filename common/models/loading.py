@@ -297,7 +297,7 @@ def vision_language(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    for own in ("llava_video", "openvla"):  # makes their classes known
+    for own in ("llava_video", "openvla", "pllava"):  # makes their classes known
         importlib.import_module(f"prunelab.common.backbones.{own}")
 
     if "testbed" in identity:
@@ -328,10 +328,12 @@ def _of_layout(
     if like is None:
         raise PrunelabError(f"{folder} is in a layout of its own; name the `processor` model that it is like")
     source = hub.folder(like, "model", config) if "hub" in like else Path(like["folder"])
-    made = pretrained(AutoConfig, source)
-    model = AutoModelForImageTextToText.from_config(made, dtype=made.dtype)
-    importlib.import_module(f"prunelab.common.backbones.{identity['layout']}").load_checkpoint(model, folder)
-    return model.eval(), pretrained(AutoProcessor, source)
+    layout = importlib.import_module(f"prunelab.common.backbones.{identity['layout']}")
+    given = pretrained(AutoConfig, source)
+    made = layout.like(given) if hasattr(layout, "like") else given  # a class of its own has settings of its own
+    model = AutoModelForImageTextToText.from_config(made, dtype=given.dtype)
+    layout.load_checkpoint(model, folder)
+    return model.eval(), pretrained(getattr(layout, "PROCESSOR", AutoProcessor), source)
 
 
 def _one_view(folder: Path) -> tuple[Any, Any]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.core.files import ROOT
-from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from prunelab.common.measures.scores import CAPTIONS, OTHERS, OWN, SHARES
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task, Work
+from prunelab.common.tasks.base import Catalogue, Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -27,6 +27,7 @@ class VisualTasks(Task):
 
     name: ClassVar[str] = "visual_tasks"
     roles: ClassVar[tuple[str, ...]] = ("token_pruner", "cache_pruner")
+    named: ClassVar[Mapping[str, Catalogue]] = {"frame_scores": "model"}
     scales: ClassVar[tuple[str, ...]] = ("paper",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "own data"})
     metrics: ClassVar[Mapping[str, Metric]] = {
@@ -41,7 +42,10 @@ class VisualTasks(Task):
     }
 
     class Settings(base.Settings):
-        """tasks: of the library. frames: of a video, evenly sampled. limit: questions of each task (all). batch:
+        """tasks: of the library. frames: of a video, evenly sampled. hourly: frames more for every hour of it.
+        frame_scores: the image language model that scores each frame of a video by the question, for a method that
+        asks for the service of this name (`measures/frame_scoring`). decouple: whether the model asked turns the
+        question into things to look for first. limit: questions of each task (all). batch:
         questions asked together. prompts: changes of what the tasks' definitions let prompts have (`ocr: true` of
         TextVQA), where they have it. include: a folder with definitions of one's own. average: the metrics whose mean
         is one. against: a number for each of them, such as the unpruned model's, of which `relative` is the mean share.
@@ -52,6 +56,9 @@ class VisualTasks(Task):
 
         tasks: tuple[str, ...]
         frames: PositiveInt = 32
+        hourly: NonNegativeFloat = 0
+        frame_scores: str | None = None
+        decouple: bool = False
         limit: PositiveInt | None = None
         batch: PositiveInt = 1
         prompts: dict[str, Any] | None = None

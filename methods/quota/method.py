@@ -1,7 +1,8 @@
 """QuoTA (Luo et al., 2025): a question-dependent share of a fixed token budget for every frame of a video.
 
-Unit: a visual token before packing. A second model says how relevant each frame is to the question (`scoring.py`); the
-budget is shared by the sharpened scores, and each frame's feature map is resized to what it got, up or down.
+Unit: a visual token before packing. A second model says how relevant each frame is to the question
+(`measures/frame_scoring.py`); the budget is shared by the sharpened scores, and each frame's feature map is resized to
+what it got, up or down.
 """
 
 from __future__ import annotations
@@ -192,9 +193,9 @@ class QuoTA(TokenPruner):
     Parameters
     ----------
     weighting : {"query", "even"}
-        `query` shares by the service `frame_scores`, for each video its frames' scores [T] (`scoring.py` makes them),
-        or a function of the numbers of videos and of frames that gives these; `even` gives all frames as much, the
-        paper's rows without weighting, and needs no service.
+        `query` shares by the service `frame_scores`, for each video its frames' scores [T] (`measures/frame_scoring.py`
+        makes them), or a function of the numbers of videos and of frames that gives these; `even` gives all frames as
+        much, the paper's rows without weighting, and needs no service.
     assigner : {"bilinear", "average", "linspace", "merge", "axes"}
         The paper's interpolation, pooling into bins, picks, merging of alike tokens, or rows, then columns merged. All
         but the first cap a frame at the tokens it has.

@@ -71,6 +71,16 @@ def _llava_next_video(tower: int, text: dict[str, Any]) -> nn.Module:
     return t.LlavaNextVideoForConditionalGeneration(config)
 
 
+def _pllava(tower: int, text: dict[str, Any]) -> nn.Module:
+    import transformers as t
+
+    from prunelab.common.backbones.pllava import pllava
+
+    clip = t.CLIPVisionConfig(**VISION | {"num_hidden_layers": tower}, image_size=32, patch_size=8)
+    marks = {"image_token_index": IMAGE, "video_token_index": VIDEO}
+    return pllava(vision_config=clip, text_config=t.LlamaConfig(**text), image_grid_pinpoints=CROPS, **marks)
+
+
 def _video_llava(tower: int, text: dict[str, Any]) -> nn.Module:
     import transformers as t
 
@@ -170,6 +180,7 @@ KIN: Mapping[str, Kin] = {
     "internvl": Kin(_internvl, _tiles, class_token=True),
     "video_llava": Kin(_video_llava, _pictures, _frames(17), class_token=True),
     "llava_mistral": Kin(_llava_mistral, _anyres, class_token=True),
+    "pllava": Kin(_pllava, _anyres, _frames(4), class_token=True),
     "llava_next_video": Kin(_llava_next_video, _anyres, _frames(4), class_token=True),
 }
 MOVING = tuple(name for name, kin in KIN.items() if kin.film)

@@ -120,6 +120,13 @@ class LlavaNextVideo(LlavaNext):
         return squares(values, self.config.spatial_pool_stride) if modality == "video" else values
 
 
+class Pllava(LlavaNextVideo):
+    """PLLaVA: as LLaVA-NeXT-Video, with frames that are pooled behind the projector."""
+
+    family = "pllava"
+    model_classes = ("prunelab.common.backbones.pllava.PllavaForConditionalGeneration",)
+
+
 class VideoLlava(Llava):
     """Video-LLaVA: images as LLaVA-1.5, and videos through an encoder of their own, whose frames bring the encoder's
     class token along: it stands before a frame's patches and stays, except where the decoder's sequence is pruned."""

@@ -16,6 +16,7 @@ from prunelab.common.apply import apply
 from prunelab.common.core import selection
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.measures.frame_scoring import DECOUPLE, FrameScorer, decouple, frame_prompt, parse, speaker, timing
 from prunelab.common.tokens.adapters.vlm_prompt import Prompt
 from prunelab.methods.quota.method import (
     SCORES,
@@ -28,7 +29,6 @@ from prunelab.methods.quota.method import (
     merged_axes,
     sharpened,
 )
-from prunelab.methods.quota.scoring import DECOUPLE, FrameScorer, decouple, frame_prompt, parse, speaker, timing
 from tests.contract.vlms import VLMS, film, images, prompt, typed, vlm
 
 ASSIGNERS = ("bilinear", "average", "linspace", "merge", "axes")

@@ -312,6 +312,23 @@ def test_questions_about_videos_in_a_readers_folder_run_on_its_look_alike(onevis
         runner.measure(asked, {entry["setting"]: str(tmp_path)})
 
 
+def test_frames_are_weighed_by_a_model_of_images_for_the_question(llava, onevision, tasks, monkeypatch):
+    asked = run(onevision, tasks, ["films"], "quota", "12count", {"weighting": "query"}, limit=3)
+    asked.ids["frame_scores"] = {"folder": str(llava)}
+    found = runner.measure(asked, {})["films score"]
+    even = runner.measure(run(onevision, tasks, ["films"], "quota", "12count", {"weighting": "even"}, limit=3), {})
+    assert found["samples"] == 3 and found["value"] != even["films score"]["value"]
+    assert "the question itself" in found["protocol"]
+    told = []
+    monkeypatch.setattr(
+        visual_tasks.frame_scoring, "decouple", lambda question, speak: told.append(question) or ("w9",)
+    )
+    asked.settings.update(decouple=True, hourly=3600)
+    more = runner.measure(asked, {})["films score"]
+    assert len(told) == 3 and all(question.startswith("w") for question in told)
+    assert "which the model asked names" in more["protocol"] and "3600 more an hour" in more["protocol"]
+
+
 def test_what_cannot_be_asked_is_refused(llava, onevision, tasks):
     with pytest.raises(PrunelabError, match="takes images only"):
         runner.measure(run(llava, tasks, ["films"]), {})
