@@ -21,6 +21,8 @@ from transformers.models.llava_next_video.configuration_llava_next_video import 
 from transformers.models.llava_next_video.modeling_llava_next_video import (
     LlavaNextVideoForConditionalGeneration,
     LlavaNextVideoModel,
+    LlavaNextVideoMultiModalProjector,
+    LlavaNextVideoPooler,
     LlavaNextVideoPreTrainedModel,
 )
 from transformers.models.llava_next_video.processing_llava_next_video import LlavaNextVideoProcessor
@@ -44,6 +46,21 @@ class PllavaConfig(LlavaNextVideoConfig):
     model_type = "pllava"
 
 
+class PoolingProjector(LlavaNextVideoMultiModalProjector):
+    """LLaVA-NeXT-Video's projector, behind which the patches of frames are pooled: [frames, patches, D] -> [frames,
+    tokens, D], while `moving`."""
+
+    moving = False
+
+    def __init__(self, config: PllavaConfig) -> None:
+        super().__init__(config)
+        self.pooler = LlavaNextVideoPooler(config)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        projected: Tensor = super().forward(image_features)
+        return self.pooler(projected) if self.moving else projected
+
+
 class PllavaModel(LlavaNextVideoModel):
     """LLaVA-NeXT-Video's model with frames that are pooled behind the projector."""
 
@@ -51,16 +68,15 @@ class PllavaModel(LlavaNextVideoModel):
 
     def __init__(self, config: PllavaConfig) -> None:
         super().__init__(config)
-        self.pooler, self.vision_resampler = self.vision_resampler, nn.Identity()
+        self.multi_modal_projector, self.vision_resampler = PoolingProjector(config), nn.Identity()
 
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> Any:
         """LLaVA-NeXT-Video's, pooled: `pooler_output` is [B, frames * tokens, D]."""
-        as_tuple = kwargs.pop("return_dict", True) is False
-        output = super().get_video_features(pixel_values_videos, **kwargs, return_dict=True)
-        batch, frames = pixel_values_videos.shape[:2]
-        patches = output.pooler_output.unflatten(1, (frames, -1)).flatten(0, 1)
-        output.pooler_output = self.pooler(patches).unflatten(0, (batch, frames)).flatten(1, 2)
-        return output.to_tuple() if as_tuple else output
+        self.multi_modal_projector.moving = True
+        try:
+            return super().get_video_features(pixel_values_videos, **kwargs)
+        finally:
+            self.multi_modal_projector.moving = False
 
 
 class PllavaForConditionalGeneration(LlavaNextVideoForConditionalGeneration):

@@ -121,10 +121,11 @@ class LlavaNextVideo(LlavaNext):
 
 
 class Pllava(LlavaNextVideo):
-    """PLLaVA: as LLaVA-NeXT-Video, with frames that are pooled behind the projector."""
+    """PLLaVA: as LLaVA-NeXT-Video, with frames that are pooled behind the projector, so that no token leaves before."""
 
     family = "pllava"
     model_classes = ("prunelab.common.backbones.pllava.PllavaForConditionalGeneration",)
+    signals = {where: known for where, known in LlavaNextVideo.signals.items() if where != "encoded"}
 
 
 class VideoLlava(Llava):
