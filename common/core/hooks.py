@@ -43,8 +43,9 @@ def claimed(method: Method, model: nn.Module, services: Mapping[str, Any] | None
 
     Raises where a service is missing, or the method has no meaning beside one at work.
     """
-    if "transformers" in sys.modules:
-        warn_outside("transformers")
+    for library in ("torch", "transformers"):
+        if library in sys.modules:
+            warn_outside(library)
     missing = set(method.services) - set(services or {})
     if missing:
         raise PrunelabError(f"{method.name} needs the services {', '.join(sorted(missing))}; pass services={{...}}")
