@@ -18,6 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.speculative import Reader
+from prunelab.common.speculative.role import Step
 from prunelab.methods.token_recycling.method import TokenRecycling
 
 LAYERS, CONTEXT = 24, 512
@@ -31,9 +32,17 @@ SHAPE = {
 }
 
 
+def settle() -> None:
+    """Wait for what a GPU was asked to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def seconds(step: Callable[..., object], *arguments: object) -> float:
+    settle()
     start = time.perf_counter()
     step(*arguments)
+    settle()
     return time.perf_counter() - start
 
 
@@ -46,16 +55,22 @@ def main() -> None:
     if not 2 <= arguments.layers <= LAYERS:
         parser.error(f"--layers must lie between 2 and {LAYERS}")
     torch.set_num_threads(arguments.threads)
+    report(arguments.layers, arguments.rounds, torch.device("cpu"))
+
+
+def report(deep: int, rounds: int, device: torch.device) -> None:
+    """Measure with so many layers, and print it."""
     torch.manual_seed(0)
-    shallow, deep = arguments.layers // 2, arguments.layers
+    shallow = deep // 2
     method, budget = TokenRecycling(), Budget(1.0)
-    state = method.start(SHAPE["vocab_size"])
-    tokens = torch.randint(SHAPE["vocab_size"], (CONTEXT,))
-    model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=deep, **SHAPE)).eval()
+    with device:
+        state = method.start(SHAPE["vocab_size"])
+    tokens = torch.randint(SHAPE["vocab_size"], (CONTEXT,)).to(device)
+    model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=deep, **SHAPE)).eval().to(device)
     layers = model.model.layers
     times: dict[str, list[float]] = {"expand": [], "renew": [], "accept": [], "shallow": [], "deep": [], "single": []}
     with torch.inference_mode():
-        for i in range(arguments.rounds + 2):
+        for i in range(rounds + 2):
             results: dict[str, float] = {}
             for name, depth in (("shallow", shallow), ("deep", deep)):
                 model.model.layers, model.config.num_hidden_layers = layers[:depth], depth
@@ -65,9 +80,9 @@ def main() -> None:
                 results[name] = seconds(reader.read, tokens, tree)
             results["single"] = seconds(reader.read, torch.cat([tokens, tokens[:1]]), tree.within(0))
             logits = reader.read(tokens, tree)
-            fed = torch.cat([tokens[-1:], tree.tokens])
+            step = Step(tokens[-1:], tree, logits, method.accept(tree, logits))
             results["expand"] = seconds(method.draft, state, tokens, budget)
-            results["renew"] = seconds(method.observe, state, fed, logits)
+            results["renew"] = seconds(method.observe, state, step)
             results["accept"] = seconds(method.accept, tree, logits)
             for name, value in results.items():
                 if i >= 2:
@@ -77,8 +92,8 @@ def main() -> None:
     forward = middle["deep"] + (LAYERS - deep) * layer
     drafting = middle["expand"] + middle["renew"]
     print(
-        f"Qwen2-0.5B shape, {arguments.threads} threads, {CONTEXT} tokens in the cache, medians of {arguments.rounds}"
-        f" rounds; {deep} of {LAYERS} layers timed, the rest scaled"
+        f"Qwen2-0.5B shape, {torch.get_num_threads()} threads, {device}, {CONTEXT} tokens in the cache, medians of"
+        f" {rounds} rounds; {deep} of {LAYERS} layers timed, the rest scaled"
     )
     for name, value in (
         ("expand the tree (80 nodes)", middle["expand"]),

@@ -105,11 +105,12 @@ def test_same_seed_same_cache_and_nothing_is_left_behind(method):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @every
-def test_half_precision_stays_finite(method):
-    logits, handle = read(method, decoder().to(torch.bfloat16), tokens(), 0.6)
+def test_half_precision_stays_finite(method, dtype):
+    logits, handle = read(method, decoder().to(dtype), tokens(), 0.6)
     assert torch.isfinite(logits).all()
-    assert handle.layers[0].keys.dtype == torch.bfloat16
+    assert handle.layers[0].keys.dtype == dtype
 
 
 @every
