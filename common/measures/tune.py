@@ -4,10 +4,7 @@ held-out text."""
 from __future__ import annotations
 
 import copy
-import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,27 +36,6 @@ _REFERENCES: dict[str, nn.Module] = {}
 
 def measure(bench: Bench[Tune.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.tune`."""
-    seeds = range(bench.seed, bench.seed + bench.settings.seeds)
-    each = [_once(replace(bench, settings=bench.settings.model_copy(update={"seed": seed}))) for seed in seeds]
-    return each[0] if len(each) == 1 else over_seeds(each)
-
-
-def over_seeds(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means of the metrics of several trainings, with their errors; of what is the same in all of them that."""
-    results: dict[str, Any] = {}
-    for name, first in each[0].items():
-        values = [one[name]["value"] for one in each]
-        if len(set(values)) == 1:
-            results[name] = {"value": first["value"]}
-            continue
-        stderr = statistics.stdev(values) / math.sqrt(len(values))
-        mean = round(statistics.fmean(values), 6)
-        results[name] = {"value": mean, "n": len(values), "stderr": round(stderr, 6), "samples": values}
-    return results
-
-
-def _once(bench: Bench[Tune.Settings]) -> dict[str, Any]:
-    """One training."""
     settings, ids = bench.settings, bench.ids
     model, tokenizer = loading.language(ids["model"], bench.config)
     devices.note(model)

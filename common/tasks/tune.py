@@ -39,8 +39,7 @@ class Tune(Task):
         """length: of the pieces in tokens. samples: pieces to choose from. prompt: the share of a piece that is prompt.
         clean: pieces of the clean sample, the target of the methods that have one. held_out: pieces to measure on.
         steps, batch: of the training. rate, warmup: of the learning rate, which falls in a line. rank, alpha: of
-        low-rank adapters (the extra `training`), which alone learn where there is a rank. seeds: trainings with draws
-        of their own, over which all numbers are means, with the errors of these."""
+        low-rank adapters (the extra `training`), which alone learn where there is a rank."""
 
         length: PositiveInt
         among: str | None = None
@@ -54,7 +53,6 @@ class Tune(Task):
         warmup: Share = 0.1
         rank: NonNegativeInt = 0
         alpha: NonNegativeInt = 16
-        seeds: PositiveInt = 1
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import tune

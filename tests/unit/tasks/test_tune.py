@@ -84,10 +84,3 @@ def test_low_rank_adapters_learn_alone_and_are_merged():
     pytest.importorskip("peft")
     found = run("rho1", "0.5", rank=4, steps=40, rate=0.05)
     assert found["loss"]["value"] < run(steps=1, rate=1e-9)["loss"]["value"]
-
-
-def test_several_trainings_give_means_with_errors_over_them():
-    each = [{"loss": {"value": v, "samples": [v]}, "tokens": {"value": 50.0}} for v in (1.0, 2.0, 3.0)]
-    found = measured.over_seeds(each)
-    assert found["loss"] == {"value": 2.0, "n": 3, "stderr": 0.57735, "samples": [1.0, 2.0, 3.0]}
-    assert found["tokens"] == {"value": 50.0}
