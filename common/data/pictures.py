@@ -8,12 +8,12 @@ A video has 8 frames of 8 x 8 such cells. One digit rests in it from the first f
 that do not move either. One to four others cross it one after the other, each for two frames and each in another
 direction.
 
-A film has 32 such frames of faint quarters that do not move. Two to four digits are in it, each in one frame and in
-another quarter of it, on two by two cells that the model pools into one token.
+A film has 32 such frames, a long one 64, of faint quarters that do not move. Two to four digits are in it, each in one
+frame and in another quarter of it, on two by two cells that the model pools into one token.
 
 Why this tells pruning methods apart: what is asked for lies in 4 of 81 tokens of a picture, in a few tokens of two
-frames of a video, in one of a film's 512, and nowhere else; most of the rest is background that repeats, or looks like
-parts of an answer. Training and test images share no digit (`prunelab.common.data.digits`).
+frames of a video, in one of a film's 512 or 1024, and nowhere else; most of the rest is background that repeats, or
+looks like parts of an answer. Training and test images share no digit (`prunelab.common.data.digits`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FRAMES, SLOT = 8, 2  # frames in a video, and those between one crossing digit a
 CROSSING = FRAMES // SLOT  # the most digits that cross
 STEP = 4  # cells from frame to frame
 VIDEO_FRAGMENTS = 16
-FILM = 32  # frames of a film
+FILM, LONG_FILM = 32, 64  # frames of a film, and of one twice as long
 MOMENTS = 4  # the most digits in one
 WAYS = torch.tensor([[0, -1], [0, 1], [-1, 0], [1, 0]])  # left, right, up, down as (row, column)
 
@@ -87,8 +87,8 @@ class Videos:
 
 @dataclass(frozen=True)
 class Films:
-    """Films [B, 32, 3, 32, 32] float32, normalised, and what they show: `digit` [B, 4] int64 in the order of time (-1
-    where there is none), `quarter` [B, 4] of the frame that each is in, row by row, and `owner` [B, 32, 64] which of
+    """Films [B, T, 3, 32, 32] float32, normalised, and what they show: `digit` [B, 4] int64 in the order of time (-1
+    where there is none), `quarter` [B, 4] of the frame that each is in, row by row, and `owner` [B, T, 64] which of
     them a cell of a frame belongs to, or -1."""
 
     pixels: Tensor
@@ -182,22 +182,27 @@ def videos(
 
 
 def films(
-    split: digits.Split, count: int, generator: torch.Generator, clutter: float = 1.0, deformed: bool = False
+    split: digits.Split,
+    count: int,
+    generator: torch.Generator,
+    clutter: float = 1.0,
+    deformed: bool = False,
+    frames: int = FILM,
 ) -> Films:
-    """Films of digits of a split; clutter and deformed as in `pictures`."""
+    """Films of digits of a split, of so many frames; clutter and deformed as in `pictures`."""
     sample = torch.arange(count).unsqueeze(1)
     number = 2 + _draw(generator, MOMENTS - 1, count, 1)
     digit = _shuffled(generator, count, 10)[:, :MOMENTS]
     digit = digit.masked_fill(_shuffled(generator, count, MOMENTS) >= number, NONE)
-    time = _shuffled(generator, count, FILM)[:, :MOMENTS].sort(1).values
+    time = _shuffled(generator, count, frames)[:, :MOMENTS].sort(1).values
     quarter = _shuffled(generator, count, MOMENTS)
     half, places = FRAME // 2, FRAME // 4  # of cells, and of places in steps of two cells
     row = quarter // 2 * half + 2 * _draw(generator, places, count, MOMENTS)
     column = quarter % 2 * half + 2 * _draw(generator, places, count, MOMENTS)
 
     canvas = _fragments(split, count, FRAME**2, VIDEO_FRAGMENTS, clutter, generator, torch.ones(1, 3))
-    canvas = canvas.unsqueeze(1).repeat(1, FILM, 1, 1, 1, 1)
-    owner = torch.full((count, FILM, FRAME**2), NONE)
+    canvas = canvas.unsqueeze(1).repeat(1, frames, 1, 1, 1, 1)
+    owner = torch.full((count, frames, FRAME**2), NONE)
     spot = (row * FRAME + column).unsqueeze(2) + _block(FRAME)  # [B, 4, 4]
     shown = digit != NONE
     where = [part.expand_as(spot)[shown] for part in (sample.unsqueeze(2), time.unsqueeze(2), spot)]

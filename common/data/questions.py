@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from prunelab.common.data.pictures import (
     FILM,
     FRAME,
     FRAMES,
+    LONG_FILM,
     PICTURE,
     Films,
     Pictures,
@@ -36,13 +37,24 @@ from prunelab.common.data.pictures import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Kind = Literal["picture", "video", "film"]
+Kind = Literal["picture", "video", "film", "long film"]
 Facts = Pictures | Videos | Films
 
 SEED = 1000  # of the samples that methods are measured on
 CHUNK = 64  # samples composed at a time
-LOADERS: Mapping[str, Kind] = {"digit_questions": "picture", "digit_videos": "video", "digit_films": "film"}
-COMPOSERS: Mapping[Kind, Callable[..., Facts]] = {"picture": pictures, "video": videos, "film": films}
+LOADERS: Mapping[str, Kind] = {
+    "digit_questions": "picture",
+    "digit_videos": "video",
+    "digit_films": "film",
+    "digit_long_films": "long film",
+}
+COMPOSERS: Mapping[Kind, Callable[..., Facts]] = {
+    "picture": pictures,
+    "video": videos,
+    "film": films,
+    "long film": partial(films, frames=LONG_FILM),
+}
+LENGTHS: Mapping[Kind, int] = {"video": FRAMES, "film": FILM, "long film": LONG_FILM}  # in frames
 
 # -- words -----------------------------------------------------------------------------------------------------------
 
@@ -162,6 +174,12 @@ def _of(values: Tensor, place: Tensor) -> Tensor:
 
 Form = tuple[str, Callable[[Any, torch.Generator], Asked]]  # the question with a gap, and what fills and answers it
 
+_OF_FILMS: Mapping[str, Form] = {
+    "order": ("which digit is seen {}", _order),
+    "place": ("which digit is at {}", _digit_in_quarter),
+    "where": ("where is the digit {}", _quarter),
+    "exists": ("is there a digit {}", _shown),
+}
 FORMS: Mapping[Kind, Mapping[str, Form]] = {
     "picture": {
         "place": ("which digit is at {}", _digit_at),
@@ -177,12 +195,8 @@ FORMS: Mapping[Kind, Mapping[str, Form]] = {
         "count": ("how many digits are {}", _movers),
         "exists": ("is there a digit {}", _shown),
     },
-    "film": {
-        "order": ("which digit is seen {}", _order),
-        "place": ("which digit is at {}", _digit_in_quarter),
-        "where": ("where is the digit {}", _quarter),
-        "exists": ("is there a digit {}", _shown),
-    },
+    "film": _OF_FILMS,
+    "long film": _OF_FILMS,
 }
 
 
@@ -229,7 +243,7 @@ def visual_tokens(kind: Kind) -> int:
     """Placeholders of a prompt: a picture's patches, or a video's, pooled two by two, and a newline token."""
     if kind == "picture":
         return PICTURE**2
-    return (FRAMES if kind == "video" else FILM) * (FRAME // 2) ** 2 + 1
+    return LENGTHS[kind] * (FRAME // 2) ** 2 + 1
 
 
 def prefix(kind: Kind) -> Tensor:

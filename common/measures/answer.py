@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 BATCH, TRIED = 50, 8  # samples asked together, and those that a budget is matched on
 FRAMES = "frame_scores"  # the service of a method that weighs the frames of a video
-NAMES = {"picture": "image", "video": "video", "film": "video"}  # modalities
+NAMES = {"picture": "image", "video": "video", "film": "video", "long film": "video"}  # modalities
 
 # Frame scores by what decides them, so that a process which makes many runs takes them once.
 _SCORES: dict[str, Tensor] = {}

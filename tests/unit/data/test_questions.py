@@ -22,6 +22,7 @@ def shown():
         "picture": pictures.pictures("test", COUNT, draws),
         "video": pictures.videos("test", COUNT, draws),
         "film": pictures.films("test", COUNT, draws),
+        "long film": pictures.films("test", COUNT, draws, frames=pictures.LONG_FILM),
     }
 
 
@@ -75,14 +76,15 @@ def test_what_a_video_shows(shown):
         assert torch.equal(corner[:, 1] - corner[:, 0], pictures.STEP * pictures.WAYS[facts.way[there, slot]])
 
 
-def test_what_a_film_shows(shown):
-    facts = shown["film"]
-    assert facts.pixels.shape == (COUNT, 32, 3, 32, 32) and facts.owner.shape == (COUNT, 32, 64)
+@pytest.mark.parametrize("kind", ["film", "long film"])
+def test_what_a_film_shows(shown, kind):
+    facts, length = shown[kind], questions.LENGTHS[kind]
+    assert facts.pixels.shape == (COUNT, length, 3, 32, 32) and facts.owner.shape == (COUNT, length, 64)
     number = (facts.digit >= 0).sum(1)
     assert number.min() == 2 and number.max() == pictures.MOMENTS
-    frames = facts.owner.amax(2)  # [B, 32]
+    frames = facts.owner.amax(2)  # [B, T]
     assert torch.equal((frames >= 0).sum(1), number), "a digit is in one frame, and no other in it"
-    pooled = facts.owner.view(COUNT, 32, 4, 2, 4, 2).transpose(3, 4).flatten(4)  # [B, T, 4, 4, 4 cells]
+    pooled = facts.owner.view(COUNT, length, 4, 2, 4, 2).transpose(3, 4).flatten(4)  # [B, T, 4, 4, 4 cells]
     assert torch.equal(pooled.amin(-1), pooled.amax(-1)), "and in one of the tokens that the model pools cells into"
     for film, (owner, digit, quarter) in enumerate(zip(facts.owner, facts.digit, facts.quarter, strict=True)):
         times = [int((owner == m).any(-1).nonzero()) for m in (digit >= 0).nonzero().flatten().tolist()]
@@ -159,7 +161,7 @@ def test_answers_about_films(shown):
                 assert (gap in moments) == (right == "yes")
 
 
-@pytest.mark.parametrize("kind", ["picture", "video", "film"])
+@pytest.mark.parametrize("kind", ["picture", "video", "film", "long film"])
 def test_words_alone_say_little(kind):
     batch = questions.draw(kind, "test", 1000, 3)
     assert 0.15 < questions.blind(batch) < 0.3
