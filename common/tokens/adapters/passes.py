@@ -85,16 +85,24 @@ class Trace:
         with self._lock:
             self.samples += samples
 
-    def mark(self) -> Callable[[], None]:
-        """What takes back all that is counted from here on."""
+    def mark(self) -> Callable[..., None]:
+        """What makes all that is counted from here on count to a share, by default not at all."""
         counts, samples = {part: list(layers) for part, layers in self._counts.items()}, self.samples
         text, sizes = self._text, dict(self.sizes)
 
-        def undo() -> None:
+        def weigh(share: float = 0.0) -> None:
             with self._lock:
+                now, added, read, shown = self._counts, self.samples - samples, self._text - text, self.sizes
                 self._counts, self.samples, self._text, self.sizes = counts, samples, text, sizes
+                if share:
+                    self.samples, self._text = samples + round(share * added), text + share * read
+                    self.sizes = {k: sizes.get(k, 0) + round(share * (n - sizes.get(k, 0))) for k, n in shown.items()}
+                    self._counts = {
+                        part: [old + share * (new - old) for old, new in zip(counts[part], now[part], strict=True)]
+                        for part in counts
+                    }
 
-        return undo
+        return weigh
 
     @property
     def attention(self) -> list[float]:
