@@ -214,8 +214,8 @@ def nowhere_else(file: str, run: Run) -> bool:
         ("common/metrics/average_precision.py", of("detect")),
         ("common/apply.py", never),
         ("common/training/trainer.py", lambda r: r.task == "tune" or "parts" in r.ids),  # which a training made
-        ("common/training/recipe.py", lambda r: r.task not in UNTRAINED),
-        ("common/testbeds/__init__.py", lambda r: r.task not in UNTRAINED),
+        ("common/training/recipe.py", lambda r: r.task == "tune" or (r.task not in UNTRAINED and r.scale != "real")),
+        ("common/testbeds/__init__.py", lambda r: r.task not in UNTRAINED and r.scale != "real"),
         ("common/models/batching.py", of("classify", "perplexity")),
         ("common/measures/cache.py", of("cache")),
         ("common/tasks/decode.py", of("decode")),
