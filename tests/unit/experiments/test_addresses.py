@@ -159,7 +159,7 @@ def test_a_task_of_several_roles_reaches_the_wing_of_its_method_alone(task):
         assert rooms == ({wings[role]} if role else set())
 
 
-TOKENS = {"answer", "classify", "detect", "gallery", "looks", "macs", "prompt_macs", "segment"}
+TOKENS = {"act", "answer", "classify", "detect", "gallery", "looks", "macs", "prompt_macs", "segment"}
 WEIGHTS = {"perplexity", "size"}
 UNTRAINED = {"macs", "prompt_macs", "size", "function", "summarise", "subset"}  # tasks without a testbed
 
