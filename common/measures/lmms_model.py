@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,30 @@ WORDS = 1024  # new tokens where a task sets no limit, as in the library's wrapp
 Request = tuple[Any, Callable[[Any], list[dict[str, Any]]], dict[str, Any], int, str, str]
 
 
+@dataclass
+class Kept:
+    """Visual tokens of the questions asked so far, and those that a layer saw, in the mean over the layers."""
+
+    questions: int = 0
+    visual: float = 0.0
+    seen: float = 0.0
+
+    def add(self, trace: Any, tokens: int) -> None:
+        """What a token pruner's trace counted of a batch whose prompts have so many tokens together."""
+        self.questions += trace.samples
+        self.visual += tokens - trace.texts
+        self.seen += sum(trace.attention) / len(trace.attention) - trace.texts
+
+    @property
+    def share(self) -> float:
+        """In percent."""
+        return 100 * self.seen / self.visual if self.visual else 100.0
+
+    def __str__(self) -> str:
+        seen, visual = (round(count / max(1, self.questions), 1) for count in (self.seen, self.visual))
+        return f"a layer sees {seen:g} of a question's {visual:g} visual tokens ({self.share:.1f} %), in the mean"
+
+
 class VisualModel(lmms):
     """A model and processor of transformers behind lmms-eval's interface.
 
@@ -35,8 +60,8 @@ class VisualModel(lmms):
     hourly: frames more for every hour of a video. scorer: gives scores [T] of the frames of a video for the question
     about it; what those of the last batch are, `frame_scores` says to a method that asks for that service.
     pruned: opens the `with` block around each `generate`, such as `lambda: apply(method, model, budget)`; questions
-    without image or video are asked outside it, as they hold nothing to prune. `seconds` is what answering took,
-    pictures read and answers written.
+    without image or video are asked outside it, as they hold nothing to prune. kept: counts what a token pruner leaves.
+    `seconds` is what answering took, pictures read and answers written.
     """
 
     is_simple = False  # tasks hand over messages with their images and videos in place
@@ -52,6 +77,7 @@ class VisualModel(lmms):
         scorer: Callable[[Any, str], Tensor] | None = None,
         shown: Examples | None = None,
         pruned: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        kept: Kept | None = None,
     ) -> None:
         super().__init__()
         if getattr(processor, "chat_template", None) is None:
@@ -60,7 +86,7 @@ class VisualModel(lmms):
         self.batch, self.frames, self.pruned = batch, frames, pruned
         self.hourly, self.scorer, self.scores = hourly, scorer, list[Tensor]()
         self.shown = shown or Examples()
-        self.seconds = 0.0
+        self.seconds, self.kept = 0.0, kept
         processor.tokenizer.padding_side = "left"  # answers begin where prompts end
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -102,8 +128,11 @@ class VisualModel(lmms):
         settings = next(iter(arguments.values()))[2]
         for sees, turns in sorted(results.items(), reverse=True):
             given = self._inputs(list(turns.values()))
-            with self.pruned() if sees else nullcontext():
-                yield from zip(turns, self._generate(given, settings), strict=True)
+            with self.pruned() if sees else nullcontext() as handle:
+                written = self._generate(given, settings)
+            if handle is not None and self.kept is not None:
+                self.kept.add(handle.application.trace, int(given["attention_mask"].sum()))
+            yield from zip(turns, written, strict=True)
 
     def frame_scores(self, videos: int, frames: int) -> list[Tensor]:
         """The service of this name: scores [T] of the frames of each video that is being asked about."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.visual_tasks`."""
-    lmms_eval, wrapper = harness()
+    lmms_eval, wrapper, counter = harness()
     settings = bench.settings
     model, processor = loading.vision_language(bench.ids["model"], bench.config, bench.ids.get("processor"))
     model = devices.place(model, bench.device, half=True)
@@ -50,6 +50,7 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     data = {str(value.get("hub") or value["file"]): value for value in used}
     logged: list[Mapping[str, Any]] = []
     for budget in budgets:
+        kept = counter() if method is not None and method.role == "token_pruner" else None
         evaluated = wrapper(
             model,
             processor,
@@ -58,6 +59,7 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
             hourly=settings.hourly,
             scorer=scorer,
             shown=shown,
+            kept=kept,
         )
         weighed = {"services": {"frame_scores": evaluated.frame_scores}} if scorer is not None else {}
         evaluated.pruned = partial(bench.at_work, method, model, budget=budget, **weighed)
@@ -91,6 +93,9 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
         protocol += f"; frames are weighed by a model of images that is asked for {things}"
     if own:
         protocol += f"; the budget {own['budget']} gives the layers {bench.budget} of an image's tokens, in the mean"
+    if kept is not None and not settings.oracle:
+        protocol += f"; {kept}"
+        measured["kept"] = {"value": round(kept.share, 3)}
     if settings.oracle:
         measured |= oracle.chosen(each_question(logged, settings.average[0]), budgets)
     if settings.average:
@@ -135,8 +140,8 @@ def each_question(logged: Sequence[Mapping[str, Any]], metric: str) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def harness() -> tuple[Any, Any]:
-    """lmms-eval and our wrapper for it."""
+def harness() -> tuple[Any, Any, Any]:
+    """lmms-eval, our wrapper for it, and what counts the visual tokens that it leaves."""
     os.environ.setdefault("HF_HOME", constants.HF_HOME)  # some tasks look for it when they are read
     try:
         import lmms_eval.api.task
@@ -145,9 +150,9 @@ def harness() -> tuple[Any, Any]:
         raise PrunelabError(
             f'this row needs lmms-eval ({error.name} is missing); install it with pip install -e ".[evaluation]"'
         ) from None
-    from prunelab.common.measures.lmms_model import VisualModel
+    from prunelab.common.measures.lmms_model import Kept, VisualModel
 
-    return lmms_eval, VisualModel
+    return lmms_eval, VisualModel, Kept
 
 
 @cache

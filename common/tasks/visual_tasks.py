@@ -37,6 +37,7 @@ class VisualTasks(Task):
             "the score under `average`, of each question the best of several budgets", "%", higher_is_better=True
         ),
         "oracle_budget": Metric("the least budget that gives it, in the mean", higher_is_better=False),
+        "kept": Metric("visual tokens that a layer sees, in the mean over layers", "%"),
         "seconds": Metric("time to answer all questions", "s", higher_is_better=False, timed=True),
         "rate": Metric("questions answered in a second", higher_is_better=True, timed=True),
     }

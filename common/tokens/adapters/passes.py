@@ -78,7 +78,12 @@ class Trace:
     @property
     def text(self) -> int:
         """Tokens of text, a mean over the samples."""
-        return max(1, round(float(self._text) / self.samples)) if self.samples else 0
+        return max(1, round(self.texts / self.samples)) if self.samples else 0
+
+    @property
+    def texts(self) -> float:
+        """Tokens of text, of all samples together."""
+        return float(self._text)
 
     def begin(self, samples: int) -> None:
         """A batch of so many samples enters the model."""

@@ -204,11 +204,16 @@ def test_batches_of_all_kinds_of_questions_answer_as_alone(llava, tasks):
 
 @pytest.mark.parametrize(("method", "options"), [("fastv", {"layer": 2}), ("divprune", {})])
 def test_a_method_that_keeps_all_changes_nothing_and_one_that_prunes_does(llava, tasks, method, options):
-    scores = [
-        runner.measure(run(llava, tasks, ["pictures"], *pruned, batch=3), {})["pictures score"]["value"]
+    whole, full, less = (
+        runner.measure(run(llava, tasks, ["pictures"], *pruned, batch=3), {})
         for pruned in ((), (method, "1.0", options), (method, "0.25", options))
-    ]
-    assert scores[0] == scores[1] != scores[2]
+    )
+    assert whole["pictures score"]["value"] == full["pictures score"]["value"] != less["pictures score"]["value"]
+    assert "kept" not in whole and full["kept"]["value"] == 100
+    layers = vlm("llava").config.text_config.num_hidden_layers
+    before = options.get("layer", 0) / layers  # layers that see all
+    assert less["kept"]["value"] == pytest.approx(100 * (before + 0.25 * (1 - before)), abs=1)
+    assert f"visual tokens ({less['kept']['value']:.1f} %)" in less["pictures score"]["protocol"]
 
 
 def test_videos_are_pruned_and_sampled_as_asked(onevision, tasks):
