@@ -21,6 +21,7 @@ from typing import Any
 from prunelab.common import tasks
 from prunelab.common.catalogue import lookup, sizes
 from prunelab.common.catalogue.evaluation_sets import evaluation_sets
+from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.registry import choose
 from prunelab.common.experiments.planning import Cell
@@ -127,7 +128,7 @@ def of(run: Run, card: Gpu, corrections: Mapping[str, float] | None = None) -> F
     visual = done_or_none.frames * model.frame_tokens if done_or_none.frames else model.input_tokens
     cache = done_or_none.together * (HELD + visual) * model.cache / 1e9
     memory = AROUND * (weights * (8 if done_or_none.whole else 1) + cache)
-    gpus = max(run.gpus, -int(-memory // card.gb) if memory > card.gb else 1)
+    gpus = 1 if _undivided(run) else max(run.gpus, -int(-memory // card.gb) if memory > card.gb else 1)
     if done is None or (names and not weighed):
         return Forecast(None, memory / gpus, gpus)
     encoder = 1e9 * (done.frames * model.frame_gmacs if done.frames else model.input_gmacs)
@@ -140,11 +141,21 @@ def of(run: Run, card: Gpu, corrections: Mapping[str, float] | None = None) -> F
     return Forecast(seconds * gpus * (corrections or {}).get(run.task, 1.0) / 3600, memory / gpus, gpus)
 
 
+def _undivided(run: Run) -> bool:
+    """Whether one GPU must hold all of a run's model: pruning refuses weights that are spread over several."""
+    return run.method is not None and registry.entry(run.method).role == "weight_pruner"
+
+
 def check_fits(run: Run, memory: float) -> None:
     """Raises PrunelabError where a run takes more than the GPUs at hand have together, in GB: it would fail when it has
     loaded what it can. What is held beside weights and cache is only an estimate, and no reason to refuse."""
     foretold = of(run, Gpu("this GPU", 1.0, 1.0, memory))
     least = foretold.memory * foretold.gpus / AROUND
+    if least > memory and _undivided(run):
+        raise PrunelabError(
+            f"this run takes {least:.0f} GB for weights and cache, and its GPU has {memory:.0f} GB; weights are"
+            " pruned on one GPU, so give it a larger one"
+        )
     if least > memory:
         raise PrunelabError(
             f"this run takes {least:.0f} GB for weights and cache, and its GPUs have {memory:.0f} GB; give it more of"
@@ -209,7 +220,11 @@ class Outlook:
         """Those that wait and fit into so many hours of one GPU together: runs that make most numbers an hour first."""
         makes = Counter(run.identity for _, run in self.waiting)
         foretold = {run.identity: self.of(run) for _, run in self.waiting}
-        able = {name: f.hours for name, f in foretold.items() if f.hours is not None and f.gpus <= 1}
+        able = {
+            name: f.hours
+            for name, f in foretold.items()
+            if f.hours is not None and f.gpus <= 1 and f.memory <= self._card.gb
+        }
         chosen, left = set(), hours
         for name in sorted(able, key=lambda name: able[name] / makes[name]):
             if able[name] <= left:

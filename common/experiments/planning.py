@@ -132,7 +132,9 @@ def resolve(
         needs = lacking or needs
         ids = {of: r.identity for of, r in results.items()}
         names = list(used.values()) if scale == "paper" else []
-        gpus = max(r.gpus for r in results.values())
+        # Weights are pruned where all of them are: a model spread over GPUs is refused.
+        undivided = method is not None and registry.entry(method).role == "weight_pruner"
+        gpus = 1 if undivided else max(r.gpus for r in results.values())
     return Run(
         name, scale if task.scales else "", method, configuration.options, budget, settings, ids,
         entries(name, method, model, ids, settings), needs, tuple(names), gpus,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prunelab.common.catalogue import lookup, sizes
+from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import forecast, papers, planning, plans
 from prunelab.common.experiments.run import Run
@@ -60,6 +62,20 @@ def test_a_model_larger_than_a_gpu_takes_several_and_one_that_cannot_fit_is_refu
     with pytest.raises(PrunelabError, match=r"takes 13\d GB for weights and cache, and its GPUs have 80 GB"):
         forecast.check_fits(big, 80)
     forecast.check_fits(big, 160)
+
+
+def test_weights_are_pruned_on_one_gpu_which_must_hold_them_all() -> None:
+    pruned = replace(run("llama2_70b", length=2048, samples=1), method="wanda", budget="0.5")
+    told = forecast.of(pruned, H200)
+    assert told.gpus == 1 and told.memory > H200.gb
+    with pytest.raises(PrunelabError, match="its GPU has 80 GB; weights are pruned on one GPU"):
+        forecast.check_fits(pruned, 80)
+
+
+def test_no_run_that_prunes_weights_takes_several_gpus(plan: plans.Plan) -> None:
+    waiting = [made for _, made in forecast.Outlook(plan, H200).waiting]
+    gpus = {made.gpus for made in waiting if made.method and registry.entry(made.method).role == "weight_pruner"}
+    assert gpus <= {1}
 
 
 def test_records_of_such_a_gpu_correct_what_is_foretold(tmp_path: Path) -> None:
