@@ -161,7 +161,8 @@ class CATP(TokenPruner):
             for number, part in enumerate(own):
                 text = words & (pair[sample] == number)
                 text = text if bool(text.any()) else words  # nothing follows: all words are a picture's text
-                mean = hidden[sample, text].float().mean(0) if bool(text.any()) else hidden.new_zeros(hidden.shape[2])
+                read = hidden[sample, text.nonzero().squeeze(1).to(hidden.device)].float()
+                mean = read.mean(0) if len(read) else hidden.new_zeros(hidden.shape[2])
                 part = part.to(image.device)
                 tokens, left = hidden[sample, part], int(round((1 + share) / 2 * len(part), 6))
                 if left == len(part):

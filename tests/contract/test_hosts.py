@@ -21,6 +21,7 @@ from prunelab.methods.fastv.method import FastV
 from prunelab.methods.random_drop.method import RandomDrop
 from prunelab.methods.snapkv.method import SnapKV
 from prunelab.methods.tome.method import ToMe
+from prunelab.methods.zero_tprune.method import ZeroTPrune
 from tests.contract import kin, references, test_vit_kin, vlms
 
 Host = tuple[Any, dict[str, Any], tuple[tuple[Any, Any], ...]]  # a model, what it is given, methods with budgets
@@ -35,7 +36,8 @@ def host(family: str) -> Host:
     if family in test_vit_kin.KIN:
         model = test_vit_kin.kin(family)
         pooled = getattr(model, "attn_pool", None) is not None
-        methods = ((RandomDrop((1,)), 0.5), *(() if pooled else ((ToMe(), Budget(3, "removed")),)))
+        second = (ZeroTPrune((1, 2)), 0.5) if pooled else (ToMe(), Budget(3, "removed"))  # neither of which draws
+        methods = ((RandomDrop((1,)), 0.5), second)
         return model, {"x": references.images()}, methods
     if family in kin.KIN:
         model = kin.kin(family)
@@ -82,8 +84,12 @@ def test_accelerates_hooks_stay_around(family, wrap):
         with apply(method, model, budget):
             wanted.append(answer(model, given))
     dense, held = answer(model, given), wrap(model)
-    if not torch.equal(answer(held, given), dense):
-        pytest.skip("accelerate itself loses buffers of this family that no checkpoint holds")
+    try:  # what no checkpoint holds, and weights that are read past their module, accelerate does not bring back
+        alike = torch.equal(answer(held, given), dense)
+    except RuntimeError as error:
+        alike = "meta" not in str(error)
+    if not alike:
+        pytest.skip(f"accelerate itself cannot run an {wrap.__name__} model of this family")
     before = attributes(held)
     for (method, budget), want in zip(methods, wanted, strict=True):
         with apply(method, held, budget) as handle:

@@ -13,7 +13,7 @@ from prunelab.common.experiments.papers import Board, Configuration
 from prunelab.common.models import loading
 
 CONTENT = b"weights of some kind"
-SETTINGS = lookup.settings({"assets": ""})
+SETTINGS = {**lookup.settings(), "assets": ""}  # the surroundings may name a folder
 
 
 class Installed:

@@ -119,7 +119,7 @@ def test_self_information_is_the_models():
         chances = model(ids).logits[0].softmax(-1)
     assert len(pieces) == 3
     np.testing.assert_allclose(values, [-float(chances[i, ids[0, i + 1]].log()) for i in range(3)], rtol=1e-5)
-    with pytest.raises(PrunelabError, match="200 tokens and the model a context of 128"):
+    with pytest.raises(PrunelabError, match="201 tokens and the model a context of 128"):
         self_information(model, Letters())("x" * 200)
     mute = Letters()
     mute.eos_token_id = None

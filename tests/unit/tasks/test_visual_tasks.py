@@ -471,6 +471,7 @@ def test_columns_show_metrics_of_the_tasks_they_run():
 
 
 def test_further_parts_of_a_set_come_from_where_it_was_downloaded(monkeypatch):
+    pytest.importorskip("lmms_eval")
     space = {"load_dataset": lambda path, *rest, **more: (path, rest, more)}
     exec("def pictures(docs): return load_dataset('org/set', 'pictures', split='dev', token=True)", space)
     exec("def other(docs): return load_dataset('org/other')", space)
