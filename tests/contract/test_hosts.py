@@ -87,7 +87,9 @@ def test_accelerates_hooks_stay_around(family, wrap):
     try:  # what no checkpoint holds, and weights that are read past their module, accelerate does not bring back
         alike = torch.equal(answer(held, given), dense)
     except RuntimeError as error:
-        alike = "meta" not in str(error)
+        if "meta" not in str(error):
+            raise
+        alike = False
     if not alike:
         pytest.skip(f"accelerate itself cannot run an {wrap.__name__} model of this family")
     before = attributes(held)
