@@ -79,8 +79,8 @@ def kinds_of_text(assets: Path) -> dict[str, list[str]]:
     """News, stories and source code, 250 texts of each of at most 1,500 characters."""
     stories = texts.load(lookup.dataset("stories")["assets"], {"assets": str(assets)}, "train")
     news = [" ".join(chain(*article.documents)) for article in articles.bbc(assets, every=8)]
-    found = {"news": news, "stories": stories, "code": documents(250, 1500)}
-    return {name: [text[:1500] for text in kind[:250]] for name, kind in found.items()}
+    results = {"news": news, "stories": stories, "code": documents(250, 1500)}
+    return {name: [text[:1500] for text in kind[:250]] for name, kind in results.items()}
 
 
 def mixture(assets: Path) -> None:

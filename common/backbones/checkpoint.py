@@ -47,6 +47,15 @@ def fill(model: nn.Module, results: Mapping[str, Tensor], path: Path | str) -> N
     model.load_state_dict(results)
 
 
+def read_all(path: Path | str) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file, or of all the shards in a folder."""
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise PrunelabError(f"{path} holds no .safetensors file; give the folder of the official checkpoint")
+    return {name: weight for file in files for name, weight in read(file).items()}
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint by name, averages left out."""
     try:

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from prunelab.common.backbones.checkpoint import fill, read
-from prunelab.common.core.errors import PrunelabError
+from prunelab.common.backbones.checkpoint import fill, read_all
 
 # Where the official checkpoint keeps each part, and where the class has it; the first that fits counts.
 NAMES = (
@@ -48,11 +47,7 @@ def padded(weight: Tensor, rows: int) -> Tensor:
 
 def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     """Load an official checkpoint, a .safetensors file or the folder of all its shards, with every name checked."""
-    path = Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise PrunelabError(f"{path} holds no .safetensors file; give the folder of the official checkpoint")
-    results = {official_name(name): weight for file in files for name, weight in read(file).items()}
+    results = {official_name(name): weight for name, weight in read_all(path).items()}
     results = {name: weight for name, weight in results.items() if not name.endswith(COUNTED)}
     wanted = model.state_dict()
     for name in VOCABULARY:

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 
-from prunelab.common.backbones.checkpoint import fill, read
+from prunelab.common.backbones.checkpoint import fill, read, read_all
 from prunelab.common.core.errors import PrunelabError
 
 if TYPE_CHECKING:
@@ -278,11 +278,7 @@ def official_name(name: str) -> str:
 
 def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     """Load an official checkpoint, a .safetensors file or the folder of all its shards, with every name checked."""
-    path = Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise PrunelabError(f"{path} holds no .safetensors file; give the folder of the official checkpoint")
-    results = {official_name(name): weight for file in files for name, weight in read(file).items()}
+    results = {official_name(name): weight for name, weight in read_all(path).items()}
     fill(model, {name: weight for name, weight in results.items() if not name.endswith(COUNTED)}, path)
 
 

@@ -69,21 +69,21 @@ class Look:
 
     def examples(self) -> list[Lost]:
         """The first of each kind."""
-        found: dict[bool, Lost] = {}
+        results: dict[bool, Lost] = {}
         for one in self.lost():
-            found.setdefault(one.stays is None, one)
-        return list(found.values())
+            results.setdefault(one.stays is None, one)
+        return list(results.values())
 
 
 def lines(lost: Sequence[Lost], tokenizer: Any = None) -> list[str]:
     """Samples that go, and samples that lose tokens, in lines to read."""
     whole = [one for one in lost if one.stays is None]
     parts = [one for one in lost if one.stays is not None]
-    found = []
+    results = []
     for title, group in (("samples dropped:", whole), ("tokens dropped, in brackets:", parts)):
         if group:
-            found += [title, *(f"  {one.where}: {one.text(tokenizer)}" for one in group)]
-    return found
+            results += [title, *(f"  {one.where}: {one.text(tokenizer)}" for one in group)]
+    return results
 
 
 def short(text: str, width: int = WIDTH) -> str:

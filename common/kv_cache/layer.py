@@ -266,8 +266,8 @@ class Cascade:
         """Put one token's keys and values [B, KV, 1, d] into the free place; all entries of the layer."""
         for rows, new in zip(self._rows[layer], (keys, values)):
             rows.index_copy_(0, self._free, new.flatten(0, 2))
-        found: tuple[Tensor, Tensor] = self._views[layer]
-        return found
+        results: tuple[Tensor, Tensor] = self._views[layer]
+        return results
 
     def add(self, layer: int, worth: Tensor) -> None:
         """What the tokens of a layer are worth for it, [B, N]. Behind the first layer the least of them leaves, and of

@@ -166,10 +166,10 @@ class VisualModel(lmms):
         ]
         seen = [turn.extract_media() for turn in turns]
         pictures = [_picture(image) for shown, _, _ in seen for image in shown]
-        asked = [(_path(film), turn) for turn, (_, filmed, _) in zip(turns, seen, strict=True) for film in filmed]
-        films = [videos.frames(path, self._count(path)) for path, _ in asked]
+        shots = [(_path(film), turn) for turn, (_, filmed, _) in zip(turns, seen, strict=True) for film in filmed]
+        films = [videos.frames(path, self._count(path)) for path, _ in shots]
         if self.scorer is not None:
-            self.scores = [self.scorer(film, _said(turn)) for film, (_, turn) in zip(films, asked, strict=True)]
+            self.scores = [self.scorer(film, _question(turn)) for film, (_, turn) in zip(films, shots, strict=True)]
         media: dict[str, Any] = {"images": pictures} if pictures else {}
         if films:
             if not hasattr(self.processor, "video_processor"):
@@ -182,7 +182,7 @@ class VisualModel(lmms):
         return self.frames + (int(videos.seconds(path) / 3600 * self.hourly) if self.hourly else 0)
 
 
-def _said(turn: ChatMessages) -> str:
+def _question(turn: ChatMessages) -> str:
     """The words of the last message."""
     parts = turn.to_hf_messages()[-1]["content"]
     return "\n".join(part["text"] for part in parts if part["type"] == "text")

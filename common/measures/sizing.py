@@ -76,12 +76,12 @@ def main() -> None:
     lines = {}
     for name in track([n for n, entry in lookup.models().items() if {"architecture", "paper"} <= entry.keys()]):
         key = sizes.key(name)
-        lines[name] = before[name] if before.get(name, {}).get("of") == key else {"of": key, **_told(count(name))}
+        lines[name] = before[name] if before.get(name, {}).get("of") == key else {"of": key, **_numbers(count(name))}
     text = json.dumps(lines, indent=1)
     files.write_text(sizes.FILE, re.sub(r"\n  +", " ", text).replace("\n }", " }") + "\n")
 
 
-def _told(result: sizes.Sizes) -> dict[str, float]:
+def _numbers(result: sizes.Sizes) -> dict[str, float]:
     return {key: value for key, value in vars(result).items() if value and key != "exact"}
 
 

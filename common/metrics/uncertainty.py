@@ -49,8 +49,8 @@ def over_seeds(results: Sequence[Mapping[str, dict[str, Any]]]) -> dict[str, dic
         if len(values) < len(results):
             merged[name] = dict(first)
             continue
-        told = "; ".join(part for part in (first.get("protocol", ""), f"mean over {len(results)} seeds") if part)
-        merged[name] = {**first, "value": round(sum(values) / len(values), 9), "protocol": told}
+        protocol = "; ".join(part for part in (first.get("protocol", ""), f"mean over {len(results)} seeds") if part)
+        merged[name] = {**first, "value": round(sum(values) / len(values), 9), "protocol": protocol}
         samples = [per_sample(result[name]) for result in results]
         if all(s is not None and len(s) == len(samples[0] or ()) for s in samples):
             merged[name].pop("bits", None)

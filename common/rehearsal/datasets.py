@@ -227,7 +227,7 @@ def films(folder: Path, entry: Mapping[str, Any]) -> None:
     from prunelab.common.data import videos
 
     (folder / entry["videos"]).mkdir(parents=True, exist_ok=True)
-    asked = [{"question": f"{_text(i)}?", "video_name": f"v{i}", "question_id": i} for i in range(ROWS)]
+    rows = [{"question": f"{_text(i)}?", "video_name": f"v{i}", "question_id": i} for i in range(ROWS)]
     answers = [{"answer": "river", "question_id": i} for i in range(ROWS)]
     for i in range(ROWS):
         with videos.library().open(str(folder / entry["videos"] / f"v{i}.mp4"), "w") as container:
@@ -237,7 +237,7 @@ def films(folder: Path, entry: Mapping[str, Any]) -> None:
                 grey = np.full((64, 64, 3), 16 * shade, np.uint8)
                 container.mux(stream.encode(videos.library().VideoFrame.from_ndarray(grey, format="rgb24")))
             container.mux(stream.encode())
-    (folder / "test_q.json").write_text(json.dumps(asked), encoding="utf-8")
+    (folder / "test_q.json").write_text(json.dumps(rows), encoding="utf-8")
     (folder / "test_a.json").write_text(json.dumps(answers), encoding="utf-8")
 
 
