@@ -21,17 +21,17 @@ def figures(context: Context) -> list[Figure]:
 def charts(metrics: Mapping[str, Any]) -> str:
     """One chart a set of points, with samples a class on a logarithmic axis and 95 % intervals."""
     drawn = []
-    for data, words in SETS.items():
+    for data, title in SETS.items():
         series = []
         for label, name in NAMES.items():
             marks = []
             for samples in (1, 2, 5, 10, 20, 50, 100, 200):
                 cell = metrics[f"toy post-pruning/{data} {label} n={samples} per class/train accuracy"]
-                label = f"{name}, {samples} a class: {cell['value']:.2f} %"
-                marks.append(svg.Mark(math.log2(samples), cell["value"], 1.96 * cell["stderr"], label=label))
+                words = f"{name}, {samples} a class: {cell['value']:.2f} %"
+                marks.append(svg.Mark(math.log2(samples), cell["value"], 1.96 * cell["stderr"], label=words))
             series.append(svg.Series(name, tuple(marks)))
         level = ("unpruned", float(metrics[f"toy post-pruning/{data} unpruned/train accuracy"]["value"]))
         drawn.append(
-            svg.chart(series, title=words, x_label="samples a class, log2", y_label=f"accuracy, {words}", level=level)
+            svg.chart(series, title=title, x_label="samples a class, log2", y_label=f"accuracy, {title}", level=level)
         )
     return "".join(drawn)

@@ -28,6 +28,10 @@ from prunelab.common.drawing import sheets, svg
 from prunelab.common.experiments import papers, planning, plans, provenance
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
+from prunelab.methods.pruning_by_explaining import figures as explained
+from prunelab.methods.pruning_by_explaining import tables as by_explaining
+from prunelab.methods.random_pruning import figures as densities
+from prunelab.methods.sparse_pretraining import figures as averages
 from prunelab.paper_tables import __main__ as command
 from prunelab.paper_tables import cite, cross, figures, grids, join, page, tables, tolerance
 
@@ -445,6 +449,7 @@ def test_latex_has_the_papers_own_rows_and_columns(config: dict[str, Any]) -> No
     assert f'href="{name}-as-printed.tex"' in (folder / "index.html").read_text(encoding="utf-8")
 
 
+LAW_COLUMNS = ("average", "last", "loss")
 DRAWN = sorted(path.parent.name for path in papers.METHODS.glob("*/figures.py"))
 
 
@@ -453,6 +458,19 @@ def test_figures_of_a_paper_s_own_wait_for_their_records(slug: str, tmp_path: Pa
     config = lookup.settings({"papers": slug, "results": str(tmp_path)})
     index, found = command.build(config)
     assert index.exists() and (index.parent / slug / "index.html").exists() and len(found) == len(papers.reported(slug))
+
+
+def test_figures_of_functions_are_drawn_from_what_those_return() -> None:
+    cell = {"value": 50.0, "stderr": 1.0}
+    kinds = ["unpruned", *(f"{label} n={n} per class" for label in explained.NAMES for n in by_explaining.PER_CLASS)]
+    names = (f"{by_explaining.ACCURACY}/{data} {kind}/train accuracy" for data in explained.SETS for kind in kinds)
+    toy = explained.charts(dict.fromkeys(names, cell))
+    assert toy.count("<svg") == 3 and "relevance, 200 a class: " in toy and "weight, 1 a class: " in toy
+    sparse = densities.chart({f"{ratio}/0.05/accuracy": cell for ratio in ("dense", "ERK", "uniform")})
+    assert "ERK at 0.05: 50.0 %" in sparse and "uniform at 0.05" in sparse
+    runs = {f"{kind}/{run}/{name}": cell for kind, run in (("dense", "a"), ("sparse", "b")) for name in LAW_COLUMNS}
+    law = averages.chart(runs | {f"law//{name}": cell for name in ("e", "a", "alpha")})
+    assert "sparse, last number: 50 parameters, loss 50.000" in law
 
 
 def hostile(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
