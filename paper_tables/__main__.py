@@ -18,7 +18,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import write_text
 from prunelab.common.experiments import forecast, papers, plans, provenance, replay
 from prunelab.common.experiments.run import Run
-from prunelab.paper_tables import cite, claims, cross, figures, grids, join, literature, page, tables
+from prunelab.paper_tables import cite, claims, contrasts, cross, figures, grids, join, literature, page, tables
 
 
 def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
@@ -42,6 +42,9 @@ def build(config: Mapping[str, Any]) -> tuple[Path, list[join.Line]]:
             files[f"{slug}/{name}-as-printed.tex"] = grids.latex(printed, f"{slug}-{name}-as-printed")
         for name, board in section.named_boards:
             files |= _downloads(slug, name, tables.board_csv(board), tables.board_grid(slug, board))
+        if section.contrasts:
+            values, grid = contrasts.csv(section.contrasts), contrasts.grid(slug, section.contrasts)
+            files |= _downloads(slug, contrasts.NAME, values, grid)
         files[f"{slug}/cite.bib"] = cite.entries(section.paper, made["commit"], config["scale"])
         files[f"{slug}/index.html"] = site.paper(section)
     for leaderboard in leaderboards:
@@ -116,7 +119,8 @@ def _section(slug: str, plan: plans.Plan, records: join.Records, outlook: foreca
     waiting = outlook.total([run for paper, run in outlook.waiting if paper == slug])
     hours = page.Hours(waiting["gpu_hours"], waiting["runs"], waiting["hours_unknown"])
     names = tables.file_names(result, boards)
-    return page.Section(papers.load(slug), result, boards, names, drawn, made, results, models, hours)
+    sides = contrasts.rows(papers.load(slug), boards, plan, records)
+    return page.Section(papers.load(slug), result, boards, names, drawn, made, results, sides, models, hours)
 
 
 def counts(lines: list[join.Line]) -> str:

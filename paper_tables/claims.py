@@ -59,7 +59,7 @@ def verdicts(paper: papers.Paper, boards: Sequence[BoardTable], records: Records
             held: list[str] = []
             failed: list[str] = []
             compared = 0
-            for left, right in _pairs(board.points, better, worse):
+            for left, right in pairs(board.points, better, worse):
                 gap = _gap(left, right, board.board.metric, records)
                 if gap is None:
                     continue
@@ -71,7 +71,7 @@ def verdicts(paper: papers.Paper, boards: Sequence[BoardTable], records: Records
                 yield Verdict(paper.slug, claim, board.name, board.scale, tuple(held), tuple(failed), compared)
 
 
-def _pairs(points: Sequence[Point], better: str, worse: str) -> Iterator[tuple[Point, Point]]:
+def pairs(points: Sequence[Point], better: str, worse: str) -> Iterator[tuple[Point, Point]]:
     """Points of two entries under one budget; an entry without any stands against all of the other's."""
     for left in (p for p in points if p.entry == better):
         for right in (p for p in points if p.entry == worse):

@@ -25,7 +25,7 @@ from prunelab.common.core import files
 from prunelab.common.drawing import svg
 from prunelab.common.drawing.figures import Figure
 from prunelab.common.experiments import forecast, papers
-from prunelab.paper_tables import claims, cross, join, literature, tables
+from prunelab.paper_tables import claims, contrasts, cross, join, literature, tables
 
 HERE = Path(__file__).parent
 OUTCOMES = tuple(tables.SHAPES)
@@ -71,6 +71,7 @@ class Section:
     figures: Sequence[Figure]
     made: Sequence[str]  # addresses of runs made for figures alone
     verdicts: Sequence[claims.Verdict] = ()
+    contrasts: Sequence[contrasts.Row] = ()
     models: Sequence[str] = ()  # that its tables run on, as they are known
     hours: Hours = Hours(0, 0, 0)  # of what waits
 
@@ -287,6 +288,7 @@ class Site:
             "bar": bar,
             "interval": interval,
             "t": tables,
+            "verdict": contrasts.verdict,
             "html": Markup,
             "web": lambda link: link.startswith(("https://", "http://")),
             "plain": lambda tag: tag.replace("_", " "),

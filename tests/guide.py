@@ -84,6 +84,7 @@ def schema() -> str:
             ("paper.yaml", papers.Paper), ("a configuration", papers.Configuration), ("a table", papers.Table),
             ("a row", papers.Row), ("a column", papers.Column), ("a tolerance", papers.Tolerance),
             ("a board", papers.Board), ("shared boards", papers.SharedBoards), ("a figure", papers.FigureTask),
+            ("a contrast", papers.Contrast),
         ):  # fmt: skip
             fields = ", ".join(_field(model, key) for key in model.model_fields if key != "slug")
             about = _first(model.__doc__).removesuffix(".")

@@ -229,6 +229,16 @@ class FigureTask(_Strict):
     smoke: bool = False
 
 
+class Contrast(_Strict):
+    """Two choices with all else equal, which the page shows in one table with the paper's other contrasts: entries of
+    its boards, or results of the run of a `figure`, of which more is better and which `metric` names in words."""
+
+    name: str
+    choices: tuple[str, str]
+    figure: str = ""
+    metric: str = ""
+
+
 class About(_Strict):
     """The head of paper.yaml: bibliography, family and taxonomy."""
 
@@ -261,6 +271,7 @@ class Paper(About):
     tables: list[Table] = Field(default_factory=list)
     boards: list[Board] = Field(default_factory=list)
     figures: list[FigureTask] = Field(default_factory=list)
+    contrasts: tuple[Contrast, ...] = ()
     claims: tuple[str, ...] = ()  # `A > B`: entry A of a board is better than entry B, wherever both stand
 
     @model_validator(mode="after")
@@ -283,6 +294,12 @@ class Paper(About):
         for figure in self.figures:
             if figure.configuration not in known:
                 raise ValueError(f"figure '{figure.name}' names the unknown configuration '{figure.configuration}'")
+        for contrast in self.contrasts:
+            figures = [figure.name for figure in self.figures]
+            if contrast.figure and contrast.figure not in figures:
+                raise ValueError(f"contrast '{contrast.name}' names the unknown figure '{contrast.figure}'")
+            if not contrast.figure and not any({*contrast.choices} <= {*board.entries} for board in self.boards):
+                raise ValueError(f"no board holds both choices of the contrast '{contrast.name}'")
         for claim in self.claims:
             better, worse = sides(claim)
             if not any({better, worse} <= {board.baseline, *board.entries} for board in self.boards):

@@ -30,6 +30,7 @@ from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
 from prunelab.methods.pruning_by_explaining import figures as explained
 from prunelab.methods.pruning_by_explaining import tables as by_explaining
+from prunelab.methods.pruning_survey import figures as arms
 from prunelab.methods.random_pruning import figures as densities
 from prunelab.methods.sparse_pretraining import figures as averages
 from prunelab.paper_tables import __main__ as command
@@ -471,6 +472,7 @@ def test_figures_of_functions_are_drawn_from_what_those_return() -> None:
     runs = {f"{kind}/{run}/{name}": cell for kind, run in (("dense", "a"), ("sparse", "b")) for name in LAW_COLUMNS}
     law = averages.chart(runs | {f"law//{name}": cell for name in ("e", "a", "alpha")})
     assert "sparse, last number: 50 parameters, loss 50.000" in law
+    assert "from scratch: 50.0 %" in arms.chart(dict.fromkeys(("dense", *arms.ARMS), cell))
 
 
 def hostile(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
