@@ -30,9 +30,10 @@ REFUSED = {
 
 @cache
 def adapters() -> dict[str, type[Adapter[Any]]]:
-    """All adapters by family, discovered in this package."""
+    """All adapters by family, discovered in this package. A class that names no family is a base of some."""
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    return {cls.family: cls for module in modules for cls in defined(module, Adapter)}  # type: ignore[type-abstract]
+    found = [cls for module in modules for cls in defined(module, Adapter)]  # type: ignore[type-abstract]
+    return {cls.family: cls for cls in found if hasattr(cls, "family")}
 
 
 def adapter_for(model: nn.Module) -> Adapter[Any]:

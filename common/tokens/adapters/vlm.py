@@ -81,6 +81,11 @@ class VisionLanguage(DecoderSide):
         "input": _ALWAYS | _DECODER | _ANYWHERE,
     }
 
+    @staticmethod
+    def without(*places: str) -> dict[str, frozenset[str]]:
+        """The signals of a class in which no token leaves at these places."""
+        return {where: known for where, known in VisionLanguage.signals.items() if where not in places}
+
     def token_types(self, ids: Tensor) -> dict[str, Tensor]:
         """What else the model's processor gives beside the token ids [B, N]."""
         return {}
@@ -242,6 +247,8 @@ class VisionLanguage(DecoderSide):
                 removers.append(before(block, self._layer(application, layer), kwargs=True))
                 if application.method.rest == "bypass" and any(site.layer == layer for site in application.sites):
                     removers.append(after(block, self._come_back(layer)))
+            for layer in range(self.carries):
+                removers.append(after(self.blocks[layer], self._give(layer)))
         except BaseException:
             run_all(removers)
             raise

@@ -43,6 +43,11 @@ class DecoderSide(FeatureSide):
         self.read_layers: frozenset[int] = frozenset()  # that later sites read
         self.prompts: WeakKeyDictionary[Any, CachedPrompt] = WeakKeyDictionary()  # by cache
 
+    @property
+    def carries(self) -> int:
+        """Layers behind which something is added to visual tokens; see `Prefill`."""
+        return 0
+
     def axes(self, positions: Tensor) -> Tensor:
         """Position ids as the decoder's rotary table reads them."""
         return positions
@@ -287,6 +292,19 @@ class DecoderSide(FeatureSide):
                 return None
             x = self.together(output[0] if isinstance(output, tuple) else output)
             self.running.cached.held.append(self._held(layer + 1))
+            return (x, *output[1:]) if isinstance(output, tuple) else x
+
+        return hook
+
+    def _give(self, layer: int) -> Callable[..., Any]:
+        """Behind one of the first layers: what is carried for it is added to the tokens at hand."""
+
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            running = self.running
+            if running.decoding or running.carried is None:
+                return None
+            x = output[0] if isinstance(output, tuple) else output
+            x = x + running.carried[..., layer * x.shape[-1] : (layer + 1) * x.shape[-1]]
             return (x, *output[1:]) if isinstance(output, tuple) else x
 
         return hook

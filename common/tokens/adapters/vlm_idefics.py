@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from prunelab.common.tokens.adapters.vlm import VisionLanguage
 from prunelab.common.tokens.adapters.vlm_prompt import Prompt
-from prunelab.common.tokens.adapters.vlm_vision import squares
 
 
 class _AllReal(TorchFunctionMode):
@@ -53,14 +52,14 @@ class Idefics3(VisionLanguage):
         "transformers.models.idefics3.modeling_idefics3.Idefics3ForConditionalGeneration",
         "transformers.models.smolvlm.modeling_smolvlm.SmolVLMForConditionalGeneration",
     )
-    signals = {where: known for where, known in VisionLanguage.signals.items() if where != "tower"}
+    signals = VisionLanguage.without("tower")
     towers = {"image": "vision_model"}
     decoders = "text_model"
     projector = "connector.modality_projection"
 
     def pixels(self) -> dict[str, Any]:
-        side = self.config.vision_config.image_size
-        return {"pixel_values": torch.empty(1, 1, 3, side, side, dtype=self.body.dtype, device="meta")}
+        (crop,) = super().pixels().values()
+        return {"pixel_values": crop.unsqueeze(0)}
 
     def prompt(self, frames: int = 0, text: int | None = None) -> Prompt:
         return Crops(**vars(super().prompt(frames, text)))
@@ -69,7 +68,7 @@ class Idefics3(VisionLanguage):
         plain = super().shaped(given)
         crops = sum(self.counts("image", given))
         side = given["pixel_values"].shape[-2:]
-        return Crops({"pixel_values": torch.empty(crops, 1, 3, *side, dtype=self.body.dtype)}, plain.text).to("meta")
+        return Crops({"pixel_values": self.blank(crops, 1, 3, *side)}, plain.text)
 
     def crop_pixels(self, modality: str, given: Mapping[str, Any]) -> list[Tensor]:
         crops = given["pixel_values"].flatten(0, 1)
@@ -80,12 +79,6 @@ class Idefics3(VisionLanguage):
     def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
         return [1] * len(self.crop_pixels(modality, given))
 
-    def packing(self, modality: str, given: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-        return lambda patches: [crop.flatten(0, 1) for crop in patches]
-
-    def grid(self) -> tuple[int, int]:
-        height, width = super().grid()
-        return height // self.config.scale_factor, width // self.config.scale_factor
-
-    def pooled(self, modality: str, values: Tensor) -> Tensor:
-        return squares(values, self.config.scale_factor)
+    def joined(self, modality: str) -> int:
+        side: int = self.config.scale_factor
+        return side

@@ -9,21 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelab.common.core.attention_interface import pixels_in, pixels_name
 from prunelab.common.tokens.adapters.vlm import VisionLanguage
-from prunelab.common.tokens.adapters.vlm_vision import squares
-
-
-def _frames(adapter: VisionLanguage, count: int) -> dict[str, Any]:
-    """Arguments of the video encoder for one video of so many frames."""
-    side = adapter.config.vision_config.image_size
-    return {"pixel_values_videos": torch.empty(1, count, 3, side, side, dtype=adapter.body.dtype, device="meta")}
-
-
-def _lengths(given: Mapping[str, Any]) -> list[int]:
-    """Frames of each video."""
-    batch, frames = given["pixel_values_videos"].shape[:2]
-    return [frames] * batch
 
 
 class Llava(VisionLanguage):
@@ -31,16 +17,6 @@ class Llava(VisionLanguage):
 
     family = "llava"
     model_classes = ("transformers.models.llava.modeling_llava.LlavaForConditionalGeneration",)
-
-    def pixels(self) -> dict[str, Any]:
-        side = self.config.vision_config.image_size
-        return {"pixel_values": torch.empty(1, 3, side, side, dtype=self.body.dtype, device="meta")}
-
-    def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
-        return [1] * len(given["pixel_values"])
-
-    def packing(self, modality: str, given: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-        return lambda patches: [image.flatten(0, 1) for image in patches]
 
 
 class LlavaNext(VisionLanguage):
@@ -51,18 +27,21 @@ class LlavaNext(VisionLanguage):
 
     def pixels(self) -> dict[str, Any]:
         side = self.config.vision_config.image_size  # assumption: the standard image fills two by two crops
-        pixels = torch.empty(1, 5, 3, side, side, dtype=self.body.dtype, device="meta")
-        return {"pixel_values": pixels, "image_sizes": torch.tensor([[2 * side, 2 * side]])}
+        return {"pixel_values": self.blank(1, 5, 3, side, side), "image_sizes": torch.tensor([[2 * side, 2 * side]])}
 
     def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         config = self.config
+        if modality == "video":
+            return super().counts(modality, given)
         side = config.vision_config.image_size
         return [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in given["image_sizes"]]
 
     def packing(self, modality: str, given: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
         strategy = self.config.vision_feature_select_strategy
+        if modality == "video":
+            return super().packing(modality, given)
 
         def pack(patches: Sequence[Tensor]) -> list[Tensor]:
             newline = patches[0].new_zeros(patches[0].shape[-1])
@@ -71,7 +50,7 @@ class LlavaNext(VisionLanguage):
         return pack
 
     def newline(self, modality: str) -> tuple[Tensor, str] | None:
-        return self.body.image_newline, "row"
+        return None if modality == "video" else (self.body.image_newline, "row")
 
     def mosaics(self, modality: str, given: Mapping[str, Any]) -> list[tuple[int, int] | None]:
         from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
@@ -96,28 +75,10 @@ class LlavaNextVideo(LlavaNext):
         "transformers.models.llava_next_video.modeling_llava_next_video.LlavaNextVideoForConditionalGeneration",
     )
     tokens = {"image": "image_token_id", "video": "video_token_id"}
-    signals = {where: known for where, known in LlavaNext.signals.items() if where != "tower"}
+    signals = LlavaNext.without("tower")
 
-    def video(self, frames: int) -> dict[str, Any]:
-        return _frames(self, frames)
-
-    def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
-        return _lengths(given) if modality == "video" else super().counts(modality, given)
-
-    def packing(self, modality: str, given: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-        if modality == "video":
-            return lambda patches: [frames.flatten(0, 1) for frames in patches]
-        return super().packing(modality, given)
-
-    def newline(self, modality: str) -> tuple[Tensor, str] | None:
-        return None if modality == "video" else super().newline(modality)
-
-    def crop_grids(self, modality: str, given: Mapping[str, Any], count: int) -> list[tuple[int, int]]:
-        stride = self.config.spatial_pool_stride if modality == "video" else 1
-        return [(height // stride, width // stride) for height, width in super().crop_grids(modality, given, count)]
-
-    def pooled(self, modality: str, values: Tensor) -> Tensor:
-        return squares(values, self.config.spatial_pool_stride) if modality == "video" else values
+    def joined(self, modality: str) -> int:
+        return self.config.spatial_pool_stride if modality == "video" else 1
 
 
 class Pllava(LlavaNextVideo):
@@ -125,7 +86,7 @@ class Pllava(LlavaNextVideo):
 
     family = "pllava"
     model_classes = ("prunelab.common.backbones.pllava.PllavaForConditionalGeneration",)
-    signals = {where: known for where, known in LlavaNextVideo.signals.items() if where != "encoded"}
+    signals = LlavaNextVideo.without("tower", "encoded")
 
 
 class VideoLlava(Llava):
@@ -138,16 +99,6 @@ class VideoLlava(Llava):
     towers = {"image": "image_tower", "video": "video_tower"}
     class_features = frozenset({"video"})
 
-    def pixels(self) -> dict[str, Any]:
-        (pixels,) = super().pixels().values()
-        return {pixels_name(type(self.body)): pixels}
-
-    def video(self, frames: int) -> dict[str, Any]:
-        return _frames(self, frames)
-
-    def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
-        return _lengths(given) if modality == "video" else [1] * len(pixels_in(given, modality))
-
 
 class LlavaOnevision(LlavaNext):
     """LLaVA-OneVision: images as LLaVA-NeXT, several images of a prompt as one crop each, and videos whose frames are
@@ -159,15 +110,10 @@ class LlavaOnevision(LlavaNext):
     )
     tokens = {"image": "image_token_id", "video": "video_token_id"}
 
-    def video(self, frames: int) -> dict[str, Any]:
-        return _frames(self, frames)
-
     def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
-        if modality == "video":
-            return _lengths(given)
         images = given.get("batch_num_images")
         crops = super().counts(modality, given)
-        if images is None:
+        if images is None or modality == "video":
             return crops
         alone = [n == 1 for n in images for _ in range(n)]
         return [n if single else 1 for n, single in zip(crops, alone, strict=True)]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from prunelab.common.tokens.adapters.vlm import VisionLanguage
 from prunelab.common.tokens.adapters.vlm_llava import Llava
 
 
@@ -17,14 +14,13 @@ class OpenVLA(Llava):
 
     family = "openvla"
     model_classes = ("prunelab.common.backbones.openvla.OpenVLAForConditionalGeneration",)
-    signals = {where: known for where, known in VisionLanguage.signals.items() if where != "tower"}
+    signals = Llava.without("tower")
     prefixes = True
     class_token = False
 
     def pixels(self) -> dict[str, Any]:
-        height, width = self.body.vision_tower.featurizer.patch_embed.img_size
-        return {"pixel_values": torch.empty(1, 6, height, width, dtype=self.body.dtype, device="meta")}
+        return {"pixel_values": self.blank(1, 6, *self.body.vision_tower.featurizer.patch_embed.img_size)}
 
-    def grid(self) -> tuple[int, int]:
+    def grid(self, modality: str = "image") -> tuple[int, int]:
         size: tuple[int, int] = self.body.vision_tower.grid
         return size

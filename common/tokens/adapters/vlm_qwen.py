@@ -47,7 +47,7 @@ class Qwen2VL(VisionLanguage):
     tokens = {"image": "image_token_id", "video": "video_token_id"}
     towers = {"image": "visual", "video": "visual"}
     tower_reads = frozenset({"received"})
-    signals = {where: known for where, known in VisionLanguage.signals.items() if where not in ("tower", "encoded")}
+    signals = VisionLanguage.without("tower", "encoded")
 
     def pixels(self) -> dict[str, Any]:
         return self._pixels("image", torch.tensor([[1, *self.grid()]]))
@@ -59,7 +59,7 @@ class Qwen2VL(VisionLanguage):
     def _pixels(self, modality: str, grid: Tensor) -> dict[str, Any]:
         vision = self.config.vision_config
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        pixels = torch.empty(int(grid.prod(-1).sum()), patch, dtype=self.body.dtype, device="meta")
+        pixels = self.blank(int(grid.prod(-1).sum()), patch)
         places = torch.empty(len(pixels), 2, dtype=torch.long, device="meta")  # the encoder's own follow the grid
         name = "pixel_values" if modality == "image" else "pixel_values_videos"
         return {name: pixels, f"{modality}_grid_thw": grid, f"{modality}_position_ids": places}
@@ -68,7 +68,7 @@ class Qwen2VL(VisionLanguage):
         plain = super().shaped(given)
         return replace(plain, pixels=self._pixels(plain.modality, given[f"{plain.modality}_grid_thw"]))
 
-    def grid(self) -> tuple[int, int]:
+    def grid(self, modality: str = "image") -> tuple[int, int]:
         return 32, 32  # assumption: an image of 448 pixels, since there is no standard size
 
     # -- the encoder ---------------------------------------------------------------------------------------------
@@ -165,9 +165,6 @@ class Qwen2VL(VisionLanguage):
 
     def crop_grids(self, modality: str, given: Mapping[str, Any], count: int) -> list[tuple[int, int]]:
         return [(int(h), int(w)) for _, h, w in self._grids(modality, given)]
-
-    def packing(self, modality: str, given: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-        return lambda patches: [image.flatten(0, 1) for image in patches]
 
 
 class Qwen25VL(Qwen2VL):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunelab.common.core.hooks import after, run_all
 from prunelab.common.core.plan import Site
 from prunelab.common.tokens.adapters.passes import Application
 from prunelab.common.tokens.adapters.vlm_qwen import Qwen2VL
@@ -30,8 +28,7 @@ class Qwen3VL(Qwen2VL):
         given = super()._pixels(modality, grid)
         patches = int(grid.prod(-1).sum())
         places = torch.empty(patches, 4, dtype=torch.long, device="meta")
-        weights = torch.empty(patches, 4, dtype=self.body.dtype, device="meta")
-        return given | {f"{modality}_interp_indices": places, f"{modality}_interp_weights": weights}
+        return given | {f"{modality}_interp_indices": places, f"{modality}_interp_weights": self.blank(patches, 4)}
 
     def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
         return [1] * sum(super().counts(modality, given))
@@ -44,11 +41,9 @@ class Qwen3VL(Qwen2VL):
     def crop_grids(self, modality: str, given: Mapping[str, Any], count: int) -> list[tuple[int, int]]:
         return [(int(h), int(w)) for t, h, w in self._grids(modality, given) for _ in range(t)]
 
-    def install(self, application: Application) -> Callable[[], None]:
-        removers = [super().install(application)]
-        for layer in range(len(self.config.vision_config.deepstack_visual_indexes)):
-            removers.append(after(self.blocks[layer], functools.partial(self._give, layer)))
-        return lambda: run_all(removers)
+    @property
+    def carries(self) -> int:
+        return len(self.config.vision_config.deepstack_visual_indexes)
 
     def _prefill(self, application: Application, sites: Sequence[Site], given: dict[str, Any]) -> dict[str, Any]:
         if given.get("deepstack_visual_embeds") is not None:
@@ -57,12 +52,4 @@ class Qwen3VL(Qwen2VL):
             none = joined.new_zeros(*x.shape[:2], joined.shape[1])
             self.running.carried = none.masked_scatter(visual.to(x.device), joined)
         aids = super()._prefill(application, sites, given)
-        return aids | {"deepstack_visual_embeds": None, "visual_pos_masks": None}  # `_give` gives them
-
-    def _give(self, layer: int, module: Any, args: Any, output: Any) -> Any:
-        running = self.running
-        if running.decoding or running.carried is None:
-            return None
-        x = output[0] if isinstance(output, tuple) else output
-        x = x + running.carried[..., layer * x.shape[-1] : (layer + 1) * x.shape[-1]]
-        return (x, *output[1:]) if isinstance(output, tuple) else x
+        return aids | {"deepstack_visual_embeds": None, "visual_pos_masks": None}  # they are given as `carried`

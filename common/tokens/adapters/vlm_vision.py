@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunelab.common.core.attention_interface import Recorder, pixels_in
+from prunelab.common.core.attention_interface import Recorder, pixels_in, pixels_name
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.hooks import arguments, replaced
 from prunelab.common.core.plan import ModelInfo
@@ -80,6 +79,11 @@ def squares(values: Tensor, side: int) -> Tensor:
     return pooled.flatten(2).transpose(1, 2)
 
 
+def _pair(size: int | Sequence[int]) -> Sequence[int]:
+    """A size by height and width, as a config has it."""
+    return (size, size) if isinstance(size, int) else size
+
+
 class VisionSide(SequenceAdapter[Prefill]):
     """A model of transformers whose `model.get_image_features` (and `get_video_features`) feed a decoder."""
 
@@ -125,45 +129,56 @@ class VisionSide(SequenceAdapter[Prefill]):
 
     # -- what a class of models fills in -------------------------------------------------------------------------------
 
-    @abstractmethod
     def pixels(self) -> dict[str, Any]:
-        """Meta-device arguments of the image encoder, for one standard image."""
+        """Meta-device arguments of the image encoder, for one standard image: one crop."""
+        return {pixels_name(type(self.body)): self.blank(1, 3, *_pair(self.config.vision_config.image_size))}
 
     def video(self, frames: int) -> dict[str, Any]:
         """The same of the video encoder, for one video, where the class has such a one."""
-        raise NotImplementedError
+        return {"pixel_values_videos": self.blank(1, frames, 3, *_pair(self.config.vision_config.image_size))}
 
-    @abstractmethod
+    def blank(self, *shape: int) -> Tensor:
+        """Pixels without values."""
+        return torch.empty(*shape, dtype=self.body.dtype, device="meta")
+
     def packing(self, modality: str, given: Mapping[str, Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
         """How anything known of each image's patches, [crops, patches, C], takes the way that features take to the
-        decoder's sequence; `given` are the encoder's arguments."""
+        decoder's sequence, crop after crop; `given` are the encoder's arguments."""
+        return lambda patches: [crops.flatten(0, 1) for crops in patches]
 
-    @abstractmethod
     def counts(self, modality: str, given: Mapping[str, Any]) -> list[int]:
-        """Crops of each image, or frames of each video."""
+        """Crops of each image, one by one, or frames of each video."""
+        pixels = pixels_in(given, modality)
+        return [pixels.shape[1] if modality == "video" else 1] * len(pixels)
 
     def crops(self, modality: str, given: Mapping[str, Any], output: Any) -> list[Tensor]:
         """Features [crops, patches, D] of each image or video behind the projector and before packing."""
         return [] if self.features is None else list(self.features.split(self.counts(modality, given)))
 
+    def joined(self, modality: str) -> int:
+        """The side in patches of the square that enters the projector as one."""
+        return 1
+
     def pooled(self, modality: str, values: Tensor) -> Tensor:
         """Values [crops, patches, C] of the tower's patches as those of what enters the projector: the same, or where
         it is made of several patches their mean."""
-        return values
+        side = self.joined(modality)
+        return values if side == 1 else squares(values, side)
 
     def newline(self, modality: str) -> tuple[Tensor, str] | None:
         """The vector that separates rows of a plan's layout, and whether it comes behind each `row` or at the `end`."""
         return None
 
-    def grid(self) -> tuple[int, int]:
+    def grid(self, modality: str = "image") -> tuple[int, int]:
         """What enters the projector of one crop, by height and width."""
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
-        return side, side
+        vision, side = self.config.vision_config, self.joined(modality)
+        sizes = zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True)
+        height, width = (size // patch // side for size, patch in sizes)
+        return height, width
 
     def crop_grids(self, modality: str, given: Mapping[str, Any], count: int) -> list[tuple[int, int]]:
         """The same of each of `count` images' crops, or videos' frames."""
-        return [self.grid()] * count
+        return [self.grid(modality)] * count
 
     def crop_pixels(self, modality: str, given: Mapping[str, Any]) -> list[Tensor] | None:
         """Pixels [crops, 3, H, W] of each image or video, where the encoder takes whole crops."""
