@@ -80,7 +80,7 @@ class DecoderSide(FeatureSide):
         refuse_checkpointing(self.model)
         refuse_tracing()
         self._own.padding, self._own.kinds = kwargs.get("attention_mask"), kwargs.get("token_type_ids")
-        self._own.given = kwargs
+        self._own.given, self._own.numbered = kwargs, kwargs.get("position_ids") is not None
         self._own.prefix = self.prefixes and self._own.kinds is not None
         ids: Any = kwargs.get("input_ids", args[0] if args else None)
         embeddings: Any = kwargs.get("inputs_embeds")
@@ -374,7 +374,8 @@ class DecoderSide(FeatureSide):
             raise PrunelabError("this cache was filled without the method; run the prompt inside the `with` block")
         running.cached = self.prompts[cache]
         first, x = running.cached.at(0), given["inputs_embeds"]
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        mask = given.get("attention_mask")  # classes that number by the cache's entries miss those that left
+        positions = given.get("position_ids") if self._own.numbered else None
         written = cache.get_seq_length() - first.source.shape[1]  # tokens behind the prompt so far
         repeated = 0
         if x.shape[1] > 1 and positions is not None:
