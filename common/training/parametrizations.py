@@ -164,7 +164,7 @@ class Attachment:
 
 
 class _Weight(nn.Module):
-    """A module at a weight [out, in], for a parameter in whatever layout."""
+    """A module at a weight [out, in], for a parameter in whatever layout, which keeps its data type."""
 
     def __init__(self, inner: nn.Module, turned: bool) -> None:
         super().__init__()
@@ -172,8 +172,8 @@ class _Weight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.turned:
-            return self.inner(weight.t()).t()
-        return self.inner(weight.flatten(1)).view_as(weight) if weight.dim() > 2 else self.inner(weight)
+            return self.inner(weight.t()).t().to(weight.dtype)
+        return self.inner(weight.flatten(1)).view_as(weight).to(weight.dtype)
 
 
 class _Readers(nn.Module):
@@ -282,10 +282,10 @@ class _Hooks:
     name: str
 
     def input(self, owner: Any, args: Any) -> Any:
-        return owner._modules[self.name](args[0]), *args[1:]
+        return owner._modules[self.name](args[0]).to(args[0].dtype), *args[1:]
 
     def output(self, owner: Any, args: Any, output: Any) -> Any:
-        return owner._modules[self.name](output)
+        return owner._modules[self.name](output).to(output.dtype)
 
     def gate(self, owner: Any, args: Any) -> Any:
         return owner._modules[self.name].inputs(args[0]), *args[1:]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -78,27 +78,45 @@ class Tally:
     """What decisions did, target by target, counted in the weights as they were left."""
 
     removed: int = 0
-    zeroed: int = 0
+    emptied: int = 0  # parameters of structures that stay, which only read zeros
+    zeros: dict[str, tuple[Target, int]] = field(default_factory=dict)  # of every matrix that was decided on
     reset: int = 0
     quantised: int = 0  # parameters that became codes, and the bytes of these
     code_bytes: int = 0
 
+    @property
+    def zeroed(self) -> int:
+        return self.emptied + sum(count for _, count in self.zeros.values())
+
     def write(self, adapter: WeightAdapter, target: Target, decision: Decision) -> None:
         """Carry a decision out, and count it."""
+        shrinking = self._within(adapter, target) if decision.remove else []
         adapter.write(target, decision)
-        weight = adapter.weights(target)["weight"] if target.loose else None
         gone = target.units - decision.kept
         if not target.loose:
             self.removed += gone * adapter.lost(target, decision) if decision.remove else 0
-            self.zeroed += 0 if decision.remove else gone * target.read
+            self.emptied += 0 if decision.remove else gone * target.read
         elif decision.whole:
             self.reset += gone
-        else:  # codes may stand for zero by chance
-            plain = weight is not None and decision.code is None and weight.device.type != "meta"
-            self.zeroed += int((weight == 0).sum()) if plain and weight is not None else gone
+        else:
+            weight = adapter.weights(target)["weight"]
+            plain = decision.code is None and weight.device.type != "meta"  # codes may stand for zero by chance
+            self.zeros[target.name] = target, _zeros(adapter, target) if plain else gone
+        for matrix in shrinking:  # zeros that left with the structure are zeros no more
+            self.zeros[matrix.name] = matrix, _zeros(adapter, matrix)
         if decision.code is not None:
             self.quantised += target.units
             self.code_bytes += decision.code.bytes
+
+    def _within(self, adapter: WeightAdapter, structure: Target) -> list[Target]:
+        """Matrices with zeros that lie in a structure."""
+        held = {id(parameter) for parameter in adapter.structure(structure).values()}
+        near = [m for m, count in self.zeros.values() if count and m.block == structure.block and m.expert < 0]
+        return [matrix for matrix in near if id(adapter.parameter(matrix)) in held]
+
+
+def _zeros(adapter: WeightAdapter, matrix: Target) -> int:
+    return int((adapter.weights(matrix)["weight"] == 0).sum())
 
 
 CODE = ("codes", "scale", "zero", "form", "index")  # a quantised weight's tensors

@@ -100,7 +100,7 @@ class EdgeQAT(TrainingMethod):
         layers = [training.model.get_submodule(target.name) for target, _ in self.attentions(training)]
 
         def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-            result: Tensor = held[id(layer)](q, k, v, mask, scale)
+            result: Tensor = held[id(layer)](q, k, v, mask, scale).to(v.dtype)
             return result
 
         with ExitStack() as stack:

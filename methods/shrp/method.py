@@ -67,7 +67,7 @@ class Router(nn.Module):
             self.gates = self.kept.expand(len(hidden), -1)
             return
         pooled = hidden[:, 0] if self.pool == "first" else hidden.mean(1)
-        self.gates = top1(self.linear(pooled))
+        self.gates = top1(self.linear(pooled.to(self.linear.weight.dtype)))
         if self.counting and self.training:
             self.counts += self.gates.detach().sum(0).long()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -113,6 +113,14 @@ def test_an_interrupted_training_ends_with_the_same_weights(method, tmp_path, mo
     assert same(straight, third) and repeated.diff(plan) == "the plans are equal"
     with pytest.raises(PrunelabError, match="another finished training"):
         run(method, Budget(0.75), folder=tmp_path)
+
+
+@every
+def test_a_model_in_half_precision_stays_in_it(method):
+    model = language_model().bfloat16()
+    services = {"services": {"teacher": language_model().bfloat16()}} if "teacher" in method.services else {}
+    engine.train(method, model, Budget(0.5), token_ids(8), replace(RECIPE, steps=4), progress=False, **services)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and bool(torch.isfinite(logits(model)).all())
 
 
 @every

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data_selection.examples import collate
@@ -177,3 +178,11 @@ def test_a_loss_that_is_not_finite_stops_the_training():
         model.lm_head.weight[0] = float("nan")
     with pytest.raises(PrunelabError, match="no longer finite by step 6"):
         engine.train(RandomMasks(), model, 0.5, token_ids(8), RECIPE, progress=False)
+
+
+def test_zeros_that_left_with_their_structure_are_not_counted_again():
+    model = language_model()
+    method = registry.load()["loraprune"]()
+    report = engine.train(method, model, Budget(0.001), token_ids(8), replace(RECIPE, steps=4), progress=False).report
+    assert report.dense_parameters - report.parameters == report.removed <= report.prunable
+    assert report.zeroed == 0 and report.sparsity <= 1
