@@ -83,18 +83,22 @@ def keep(folder: Path, place: Path) -> None:
 
 def keep_records(config: Mapping[str, Any]) -> int:
     """Put the records of boards that ran with the samples that decide them under version control, in place of older
-    ones of the same runs; how many. Raises PrunelabError where the configuration does not ask for all samples."""
+    ones of the same runs; how many. Raises PrunelabError where the configuration does not ask for all samples, or
+    where a record was made by code that no revision in the history has."""
     if config["samples"] != "full":
         raise PrunelabError("records are kept of runs with all samples; add --config samples=full")
     plan, results = plans.of(config), Path(config["results"])
     full = [p.run for slug in plan.slugs for p in plan.points(slug) if p.scale in p.board.full]
     runs = {run.likeness: run for run in full if isinstance(run, Run) and run.path(results).exists()}
+    for run in runs.values():
+        record = provenance.read(run.path(results))  # raises where it is damaged
+        if reason := provenance.repeatable(record):
+            raise PrunelabError(f"the record {run.address} {reason}; make it anew in a clean tree of one that is")
     for path in join.KEPT.glob("*.json"):
         run = runs.get(replay.run_of(provenance.read(path)).likeness)
         if run and run.path(results).name != path.name:
             path.unlink()
     for run in runs.values():
-        provenance.read(run.path(results))  # raises where it is damaged
         write_text(join.KEPT / run.path(results).name, run.path(results).read_text(encoding="utf-8"))
     return len(runs)
 

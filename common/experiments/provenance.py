@@ -172,13 +172,41 @@ def environment() -> dict[str, Any]:
 
 @cache
 def _commit() -> dict[str, Any]:
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def in_history(commit: str) -> bool | None:
+    """Whether a revision is in the history of the one that is checked out; None where no history tells: in a copy
+    without git, or a shallow clone."""
+    try:
+        if _git("rev-parse", "--is-shallow-repository") == "true":
+            return None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    try:
+        _git("merge-base", "--is-ancestor", commit, "HEAD")
+    except subprocess.CalledProcessError:
+        return False
+    return True
+
+
+def repeatable(record: Mapping[str, Any]) -> str:
+    """Why nobody can get the code that made a record, in words; '' where history has it, or there is none to ask."""
+    made = record["environment"]
+    if made.get("commit") is None:
+        return "was made from no revision"
+    if made.get("dirty"):
+        return f"was made from changes to revision {made['commit'][:12]} that no revision has"
+    if in_history(made["commit"]) is False:
+        return f"was made at revision {made['commit'][:12]}, which is not in the history"
+    return ""
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:

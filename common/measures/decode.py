@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from prunelab.common import speculative
 from prunelab.common.backbones import checkpoint
 from prunelab.common.catalogue import hub
+from prunelab.common.core import registry
+from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import prompts, texts
 from prunelab.common.measures.bench import Bench
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from prunelab.common.tasks.decode import Decode
 
 Answering = Callable[[Tensor], Decoded]
+CUT_BY = 8  # texts, as long as a prompt with its answer, that a pruner of the draft model measures on
 
 
 def measure(bench: Bench[Decode.Settings]) -> dict[str, Any]:
@@ -61,11 +65,27 @@ def _is_plain(bench: Bench[Decode.Settings]) -> bool:
     return bench.chosen is None and bench.options.get("decoding", "plain") == "plain"
 
 
-def _draft(bench: Bench[Decode.Settings], like: PreTrainedModel) -> PreTrainedModel | None:
-    """The draft model, where the run names one."""
+def _draft(
+    bench: Bench[Decode.Settings], like: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | None:
+    """The draft model, where the run names one; its weights pruned, where the run says how."""
+    settings = bench.settings
     if "draft" not in bench.ids:
+        if settings.cut is not None:
+            raise PrunelabError("there is no draft model to cut; name one of the catalogue in the setting `draft`")
         return None
-    return loading.language(bench.ids["draft"], bench.config)[0].to(like.device, like.dtype)
+    draft = loading.language(bench.ids["draft"], bench.config)[0].to(like.device, like.dtype)
+    if settings.cut is not None:
+        pruning = importlib.import_module("prunelab.common.weights.pruning")  # by name, see `Decode.files`
+        method: Any = registry.create(settings.cut.method, **settings.cut.options)
+        length = settings.prompt + settings.new
+        drawn = (
+            texts.windows(bench.ids["data"], bench.config, tokenizer, length, CUT_BY, bench.seed)
+            if method.calibrated
+            else None
+        )
+        pruning.prune(method, draft, Budget.parse(settings.cut.budget), drawn, seed=bench.seed, progress=False)
+    return draft
 
 
 def _parts(bench: Bench[Decode.Settings], method: DraftDecoder, model: PreTrainedModel) -> nn.Module | None:
@@ -100,7 +120,7 @@ def _decoder(
     decoding: Mapping[str, Any],
 ) -> Answering:
     """How the run answers prompts [N]. A method keeps its state from prompt to prompt."""
-    method, draft = bench.method(DraftDecoder), _draft(bench, model)
+    method, draft = bench.method(DraftDecoder), _draft(bench, model, tokenizer)
     if method is None:
         options = {**decoding, **bench.options}
         name = options.pop("decoding", "plain")

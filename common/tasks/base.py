@@ -73,8 +73,8 @@ class Settings(BaseModel):
 
 
 class AtRunTime(BaseModel):
-    """A method that is at work while a pruned model is measured, beside the run's own: with its options and budget, as
-    papers write them."""
+    """A method beside the run's own, at work while that one is measured, or on another model that the run reads: with
+    its options and budget, as papers write them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

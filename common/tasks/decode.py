@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import field_validator
+
 from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Catalogue, Metric, Metrics, Reads, Task, Work
+from prunelab.common.tasks.base import AtRunTime, Catalogue, Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -39,9 +41,10 @@ class Decode(Task):
     class Settings(base.Settings):
         """new: tokens at most. prompt: tokens of a text to go on from. samples: prompts (all). task: of Spec-Bench.
         warmup: how often the first prompt is answered before the clock runs (the method learns from these, too). draft:
-        the catalogue's name of the model that methods and baselines may ask for. heads, store: those of a method's
-        learned parts, and of the texts that it retrieves from. temperature, top_p: of sampling, which also the plain
-        decoding that speeds are compared with then does; 0 is greedy."""
+        the catalogue's name of the model that methods and baselines may ask for. cut: a method that prunes the weights
+        of this model first, with options and budget, where no smaller one has the target's tokens. heads, store: those
+        of a method's learned parts, and of the texts that it retrieves from. temperature, top_p: of sampling, which
+        also the plain decoding that speeds are compared with then does; 0 is greedy."""
 
         new: PositiveInt = 128
         prompt: NonNegativeInt = 64
@@ -49,10 +52,24 @@ class Decode(Task):
         task: str | None = None
         warmup: NonNegativeInt = 3
         draft: str | None = None
+        cut: AtRunTime | None = None
         heads: str | None = None
         store: str | None = None
         temperature: NonNegativeFloat = 0.0
         top_p: PositiveShare = 1.0
+
+        @field_validator("cut")
+        @classmethod
+        def _prunes_weights(cls, given: AtRunTime | None) -> AtRunTime | None:
+            if given is not None:
+                given.admit("weight_pruner")
+            return given
+
+    @classmethod
+    def files(cls, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        if settings.get("cut") is None:
+            return ()
+        return (AtRunTime.model_validate(settings["cut"]).file, "common/weights/pruning.py")
 
     @classmethod
     def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(lookup, "_testbed_hash", lambda name: "0" * 64)
     monkeypatch.delenv("PRUNELAB_ASSETS", raising=False)
     monkeypatch.setattr(join, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(provenance, "in_history", lambda commit: True)
     board = papers.Board(
         name="one", task="cache", model="llama_code", data="source_code", metric="accuracy",
         entries={"H2O": "h2o", "sums": "observed"},
@@ -156,6 +158,54 @@ def test_likeness_forgets_versions_alone(config: dict[str, Any]) -> None:
     assert isinstance(run, Run)
     ids = {of: {**given, "sha256": "2" * 64, "versions": {}} for of, given in run.ids.items()}
     assert replace(run, ids=ids).likeness == run.likeness != replace(run, budget="0.1").likeness
+
+
+def test_what_nobody_can_repeat_is_not_kept(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    full = {**config, "samples": "full"}
+    run = points(full)[0].run
+    for change, reason in (
+        ({"dirty": True}, "changes to revision c0ffeec0ffee that no revision has"),
+        ({"commit": None}, "from no revision"),
+    ):
+        write(run, full, 50.0, environment=ENVIRONMENT | change)
+        with pytest.raises(PrunelabError, match=reason):
+            command.keep_records(full)
+    write(run, full, 50.0)
+    monkeypatch.setattr(provenance, "in_history", lambda commit: False)
+    with pytest.raises(PrunelabError, match="not in the history; make it anew"):
+        command.keep_records(full)
+    assert not list(join.KEPT.glob("*"))
+    monkeypatch.setattr(provenance, "in_history", lambda commit: None)  # nothing tells, so nothing is refused
+    assert command.keep_records(full) == 1
+
+
+def test_history_knows_its_own_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*args: str, folder: Path = tmp_path / "one") -> str:
+        name = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "protocol.file.allow=always")
+        done = subprocess.run(["git", *name, *args], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    (tmp_path / "one").mkdir()
+    monkeypatch.setattr(provenance, "ROOT", tmp_path / "one")
+    assert provenance.in_history("c0ffee") is None, "a copy without git"
+    git("init", "-q")
+    for message in ("first", "second", "rewritten"):
+        git("commit", "-q", "--allow-empty", "-m", message)
+    lost = git("rev-parse", "HEAD")
+    git("reset", "-q", "--hard", "HEAD~1")
+    assert provenance.in_history(git("rev-parse", "HEAD~1")) is True
+    assert provenance.in_history(lost) is False, "git still has it, and no clone will"
+    assert provenance.in_history("c0ffee" * 5) is False
+    git("clone", "-q", "--depth", "1", f"file://{tmp_path / 'one'}", str(tmp_path / "two"))
+    monkeypatch.setattr(provenance, "ROOT", tmp_path / "two")
+    assert provenance.in_history(lost) is None, "a shallow clone"
+
+
+def test_every_kept_record_can_be_repeated() -> None:
+    """Its revision is in the history, wherever there is one."""
+    kept = sorted(join.KEPT.glob("*.json"))
+    assert kept
+    assert not {path.name: reason for path in kept if (reason := provenance.repeatable(provenance.read(path)))}
 
 
 def test_every_kept_record_is_whole_and_of_a_board() -> None:
