@@ -95,8 +95,8 @@ def keep_records(config: Mapping[str, Any]) -> int:
         if reason := provenance.repeatable(record):
             raise PrunelabError(f"the record {run.address} {reason}; make it anew in a clean tree of one that is")
     for path in join.KEPT.glob("*.json"):
-        run = runs.get(replay.run_of(provenance.read(path)).likeness)
-        if run and run.path(results).name != path.name:
+        newer = runs.get(replay.run_of(provenance.read(path)).likeness)
+        if newer and newer.path(results).name != path.name:
             path.unlink()
     for run in runs.values():
         write_text(join.KEPT / run.path(results).name, run.path(results).read_text(encoding="utf-8"))

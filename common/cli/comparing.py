@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
+import rich
 import typer
 from rich.table import Table
 
@@ -39,6 +40,7 @@ def board(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    rich.reconfigure(quiet=True)  # one line tells of progress, and not one for every text of every method
     results = []
     with console.status("unpruned") as status, suppress(KeyboardInterrupt):  # what is there by then is shown
         for number, result in enumerate(comparing.compare(question, entries, values)):
@@ -54,13 +56,23 @@ def board(
         gap = "" if r.difference is None else f"{r.difference:+.3f} ± {r.interval:.3f}"
         shown.add_row(r.method, f"{r.value:.4g}", gap, "" if r.cost is None else f"{r.cost:.1f}")
     console.print(shown)
-    refused = [r for r in results if r.refused]
+    refused = reasons(results)
     if refused:
-        console.print(f"\n{len(refused)} methods were not measured:")
-        for r in refused:
-            console.print(f"{r.method}: {r.refused}", markup=False, soft_wrap=True)
+        console.print(f"\n{sum(map(len, refused.values()))} methods were not measured:")
+        for reason, names in refused.items():
+            console.print(f"{', '.join(names)}: {reason}", markup=False, soft_wrap=True)
     if out is not None:
         _write(out, results)
+
+
+def reasons(results: list[comparing.Result]) -> dict[str, list[str]]:
+    """Why methods have no value, each reason once, with the methods that it holds for; the most common one first."""
+    groups: dict[str, list[str]] = {}
+    for r in results:
+        if r.refused:
+            said = r.refused.removeprefix(r.method).lstrip(": ")
+            groups.setdefault(said, []).append(r.method)
+    return dict(sorted(groups.items(), key=lambda group: -len(group[1])))
 
 
 def _write(path: Path, results: list[comparing.Result]) -> None:

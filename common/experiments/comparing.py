@@ -20,6 +20,7 @@ from prunelab.common.metrics import uncertainty
 ROLES = {
     "weight_pruner": ("perplexity", "perplexity", "nonzero_saving"),
     "cache_pruner": ("cache", "perplexity", "saving"),
+    "token_pruner": ("cache", "perplexity", "saving"),  # of a prompt's tokens
     "draft_decoder": ("decode", "mat", "steps_saved"),
 }
 

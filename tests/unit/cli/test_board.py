@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from prunelab.common.catalogue import lookup
 from prunelab.common.cli import app
+from prunelab.common.cli.comparing import reasons
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import comparing, listing
 from prunelab.common.rehearsal import checkpoints
@@ -19,7 +20,7 @@ from prunelab.common.rehearsal import checkpoints
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small language model in the hub's layout, with a text beside it."""
     place = tmp_path_factory.mktemp("model")
-    small = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    small = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5}
     small |= {"num_attention_heads": 4, "max_position_embeddings": 256}
     checkpoints.transformers_model({"name": "LlamaForCausalLM", "arguments": small}, place, seen=False)
     (place / "text.txt").write_text("\n".join(f"w{30 + i % 97} w{40 + i % 89} yes no" for i in range(900)))
@@ -47,12 +48,17 @@ def test_methods_are_ranked_with_their_difference_and_what_refuses_says_why(fold
     assert values == sorted(values) and len(values) > 2
 
 
-@pytest.mark.parametrize("role", ["cache_pruner", "draft_decoder"])
-def test_caches_and_drafts_have_boards_as_well(role: str, folder: Path) -> None:
+def test_a_reason_is_told_once() -> None:
+    refused = {"aim": "aim prunes at 'projected'", "ats": "ats prunes at 'patches'", "m3": "m3 prunes at 'projected'"}
+    made = [comparing.Result("unpruned", 1.0), *(comparing.Result(name, refused=why) for name, why in refused.items())]
+    told = {"prunes at 'projected'": ["aim", "m3"], "prunes at 'patches'": ["ats"]}
+    assert reasons(made) == told and list(reasons(made)) == list(told)
+
+
+@pytest.mark.parametrize("role", ["cache_pruner", "token_pruner", "draft_decoder"])
+def test_caches_tokens_and_drafts_have_boards_as_well(role: str, folder: Path) -> None:
     question = comparing.Question(folder, role, "0.5", str(folder / "text.txt"), 2, 32)
-    chosen = [
-        m for m in listing.methods("*", role=role) if m.name in ("h2o", "window", "prompt_lookup", "token_recycling")
-    ]
+    chosen = [m for m in listing.methods("*", role=role) if m.name in ("h2o", "window", "lazyllm", "token_recycling")]
     results = list(comparing.compare(question, chosen, lookup.settings({})))
     assert results[0].method == "unpruned" and results[0].value is not None
     assert all(r.value is not None and r.interval is not None for r in results[1:]) and len(results) > 1
