@@ -14,6 +14,7 @@ from prunelab.common.core.files import inside
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.language import experts_run, sizes, without_experts
 from prunelab.common.measures.scores import HARNESS_SHARES, average
+from prunelab.common.metrics import uncertainty
 from prunelab.common.models import devices, loading
 
 if TYPE_CHECKING:
@@ -52,21 +53,34 @@ def scored(
     settings = bench.settings
     evaluated = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch or settings.batch)
     results: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     for shots, tasks in by_shots(settings):
-        results |= lm_eval.simple_evaluate(
+        done = lm_eval.simple_evaluate(
             model=evaluated,
             tasks=located(tasks, bench.ids, bench.config),
             num_fewshot=shots,
             limit=settings.limit,
-            log_samples=False,
-        )["results"]
-    measured = percentages(results)
+            log_samples=settings.limit is not None,  # where all are asked, they are too many to hold
+        )
+        results |= done["results"]
+        answers |= done.get("samples", {})
+    measured = percentages(results, answers)
     protocol = "; ".join(part for part in (f"lm-evaluation-harness {lm_eval.__version__}", besides) if part)
     for metric in measured.values():
         metric["protocol"] = protocol
     if settings.average:
-        measured["average"] = {"value": average(measured, settings.average), "protocol": protocol}
+        measured["average"] = {**together(measured, settings.average), "protocol": protocol}
     return measured
+
+
+def together(measured: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The mean of these metrics; with the questions behind it, so that two such means pair up, where as many are known
+    of each metric."""
+    value = average(measured, names)
+    samples = [measured[name].get("samples", ()) for name in names]
+    if not samples[0] or len({len(part) for part in samples}) > 1:
+        return {"value": value}
+    return {**uncertainty.mean([answer for part in samples for answer in part]), "value": value}
 
 
 def by_shots(settings: Questions) -> list[tuple[int | None, list[str]]]:
@@ -123,9 +137,12 @@ def harness() -> tuple[Any, Any]:
     return lm_eval, HFLM
 
 
-def percentages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def percentages(
+    results: Mapping[str, Mapping[str, Any]], answers: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+) -> dict[str, Any]:
     """Metrics of the harness's results by task, whose keys are `metric,filter`, as percent. The filter `none` is not
-    named; what is no share of right answers is left out."""
+    named; what is no share of right answers is left out. answers: what the harness notes of each question, by task,
+    from which a metric that is their mean gets its samples, in the questions' order."""
     result: dict[str, Any] = {}
     for task, metrics in results.items():
         for key, value in metrics.items():
@@ -137,4 +154,10 @@ def percentages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             error = metrics.get(f"{metric}_stderr,{chosen}")
             if isinstance(error, float):  # it is the text N/A where there is none
                 result[name]["stderr"] = round(100 * error, 4)
+            noted = [a for a in (answers or {}).get(task, ()) if a.get("filter", chosen) == chosen]
+            noted.sort(key=lambda answer: int(answer["doc_id"]))
+            if noted and all(isinstance(answer.get(metric), int | float) for answer in noted):
+                samples = [round(100 * float(answer[metric]), 4) for answer in noted]
+                if abs(sum(samples) / len(samples) - 100 * float(value)) < 1e-3:
+                    result[name] |= {"n": len(samples), "samples": samples}
     return result

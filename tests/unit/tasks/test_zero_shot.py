@@ -15,6 +15,7 @@ from prunelab.common.core.hooks import at_work
 from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import perplexity, zero_shot
+from prunelab.common.metrics import uncertainty
 
 SUITE = {"tasks": ["boolq", "piqa"], "average": ["boolq acc", "piqa acc_norm"], "shots": 0}
 STORIES = {"loader": "stories", "folder": "lm", "file": "stories.json"}
@@ -82,6 +83,35 @@ def test_accuracies_come_back_as_percent_with_their_average(harness, tiny):
     (call,) = harness
     assert call["tasks"] == ["boolq", "piqa"] and call["num_fewshot"] == 0 and call["limit"] is None
     assert call["model"].model is tiny and call["model"].tokenizer == "tokenizer"
+
+
+def test_questions_of_a_part_pair_up_in_their_order_and_are_behind_the_average(harness, tiny, monkeypatch):
+    """A few questions are noted one by one, so that boards may take differences over the same ones."""
+    asked = sys.modules["lm_eval"].simple_evaluate
+
+    def noted(*, log_samples, **given):
+        right = {"boolq": (1, 1, 0, 1), "piqa": (1, 0, 1, 0)}
+        rows = {
+            task: [{"doc_id": i, "filter": "none", "acc": float(v), "acc_norm": 0.625} for i, v in enumerate(values)][
+                ::-1
+            ]
+            for task, values in right.items()
+        }
+        results = {
+            "boolq": {"acc,none": 0.75},
+            "piqa": {"acc,none": 0.5, "acc_norm,none": 0.625, "acc_norm_stderr,none": 0.1},
+        }
+        return {**asked(**given), "results": results, **({"samples": rows} if log_samples else {})}
+
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", noted)
+    found = runner.measure(run(limit=4, average=["boolq acc", "piqa acc"]), {})
+    assert found["boolq acc"]["samples"] == [100, 100, 0, 100] and found["piqa acc"]["n"] == 4
+    assert found["average"]["samples"] == [100, 100, 0, 100, 100, 0, 100, 0] and found["average"]["value"] == 62.5
+    assert found["average"]["stderr"] == pytest.approx(18.298, abs=1e-3)
+    gap = uncertainty.paired_difference(found["average"], {**found["average"], "samples": [0.0] * 8})
+    assert gap is not None and gap[0] == 62.5
+    whole = runner.measure(run(average=["boolq acc", "piqa acc"]), {})
+    assert whole["average"]["value"] == 62.5 and "samples" not in whole["average"] | whole["boolq acc"]
 
 
 def test_tasks_with_other_worked_examples_are_asked_by_themselves(harness, tiny):
