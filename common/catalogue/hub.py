@@ -29,13 +29,14 @@ Kind = Literal["model", "dataset"]
 LOCK = files.ROOT / "configs" / "revisions.lock.yaml"
 RECEIPT = "prunelab.json"
 WHOLE = "*"  # in a receipt: all files that are needed of a repository, and not single ones
-# What is taken of a repository that no entry names a file of, in lower case: weights, texts and data, never code and
-# never pickles. The readme of a data set names its parts.
+# What is taken of a repository that no entry names a file of, in lower case: weights, texts and data, never code, and
+# pickles only where an entry says that there are no others (`PICKLED`). The readme of a data set names its parts.
 WANTED: Mapping[str, tuple[str, ...]] = {
     "model": ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"),
     "dataset": ("readme.md", "*.parquet", "*.arrow", "*.json", "*.jsonl", "*.csv", "*.tsv", "*.txt", "*.gz", "*.zst",
                 "*.zip", "*.tar", "*.mp4"),
 }  # fmt: skip
+PICKLED = "*.bin"
 _SAMPLE = 1 << 20  # bytes at both ends of a large file that its fingerprint reads
 
 
@@ -172,7 +173,7 @@ def missing(entry: Mapping[str, Any], kind: Kind, config: Mapping[str, Any]) -> 
 def identity(entry: Mapping[str, Any], kind: Kind, config: Mapping[str, Any]) -> dict[str, str]:
     """What names the content of an entry's repository: its revision, or the fingerprint of what stands in for it."""
     if checked(entry, kind, config) is None and (local := stand_in(entry["hub"], kind, config)) is not None:
-        return {"local": fingerprint(local, kind)}
+        return {"local": fingerprint(local, kind, bool(entry.get("pickled")))}
     commit = revision(entry, kind)
     return {"revision": commit} if commit else {}
 
@@ -195,10 +196,10 @@ def surroundings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def fingerprint(folder: Path, kind: Kind) -> str:
+def fingerprint(folder: Path, kind: Kind, pickled: bool = False) -> str:
     """A hash of a folder's files: names, sizes, and their first and last MB, as a whole checkpoint takes minutes."""
     results = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and wanted(p.name, kind)):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and wanted(p.name, kind, pickled)):
         size = path.stat().st_size
         with path.open("rb") as file:
             read = hashlib.sha256(file.read(_SAMPLE))
@@ -208,9 +209,9 @@ def fingerprint(folder: Path, kind: Kind) -> str:
     return files.digest(results)[:20]
 
 
-def wanted(name: str, kind: Kind) -> bool:
-    """Whether a file of a repository is of those that are taken."""
-    return any(fnmatch(name.lower(), pattern) for pattern in WANTED[kind])
+def wanted(name: str, kind: Kind, pickled: bool = False) -> bool:
+    """Whether a file of a repository is of those that are taken, with pickled tensors or without."""
+    return any(fnmatch(name.lower(), pattern) for pattern in (*WANTED[kind], *([PICKLED] if pickled else [])))
 
 
 def folder(identity: Mapping[str, Any], kind: Kind, config: Mapping[str, Any]) -> Path:

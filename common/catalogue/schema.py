@@ -53,7 +53,8 @@ class Checkpoint(Strict):
     it. gb: what is downloaded, in GB (1e9 bytes), approximately: the hub's own figures are shown where it answers.
     gpus: how many of 80 GB hold it in 16 bits. one_view: whether a picture is read whole, where the published processor
     cuts it into tiles. layout: the module of common/backbones that reads it, where it is not as transformers has it;
-    processor: the catalogue's model whose configuration and processor it then takes.
+    processor: the catalogue's model whose configuration and processor, or tokenizer, it then takes. pickled: whether
+    the repository may hold its tensors as pickles alone, of which nothing else is read.
     """
 
     licence: str = Field(min_length=1)
@@ -72,6 +73,7 @@ class Checkpoint(Strict):
     transform: dict[str, Any] = Field(default_factory=dict)
     windows: dict[str, Any] = Field(default_factory=dict)
     one_view: bool = False
+    pickled: bool = False
 
     @model_validator(mode="after")
     def _comes_from_somewhere(self) -> Checkpoint:

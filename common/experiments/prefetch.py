@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,11 @@ class Item:
         result = self.locked.files if self.locked else {}
         if "file" in self.entry:
             return {name: file for name, file in result.items() if name == self.entry["file"]}
-        return {name: file for name, file in result.items() if hub.wanted(name, self.kind)}
+        return {name: file for name, file in result.items() if hub.wanted(name, self.kind, self.pickled(result))}
+
+    def pickled(self, names: Iterable[str]) -> bool:
+        """Whether pickled tensors are taken of files of these names: the entry says so, and there are no others."""
+        return bool(self.entry.get("pickled")) and not any(name.endswith(".safetensors") for name in names)
 
     @property
     def gigabytes(self) -> float | None:
@@ -265,12 +269,14 @@ def _ask(api: HfApi, item: Item, commit: str | None, known: hub.Locked | None) -
     else:
         results: list[Any] = api.get_paths_info(name, [file], repo_type=item.kind, revision=info.sha)
         stated = [(f.path, f.size, f.lfs.sha256 if f.lfs else None, f.blob_id) for f in results if hasattr(f, "size")]
+    pickled = item.pickled(path for path, *_ in stated)
     files = {
         path: hub.File(size=size, sha256=sha256) if sha256 else hub.File(size=size, git=blob)
         for path, size, sha256, blob in stated
-        if size is not None and (path == file if file else hub.wanted(path, item.kind))
+        if size is not None and (path == file if file else hub.wanted(path, item.kind, pickled))
     }
-    if item.kind == "model" and file is None and not any(path.endswith(".safetensors") for path in files):
+    weights = (".safetensors", ".bin") if pickled else ".safetensors"
+    if item.kind == "model" and file is None and not any(path.endswith(weights) for path in files):
         raise PrunelabError(
             f"{name} holds no safetensors, and pickled weights are not read; convert it, and put the result in"
             f" DIR/{name} of --config hub=DIR"

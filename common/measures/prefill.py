@@ -4,7 +4,7 @@ published architecture with random weights, since weights do not change the spee
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +37,18 @@ def timed(bench: Bench[Prefill.Settings], device: torch.device, warm_up: int, re
     model = loading.initialised(bench.ids["model"], str(device))
     devices.note(model)
     settings, new, method = bench.settings, bench.settings.new, bench.method()
+    given: Any
     given, protocol = inputs(model, settings, device)
     dense = answered(model, given, new, warm_up, repeats) if settings.against_dense else None
     if method is not None and method.role == "weight_pruner":
         cutting = importlib.import_module("prunelab.common.measures.size")  # by name, see `by_role`
         cutting.cut(method, model, bench.budget)
         method = None
+    elif method is not None and method.role == "ranker":
+        if hasattr(model.config, "vision_config"):
+            raise PrunelabError("only prompts of text alone are shortened; choose a language model")
+        shortening = importlib.import_module("prunelab.common.measures.shortened")
+        given, method = shortening.prompt(bench, model, given), None
     with bench.at_work(method, model):
         own = answered(model, given, new, warm_up, repeats)
     results: dict[str, float | None] = {
@@ -113,8 +119,11 @@ class Timing:
 
 
 @torch.inference_mode()
-def answered(model: nn.Module, given: Mapping[str, Any], new: int, warm_up: int, repeats: int) -> Timing:
-    """Time a greedy answer of `new` tokens, which never ends early."""
+def answered(
+    model: nn.Module, given: Mapping[str, Any] | Callable[[], Mapping[str, Any]], new: int, warm_up: int, repeats: int
+) -> Timing:
+    """Time a greedy answer of `new` tokens, which never ends early, to what is given or what makes it within the
+    time."""
     if new < 2:
         raise PrunelabError(f"an answer of {new} tokens has no token behind the first to time; give new=2 or more")
     net: Any = model
@@ -122,7 +131,11 @@ def answered(model: nn.Module, given: Mapping[str, Any], new: int, warm_up: int,
 
     def write(tokens: int) -> Tensor:
         written: Tensor = net.generate(
-            **given, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
+            **(given() if callable(given) else given),
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            pad_token_id=0,
         )
         return written
 

@@ -17,7 +17,7 @@ HARNESS_SHARES = frozenset({"acc", "acc_norm", "exact_match", "contains"})
 SHARES = frozenset({
     "exact_match", "accuracy", "acc", "score", "lvb_acc", "mmmu_acc", "seed_image", "seed_video", "seed_all",
     "pope_accuracy", "pope_precision", "pope_recall", "pope_f1_score", "average",
-    "relaxed_overall", "anls", "mme_realworld_score", "rule_score",
+    "relaxed_overall", "anls", "mme_realworld_score", "rule_score", "vnbench_score",
 })  # fmt: skip
 # Scores of captions, which some papers print as they are and others by a hundred; so both are given.
 CAPTIONS = frozenset({"coco_CIDEr", "flickr_CIDEr", "nocaps_CIDEr"})

@@ -103,6 +103,7 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     if settings.against:
         measured["relative"] = {"value": relative(measured, settings.average, settings.against)}
     measured["seconds"] = {"value": round(evaluated.seconds, 4)}
+    measured["seconds_each"] = {"value": round(evaluated.seconds / max(1, sum(counts.values())), 4)}
     measured["rate"] = {"value": round(sum(counts.values()) / evaluated.seconds, 4)}
     for metric in measured.values():
         metric["protocol"] = protocol
@@ -218,7 +219,7 @@ def located(
         raise PrunelabError(f"configs/datasets.yaml names no {repository}, which the task {entry['task']} reads")
     if "setting" in data[repository] and scratch is not None:
         own = data[repository]
-        rows = video_questions.rows(Path(config[own["setting"]]) / own["file"], own["videos"])
+        rows = video_questions.rows(Path(config[own["setting"]]) / own["file"], own["videos"], own.get("options"))
         path = scratch / f"{entry['task']}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}}

@@ -4,7 +4,7 @@ extra `evaluation`)."""
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +25,21 @@ if TYPE_CHECKING:
 def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.zero_shot`."""
     harness()  # before anything is loaded
-    model, tokenizer = loading.language(bench.ids["model"], bench.config)
+    model, tokenizer = loading.language(bench.ids["model"], bench.config, bench.ids.get("processor"))
     model = devices.place(model, bench.device, half=True)
-    out, calibrated, acting = sizes(model), "", None
+    out, calibrated, acting, shortened = sizes(model), "", None, None
     method: Any = bench.method()
     if method is not None and method.role == "weight_pruner":
         pruning = importlib.import_module("prunelab.common.measures.perplexity")  # by name, see `by_role`
         plan, calibrated = pruning.prune(bench, method, model, tokenizer)
         out = sizes(model, plan.report)
+    elif method is not None and method.role == "ranker":
+        shortening = importlib.import_module("prunelab.common.measures.shortened")  # by name, see `by_role`
+        shortened = shortening.contexts(bench, model, tokenizer)
     else:
         acting = method
     with bench.at_work(acting, model) as acted, without_experts(bench, model) as handle:
-        measured = scored(bench, model, tokenizer, calibrated)
+        measured = scored(bench, model, tokenizer, calibrated, shortened=shortened)
     if acting is not None and acting.role == "token_pruner":
         measured["computed"] = {"value": round(100 * acted.computed, 3)}
     if bench.settings.against is not None and "average" in measured:
@@ -46,12 +49,20 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
 
 
 def scored(
-    bench: Bench[Any], model: Any, tokenizer: Any, besides: str = "", batch: int | None = None
+    bench: Bench[Any],
+    model: Any,
+    tokenizer: Any,
+    besides: str = "",
+    batch: int | None = None,
+    shortened: Callable[[Any], Any] | None = None,
 ) -> dict[str, Any]:
-    """The model's scores on the run's tasks, each with the protocol it was taken by."""
+    """The model's scores on the run's tasks, each with the protocol it was taken by. shortened: a request with less of
+    its prompt, which is asked instead."""
     lm_eval, wrapper = harness()
     settings = bench.settings
     evaluated = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch or settings.batch)
+    if shortened is not None:
+        importlib.import_module("prunelab.common.measures.shortened").ask_shortened(evaluated, shortened)
     results: dict[str, Any] = {}
     answers: dict[str, Any] = {}
     for shots, tasks in by_shots(settings):

@@ -236,9 +236,14 @@ def _built(identity: Mapping[str, Any], path: Path) -> tuple[nn.Module, Transfor
     return model, timm.data.create_transform(**identity["transform"])
 
 
-def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def language(
+    identity: Mapping[str, Any], config: Mapping[str, Any], like: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode with its tokenizer: a testbed, a folder of the assets, or a hub checkpoint
-    in the precision it is stored in."""
+    in the precision it is stored in, of tensors that were pickled where its entry says so.
+
+    like: what names the model of whose tokenizer the one of a checkpoint in a `layout` of its own is made.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
     importlib.import_module("prunelab.common.backbones.baichuan")  # makes its class known
@@ -266,8 +271,15 @@ def language(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Pr
     packed = sorted(folder.glob("*.gguf"))
     if len(packed) == 1 and not (folder / "config.json").exists():
         return _unpacked(packed[0])
-    model = pretrained(AutoModelForCausalLM, folder, dtype="auto", use_safetensors=True, **devices.spread())
-    return model.eval(), pretrained(AutoTokenizer, folder)
+    stored = {"use_safetensors": not identity.get("pickled") or any(folder.glob("*.safetensors")), "weights_only": True}
+    model = pretrained(AutoModelForCausalLM, folder, dtype="auto", **stored, **devices.spread())
+    if "layout" not in identity:
+        return model.eval(), pretrained(AutoTokenizer, folder)
+    if like is None:
+        raise PrunelabError(f"{folder} has a tokenizer of its own making, which only tasks of questions read")
+    source = hub.folder(like, "model", config) if "hub" in like else Path(like["folder"])
+    layout = importlib.import_module(f"prunelab.common.backbones.{identity['layout']}")
+    return model.eval(), layout.tokenizer(source)
 
 
 def _unpacked(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -59,12 +59,12 @@ def narrow(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def tokenizer(name: str) -> Any:
     """Of a class of models. Whole words, most of which are unknown; for Qwen's, whose tokenizers read bytes whatever
-    their files say, single bytes."""
+    their files say, and GPT-2's, of which others are made, single bytes."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     words = [*MARKS, "A", "B", "C", "D", "Yes", "No", "yes", "no", *map(str, range(10))]
-    if "Qwen" in name:
+    if "Qwen" in name or "GPT2" in name:
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         known = {word: i for i, word in enumerate([*MARKS, *letters])}
         backend = Tokenizer(models.BPE(known, []))

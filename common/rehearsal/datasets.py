@@ -237,6 +237,15 @@ def films(folder: Path, entry: Mapping[str, Any]) -> None:
                 grey = np.full((64, 64, 3), 16 * shade, np.uint8)
                 container.mux(stream.encode(videos.library().VideoFrame.from_ndarray(grey, format="rgb24")))
             container.mux(stream.encode())
+    if "options" in entry:
+        orders = (["tree", "sea", "sky", "sun"], ["sun", "sky", "sea", "tree"])
+        asked = [
+            {"video": f"{entry['videos']}/v{i}.mp4", "question": f"{_text(i)}?", "options": order, "gt": "tree",
+             "type": "ret_edit1", "try": n}
+            for i in range(ROWS) for n, order in enumerate(orders)
+        ]  # fmt: skip
+        (folder / entry["options"]).write_text(json.dumps(asked), encoding="utf-8")
+        return
     (folder / "test_q.json").write_text(json.dumps(rows), encoding="utf-8")
     (folder / "test_a.json").write_text(json.dumps(answers), encoding="utf-8")
 

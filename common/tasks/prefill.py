@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 class Prefill(Task):
     """Medians of 30 timed runs after warm-up, of one prompt of random content: with the encoder, and with the decisions
-    of methods that prune tokens. Weights are pruned before: as many units leave as the budget says, see `size`."""
+    of methods that prune tokens. Weights are pruned before: as many units leave as the budget says, see `size`. A
+    ranker of words first shortens the prompt with the same model, sentence by sentence, within the time."""
 
     name: ClassVar[str] = "prefill"
-    roles: ClassVar[tuple[str, ...]] = ("token_pruner", "weight_pruner")
-    by_role: ClassVar[Mapping[str, str]] = {"weight_pruner": "common/measures/size.py"}
+    roles: ClassVar[tuple[str, ...]] = ("token_pruner", "weight_pruner", "ranker")
+    by_role: ClassVar[Mapping[str, str]] = {
+        "weight_pruner": "common/measures/size.py",
+        "ranker": "common/measures/shortened.py",
+    }
     scales: ClassVar[tuple[str, ...]] = ("paper",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"architecture"})
     needs_gpu: ClassVar[bool] = True

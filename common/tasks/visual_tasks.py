@@ -39,6 +39,7 @@ class VisualTasks(Task):
         "oracle_budget": Metric("the least budget that gives it, in the mean", higher_is_better=False),
         "kept": Metric("visual tokens that a layer sees, in the mean over layers", "%"),
         "seconds": Metric("time to answer all questions", "s", higher_is_better=False, timed=True),
+        "seconds_each": Metric("time to answer a question", "s", higher_is_better=False, timed=True),
         "rate": Metric("questions answered in a second", higher_is_better=True, timed=True),
     }
 

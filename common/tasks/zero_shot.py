@@ -1,5 +1,5 @@
-"""Scores of a language model, its weights, cache or tokens pruned or not, on the tasks of lm-evaluation-harness (the
-extra `evaluation`)."""
+"""Scores of a language model, its weights, cache, tokens or prompts pruned or not, on the tasks of
+lm-evaluation-harness (the extra `evaluation`)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ ANSWERS = {"gsm8k": 256, "minerva_math": 384, "humaneval": 256, "triviaqa": 16, 
 class ZeroShot(Task):
     """Metrics in percent, named as the harness names them: `boolq acc`, `gsm8k exact_match,strict-match`,
     `longbench_trec classification_score` and so on. What prunes caches or tokens acts while the model generates; tasks
-    that only compare likelihoods use no cache."""
+    that only compare likelihoods use no cache. A ranker of words shortens the context of prompts that have one apart
+    from their question, by what the model itself expects."""
 
     name: ClassVar[str] = "zero_shot"
-    roles: ClassVar[tuple[str, ...]] = ("weight_pruner", "cache_pruner", "token_pruner")
-    by_role: ClassVar[Mapping[str, str]] = {"weight_pruner": "common/measures/perplexity.py"}
+    roles: ClassVar[tuple[str, ...]] = ("weight_pruner", "cache_pruner", "token_pruner", "ranker")
+    by_role: ClassVar[Mapping[str, str]] = {
+        "weight_pruner": "common/measures/perplexity.py",
+        "ranker": "common/measures/shortened.py",
+    }
     scales: ClassVar[tuple[str, ...]] = ("real", "paper")
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "calibration", "own data"})
     metrics: ClassVar[Mapping[str, Metric]] = {

@@ -9,23 +9,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
-from prunelab.common.core.context import refuse_long
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.ranking.role import Ranker, Ranking
+from prunelab.common.ranking.prompts import Informed, PromptShortener, self_information
+from prunelab.common.ranking.role import Ranking
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+__all__ = [
+    "Context",
+    "SelectiveContext",
+    "noun_chunks",
+    "self_information",
+    "sentences",
+    "threshold",
+    "unit_information",
+]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Level = Literal["phrase", "sentence", "token"]
-Informed = tuple[Sequence[str], Sequence[float]]  # the pieces of a sentence, and the self-information of each in nats
 
 # A blank behind a full stop or a question mark, but not behind "e.g." or "Dr." (released).
 _BREAK = re.compile(r"(?<=[.?])(?<!\w\.\w.)(?<![A-Z][a-z]\.)\s")
@@ -71,7 +77,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class SelectiveContext(Ranker[Context]):
+class SelectiveContext(PromptShortener[Context]):
     """Selective Context (arXiv 2310.06201). A budget is the share of units that stay; the authors' reduce_ratio of 0.35
     is `Budget(0.65)`.
 
@@ -139,23 +145,6 @@ def threshold(context: Context, budget: Budget) -> float:
     """The percentile of self-information below which units go, between ranks linear; units without any do not count."""
     share = budget.amounts[0] if budget.unit == "ratio" else budget.count(len(context)) / len(context)
     return float(np.nanpercentile(context.information, round(100 * (1 - float(share)), 6)))
-
-
-def self_information(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Informed]:
-    """The service `information` of a causal language model: a sentence behind the model's start token."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise PrunelabError("the tokenizer has neither a start nor an end token to put before a sentence; set one")
-
-    @torch.inference_mode()
-    def information(sentence: str) -> Informed:
-        ids = torch.tensor([start, *tokenizer(sentence, add_special_tokens=False)["input_ids"]], device=model.device)
-        refuse_long(model, len(ids), "a sentence")
-        logs = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
-        values = -logs.gather(1, ids[1:, None]).squeeze(1)
-        return [tokenizer.decode([token]) for token in ids[1:].tolist()], values.tolist()
-
-    return information
 
 
 def noun_chunks(pipeline: Callable[[str], Any]) -> Callable[[str], list[str]]:

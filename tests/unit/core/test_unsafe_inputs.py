@@ -74,6 +74,21 @@ def test_pickled_weights_of_a_language_model_are_refused(folder, mark):
         language(folder)
 
 
+def test_pickled_tensors_are_read_where_the_catalogue_says_so_and_nothing_else(folder, mark):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    named = {"folder": str(folder), "pickled": True, "layout": "xgen"}
+    with pytest.raises(PrunelabError, match="tokenizer of its own"):  # the model was read
+        loading.language(named, SETTINGS)
+    torch.save(Hostile(mark), folder / "pytorch_model.bin")
+    with pytest.raises(PrunelabError, match="cannot be had"):
+        loading.language(named, SETTINGS)
+
+
 def test_pickled_weights_of_a_timm_model_are_refused(folder, mark):
     (folder / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
     torch.save(Hostile(mark), folder / "pytorch_model.bin")

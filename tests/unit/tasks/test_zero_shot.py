@@ -60,7 +60,7 @@ def tiny(monkeypatch):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
-    monkeypatch.setattr(zero_shot.loading, "language", lambda identity, config: (model, "tokenizer"))
+    monkeypatch.setattr(zero_shot.loading, "language", lambda identity, config, like=None: (model, "tokenizer"))
     drawn = [torch.randint(64, (6,)) for _ in range(3)]
     monkeypatch.setattr(perplexity.texts, "windows", lambda *arguments: drawn)
     return model
@@ -136,7 +136,7 @@ def test_caches_and_tokens_are_pruned_while_the_harness_asks(harness, tiny):
     runner.measure(run(), {})
     assert [call["at work"] for call in harness] == [["snapkv"], []]
     assert not at_work(tiny)
-    with pytest.raises(PrunelabError, match="lexrank is a"):
+    with pytest.raises(PrunelabError, match="lexrank ranks no words"):
         runner.measure(run("lexrank", "0.5"), {})
 
 
@@ -149,3 +149,66 @@ def test_without_the_harness_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(PrunelabError, match=r"\[evaluation\]"):
         runner.measure(run(), {})
+
+
+class Request:
+    """What the harness asks, as far as it is read."""
+
+    def __init__(self, doc):
+        self.doc, self.task_name, self.arguments = (
+            doc,
+            "longbench_x",
+            (f"Read. {doc.get('context')} Ask.", {"until": []}),
+        )
+
+    @property
+    def args(self):
+        return self.arguments
+
+
+class Words:
+    """A tokenizer of letters."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [ord(letter) % 62 + 2 for letter in text]}
+
+    def decode(self, ids):
+        return chr(ids[0] + 60)
+
+
+def test_contexts_of_prompts_are_shortened_and_nothing_else(tiny):
+    from prunelab.common.measures import shortened
+    from prunelab.common.measures.bench import Bench
+
+    bench = Bench("paper", {}, None, {}, "selective_context", {"level": "token"}, "0.5")
+    asked = []
+
+    class Wrapper:
+        def generate_until(self, requests):
+            asked.extend(request.args for request in requests)
+            return ["answer" for _ in requests]
+
+    evaluated, given = Wrapper(), Request({"context": "abcdefghijklmnopqrstuvwxyz" * 30})
+    shortened.ask_shortened(evaluated, shortened.contexts(bench, tiny, Words()))
+    assert evaluated.generate_until([given]) == ["answer"]
+    ((prompt, kwargs),) = asked
+    assert prompt.startswith("Read. ") and prompt.endswith(" Ask.") and kwargs == {"until": []}
+    assert len(prompt) - len("Read.  Ask.") == pytest.approx(390, abs=10), "half of the letters, ties apart"
+    assert given.args[0].count("abc") == 30, "the request itself stays as it is"
+    with pytest.raises(PrunelabError, match="no context apart"):
+        evaluated.generate_until([Request({"question": "x"})])
+
+
+def test_a_prompt_of_random_tokens_is_read_and_shortened_anew_each_time(tiny):
+    from prunelab.common.measures import shortened
+    from prunelab.common.measures.bench import Bench
+
+    bench = Bench("paper", {}, None, {}, "selective_context", {"level": "token"}, "0.25")
+    ids = torch.randint(3, 64, (1, 120))
+    made = shortened.prompt(bench, tiny, {"input_ids": ids})()
+    left = made["input_ids"][0].tolist()
+    assert len(left) == pytest.approx(30, abs=2) and made["attention_mask"].shape == (1, len(left))
+    rest = iter(ids[0].tolist())
+    assert all(token in rest for token in left), "in their order"
