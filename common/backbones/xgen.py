@@ -9,11 +9,9 @@ fetched where this was written: it was compared with the algorithm, not with its
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.models import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,15 +21,15 @@ RUNS = [BLANK * n for n in range(31, 1, -1)] + [TAB * n for n in range(9, 1, -1)
 END = "<|endoftext|>"
 
 
-def tokenizer(source: Path) -> PreTrainedTokenizerBase:
-    """XGen's tokenizer, of the folder of GPT-2's. Raises PrunelabError where that is no byte-pair encoding."""
+def tokenizer(like: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """XGen's tokenizer, of GPT-2's. Raises PrunelabError where that is no byte-pair encoding."""
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    content = json.loads(loading.pretrained(AutoTokenizer, source).backend_tokenizer.to_str())
+    content = json.loads(like.backend_tokenizer.to_str())
     model = content["model"]
     if model["type"] != "BPE":
-        raise PrunelabError(f"{source} holds a tokenizer that merges no pairs; give GPT-2's")
+        raise PrunelabError("the tokenizer of its like merges no pairs; give GPT-2's")
     vocabulary: dict[str, int] = model["vocab"]
     first = max(vocabulary.values(), default=-1) + 1
     vocabulary |= {run: first + i for i, run in enumerate(RUNS)}

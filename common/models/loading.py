@@ -279,7 +279,7 @@ def language(
         raise PrunelabError(f"{folder} has a tokenizer of its own making, which only tasks of questions read")
     source = hub.folder(like, "model", config) if "hub" in like else Path(like["folder"])
     layout = importlib.import_module(f"prunelab.common.backbones.{identity['layout']}")
-    return model.eval(), layout.tokenizer(source)
+    return model.eval(), layout.tokenizer(pretrained(AutoTokenizer, source))
 
 
 def _unpacked(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -18,16 +18,14 @@ MERGES = [("Ġ", "Ġ"), ("Ġ", "a"), ("a", "b"), ("ĠĠ", "ĠĠ"), ("Ġa", "b"),
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def gpt2():
     """A small GPT-2 tokenizer, whose numbers follow the order of its merges."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *("".join(pair) for pair in MERGES), xgen.END]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, MERGES))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    path = tmp_path_factory.mktemp("gpt2")
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=xgen.END).save_pretrained(path)
-    return path
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=xgen.END)
 
 
 def merged(piece: str, vocabulary: dict[str, int]) -> list[int]:
@@ -42,8 +40,8 @@ def merged(piece: str, vocabulary: dict[str, int]) -> list[int]:
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
 
-def test_texts_are_cut_as_the_algorithm_cuts_them(folder):
-    made = xgen.tokenizer(folder)
+def test_texts_are_cut_as_the_algorithm_cuts_them(gpt2):
+    made = xgen.tokenizer(gpt2)
     vocabulary = made.get_vocab()
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     chance = random.Random(0)
@@ -55,17 +53,15 @@ def test_texts_are_cut_as_the_algorithm_cuts_them(folder):
         assert made.decode(wanted, clean_up_tokenization_spaces=False) == text
 
 
-def test_runs_come_behind_all_that_was_there(folder):
-    made = xgen.tokenizer(folder)
+def test_runs_come_behind_all_that_was_there(gpt2):
+    made = xgen.tokenizer(gpt2)
     first = 256 + len(MERGES) + 1
     assert made(" " * 31)["input_ids"] == [first] and made(" " * 2)["input_ids"] == [first + 29]
     assert made("\t" * 9)["input_ids"] == [first + 30] and made("\t" * 2)["input_ids"] == [first + 37]
     assert made.eos_token == xgen.END
 
 
-def test_other_tokenizers_are_refused(tmp_path):
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?"))).save_pretrained(
-        tmp_path
-    )
+def test_other_tokenizers_are_refused():
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?")))
     with pytest.raises(PrunelabError, match="merges no pairs"):
-        xgen.tokenizer(tmp_path)
+        xgen.tokenizer(words)
