@@ -292,6 +292,7 @@ class Site:
             "html": Markup,
             "web": lambda link: link.startswith(("https://", "http://")),
             "plain": lambda tag: tag.replace("_", " "),
+            "counted": lambda number, word: f"{number} {word}" + ("" if number == 1 else "s"),
         }
         return result
 
@@ -344,6 +345,7 @@ class Site:
             up="../",
             s=section,
             paper=section.paper,
+            gpu=forecast.gpu(join.GPU).name,
             readme=_readme(section.paper.slug),
             code=_code(section.paper.slug, folder),
             Notes=Notes,

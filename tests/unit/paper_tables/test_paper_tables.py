@@ -414,6 +414,14 @@ def test_the_index_filters_by_taxonomy_model_and_hours_and_finds_models(config: 
     assert 'data-also="shelves"' in text and re.search(r'<li data-search="[^"]+"><a href="literature/', text)
 
 
+def test_a_papers_page_tells_what_the_rest_takes(config: dict[str, Any]) -> None:
+    folder = command.build(config)[0].parent
+    text = (folder / SLUG / "index.html").read_text(encoding="utf-8")
+    row = re.search(rf'<tr id="{SLUG}".*?</tr>', (folder / "index.html").read_text(encoding="utf-8"), re.DOTALL)
+    hours = re.search(r'data-label="GPU hours"[^>]*>([^<]+)<', row[0]) if row else None
+    assert hours and f"takes {hours[1]} GPU hours on one" in text and f"plan --papers {SLUG} --gpu NAME" in text
+
+
 @pytest.mark.parametrize(
     ("given", "limits", "shown"),
     [((0, 0, 0), ["nothing"], "–"), ((5, 3, 0), ["10", "100"], "5"), ((500, 3, 0), ["more"], "500"),
