@@ -1,16 +1,19 @@
 """Problems with short answers: of competitions, whose answer is a number or a formula, and of examinations, whose
 answer is one of several choices.
 
-Repositories hold them in files of every kind and under names of their own, which a catalogue entry tells: `files`, a
-pattern of names; `ask` and `answer`, columns; `choices`, columns of choices or one column that holds them by letter;
-`first: right` where the first choice is the right one; `tests`, the form of tests that programs pass; `where`, what
-rows must say; `drawn`, how many of them are drawn.
+Repositories, or folders of the user's own (`setting`), hold them in files of every kind and under names of their own,
+which a catalogue entry tells: `files`, one pattern of names or several; `ask` and `answer`, columns, of `ask` also
+several that follow each other; `behind` and `before`, what the answer stands between in its column; `boxed: true` where
+it is the last boxed part of it; `without`, what the answers of those that count do not hold; `choices`, columns of
+choices or one column that holds them by letter; `first: right` where the first choice is the right one; `tests`, the
+form of tests that programs pass; `where`, what rows must say; `drawn`, how many of them are drawn.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping
@@ -48,14 +51,21 @@ class Problem:
 
 def load(identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[Problem]:
     """The problems of a catalogue entry, in the order of files and rows."""
-    folder = hub.folder(identity, "dataset", config)
-    pattern = str(identity["files"])
-    paths = sorted(p for p in folder.rglob("*") if fnmatchcase(p.relative_to(folder).as_posix(), pattern))
+    own = "setting" in identity
+    folder = Path(config[identity["setting"]]) if own else hub.folder(identity, "dataset", config)
+    named = identity["files"]
+    patterns = [named] if isinstance(named, str) else list(named)
+    pattern = ", ".join(patterns)
+    paths = sorted(
+        p for p in folder.rglob("*") if any(fnmatchcase(p.relative_to(folder).as_posix(), each) for each in patterns)
+    )
     rng = random.Random(DRAW)
     try:
         rows = [row for path in paths for row in _rows(path)]
         conditions = {str(key): str(value) for key, value in identity.get("where", {}).items()}
         rows = [row for row in rows if all(str(row[key]) == value for key, value in conditions.items())]
+        if "without" in identity:
+            rows = [row for row in rows if identity["without"] not in str(row[identity["answer"]])]
         results = [_problem(row, identity, rng) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise PrunelabError(
@@ -76,17 +86,17 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             yield from csv.DictReader(file)
     elif path.suffix == ".json":
-        yield from json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8"))
+        yield from held.values() if isinstance(held, dict) else held
     else:
         with path.open(encoding="utf-8") as file:
             yield from (json.loads(line) for line in file if line.strip())
 
 
 def _problem(row: Mapping[str, Any], identity: Mapping[str, Any], rng: random.Random) -> Problem:
-    text, answer = (
-        str(row[identity["ask"]]).strip(),
-        str(row[identity["answer"]]).strip() if "answer" in identity else "",
-    )
+    asked = identity["ask"]
+    text = " ".join(str(row[name]).strip() for name in ([asked] if isinstance(asked, str) else asked))
+    answer = _answer(str(row[identity["answer"]]), identity) if "answer" in identity else ""
     named = identity.get("choices")
     if identity.get("tests") == "livecodebench":
         tests, function = programs.tests_of(row)
@@ -108,6 +118,18 @@ def _problem(row: Mapping[str, Any], identity: Mapping[str, Any], rng: random.Ra
     return Problem(f"{text}\n\n{listed}", answer, choice=True)
 
 
+def _answer(held: str, identity: Mapping[str, Any]) -> str:
+    """The answer itself of what its column holds."""
+    if identity.get("boxed"):
+        result = boxed(held)
+        if result is None:
+            raise ValueError(f"no boxed part closes in '{held[-40:]}'")
+        return result
+    if "behind" in identity:
+        held = held.rpartition(identity["behind"])[2]
+    return held.partition(identity["before"])[0].strip() if "before" in identity else held.strip()
+
+
 # -- grading by rule -------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +145,18 @@ def solved(problem: Problem, written: str) -> bool:
     if problem.choice:
         letters = re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z])", re.sub(r"\\text\{([^{}]*)\}", r"\1", result))
         return letters[:1] == [problem.answer]
-    return plain(result) == plain(problem.answer)
+    return equal(plain(result), plain(problem.answer))
+
+
+def equal(one: str, other: str) -> bool:
+    """Whether two plain formulas are the same text, or numbers of which one is a decimal fraction and which lie within
+    a ten-thousandth of each other."""
+    if one == other:
+        return True
+    try:
+        return "." in one + other and math.isclose(float(one), float(other), rel_tol=1e-4)
+    except ValueError:
+        return False
 
 
 def boxed(text: str) -> str | None:

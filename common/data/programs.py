@@ -82,6 +82,12 @@ def _lines(text: str) -> list[str]:
 
 def run(code: str, given: str, seconds: float = SECONDS) -> str | None:
     """What code prints for an input; None where it fails or takes longer."""
+    printed, failed = outcome(code, given, seconds)
+    return None if failed else printed
+
+
+def outcome(code: str, given: str = "", seconds: float = SECONDS) -> tuple[str, str]:
+    """What code prints for an input, and the last line of what it says where it fails: empty where it does not."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -93,17 +99,18 @@ def run(code: str, given: str, seconds: float = SECONDS) -> str | None:
         path.write_text(code, encoding="utf-8")
         child = subprocess.Popen(
             [sys.executable, "-I", str(path)], cwd=folder, env={}, text=True, start_new_session=True, preexec_fn=limit,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         try:
-            printed, _ = child.communicate(given, timeout=seconds)
+            printed, said = child.communicate(given, timeout=seconds)
         except subprocess.TimeoutExpired:
-            return None
+            return "", f"TimeoutError: it took more than {seconds:g} seconds"
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.communicate()
-    return printed if child.returncode == 0 else None
+    lines = said.strip().splitlines() or [f"it ended with code {child.returncode}"]
+    return printed, lines[-1] if child.returncode else ""
 
 
 # -- LiveCodeBench's tests -------------------------------------------------------------------------------------------

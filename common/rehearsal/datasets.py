@@ -175,15 +175,23 @@ def instructions(path: Path) -> None:
 
 def problems(folder: Path, entry: Mapping[str, Any]) -> None:
     """A file of problems under the columns that an entry of the catalogue names."""
-    path = folder / str(entry["files"]).replace("*", "some")
+    files = [entry["files"]] if isinstance(entry["files"], str) else entry["files"]
+    for name in files:
+        _problems(folder / str(name).replace("*", "some"), entry)
+
+
+def _problems(path: Path, entry: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(ROWS):
-        row: dict[str, Any] = {entry["ask"]: f"{_text(i)}?"}
+        asked = [entry["ask"]] if isinstance(entry["ask"], str) else entry["ask"]
+        row: dict[str, Any] = {name: f"{_text(i)}?" for name in asked}
         named = entry.get("choices", ())
         held = {letter: _text(i + k, 2) for k, letter in enumerate("ABCD")}
         row |= {named: held} if isinstance(named, str) else {name: _text(i + k, 2) for k, name in enumerate(named)}
-        row |= {entry["answer"]: "B" if named else str(i)} if "answer" in entry else {}
+        answer = f"so $\\boxed{{{i}}}$." if entry.get("boxed") else "B" if named else str(i)
+        around = entry.get("behind", ""), entry.get("before", "")
+        row |= {entry["answer"]: answer.join(around)} if "answer" in entry else {}
         row |= {name: str(constant) for name, constant in entry.get("where", {}).items()}
         if "tests" in entry:
             packed = base64.b64encode(zlib.compress(pickle.dumps(json.dumps([{"input": "2", "output": "2"}])))).decode()
@@ -198,6 +206,8 @@ def problems(folder: Path, entry: Mapping[str, Any]) -> None:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps({str(i): row for i, row in enumerate(rows)}), encoding="utf-8")
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

@@ -245,7 +245,7 @@ class LookAlikes:
             raise PrunelabError(f"no look-alike of the data set {name} (--config {paper['setting']}=DIR)")
         place = self.folder / "own" / paper["setting"]
         self.config[paper["setting"]] = str(place)
-        done = self._whole(place / paper.get("file", ""))
+        done = self._whole(place / str(paper.get("file", paper.get("files", ""))))
         if done is not None:
             path = place / paper.get("file", "")
             path.parent.mkdir(parents=True, exist_ok=True)

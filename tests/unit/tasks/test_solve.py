@@ -116,6 +116,107 @@ def test_of_choices_the_letter_counts(written, right):
     assert boxed("\\boxed{a{b}c}") == "a{b}c" and plain("$ 1{,}0 $") == "1{,}0"
 
 
+def test_answers_stand_inside_their_columns_and_problems_in_a_folder_of_one_s_own(tmp_path):
+    rows = [{"a": "so\n#### 1,234", "b": "thus $\\boxed{\\frac{1}{2}}$.", "c": "9 (apples)", "q": "much", "how": "how"}]
+    rows += [{**rows[0], "c": "1; 2"}]
+    (tmp_path / "x.json").write_text(json.dumps({str(i): row for i, row in enumerate(rows)}))
+    (tmp_path / "y.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    config = {"mine": str(tmp_path)}
+
+    def found(**more):
+        told = {"loader": "problems", "setting": "mine", "files": ["x.json", "y.jsonl"], "ask": ["how", "q"], **more}
+        return problems.load(told, config)
+
+    assert [(p.text, p.answer) for p in found(answer="a", behind="####")] == [("how much", "1,234")] * 3
+    assert {p.answer for p in found(answer="b", boxed=True)} == {"\\frac{1}{2}"}
+    assert [p.answer for p in found(answer="c", before="(", without=";")] == ["9", "9"]
+    with pytest.raises(PrunelabError, match="no boxed part"):
+        found(answer="c", boxed=True)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("0.3333", "0.33333", True),
+        ("0.33", "0.34", False),
+        ("100000", "100001", False),
+        ("x", "0.5", False),
+        ("x", "x", True),
+    ],
+)
+def test_decimal_fractions_are_compared_as_numbers(one, other, same):
+    assert problems.equal(one, other) is same
+
+
+class Speaker:
+    """A tokenizer and a model of characters, which says what is prepared for how many outputs it has seen."""
+
+    eos_token_id, pad_token_id, chat_template = 0, 1, None
+    device = torch.device("cpu")
+
+    def __init__(self, *said):
+        self.said, self.seen = said, []
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return "".join(chr(t) for t in tokens if t > 1)
+
+    def generate(self, input_ids, max_new_tokens, stopping_criteria, **given):
+        rows = []
+        for row in input_ids.tolist():
+            text = self.decode(row)
+            self.seen.append(text)
+            answer = self.said[min(text.count(solve.OUTPUT), len(self.said) - 1)]
+            written = list(row)
+            for letter in [*map(ord, answer), 0][:max_new_tokens]:
+                written.append(letter)
+                if bool(stopping_criteria(torch.tensor([written]), None)):
+                    break
+            rows.append(written)
+        most = max(map(len, rows))
+        return torch.tensor([row + [1] * (most - len(row)) for row in rows])
+
+
+def spoken(monkeypatch, config, *said, ids=None, **settings):
+    speaker = Speaker(*said)
+    monkeypatch.setattr(loading, "language", lambda identity, config: (speaker, speaker))
+    monkeypatch.setattr(solve, "sizes", lambda model: {})
+    monkeypatch.setattr(solve.devices, "place", lambda model, device, half: model)
+    told = {"model": {}, "data": entry("one.jsonl", answer="a"), **(ids or {})}
+    given = get("solve").read({"new": 200, "temperature": 0.0, "asked": "ask {problem} now\n", **settings})
+    return get("solve")().measure(Bench("paper", told, given, config, None, {}, None)), speaker
+
+
+PROGRAM = "I run it.\n```python\nprint({})\n```\n```output and more"
+
+
+def test_programs_run_on_the_way_to_an_answer(monkeypatch, tmp_path):
+    rows = [{"q": f"sum {i}", "a": "7"} for i in range(3)]
+    config = repository(tmp_path, one_jsonl=rows) | {"programs": "yes"}
+    result, speaker = spoken(monkeypatch, config, PROGRAM.format("3 + 4"), "so \\boxed{7}", calls=2)
+    assert result["solved"]["value"] == 100 and "2 programs run on the way" in result["solved"]["protocol"]
+    assert speaker.seen[0] == "ask sum 0 now\n"
+    assert speaker.seen[3] == "ask sum 0 now\nI run it.\n```python\nprint(3 + 4)\n```\n```output\n7\n```\n"
+    never, speaker = spoken(monkeypatch, config, PROGRAM.format("1"), calls=2, samples=1)
+    assert never["solved"]["value"] == 0 and len(speaker.seen) == 3, "two calls, and what follows the second"
+    _, speaker = spoken(monkeypatch, config, PROGRAM.format("1 / 0"), "\\boxed{7}", calls=1, samples=1)
+    assert "```output\nZeroDivisionError: division by zero\n```" in speaker.seen[-1]
+    _, speaker = spoken(
+        monkeypatch, config, PROGRAM.format("'x' * 300"), "\\boxed{7}", calls=1, samples=1, shown_most=8
+    )
+    assert speaker.seen[-1].endswith("```output\nxxxx...xxxx\n```\n")
+    with pytest.raises(PrunelabError, match="programs=yes"):
+        spoken(monkeypatch, {**config, "programs": ""}, "\\boxed{7}", calls=1)
+
+
+def test_sets_of_problems_count_alike_whatever_their_size(monkeypatch, tmp_path):
+    config = repository(tmp_path, one_jsonl=[{"q": "x", "a": "7"}] * 3, two_jsonl=[{"q": "x", "a": "8"}])
+    result, _ = spoken(monkeypatch, config, "\\boxed{7}", ids={"data_2": entry("two.jsonl", answer="a")})
+    assert result["solved"]["value"] == 50 and result["solved"]["n"] == 2
+
+
 def run(monkeypatch, config, family, method=None, budget=None, options=None, ids=None, **settings):
     model = WEIGHT_FAMILIES[family]()
     model.generation_config.eos_token_id = 2
@@ -251,10 +352,11 @@ def test_problems_are_gone_on_from_as_they_stand(tmp_path):
 def test_look_alikes_of_problems_are_read_as_the_catalogue_tells(tmp_path):
     for name, data in lookup.datasets().items():
         told = data.get("paper", {})
-        if told.get("loader") == "problems" and not told["files"].endswith(".parquet"):
-            place = tmp_path / "hub" / told["hub"]
+        if told.get("loader") == "problems" and not str(told["files"]).endswith(".parquet"):
+            place = tmp_path / "hub" / told["hub"] if "hub" in told else tmp_path / name
             look_alikes.problems(place, told)
-            found = problems.load({**told, "local": "0"}, {"hub": str(tmp_path / "hub")})
-            assert len(found) == look_alikes.ROWS and all(
+            found = problems.load({**told, "local": "0"}, {"hub": str(tmp_path / "hub"), "word_problems": str(place)})
+            count = 1 if isinstance(told["files"], str) else len(told["files"])
+            assert len(found) == look_alikes.ROWS * count and all(
                 p.graded == ("answer" in told or "choices" in told or "tests" in told) for p in found
             ), name
