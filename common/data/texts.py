@@ -16,6 +16,7 @@ from torch import Tensor
 from prunelab.common.catalogue import hub
 from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.optional import optional
 from prunelab.common.data import code, documents
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def load(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split = 
         "wikitext": _wikitext,
         "c4": _c4,
         "ultrachat": _ultrachat,
+        "parquet_texts": _parquet_texts,
         "lines": _lines,
         "own_text": _own_text,
     }
@@ -177,6 +179,19 @@ def _ultrachat(identity: Mapping[str, Any], config: Mapping[str, Any], split: Sp
         with path.open(encoding="utf8") as lines:
             results += [turn for line in lines if line.strip() for turn in json.loads(line)["data"]]
     return tuple(results)
+
+
+def _parquet_texts(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
+    """The texts in a column of a Parquet file, one document each."""
+    if split != "train":
+        raise PrunelabError("these texts are here to retrieve from; measure on another data set")
+    path, column = hub.file(identity, "dataset", config), str(identity["column"])
+    table = optional("pyarrow.parquet", "Parquet").read_table(path)
+    if column not in table.column_names:
+        raise PrunelabError(
+            f"{path} has no column {column}, but {', '.join(table.column_names)}; correct the catalogue"
+        )
+    return tuple(text for text in table.column(column).to_pylist() if text)
 
 
 def _lines(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:

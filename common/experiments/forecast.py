@@ -2,7 +2,8 @@
 
 The time of a run is that of its multiply-adds, two operations a used parameter and token that is read, six where it is
 trained on, and the encoder's beside them, through a stated share of the GPU's peak; and of its decoding, each step of
-which reads all weights once through a stated share of the memory's bandwidth. Where runs of a task were measured on
+which reads all weights once through a stated share of the memory's bandwidth. A second model's look at single pictures
+counts besides. Where runs of a task were measured on
 such a GPU, their records correct it. A method's saving is left out: the time is that of the unpruned model.
 """
 
@@ -33,6 +34,7 @@ COMPUTED, READ = 0.35, 0.6  # shares of peak operations and of peak bandwidth th
 LOADED = 1.5  # GB a second of weights, from disk to GPU
 BEGUN = 40.0  # seconds until a process computes
 AROUND = 1.15  # memory for activations, and what the allocator holds beside weights and cache
+ASKED = 64  # tokens of what a second model is asked of a picture, as it is told
 HELD = 2048  # tokens of a sequence, where the task says nothing of them
 
 
@@ -117,7 +119,8 @@ def of(run: Run, card: Gpu, corrections: Mapping[str, float] | None = None) -> F
     """What a run takes of such GPUs."""
     if run.scale != "paper" and not tasks.get(run.task).needs_gpu:
         return Forecast(0.0, 0.0, 0, computes=False)
-    names = [name for kind, name in run.names if kind == "model"]
+    used = dict(zip(run.ids, run.names, strict=False))  # in one order; `processor` lends files, and no weights
+    names = [name for of, (kind, name) in used.items() if kind == "model" and of != "processor"]
     weighed = [known for name in names if (known := sizes.of(name))]
     done = work(run)
     if not names and "model" not in run.ids and "weights" not in tasks.get(run.task).reads:
@@ -133,6 +136,9 @@ def of(run: Run, card: Gpu, corrections: Mapping[str, float] | None = None) -> F
         return Forecast(None, memory / gpus, gpus)
     encoder = 1e9 * (done.frames * model.frame_gmacs if done.frames else model.input_gmacs)
     macs = done.inputs * (encoder + model.active * visual) + model.active * (done.read + 3 * done.trained)
+    second = sizes.of(used["frame_scores"][1]) if "frame_scores" in used else None
+    if second:
+        macs += done.looked * (1e9 * second.input_gmacs + second.active * (second.input_tokens + ASKED))
     steps = done.written / done.together
     busy = 2 * macs / (card.tflops * 1e12 * COMPUTED) + steps * weights / (1e3 * card.tbs * READ)
     if not names and "model" in run.ids:  # an architecture with random weights

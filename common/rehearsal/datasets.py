@@ -167,6 +167,13 @@ def c4(path: Path) -> None:
     path.write_bytes(gzip.compress(pages.encode()))
 
 
+def parquet_texts(path: Path) -> None:
+    """Texts in a column of a Parquet file."""
+    library = optional("pyarrow", "Parquet")
+    table = library.table({"content": [_text(i, 400) for i in range(20)]})
+    optional("pyarrow.parquet", "Parquet").write_table(table, path)
+
+
 def instructions(path: Path) -> None:
     """A list of instructions with answers."""
     rows = [{"instruction": _text(i), "input": "", "output": _text(i + 1)} for i in range(24)]
@@ -270,6 +277,7 @@ def photographs(folder: Path) -> None:
 
 FILES: Mapping[str, Callable[[Path], None]] = {
     "wikitext": wikitext, "c4": c4, "instructions": instructions, "ultrachat": dialogues,
+    "parquet_texts": parquet_texts,
 }  # fmt: skip
 ENTRIES: Mapping[str, Callable[[Path, Mapping[str, Any]], None]] = {
     "problems": problems,

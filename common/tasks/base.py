@@ -49,11 +49,13 @@ class Metric:
 class Work:
     """What a run gives its model to do, to foretell its time by. inputs: of the model's standard size, images or, with
     `frames`, videos. read, written, trained: tokens of text that are read at once, written one after the other, and
-    trained on. together: sequences that are written at once. seconds: that pass whatever the model is. whole: whether
+    trained on. looked: pictures that a second model looks at, each with a short question, where the run has one.
+    together: sequences that are written at once. seconds: that pass whatever the model is. whole: whether
     all weights are trained, with an optimiser's state for each."""
 
     inputs: float = 0
-    frames: int = 0
+    frames: float = 0
+    looked: float = 0
     read: float = 0
     written: float = 0
     trained: float = 0

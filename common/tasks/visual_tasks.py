@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # Guesses to foretell time by: tokens of a question with what stands around it, and of an answer.
 QUESTION, ANSWER = 64, 16
+# Guesses, too: tokens that are read and written where the model names what a question is about, and hours of a video of
+# which frames are taken by the hour (Video-MME's mean is 17 minutes).
+APART, HOURS = (160, 32), 0.28
 
 
 class VisualTasks(Task):
@@ -78,7 +81,14 @@ class VisualTasks(Task):
             return None
         total = sum(counts) * (1 + len(settings.oracle))
         frames = settings.frames if "frames" in settings.model_fields_set else 0
-        return Work(inputs=total, frames=frames, read=QUESTION * total, written=ANSWER * total, together=settings.batch)
+        frames += HOURS * settings.hourly if frames else 0
+        read, written = QUESTION, ANSWER
+        if settings.decouple:  # a question is first taken apart
+            read, written = read + APART[0], written + APART[1]
+        return Work(
+            inputs=total, frames=frames, looked=frames * total, read=read * total, written=written * total,
+            together=1 if settings.decouple else settings.batch,
+        )  # fmt: skip
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import visual_tasks

@@ -117,3 +117,22 @@ def test_a_number_that_waits_tells_its_command_and_one_that_is_exact_does_not(pl
 def test_an_unknown_gpu_is_named() -> None:
     with pytest.raises(PrunelabError, match="h300"):
         forecast.gpu("h300")
+
+
+def test_a_second_model_that_looks_at_frames_counts_and_a_lent_processor_does_not() -> None:
+    settings = {"tasks": ["videomme"], "frames": 96}
+    ids = {"model": {"hub": "x"}, "processor": {"hub": "y"}}
+    names = (("model", "llava_video_7b"), ("model", "llava_onevision_7b"))
+    one = Run("visual_tasks", "paper", "quota", {}, "12544count", settings, ids, (), "", names, 1)
+    alone = forecast.of(one, H200)
+    assert alone.hours is not None and alone.memory < 2 * 16.1 * forecast.AROUND
+    looks = {**ids, "frame_scores": {"hub": "z"}}
+    names = (*names, ("model", "qwen2_vl_2b"))
+    scored = forecast.of(replace(one, ids=looks, names=names), H200)
+    second = sizes.of("qwen2_vl_2b")
+    assert second is not None and scored.hours is not None
+    macs = 2700 * 96 * (1e9 * second.input_gmacs + second.active * (second.input_tokens + forecast.ASKED))
+    busy = 2 * macs / (H200.tflops * 1e12 * forecast.COMPUTED) + second.gbytes / forecast.LOADED
+    assert scored.hours - alone.hours == pytest.approx(busy / 3600, rel=0.05)
+    longer = forecast.of(replace(one, settings={**settings, "hourly": 64, "decouple": True}), H200)
+    assert longer.hours is not None and longer.hours > alone.hours
