@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STATES = 50_000  # more than any pattern here needs; beyond it a pattern is refused instead of filling the memory
+NODES = 10_000_000  # of all states together: (a?){n} has n states of up to n nodes each
 
 
 class Constraint(ABC):
@@ -208,6 +209,7 @@ class _Nodes:
 
     def __init__(self, letters: frozenset[int]) -> None:
         self.letters = letters
+        self._written: dict[Ranges, list[Ranges]] = {}
         self.edges: list[list[tuple[tuple[int, int], int]]] = []
         self.empty: list[list[int]] = []
 
@@ -240,15 +242,23 @@ class _Nodes:
         """One character of a set, byte by byte; what begins alike shares its nodes."""
         begin, end = self.node(), self.node()
         known: dict[tuple[tuple[int, int], ...], int] = {(): begin}
-        for sequence in byte_ranges(ranges):
-            if not all(any(low <= letter <= high for letter in self.letters) for low, high in sequence):
-                continue  # no token has the bytes
+        for sequence in self.written(ranges):
             for i in range(len(sequence) - 1):
                 if sequence[: i + 1] not in known:
                     known[sequence[: i + 1]] = self.node()
                     self.edges[known[sequence[:i]]].append((sequence[i], known[sequence[: i + 1]]))
             self.edges[known[sequence[:-1]]].append((sequence[-1], end))
         return begin, end
+
+    def written(self, ranges: Ranges) -> list[Ranges]:
+        """The sequences of byte ranges that write a set's characters and of which tokens have the bytes."""
+        if ranges not in self._written:
+            self._written[ranges] = [
+                sequence
+                for sequence in byte_ranges(ranges)
+                if all(any(low <= letter <= high for letter in self.letters) for low, high in sequence)
+            ]
+        return self._written[ranges]
 
     def either(self, parts: Sequence[tuple[int, int]]) -> tuple[int, int]:
         begin, end = self.node(), self.node()
@@ -302,30 +312,41 @@ def _determinise(
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Subset construction: table [S + 1, size + 1] and final states [S + 1], the sink and its class last."""
 
+    work = 0
+
+    def spent(nodes: int) -> None:
+        nonlocal work
+        work += nodes
+        if work > NODES:
+            raise PrunelabError(f"the pattern's states have more than {NODES} parts; make it smaller or less deep")
+
     @cache
-    def closure(node: int) -> int:
-        """The nodes reached without a letter, as bits of a number; what only passes on adds nothing."""
+    def closure(node: int) -> frozenset[int]:
+        """The nodes reached without a letter; what only passes on adds nothing."""
         results, left = {node}, [node]
         while left:
             fresh = set(empty[left.pop()]) - results
             results |= fresh
             left += fresh
-        return sum(1 << n for n in results if edges[n] or n == last)
+        spent(len(results))
+        return frozenset(n for n in results if edges[n] or n == last)
 
     @cache
-    def leads(node: int) -> list[tuple[int, int]]:
+    def leads(node: int) -> list[tuple[int, frozenset[int]]]:
         return [(letter, closure(target)) for letters, target in edges[node] for letter in letters]
 
     numbers = {closure(first): 0}
     rows: list[dict[int, int]] = []
     queue = list(numbers)
     for state in queue:  # grows on the way
-        targets: dict[int, int] = {}
-        for node in _bits(state):
+        targets: dict[int, set[int]] = {}
+        spent(len(state))
+        for node in sorted(state):
             for letter, nodes in leads(node):
-                targets[letter] = targets.get(letter, 0) | nodes
+                targets.setdefault(letter, set()).update(nodes)
         row = {}
-        for letter, following in targets.items():
+        for letter, found in targets.items():
+            following = frozenset(found)
             if following not in numbers:
                 numbers[following] = len(numbers)
                 queue.append(following)
@@ -336,15 +357,7 @@ def _determinise(
     table = np.full((len(rows) + 1, size + 1), len(rows), dtype=np.int32)
     for i, row in enumerate(rows):
         table[i, list(row)] = list(row.values())
-    return table, np.array([bool(state >> last & 1) for state in numbers] + [False])
-
-
-def _bits(number: int) -> Iterator[int]:
-    """Places of the ones of a number."""
-    while number:
-        low = number & -number
-        yield low.bit_length() - 1
-        number ^= low
+    return table, np.array([last in state for state in numbers] + [False])
 
 
 def _trim(

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.data.images import rgb
 
 UNREADABLE = "cannot be decoded; give a video that plays elsewhere (MP4, WebM, MKV, AVI, GIF)"
 
@@ -49,10 +50,15 @@ def _pictures(folder: Path, count: int) -> NDArray[np.uint8]:
         raise PrunelabError(
             f"the folder {folder} holds no pictures; give one with the frames of a video as JPEG or PNG"
         )
-    chosen = []
-    for place in places(len(paths), count):
-        with Image.open(paths[place]) as picture:
-            chosen.append(np.asarray(picture.convert("RGB")))
+    chosen: list[NDArray[np.uint8]] = []
+    for path in (paths[place] for place in places(len(paths), count)):
+        try:
+            with Image.open(path) as picture:
+                chosen.append(np.asarray(rgb(picture)))
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
+            raise PrunelabError(f"the frame {path} cannot be decoded; give one that opens elsewhere") from None
+        if chosen[-1].shape != chosen[0].shape:
+            raise PrunelabError(f"the frames of {folder} are of unlike sizes; bring them to one")
     return np.stack(chosen)
 
 

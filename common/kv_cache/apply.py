@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 
+UNSEEN = 64  # tokens whose hidden states are kept until they are noted together
+
+
 @dataclass(frozen=True)
 class CacheReport:
     """What the cache held after the last pass: `entries` a head and sample at each layer, the measured bytes of its
@@ -104,6 +107,7 @@ class CacheHandle:
         cascades = isinstance(method, Cascades) and method.cascades() and len(budget.amounts) == 1
         self._cascades: Cascades | None = method if cascades else None  # type: ignore[assignment]
         self._sound: Tensor | float = 0.0  # NaN or infinite once a pass came out so
+        self._unseen: list[Tensor] = []  # what single tokens came out as since, [B, 1, D] each
         self._generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
         self._thread = threading.local()
         self._seed = seed
@@ -241,9 +245,11 @@ class CacheHandle:
             state.stack = Cascade(layers)
         elif state.stack is None and self._alike and self._level(layers):
             state.stack = Stack(layers)
-        self._sound = self._sound + output.last_hidden_state[:, -1].sum(dtype=torch.float32).detach()
+        self._unseen.append(output.last_hidden_state[:, -1:].detach())
         if output.last_hidden_state.shape[1] > 1:
             self._look()
+        elif len(self._unseen) >= UNSEEN:
+            self._gather()
         state.running, state.fresh, state.tree = False, None, None
         self._thread.layers, self._thread.hidden = None, {}
         if state.ahead:
@@ -265,8 +271,15 @@ class CacheHandle:
             if layer.is_initialized:
                 layer.rest(self._rests.frozen)  # type: ignore[union-attr]
 
+    def _gather(self) -> None:
+        """Note what came out since, of many tokens at once: a sum a token would cost as much as what it guards."""
+        unseen, self._unseen = self._unseen, []
+        if unseen:
+            self._sound = self._sound + torch.cat([out.flatten() for out in unseen]).sum(dtype=torch.float32)
+
     def _look(self) -> None:
         """Read what was noted on the device: once a prompt, a report and a block, never for a token."""
+        self._gather()
         sound, self._sound = self._sound, 0.0
         if isinstance(sound, Tensor) and not bool(sound.isfinite()):
             raise PrunelabError(
@@ -308,15 +321,17 @@ class CacheHandle:
             "values": lambda: stack.values,
             "received": lambda: signals.accumulated(),
         }
+        marks = dict(stack.marks)
         with torch.no_grad():
             signals = CacheSignals(
                 sources,
                 scale=stack.scale,
-                indices=stack.indices.flatten(0, 1),
+                indices=stack.indices,
                 prompt=layers[0].prompt * len(layers),
                 seen=layers[0].seen,
-                marks={name: mark.flatten(0, 1) for name, mark in stack.marks.items()},
+                marks=marks,
                 prefill=False,
+                attention=stack.attention,
                 info=self.info,
                 rng=self._rng(stack.indices.device),
                 required=self._read,
@@ -325,7 +340,7 @@ class CacheHandle:
             )
             kept = self.method.plan(self._sites[0], signals, self._budgets[0]).reduce
             assert isinstance(kept, Gather)
-            if not stack.keep(kept, signals.marks):
+            if not stack.keep(kept, marks):
                 state.unstack()
                 for layer, index in zip(layers, kept.index.unflatten(0, (len(layers), -1))):
                     layer.keep(Gather(index))
@@ -377,14 +392,14 @@ class CacheHandle:
         if isinstance(state.stack, Stack):
             state.stack.queries.append(query)
             state.stack.scale = scale
-            return None
+            exact = query.dtype == key.dtype == value.dtype == torch.float32 and not module.training
+            return state.stack.attend(layer.index, query, scale) if exact and "queries" in self._read else None
         if isinstance(state.stack, Growing):
             return None
         if isinstance(state.stack, Cascade):
             assert self._cascades is not None
-            with torch.no_grad():
-                outputs, worth = self._cascades.step(query, key, value, scale)
-                state.stack.add(layer.index, worth)
+            outputs, worth = self._cascades.step(query, key, value, scale)
+            state.stack.add(layer.index, worth)
             return outputs.to(query.dtype).transpose(1, 2)
         fresh = state.fresh
         if mask is not None and runs(self.model, "token_pruner"):  # which left this layer other tokens than the first

@@ -74,8 +74,8 @@ class Stack:
     """The entries of all layers side by side, so that what a step decides is carried out at once.
 
     held: keys and values [L, B, KV, K + 1, d], of which each head has one place free, where its next token goes:
-    nothing else moves, and the entries stand in no order. indices and marks: [L, B, KV, K + 1], as if the next token
-    had come.
+    nothing else moves, and the entries stand in no order. indices and marks: [L B, KV, K + 1], as if the next token had
+    come. queries: those of the step at hand, a layer each.
     """
 
     def __init__(self, layers: Sequence[PrunedLayer]) -> None:
@@ -83,16 +83,22 @@ class Stack:
         first = layers[0]
         self.entries = first.keys.shape[2]
         self.held = self._stacked([layer.keys for layer in layers]), self._stacked([layer.values for layer in layers])
-        self.indices = self._stacked([layer.indices for layer in layers])
-        self.indices[..., -1] = first.seen
-        self.marks = {name: self._stacked([layer.marks[name] for layer in layers]) for name in first.marks}
+        indices = self._stacked([layer.indices for layer in layers])
+        indices[..., -1] = first.seen
+        marks = {name: self._stacked([layer.marks[name] for layer in layers]) for name in first.marks}
+        self.marks = {name: mark.flatten(0, 1) for name, mark in marks.items()}
+        self.keys, self.values, self.indices = (part.flatten(0, 1) for part in (*self.held, indices))
         self._views = list(zip(*(part.unbind() for part in self.held)))
         self._rows = list(zip(*(part.flatten(1, 3).unbind() for part in self.held)))  # [B KV (K + 1), d] of each layer
-        depth, batch, heads, places = self.indices.shape
+        depth, batch, heads, places = indices.shape
         self._first = places * torch.arange(batch * heads, device=self.indices.device)  # row of each head's first place
         self._free = [self._first + places - 1] * depth  # [B KV] row of each head's free place, a layer each
-        self.queries: list[Tensor] = []  # of the step at hand, a layer each
+        self.queries: list[Tensor] = []
         self.scale = 1.0
+        self._attended = 0  # layers of the step at hand whose attention `_whole` has, [L B, KV, G, K + 1]
+        self._whole: Tensor | None = None
+        self._weights: Sequence[Tensor] = ()  # [B KV, G, K + 1] of each layer therein
+        self._pairs = list(zip(*(part.flatten(1, 2).unbind() for part in self.held)))  # [B KV, K + 1, d] of each layer
         for layer in layers:
             layer.empty()
 
@@ -107,21 +113,30 @@ class Stack:
         """Whether the tensors can be changed in inference mode alone."""
         return self.indices.is_inference()
 
-    @property
-    def keys(self) -> Tensor:
-        """[L B, KV, K + 1, d]."""
-        return self.held[0].flatten(0, 1)
-
-    @property
-    def values(self) -> Tensor:
-        """[L B, KV, K + 1, d]."""
-        return self.held[1].flatten(0, 1)
-
     def begin(self) -> None:
         """A step begins, in which no layer has written yet."""
-        self.queries = []
+        self.queries, self._attended = [], 0
         for layer in self.layers:
             layer.added = 0
+
+    def attend(self, layer: int, queries: Tensor, scale: float) -> Tensor:
+        """What the heads of a layer put out, [B, 1, H, d], for one token's queries [B, H, 1, d]. All entries are seen,
+        so that this is two products, between which the attention stands that else is computed again to be read."""
+        keys, values = self._pairs[layer]
+        batch, heads, _, width = queries.shape
+        group = batch * heads // len(keys)
+        if self._whole is None:
+            self._whole = keys.new_empty(*self.indices.shape[:2], group, keys.shape[1])
+            self._weights = self._whole.view(len(self.layers), len(keys), group, keys.shape[1]).unbind()
+        weights, self._attended = self._weights[layer], self._attended + 1
+        torch.baddbmm(weights, queries.reshape(len(keys), group, width), keys.mT, beta=0, alpha=scale, out=weights)
+        torch.softmax(weights, -1, out=weights)
+        return torch.bmm(weights, values).view(batch, 1, heads, -1)
+
+    @property
+    def attention(self) -> Tensor | None:
+        """What a step's queries pay the entries, [L B, KV, G, K + 1], where `attend` computed it in every layer."""
+        return self._whole if self._attended == len(self.layers) else None
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put one token's keys and values [B, KV, 1, d] into the free place; all entries of the layer."""
@@ -139,21 +154,22 @@ class Stack:
             worst = kept.worst
         else:  # all places add up to this
             worst = self.entries * (self.entries + 1) // 2 - kept.index.sum(-1, keepdim=True)
-        shape = self.indices.shape
         self._free = list((worst.view(len(self.layers), -1) + self._first).unbind())
-        self.indices.view(-1, *shape[2:]).scatter_(-1, worst, self.layers[0].seen)
-        self.marks = {name: mark.scatter(-1, worst, 0).view(shape) for name, mark in marks.items()}
+        self.indices.scatter_(-1, worst, self.layers[0].seen)
+        self.marks = {name: mark.scatter(-1, worst, 0) for name, mark in marks.items()}
         return True
 
     def dissolve(self) -> None:
         """Give the layers back what they hold, in order: K entries, and one more where the step at hand has written it.
         The free place is that of the token to come, and so the last one."""
+        samples = len(self.indices) // len(self.layers)
         order = self.indices.argsort(-1)
         for i, layer in enumerate(self.layers):
-            first = order[i, :, :, : self.entries + (layer.added if layer.state.running else 0)]
-            keys, values = (part[i].take_along_dim(first.unsqueeze(-1), 2) for part in self.held)
-            marks = {name: mark[i].gather(-1, first) for name, mark in self.marks.items()}
-            layer.fill((keys, values, self.indices[i].gather(-1, first)), marks)
+            own = slice(i * samples, (i + 1) * samples)
+            first = order[own, :, : self.entries + (layer.added if layer.state.running else 0)]
+            keys, values = (part[own].take_along_dim(first.unsqueeze(-1), 2) for part in (self.keys, self.values))
+            marks = {name: mark[own].gather(-1, first) for name, mark in self.marks.items()}
+            layer.fill((keys, values, self.indices[own].gather(-1, first)), marks)
 
 
 class Growing:
@@ -258,7 +274,8 @@ class Cascade:
     def begin(self) -> None:
         """A step begins, in which no layer has written yet."""
         self._free, self.before = self._last, self.indices
-        self.indices = torch.cat([self.indices[:, :-1], torch.full_like(self.indices[:, -1:], self.layers[0].seen)], 1)
+        self.indices = self.before.clone()
+        self.indices[:, -1] = self.layers[0].seen
         for layer in self.layers:
             layer.added = 0
 
@@ -272,7 +289,7 @@ class Cascade:
     def add(self, layer: int, worth: Tensor) -> None:
         """What the tokens of a layer are worth for it, [B, N]. Behind the first layer the least of them leaves, and of
         several the latest; never the newest."""
-        self.worth[:, : worth.shape[1]] += worth
+        self.worth.narrow(1, 0, worth.shape[1]).add_(worth)
         if layer:
             return
         older = self.worth[:, :-1]

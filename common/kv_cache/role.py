@@ -31,7 +31,8 @@ class CacheSignals(Signals):
     marks: tensors [B, KV, N] by name that the method leaves at a layer; they follow the entries from step to step, new
     entries bring zeros. memory: what the method leaves for all layers while the cache lives. prefill: whether the cache
     was empty before this pass. ahead: entries at the end that a draft wrote, which never stay. asking [B, M]: queries
-    that are no padding, None where all count.
+    that are no padding, None where all count. attention: what `rows` gives of one token's queries, [B, KV, G, N], where
+    it was computed already.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class CacheSignals(Signals):
         ahead: int = 0,
         asking: Tensor | None = None,
         valid: Tensor | None = None,
+        attention: Tensor | None = None,
         required: frozenset[str] | None = None,
         **rest: Any,
     ) -> None:
@@ -56,7 +58,7 @@ class CacheSignals(Signals):
         del self.prunable  # made when it is read
         self.indices, self.scale, self.prompt, self.seen = indices, scale, prompt, seen
         self.marks, self.prefill, self.ahead = marks, prefill, ahead
-        self.asking = asking
+        self.asking, self._attention = asking, attention
 
     def __getattr__(self, name: str) -> Tensor:
         # Not looked at: what is not finite here is not finite behind the model, where the handle sees it once a pass.
@@ -71,6 +73,8 @@ class CacheSignals(Signals):
 
     def rows(self, last: int) -> Tensor:
         """Causal attention [B, KV, G, W, N] of the last `last` queries, by key-value head and group."""
+        if self._attention is not None and last == 1:
+            return self._attention.unsqueeze(3)
         queries = self.queries[:, :, -last:]
         if last > queries.shape[2]:
             raise PrunelabError(f"the pass brought {queries.shape[2]} queries, not the {last} whose attention is read")
@@ -79,6 +83,8 @@ class CacheSignals(Signals):
     def accumulated(self, weights: Tensor | None = None) -> Tensor:
         """Attention [B, KV, N] that the entries receive from the pass's queries, weighted by weights [M]; summed over
         the query heads of a group."""
+        if self._attention is not None and weights is None:
+            return self._attention.sum(2)
         return attention.accumulated(self.queries, self.keys, self.scale, weights, self.valid_for_rows(), self.asking)
 
     def valid_for_rows(self) -> Tensor | None:

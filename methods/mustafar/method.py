@@ -29,8 +29,8 @@ def largest(x: Tensor, sparsity: float, released: bool = True) -> Tensor:
     k = int(round(sparsity * size, 6)) + (0 if released else 1)
     if k > size:
         return torch.zeros_like(x, dtype=torch.bool)
-    threshold = x.abs().float().kthvalue(max(1, k), -1, keepdim=True).values
-    return x.abs() >= threshold
+    magnitude = x.abs()
+    return magnitude >= magnitude.float().kthvalue(max(1, k), -1, keepdim=True).values
 
 
 def per_token(x: Tensor, sparsity: float, released: bool = True) -> Tensor:
@@ -106,6 +106,11 @@ class Mustafar(ThinsVectors):
         if start == end:
             return
         left = keys[:, :, start:end]
+        if self.value_groups == "token" and sparse_keys == sparse_values and keys.shape == values.shape:
+            both = per_token(torch.stack([left, values[:, :, start:end]]), sparse_keys, self.released)
+            left.copy_(both[0])
+            values[:, :, start:end].copy_(both[1])
+            return
         left.copy_(per_token(left, sparse_keys, self.released))
         if self.value_groups == "token":
             left = values[:, :, start:end]

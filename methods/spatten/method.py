@@ -118,8 +118,9 @@ class SpAtten(Cascades):
 
     def step(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         row = attention.causal_rows(queries, keys, scale).squeeze(3)  # [B, KV, G, N]
-        output = local_values(row, self.values).to(values.dtype) @ values
-        return output.flatten(1, 2).unsqueeze(2), row.sum((1, 2))
+        fetched = local_values(row, self.values).to(values.dtype).flatten(0, 1)
+        output = torch.bmm(fetched, values.flatten(0, 1))  # [B KV, G, d]
+        return output.view(*queries.shape[:3], -1), row.sum((1, 2))
 
     def _attend(self, signals: CacheSignals, alive: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, float]:
         """Outputs [B, H, M, d], attention [B, N] received over the heads at work, and the share of queries whose keys
@@ -212,5 +213,6 @@ class SpAttenChat(CachePruner):
     def score(self, site: Site, signals: CacheSignals) -> Tensor:
         # assumption: heads that share an entry add up; the released code has no grouped queries
         queries = signals.queries if signals.asking is None else signals.queries * signals.asking[:, None, :, None]
-        summed = attention.grouped(queries.sum(2), signals.keys.shape[1]).sum(2)  # the sum of logits is one product
-        return signals.scale * (signals.keys @ summed.unsqueeze(-1)).squeeze(-1)
+        summed = signals.scale * attention.grouped(queries.sum(2), signals.keys.shape[1]).sum(2)
+        logits = torch.bmm(signals.keys.flatten(0, 1), summed.flatten(0, 1).unsqueeze(-1))  # their sum is one product
+        return logits.view(signals.keys.shape[:3])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from prunelab.common.data.images import rgb
 from prunelab.common.measures.lmms_tasks.rules import agreement
 
 
 def seen(doc: dict[str, Any]) -> list[Any]:
     """A question's picture; some have none."""
-    return [] if doc["image"] is None else [doc["image"].convert("RGB")]
+    return [] if doc["image"] is None else [rgb(doc["image"])]
 
 
 def question(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | None = None) -> str:

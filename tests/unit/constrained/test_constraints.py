@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import statistics
 import string
 
 import pytest
@@ -14,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunelab.common.constrained import constraints
+from prunelab.common.constrained import constraints, smc
 from prunelab.common.constrained.constraints import Automaton, Predicate, Regular, json_pattern, token_texts
+from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import constrained
+from prunelab.methods.awrs.method import AWRS, LocallyConstrained
 from tests.contract import references
 
 ALPHABET = "ab01 \n_.é"
@@ -139,6 +142,9 @@ def test_patterns_that_blow_up_and_json_of_no_depth_are_refused(monkeypatch):
     monkeypatch.setattr(constraints, "STATES", 500)
     with pytest.raises(PrunelabError, match="more than 500 states"):
         Automaton.of("[ab]*a[ab]{12}", ALPHABET)
+    monkeypatch.setattr(constraints, "NODES", 5000)
+    with pytest.raises(PrunelabError, match="more than 5000 parts"):
+        Automaton.of("(a?){100}", ALPHABET)  # few states, of which each is nearly all nodes
     with pytest.raises(PrunelabError, match="at least 1"):
         json_pattern(0)
 
@@ -197,6 +203,61 @@ def test_a_character_is_written_in_parts(tokenizer):
         assert regular.closed(state)
     (first, *_) = tokenizer("中")["input_ids"]
     assert not regular.allows(regular.start(), first)  # begins other characters alone
+
+
+@pytest.mark.parametrize("sampler", [AWRS(), LocallyConstrained(proper=True)], ids=lambda s: s.name)
+@torch.inference_mode()
+def test_texts_written_in_parts_of_characters_weigh_what_the_model_gives_them(tokenizer, sampler):
+    """Every way to write them by tokens counts, those that end within a character among them."""
+    regular = Regular.of("[€ï]", token_texts(tokenizer), tokenizer.eos_token_id)
+    behind = constrained.Prompt(references.language_model(vocab_size=320, eos_token_id=0, bos_token_id=0), [5, 9])
+    wanted: dict[tuple[int, ...], float] = {}
+
+    def follow(state, tokens, mass):
+        if regular.closed(state):
+            wanted[tokens] = mass
+            return
+        rows = behind.start(1)
+        for token in tokens:
+            rows = behind.feed(torch.tensor([0]), torch.tensor([token]))
+        chances = rows[0].double().softmax(-1)
+        for token in regular.mask(state).nonzero()[0].tolist():
+            follow(regular.step(state, token), (*tokens, token), mass * float(chances[token]))
+
+    follow(regular.start(), (), 1.0)
+    assert {regular.written(tokens) for tokens in wanted} == {"€", "ï"} and max(map(len, wanted)) > 1
+    found, rng = [], torch.Generator().manual_seed(0)
+    for _ in range(40):
+        got = smc.run(sampler, behind, regular, Budget(1.0), 4, 0.5, 6, rng)
+        assert all(got.complete) and set(got.tokens) <= wanted.keys()
+        found.append(math.exp(got.log_z))
+    error = statistics.stdev(found) / math.sqrt(len(found))
+    assert abs(statistics.mean(found) - sum(wanted.values())) < 4 * error
+
+
+def test_token_texts_of_bytes_and_of_parts_of_words():
+    """`<0xE2>` of SentencePiece is a byte, `##b` of WordPiece goes on with a word."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "▁a", "é", "▁é"]
+    pairs = [("▁", "a"), ("▁", "é")]
+    inner = Tokenizer(
+        models.BPE({t: i for i, t in enumerate(known)}, pairs, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fallen = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    texts = token_texts(fallen)
+    ids = fallen("a é😀", add_special_tokens=False)["input_ids"]
+    assert [texts[i] for i in ids] == [" a", " é", b"\xf0", b"\x9f", b"\x98", b"\x80"]
+    assert texts[known.index("<0x41>")] == "A" and texts[1] is None
+    parts = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "é": 3}, unk_token="[UNK]"))
+    parts.decoder, parts.pre_tokenizer = decoders.WordPiece(), pre_tokenizers.Whitespace()
+    pieces = PreTrainedTokenizerFast(tokenizer_object=parts, unk_token="[UNK]")
+    assert token_texts(pieces) == [None, " a", "b", " é"]
 
 
 def test_token_texts_keep_leading_blanks_of_metaspace_tokenizers():

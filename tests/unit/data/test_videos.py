@@ -42,6 +42,18 @@ def test_a_folder_of_pictures_is_a_video(tmp_path):
         videos.frames(tmp_path / "empty", 2)
 
 
+def test_frames_in_a_folder_may_have_16_bits_and_are_of_one_size_and_readable(tmp_path):
+    for number in range(3):
+        Image.fromarray(np.full((6, 8), 20_000 * number, np.uint16)).save(tmp_path / f"{number}.png")
+    assert videos.frames(tmp_path, 3)[:, 0, 0, 0].tolist() == [0, 78, 156], "scaled, where Pillow would cut them off"
+    Image.new("L", (8, 7)).save(tmp_path / "3.png")
+    with pytest.raises(PrunelabError, match="unlike sizes"):
+        videos.frames(tmp_path, 4)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    with pytest.raises(PrunelabError, match=r"3\.png cannot be decoded"):
+        videos.frames(tmp_path, 4)
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "webm"])
 def test_frames_lie_evenly_between_the_first_and_the_last(tmp_path, suffix):
     path = film(tmp_path / f"film.{suffix}", 20)
