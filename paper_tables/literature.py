@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from prunelab.common import tasks
@@ -183,14 +183,19 @@ def of(plan: Plan, shown: Iterable[tuple[str, Sequence[tuple[str, PaperTable]]]]
                 report = Report(slug, line, places[number.table])
                 groups.setdefault((model, run.identity, cell.metric), []).append((run, cell.metric, report))
     labels = _labels(groups.values())
-    results: dict[str, dict[str, list[Quantity]]] = {}
+    cells: dict[tuple[str, ...], list[tuple[Run, Quantity]]] = {}
     for (model, _, metric), group in groups.items():
         run = group[0][0]
         quantity = Quantity(
             published(model), budget(run, model), run.method or UNPRUNED, _options(run), labels[_column(run, metric)],
             tuple(report for *_, report in group),
         )  # fmt: skip
-        results.setdefault(quantity.model, {}).setdefault(quantity.budget, []).append(quantity)
+        place = (quantity.model, quantity.budget, quantity.method, quantity.options, quantity.metric)
+        cells.setdefault(place, []).append((run, quantity))
+    results: dict[str, dict[str, list[Quantity]]] = {}
+    for found in cells.values():
+        for quantity in _told_apart(found):
+            results.setdefault(quantity.model, {}).setdefault(quantity.budget, []).append(quantity)
     shelves = {
         model: [Shelf(model, options, tuple(quantities)) for options, quantities in sorted(by.items(), key=_most)]
         for model, by in results.items()
@@ -228,20 +233,53 @@ def _options(run: Run) -> str:
     return ", ".join([*options, *(["budget matched in the mean"] if run.settings.get("match") else [])])
 
 
+def _told_apart(found: Sequence[tuple[Run, Quantity]]) -> list[Quantity]:
+    """Quantities that would stand in one cell, by runs of other conditions: these join the options, so that each has a
+    row."""
+    if len(found) == 1:
+        return [quantity for _, quantity in found]
+    conditions = [_conditions(run) for run, _ in found]
+    keys = [key for key in dict.fromkeys(k for c in conditions for k in c) if len({c.get(key) for c in conditions}) > 1]
+    told = [", ".join(f"{key}={c[key]}" if key in c else f"no {key}" for key in keys) for c in conditions]
+    results: list[Quantity] = []
+    for place, (_, quantity) in enumerate(found):
+        earlier = told[:place].count(told[place])  # other weights or data behind the same names
+        own = ", ".join(filter(None, [quantity.options, told[place], f"run {earlier + 1}" if earlier else ""]))
+        results.append(replace(quantity, options=own))
+    return results
+
+
+def _conditions(run: Run) -> dict[str, str]:
+    """What a run was made under, beside its method and data: settings, the budget as papers write it, and by name what
+    else it reads."""
+    read = {of: name for of, (_, name) in zip(run.ids, run.names, strict=True) if not _asked(of)}
+    given = {key: str(value) for key, value in run.settings.items()}
+    return given | read | ({} if run.budget is None else {"budget": run.budget})
+
+
+def _asked(of: str) -> bool:
+    """Whether what is read under this name is what the model is measured on."""
+    return of == "data" or of.startswith("data of ")
+
+
 def _column(run: Run, metric: str) -> tuple[str, ...]:
-    """What makes two metrics one column: the task, its data, and for a mean the scores behind it."""
-    data = [name for kind, name in run.names if kind == "dataset"]
+    """What makes two metrics one column: the task, what it is measured on, and for a mean the scores behind it."""
+    data = [name for of, (_, name) in zip(run.ids, run.names, strict=True) if _asked(of)]
+    part = str(run.settings.get("task") or "")
     members = run.settings.get("average", ()) if metric in MEANS else ()
-    return (run.task, metric, *data, *map(str, members), str(run.settings.get("frames", "")))
+    return (run.task, metric, *data, part, *map(str, members), str(run.settings.get("frames", "")))
 
 
 def _labels(groups: Iterable[Sequence[tuple[Run, str, Report]]]) -> dict[tuple[str, ...], str]:
-    """A name for each column: what most papers call it, with what tells it apart where two are called alike."""
+    """A name for each column: what papers call it; where they call it by several names, its measure with its data set
+    or what most of them call it; with what tells it apart where two are called alike."""
     called: dict[tuple[str, ...], Counter[str]] = {}
     for group in groups:
         for run, metric, report in group:
             called.setdefault(_column(run, metric), Counter())[report.line.reported.column] += 1
-    names = {key: counts.most_common(1)[0][0] for key, counts in called.items()}
+    names = {
+        key: (_named(key) if len(counts) > 1 else "") or counts.most_common(1)[0][0] for key, counts in called.items()
+    }
     twice = Counter(names.values())
     results: dict[tuple[str, ...], str] = {}
     taken: Counter[str] = Counter()
@@ -250,6 +288,17 @@ def _labels(groups: Iterable[Sequence[tuple[Run, str, Report]]]) -> dict[tuple[s
         taken[label] += 1
         results[key] = label if taken[label] == 1 else f"{label}, {taken[label]}"
     return results
+
+
+def _named(key: tuple[str, ...]) -> str:
+    """The measure with the one data set that it is taken on, for tasks that read one: papers may have models or shares
+    above such columns. '' for others."""
+    task, metric, *rest = key
+    reads = tasks.get(task).reads
+    if "data" not in reads or "own data" in reads or metric in MEANS:
+        return ""
+    data, part, *_ = rest
+    return ", ".join(filter(None, [tasks.get(task).metric(metric).words, data, part.replace("_", " ")]))
 
 
 def _apart(key: tuple[str, ...]) -> str:

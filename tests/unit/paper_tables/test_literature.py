@@ -16,7 +16,7 @@ from prunelab.common.experiments.run import Run
 from prunelab.paper_tables import __main__ as command
 from prunelab.paper_tables import join, literature
 
-CONFIG: dict[str, Any] = {"papers": "hiprune,flowcut,aim,wanda"}
+CONFIG: dict[str, Any] = {"papers": "hiprune,flowcut,aim,wanda,flap,gptq"}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,17 @@ def test_papers_that_name_a_row_in_their_own_way_stand_side_by_side(joined: lite
         assert quantity.spread == max(quantity.values) - min(quantity.values)
         assert quantity.disagrees == (quantity.spread > quantity.allowed + 1e-9)
     assert joined.disagreements == sorted(joined.disagreements, key=lambda q: q.allowed - q.spread)
+
+
+def test_no_number_hides_another(joined: literature.Literature) -> None:
+    """Runs of one method under other conditions have rows of their own, and calibration makes no column."""
+    for shelves in joined.shelves.values():
+        for shelf in shelves:
+            assert sum(len(by) for _, _, by in shelf.rows) == len(shelf.quantities)
+    (half,) = (s for s in joined.shelves["llama-13b"] if s.budget == "0.5")
+    assert half.metrics == ["perplexity, wikitext2"] and {"flap", "wanda_sp"} <= {m for m, *_ in half.rows}
+    (whole,) = (s for s in joined.shelves["llama-13b"] if s.budget == literature.UNPRUNED)
+    assert {"length=128", "length=2048"} <= {options for _, options, _ in whole.rows}
 
 
 def test_budgets_are_told_as_readers_count() -> None:
