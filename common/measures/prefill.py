@@ -55,6 +55,7 @@ def timed(bench: Bench[Prefill.Settings], device: torch.device, warm_up: int, re
         "ttft": own.first,
         "ttft_ms": 1000 * own.first,
         "decode": own.decode,
+        "token_ms": 1000 / own.decode,
         "total": own.total,
         "memory_gb": None if own.memory is None else own.memory / 1e9,
         "memory_mib": None if own.memory is None else own.memory / 2**20,

@@ -18,16 +18,19 @@ SHARES = frozenset({
     "exact_match", "accuracy", "acc", "score", "lvb_acc", "mmmu_acc", "seed_image", "seed_video", "seed_all",
     "pope_accuracy", "pope_precision", "pope_recall", "pope_f1_score", "average",
     "relaxed_overall", "anls", "mme_realworld_score", "rule_score", "vnbench_score",
+    "mme_perception_percent",
 })  # fmt: skip
 # Scores of captions, which some papers print as they are and others by a hundred; so both are given.
 CAPTIONS = frozenset({"coco_CIDEr", "flickr_CIDEr", "nocaps_CIDEr"})
 # Other scores that papers print, as the library has them.
 OTHERS = frozenset({
     "mme_perception_score", "mme_cognition_score", "gpt_eval_score", "mvbench_accuracy", "mlvu_percetion_score",
-    "videomme_perception_score", "mme_total_score", "rule_points", "WUPS",
+    "videomme_perception_score", "mme_total_score", "rule_points", "rule_share", "WUPS",
 })  # fmt: skip
 # Sums of two scores that papers print as one.
 SUMS = {"mme_total_score": ("mme_perception_score", "mme_cognition_score")}
+# Scores on another scale: as percent of the most that can be had, as papers take MME's into means, and shares of one.
+SCALED = {"mme_perception_percent": ("mme_perception_score", 0.05), "rule_share": ("rule_score", 0.01)}
 # Means of questions that count 0 or 1, whose standard error the library gives between 0 and 1 under a name of its own.
 COUNTED = frozenset({"pope_accuracy", "mvbench_accuracy"})
 

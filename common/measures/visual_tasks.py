@@ -25,7 +25,7 @@ from prunelab.common.data import video_questions
 from prunelab.common.measures import frame_scoring, oracle
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.examples import Examples
-from prunelab.common.measures.scores import CAPTIONS, COUNTED, OWN, SHARES, SUMS, average, relative
+from prunelab.common.measures.scores import CAPTIONS, COUNTED, OWN, SCALED, SHARES, SUMS, average, relative
 from prunelab.common.models import devices, loading
 
 if TYPE_CHECKING:
@@ -278,6 +278,10 @@ def percentages(results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, i
             if all(f"{task} {part}" in result for part in parts):
                 total = sum(float(result[f"{task} {part}"]["value"]) for part in parts)
                 result[f"{task} {metric}"] = {"value": round(total, 4), "samples": counts[task]}
+        for metric, (part, scale) in SCALED.items():
+            if (whole := result.get(f"{task} {part}")) is not None:
+                scaled = {key: round(scale * float(whole[key]), 6) for key in ("value", "stderr") if key in whole}
+                result[f"{task} {metric}"] = {**scaled, "samples": counts[task]}
     return result
 
 

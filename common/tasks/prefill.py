@@ -32,6 +32,7 @@ class Prefill(Task):
         "ttft": Metric("time to the first token", "s", higher_is_better=False, timed=True),
         "ttft_ms": Metric("time to the first token", "ms", higher_is_better=False, timed=True),
         "decode": Metric("tokens a second behind the first", higher_is_better=True, timed=True),
+        "token_ms": Metric("time of a token behind the first", "ms", higher_is_better=False, timed=True),
         "total": Metric("time of the whole answer", "s", higher_is_better=False, timed=True),
         "memory_gb": Metric("the most that the allocator held", "GB", higher_is_better=False, timed=True),
         "ttft_speedup": Metric(

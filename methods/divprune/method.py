@@ -30,6 +30,12 @@ DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def turned_round(distance: Tensor) -> Tensor:
+    """Distances [B, N, N] under which the greedy rule picks what is near to all that was picked before: `min-max`."""
+    own = torch.eye(distance.shape[-1], dtype=torch.bool, device=distance.device)
+    return (distance.amax((1, 2), keepdim=True) - distance).masked_fill(own, 0.0)
+
+
 @dataclass(frozen=True)
 class DivPrune(TokenPruner):
     """DivPrune (arXiv 2503.02175): keeps a subset of the visual tokens that is as diverse as the greedy max-min rule
@@ -41,6 +47,8 @@ class DivPrune(TokenPruner):
         The sequence before the decoder, or what enters a decoder layer (the paper's ablation, `input`).
     distance : {"cosine", "l1", "l2"}
         Between two tokens; `l1` and `l2` are the paper's other two.
+    rule : {"max-min", "min-max"}
+        Whether the subset is as diverse or as alike as the greedy rule makes it (the paper's ablation).
     positions : str
         The kept tokens are numbered anew, as released, or keep their numbers.
     """
@@ -48,6 +56,7 @@ class DivPrune(TokenPruner):
     where: Where = "packed"
     layer: NonNegativeInt = 0
     distance: Distance = "cosine"
+    rule: Literal["max-min", "min-max"] = "max-min"
     positions: Positions = "renumber"
 
     name: ClassVar[str] = "divprune"
@@ -61,8 +70,8 @@ class DivPrune(TokenPruner):
     def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
         visual = signals.candidates()  # [B, M]
         real = None if signals.valid is None else signals.prunable.gather(1, visual)
-        order = max_min_order(
-            DISTANCES[self.distance](take(signals.hidden, visual)), budget.count(visual.shape[1]), real
-        )
+        distance = DISTANCES[self.distance](take(signals.hidden, visual))
+        distance = distance if self.rule == "max-min" else turned_round(distance)
+        order = max_min_order(distance, budget.count(visual.shape[1]), real)
         # a sample with fewer tokens than picks repeats some: the first time counts
         return Plan(signals.keep(budget, order=visual.gather(1, order)), positions=self.positions)

@@ -67,6 +67,9 @@ class FlowCut(TokenPruner):
         last token. The encoder then leaves half as many of every crop as the budget has of the image.
     crops : int
         Crops of a large image, of which a ratio is a share.
+    last : int, optional
+        For encoders that no token can leave, as their ends join patches: one cut behind the projector, by the score
+        over so many layers, the encoder's last.
     positions : str
         The kept tokens are numbered anew, as released, or keep their numbers.
     """
@@ -75,6 +78,7 @@ class FlowCut(TokenPruner):
     flow: Literal["class", "mean"] = "class"
     second: NonNegativeInt | None = None
     crops: PositiveInt = 5
+    last: PositiveInt | None = None
     positions: Positions = "renumber"
 
     name: ClassVar[str] = "flowcut"
@@ -85,6 +89,8 @@ class FlowCut(TokenPruner):
     }
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
+        if self.last is not None:
+            return [Site(0, "projected")]
         last = (info.tower or info).depth - 2  # behind this layer the budget is met
         if last < 0:
             raise PrunelabError(f"{self.name} needs an image encoder of two layers or more")
@@ -95,10 +101,17 @@ class FlowCut(TokenPruner):
         if site.where == "input":
             return frozenset({"last_row", Reading("values", site.layer - 1)})
         row = "cls_row" if self.flow == "class" else "received"
-        layers = range(max(site.layer - 2, 0), site.layer)  # the last one, and the one before, which cuts nothing
+        layers = self.layers(site)
         return frozenset(Reading(name, layer, "tower") for layer in layers for name in (row, "values"))
 
+    def layers(self, site: Site) -> range:
+        """The encoder's layers that enter the score at a cut: the one before it, and the one before that, which cut
+        nothing, or the last ones."""
+        return range(max(site.layer - 2, 0), site.layer) if self.last is None else range(-self.last, 0)
+
     def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        if self.last is not None:
+            return self.at_once(site, signals, budget)
         return self.in_decoder(site, signals, budget) if site.where == "input" else self.in_tower(site, signals, budget)
 
     def target(self, patches: int, budget: Budget) -> int:
@@ -111,9 +124,7 @@ class FlowCut(TokenPruner):
         first, state = signals.prunable.shape[1] - signals.units, signals.state
         target = state.setdefault("target", self.target(signals.units, budget))
         target = min(target if self.second is None else target // 2, signals.units)
-        for layer in range(max(site.layer - 2, 0), site.layer):
-            attention, score = self.layer(signals, layer, first)
-            state["score"] = score if "score" not in state else torch.lerp(score, state["score"], self.decay)
+        attention = self.accumulate(site, signals, first)
         remaining = (signals.info.tower or signals.info).depth - 1 - site.layer
         left = max(signals.units - leaving(attention, target, remaining), target)
         whole = torch.zeros_like(signals.prunable, dtype=torch.float32)
@@ -121,6 +132,21 @@ class FlowCut(TokenPruner):
         kept = signals.keep([left] * len(whole), scores=whole)
         state["score"] = kept.apply(whole)[:, first:]
         return Plan(kept, positions=self.positions)
+
+    def accumulate(self, site: Site, signals: TokenSignals, first: int) -> Tensor:
+        """The score of the patches behind the `first` tokens takes in the layers of a cut; the last one's attention
+        [B, N] is returned."""
+        state = signals.state
+        for layer in self.layers(site):
+            attention, score = self.layer(signals, layer, first)
+            state["score"] = score if "score" not in state else torch.lerp(score, state["score"], self.decay)
+        return attention
+
+    def at_once(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        """One cut behind the projector, by the score over the encoder's last layers."""
+        signals.state.pop("score", None)  # of the pictures before
+        self.accumulate(site, signals, 0)
+        return Plan(signals.keep(budget, scores=signals.state["score"]), positions=self.positions)
 
     def layer(self, signals: TokenSignals, layer: int, first: int) -> tuple[Tensor, Tensor]:
         """Of each patch at hand the attention [B, N] that it gets in a layer, and its score there."""

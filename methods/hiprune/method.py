@@ -51,13 +51,16 @@ def with_neighbours(anchors: Tensor, total: int, width: int, edges: Edges) -> Te
     return mask.scatter(1, indices, True)[:, :total]
 
 
-def ranked(middle: Tensor, last: Tensor, keep: int, alpha: float, width: int, edges: Edges = "clamp") -> Tensor:
+def ranked(
+    middle: Tensor, last: Tensor, keep: int, alpha: float, width: int, edges: Edges = "clamp", buffers: bool = True
+) -> Tensor:
     """Scores [B, N] whose `keep` largest are HiPrune's: anchors are the best in the object layer [B, N], buffers their
     neighbours, and registers the best of the others in the last layer [B, N]. Where there is no room for all, anchors
     go before buffers."""
     anchors = selection.descending(middle)[:, : anchor_count(keep, alpha)]
-    near = with_neighbours(anchors, last.shape[1], width, edges)
-    return last.masked_fill(near, torch.finfo(last.dtype).max).scatter(1, anchors, float("inf"))
+    if buffers:
+        last = last.masked_fill(with_neighbours(anchors, last.shape[1], width, edges), torch.finfo(last.dtype).max)
+    return last.scatter(1, anchors, float("inf"))
 
 
 def with_text(scores: Tensor, keep: int, tokens: Tensor, text: Tensor) -> Tensor:
@@ -81,6 +84,8 @@ class HiPrune(TokenPruner):
         The object layer, counted from 0: the paper's 9th for CLIP; its 16th for Qwen2.5-VL is 15.
     edges : {"clamp", "drop"}
         A neighbour outside the grid is the nearest end of the sequence, as released, or left out, as written.
+    buffers : bool
+        Whether an anchor's neighbours are kept with it (the paper's table 6 has it without).
     beta : float
         HiPrune++ (0.1 in the paper): so large a share of the budget is kept besides, by likeness to the text.
     divisor : int
@@ -92,6 +97,7 @@ class HiPrune(TokenPruner):
     alpha: Share = 0.1
     layer: NonNegativeInt = 8
     edges: Edges = "clamp"
+    buffers: bool = True
     beta: NonNegativeFloat = 0.0
     divisor: PositiveInt = 1
     positions: Positions = "renumber"
@@ -114,7 +120,7 @@ class HiPrune(TokenPruner):
             middle = middle.masked_fill(~signals.prunable.gather(1, visual), float("-inf"))
         middle, last = (x.unflatten(1, (crops, -1)).flatten(0, 1) for x in (middle, last))  # a crop a row
         keep = budget.count(signals.units) // crops
-        scores = ranked(middle, last, keep, self.alpha, signals.grids[0][1], self.edges)
+        scores = ranked(middle, last, keep, self.alpha, signals.grids[0][1], self.edges, self.buffers)
         more = round(self.beta * keep / self.divisor)
         if more:
             tokens = take(signals.hidden, visual).unflatten(1, (crops, -1)).flatten(0, 1)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Interval
 from torch import Tensor
 
 from prunelab.common.core.budget import Budget
-from prunelab.common.core.plan import Gather, ModelInfo, Plan, Site
+from prunelab.common.core.plan import Gather, ModelInfo, Plan, Positions, Site
 from prunelab.common.core.selection import Matching, bipartite_matching
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
@@ -39,10 +40,18 @@ class ToMe(TokenPruner):
         used off the shelf.
     inflection : float
         Bends a single number over the depth, see `schedule`.
+    where : {"after_attention", "tower"}
+        Between attention and MLP of every block, or between the layers of a language model's image encoder, where no
+        attention can be proportional. A number or share to keep is there what is left in the end, and as many tokens
+        leave between all layers.
+    positions : str
+        Behind an image encoder what is merged has no place in the picture, and all are numbered anew (`renumber`).
     """
 
     proportional: bool = True
     inflection: Annotated[float, Interval(ge=-1, le=1)] = 0.0
+    where: Literal["after_attention", "tower"] = "after_attention"
+    positions: Positions = "original"
 
     name: ClassVar[str] = "tome"
     ascending: ClassVar[bool] = False
@@ -52,7 +61,8 @@ class ToMe(TokenPruner):
     }
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
-        return [Site(layer, "after_attention") for layer in range(info.depth)]
+        first, depth = (0, info.depth) if self.where == "after_attention" else (1, (info.tower or info).depth)
+        return [Site(layer, self.where) for layer in range(first, depth)]
 
     def requires(self, site: Site) -> frozenset[str]:
         return frozenset({"keys", "sizes"})
@@ -69,12 +79,23 @@ class ToMe(TokenPruner):
         special = total - signals.units
         # float32 keeps the choice reproducible in half precision, where similarities tie
         metric = signals.keys.float().mean(1)  # [B, N, d]
-        matching = self.match(metric, signals.units - budget.count(signals.units), special)
+        matching = self.match(metric, self.leaving(site, signals, budget), special)
         if matching.outputs == total:  # nothing merged: sizes and biases stay as they are
             return Plan(Gather(matching.slot))
-        mix = matching.mix(signals.sizes)
-        bias = matching.total(signals.sizes).log() if self.proportional else None
-        return Plan(mix, key_bias=bias)
+        sizes = signals.state.get("sizes", signals.sizes)  # an encoder's are ours to keep
+        grown = matching.total(sizes)
+        if self.where == "tower":
+            signals.state["sizes"] = grown
+        bias = grown.log() if self.proportional else None
+        return Plan(matching.mix(sizes), key_bias=bias, positions=self.positions)
+
+    def leaving(self, site: Site, signals: TokenSignals, budget: Budget) -> int:
+        """How many tokens are to be merged away."""
+        if self.where == "after_attention" or budget.unit == "removed":
+            return signals.units - budget.count(signals.units)
+        target = signals.state.setdefault("target", budget.count(signals.units))
+        left = (signals.info.tower or signals.info).depth - site.layer  # the cuts from this one on
+        return math.ceil((signals.units - target) / left)
 
     def match(self, metric: Tensor, removed: int, special: int) -> Matching:
         """The released code knows a class and a distillation token, which take part in the even-odd split; longer
@@ -87,5 +108,6 @@ class ToMe(TokenPruner):
 
     def family(self, level: float, sites: int, info: ModelInfo) -> Budget:
         """The same share of (1 - level) of the patches leaves in every block, whole tokens spread evenly."""
-        each = (1 - level) * (info.tokens - info.special) / sites
+        whole = info if self.where == "after_attention" else info.tower or info
+        each = (1 - level) * (whole.tokens - whole.special) / sites
         return Budget(tuple(round((i + 1) * each) - round(i * each) for i in range(sites)), "removed")

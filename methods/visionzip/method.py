@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -104,12 +104,15 @@ class VisionZip(TokenPruner):
         Share of the budget that is contextual tokens, rounded: the paper's 54 and 10, 108 and 20, 162 and 30.
     contextual : int, optional
         Their number, in place of a share (30 of 221 in the released defaults).
+    where : {"encoded", "projected"}
+        Before the projector, or behind it, without the class token: for encoders whose projector joins patches.
     positions : str
         Merged tokens have no place in the picture, so all are numbered anew.
     """
 
     share: Share = 0.15625
     contextual: NonNegativeInt | None = None
+    where: Literal["encoded", "projected"] = "encoded"
     positions: Positions = "renumber"
 
     name: ClassVar[str] = "visionzip"
@@ -120,7 +123,8 @@ class VisionZip(TokenPruner):
     }
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
-        return [Site(0, "encoded", class_token=info.tower is None or info.tower.class_token)]
+        own = self.where == "encoded" and (info.tower is None or info.tower.class_token)
+        return [Site(0, self.where, class_token=own)]
 
     def requires(self, site: Site) -> frozenset[Signal]:
         return frozenset({"cls_row" if site.class_token else "received", Reading("keys", -1, "tower")})

@@ -30,4 +30,6 @@ def costs() -> dict[str, dict[str, float]]:
         shares = {"Original": 1.0, "YOPO 25%": half, "YOPO 12%": TWELVE, **dict.fromkeys(OTHERS, half)}
         results |= {f"T2/{model} {row}/FLOPs": round(share * dense(decoder), 4) for row, share in shares.items()}
         results["headline/LLaVA-1.5-7B/13B pruned zp25/visual FLOPs left"] = round(100 * half, 3)
+        eighth = work(decoder, 0.25, 0.25, decoder.layers // 2)  # assumption
+        results["headline/LLaVA-1.5-7B/13B pruned zp12/visual FLOPs left"] = round(100 * eighth, 3)
     return {name: {"value": value} for name, value in results.items()}

@@ -39,14 +39,14 @@ class Qwen2VL(VisionLanguage):
     """Qwen2-VL: two by two patches of the encoder make one token; a token's position has a time, a row and a column.
 
     Its encoder has no class token. What a token receives in a layer of it is the mean over its patches of what they
-    receive from their frame.
+    receive from their frame; its keys and values there are the means of theirs.
     """
 
     family = "qwen2_vl"
     model_classes = ("transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLForConditionalGeneration",)
     tokens = {"image": "image_token_id", "video": "video_token_id"}
     towers = {"image": "visual", "video": "visual"}
-    tower_reads = frozenset({"received"})
+    tower_reads = frozenset({"received", "keys", "values"})
     signals = VisionLanguage.without("tower", "encoded")
 
     def pixels(self) -> dict[str, Any]:
@@ -101,7 +101,8 @@ class Qwen2VL(VisionLanguage):
         yield after(attention.qkv, keeper(functools.partial(self._seen, layer), "qkv"))
 
     def _of_patches(self, reading: Reading, encoded: Encoded, part: Part = "patches") -> list[Tensor]:
-        """[frames, tokens, heads] what each token of each image receives."""
+        """[frames, tokens, channels] what each token of each image receives, or the means of its patches' keys or
+        values."""
         seen, head = encoded.seen.seen[self.tower_layer(reading)], self.tower_head
         merge = self.config.vision_config.spatial_merge_size**2
         sizes = [merge * features.shape[0] * features.shape[1] for features in encoded.features]
@@ -110,9 +111,16 @@ class Qwen2VL(VisionLanguage):
         for (qkv, cos, sin), grid, features in zip(parts, encoded.grids, encoded.features, strict=True):
             frames = qkv.view(len(features), -1, 3, qkv.shape[1] // 3 // head, head)  # [T, patches, 3, H, d]
             angles = (x.view(len(features), -1, 1, head) for x in (cos, sin))
-            queries, keys = (x.transpose(1, 2) for x in rotated(frames[:, :, :2], *angles))
-            mass = received(queries, keys).unflatten(2, (-1, merge)).mean(3).transpose(1, 2)  # [T, tokens, H]
-            results.append(mass[:, self._windows(grid).argsort().to(mass.device)])
+            if reading.name == "values":
+                value = frames[:, :, 2].flatten(2)  # [T, patches, channels]
+            else:
+                queries, keys = rotated(frames[:, :, :2], *angles)
+                if reading.name == "keys":
+                    value = keys.flatten(2)
+                else:
+                    value = received(queries.transpose(1, 2), keys.transpose(1, 2)).transpose(1, 2)
+            means = value.unflatten(1, (-1, merge)).mean(2)
+            results.append(means[:, self._windows(grid).argsort().to(means.device)])
         return results
 
     def _windows(self, grid: tuple[int, int]) -> Tensor:

@@ -13,7 +13,7 @@ from benchmarks.divprune import measure, straightforward
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.selection import cosine_distance, max_min_order
 from prunelab.common.experiments import papers
-from prunelab.methods.divprune.method import DISTANCES, DivPrune
+from prunelab.methods.divprune.method import DISTANCES, DivPrune, turned_round
 from prunelab.methods.divprune.tables import costs
 from tests.contract.references import signals
 
@@ -24,6 +24,16 @@ def test_running_minimum_picks_what_the_search_picks(tokens, share, seed):
     x = torch.randn(3, tokens, 8, generator=torch.Generator().manual_seed(seed))
     distance, count = cosine_distance(x), max(1, int(share * tokens))
     assert torch.equal(max_min_order(distance, count), torch.stack([straightforward(d, count) for d in distance]))
+
+
+def test_turned_round_every_pick_is_near_to_all_before():
+    distance = cosine_distance(torch.randn(1, 30, 6, generator=torch.Generator().manual_seed(0)))
+    (order,) = max_min_order(turned_round(distance), 30).tolist()
+    others = distance[0].fill_diagonal_(0.0)
+    assert order[0] == int(others.amax(1).argmin()), "first the one whose farthest is nearest"
+    for k in range(1, 30):
+        left = [i for i in range(30) if i not in order[:k]]
+        assert others[order[k], order[:k]].max() == min(others[i, order[:k]].max() for i in left)
 
 
 def test_every_pick_is_the_farthest_from_those_before():

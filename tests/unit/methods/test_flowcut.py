@@ -96,3 +96,27 @@ def test_importance_is_the_sum_of_shares_times_the_values_size():
     assert torch.allclose(near, torch.tensor([[1.0, 0.0]]).softmax(-1))
     score = importance(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]), values[0])
     assert score.tolist() == [[0.75, 2.5]]
+
+
+@torch.no_grad()
+def test_one_cut_behind_the_projector_goes_by_the_score_over_the_last_layers():
+    model, pixels = vlm("llava", tower=5), images("llava", 1)
+    method = FlowCut(flow="mean", last=3, positions="original")
+    with apply(method, model, "5count") as handle:
+        model(**prompt("llava", pixels))
+        ((site, kept),) = handle.kept()
+    assert (site.layer, site.where) == (0, "projected")
+    _, values = states(model, pixels)
+    maps = model.model.vision_tower(pixels, output_attentions=True).attentions
+    score = None
+    for layer in (1, 2, 3):  # of four before the features
+        value, attention = values[layer], maps[layer].sum(2).mean(1)[:, 1:]
+        near = semantic(value[:, :, 1:].mean(2, keepdim=True), value[:, :, 1:])
+        own = importance(attention, near, value.mean(1)[:, 1:])
+        score = own if score is None else 0.5 * score + 0.5 * own
+    assert kept[0].tolist() == score.topk(5).indices.sort().values[0].tolist()
+    with apply(method, model, "5count") as handle:
+        model(**prompt("llava", pixels.flip(-1)))
+        model(**prompt("llava", pixels))
+        ((_, again),) = handle.kept()
+    assert torch.equal(kept, again), "nothing stays of the picture before"

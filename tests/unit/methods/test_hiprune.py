@@ -38,6 +38,13 @@ def test_a_budget_smaller_than_anchors_and_buffers_keeps_anchors_first():
         assert index.tolist() == [want]
 
 
+def test_anchors_go_without_their_neighbours():
+    middle, last = torch.zeros(1, 16), torch.arange(16.0).unsqueeze(0)
+    middle[0, 5] = 1.0
+    found = [selection.top_k(ranked(middle, last, 5, 1.0, 4, buffers=b), 5)[0][0].tolist() for b in (True, False)]
+    assert found == [[1, 4, 5, 6, 9], [5, 12, 13, 14, 15]]
+
+
 def test_more_tokens_are_those_most_like_the_text():
     scores = torch.tensor([[3.0, 2, 1, 0]])
     tokens = torch.tensor([[[9.0, 0], [1, 0], [1, 1], [0, 1]]])

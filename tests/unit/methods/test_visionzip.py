@@ -67,3 +67,12 @@ def test_what_cannot_be_is_said():
         pytest.raises(PrunelabError, match="no place in the packed sequence"),
     ):
         model(**given)
+
+
+@torch.no_grad()
+def test_behind_a_projector_that_joins_patches():
+    """Qwen's: without a class token, by what tokens receive, and merged by the means of their patches' keys."""
+    model = vlm("qwen2_5_vl")
+    with apply(VisionZip(where="projected", share=0.25), model, "8count") as handle:
+        model(**prompt("qwen2_5_vl", images("qwen2_5_vl", 2)))
+    assert [seen for seen, _ in handle.report().tokens] == [7 + 8] * 4

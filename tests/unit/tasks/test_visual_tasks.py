@@ -17,7 +17,7 @@ from prunelab.common.experiments import papers, provenance, runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import visual_tasks
 from prunelab.common.measures.lmms_tasks import rules
-from prunelab.common.measures.scores import OWN, SUMS, relative
+from prunelab.common.measures.scores import OWN, SCALED, SUMS, relative
 from prunelab.common.tasks.visual_tasks import VisualTasks
 from prunelab.paper_tables.tolerance import MEANS
 from tests.contract.vlms import IMAGE, VIDEO, VOCABULARY, vlm
@@ -361,6 +361,7 @@ def test_every_task_that_a_paper_names_is_one_of_the_librarys(tasks):
             )  # fmt: skip
             metrics = {entry["metric"].strip() for entry in leaf["metric_list"]}
             shown = {m.split(" ")[1].split(",")[0] for m in asked(column) if m.split(" ")[0] == name}
+            shown = {SCALED[metric][0] if metric in SCALED else metric for metric in shown}
             assert {part for metric in shown for part in SUMS.get(metric, (metric,))} <= metrics, name
             (data,) = lookup.of_tasks([name])
             paper = lookup.dataset(data)["paper"]
@@ -410,7 +411,8 @@ def test_shares_are_told_as_percent_and_points_as_points():
     assert found["mme mme_perception_score"]["value"] == 1500.5
     assert found["videomme videomme_perception_score"]["value"] == 58.25
     assert found["mme mme_total_score"] == {"value": 1800.75, "samples": 100}
-    assert len(found) == 9
+    assert found["mme mme_perception_percent"] == {"value": 75.025, "samples": 100}
+    assert len(found) == 10
     assert found["nocaps_val nocaps_CIDEr"]["value"] == 1.055
     assert found["nocaps_val nocaps_CIDEr x100"]["value"] == 105.5
 

@@ -150,7 +150,7 @@ def test_what_cannot_be_read_is_named_before_work():
         (Reader(Site(0, "packed"), (Reading("hidden", 2, "tower"),)), "llava", "come from layer 1"),
         (Reader(Site(0, "packed"), (Reading("beauty", 0, "tower"),)), "llava", "read cls_row, hidden"),
         (Reader(Site(0, "packed"), (Reading("cls_row", 0, "tower"),)), "llava_onevision", "no class token"),
-        (Reader(Site(0, "packed"), (Reading("hidden", 0, "tower"),)), "qwen2_5_vl", "read received of the encoder"),
+        (Reader(Site(0, "packed"), (Reading("hidden", 0, "tower"),)), "qwen2_5_vl", "read keys, received, values of"),
         (InTower((2,)), "llava", "has 2 layers before its features"),
     ]
     for method, family, message in wrong:
@@ -279,21 +279,25 @@ def test_received_within_qwens_encoder_is_of_whole_frames_whose_windows_are_undo
     model = vlm("qwen2_5_vl", tower=4)
     model.config.vision_config.window_size = model.model.visual.window_size = 24  # three tokens wide, of four
     seen: dict[Any, list[Tensor]] = {}
+    own: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     merged: list[Tensor] = []
 
     def spy(module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, **options: Any) -> Any:
         weights = (query @ key.mT * scaling).softmax(-1)
         seen.setdefault(module, []).append(weights.sum(2)[0])
+        own.setdefault(module, []).append((key[0], value[0]))
         return (weights @ value).transpose(1, 2), None
 
     AttentionInterface.register("spy", spy)
     given = film("qwen2_5_vl", frames, (4, 4)) if frames else prompt("qwen2_5_vl", images("qwen2_5_vl", 2))
     given = typed(model, given)
-    method = TowerAttention(2, "received")
+    names = ("received", "keys", "values")
+    method = Reader(Site(0, "packed"), tuple(Reading(name, layer, "tower") for name in names for layer in (1, 2)))
     with torch.no_grad(), apply(method, model, 0.5) as handle:
         model(**given)
         adapter = handle.adapter
         (encoded,) = adapter.encoded.values()
+        means = [adapter._of_patches(Reading(name, 1, "tower"), encoded) for name in ("keys", "values")]
         found = {layer: adapter._of_patches(Reading("received", layer, "tower"), encoded) for layer in (1, 2)}
     model.model.visual.config._attn_implementation = "spy"
     model.model.visual.merger.register_forward_hook(lambda module, args, out: merged.append(out))
@@ -307,6 +311,9 @@ def test_received_within_qwens_encoder_is_of_whole_frames_whose_windows_are_undo
     full = seen[model.model.visual.blocks[1].attn]  # a layer of full attention: one call a frame
     want = torch.stack(full).unflatten(2, (16, 4)).mean(3)[:, :, order.argsort()].mT
     assert torch.allclose(torch.cat(found[1]), want, atol=1e-5)
+    for found_means, parts in zip(means, zip(*own[model.model.visual.blocks[1].attn], strict=True), strict=True):
+        whole = torch.stack(parts).unflatten(2, (16, 4)).mean(3)[:, :, order.argsort()].transpose(1, 2).flatten(2)
+        assert torch.allclose(torch.cat(found_means), whole, atol=1e-5)
     assert len(seen[model.model.visual.blocks[2].attn]) > len(full), "the next one attends within windows"
     assert torch.allclose(torch.cat(found[2]).sum(1), torch.tensor(16.0), atol=1e-3), "64 rows over 4 patches a token"
 
