@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from prunelab.common.core.plan import Mix, ModelInfo, Plan, Positions, Site, tak
 from prunelab.common.core.signals import Reading, Signal
 from prunelab.common.tokens.role import TokenPruner
 from prunelab.common.tokens.signals import TokenSignals
+from prunelab.common.tokens.video import Outputs, Pooling, joined, pooled_video
 
 
 def class_attention(query: Tensor, keys: Tensor) -> Tensor:
@@ -80,6 +81,9 @@ def merged(scores: Tensor, keys: Tensor, kept: Tensor, neighbours: int = 32) -> 
     return Mix(target.expand(batch, -1), source, weight, count + 1)
 
 
+KEYS = Reading("keys", -1, "tower")
+
+
 @dataclass(frozen=True)
 class PruMerge(TokenPruner):
     """LLaVA-PruMerge (arXiv 2403.15388): keeps the patches whose class attention is an outlier, adds to each what its
@@ -99,6 +103,14 @@ class PruMerge(TokenPruner):
         Interquartile ranges above the third quartile from which on a weight is an outlier.
     density : int
         How many times as many patches as outliers PruMerge+ spaces evenly.
+    where : {"encoded", "projected"}
+        Before the projector as released; or behind it, where frames of a video have been pooled or are about to be, and
+        keys and attention are pooled alike.
+    attention : {"class", "received"}
+        There, whether a patch counts by the class token's attention or, where the encoder has none, by what it
+        receives of all patches.
+    pooling : {"bilinear", "average", "none"}
+        How frames are pooled behind a projector that has not pooled them.
     positions : str
         Merged tokens have no place in the picture, so all are numbered anew.
     """
@@ -108,6 +120,9 @@ class PruMerge(TokenPruner):
     neighbours: PositiveInt = 32
     whisker: NonNegativeFloat = 1.5
     density: PositiveInt = 3
+    where: Literal["encoded", "projected"] = "encoded"
+    attention: Literal["class", "received"] = "class"
+    pooling: Pooling = "bilinear"
     positions: Positions = "renumber"
 
     name: ClassVar[str] = "prumerge"
@@ -119,6 +134,8 @@ class PruMerge(TokenPruner):
     }
 
     def sites(self, info: ModelInfo) -> Sequence[Site]:
+        if self.where == "projected":
+            return [Site(0, "projected")]
         return [Site(0, "encoded")]
 
     def readings(self) -> tuple[Reading, Reading, Reading]:
@@ -128,6 +145,8 @@ class PruMerge(TokenPruner):
         return first, second, third
 
     def requires(self, site: Site) -> frozenset[Signal]:
+        if site.where == "projected":
+            return frozenset({"cls_row" if self.attention == "class" else "received", KEYS})
         return frozenset(self.readings())
 
     def kept(self, scores: Tensor, most: int) -> Tensor:
@@ -148,6 +167,8 @@ class PruMerge(TokenPruner):
         return torch.cat([ranked, even[~taken[even]].unsqueeze(0)], 1)[:, : max(most, ranked.shape[1])]
 
     def plan(self, site: Site, signals: TokenSignals, budget: Budget) -> Plan:
+        if site.where == "projected":
+            return self.behind_projector(signals, budget)
         signals.one_length(self.name)
         crops, patches = len(signals.grids), signals.units // len(signals.grids)
         query, own, keys = (signals.at(reading).transpose(1, 2).flatten(2) for reading in self.readings())
@@ -167,3 +188,28 @@ class PruMerge(TokenPruner):
         # crops are neither unpadded nor parted by newlines, as their order is lost
         nowhere = torch.full((len(whole.target), whole.outputs, 3), -1, device="cpu") if crops > 1 else None
         return Plan(whole, layout=nowhere, positions=self.positions)
+
+    def behind_projector(self, signals: TokenSignals, budget: Budget) -> Plan:
+        """Of every frame by itself what stays of its pooled tokens."""
+
+        def read() -> list[Tensor]:
+            rows = signals.cls_row if self.attention == "class" else signals.received
+            return [rows.float().mean(1).unsqueeze(-1), signals.at(KEYS).float().transpose(1, 2).flatten(2)]
+
+        video = pooled_video(signals, self.name, self.pooling, read)
+        most = budget.count(video.maps[0].shape[2])
+        return video.plan(
+            [joined([self.frame(s, k, t, most) for t, (s, k) in enumerate(zip(*each, strict=True))])
+             for each in zip(*video.maps, strict=True)]
+        )  # fmt: skip
+
+    def frame(self, scores: Tensor, keys: Tensor, number: int, most: int) -> Outputs:
+        """What stays of the tokens of a video's frame of that number, for scores [N, 1] and keys [N, C]."""
+        row, cells = scores.T, len(scores)
+        if self.adaptive and row.device.type == "meta":
+            kept = selection.descending(row)[:, :most]
+        else:
+            kept = self.kept(row, most)
+        mix = merged(row, keys.unsqueeze(0), kept, self.neighbours)
+        place = torch.cat([kept[0], kept.new_full((1,), cells - 1)])  # all others stand at the frame's end
+        return Outputs(mix.target[0], number * cells + mix.source[0], mix.weight[0], number * cells + place)

@@ -9,7 +9,8 @@ from prunelab.common.apply import apply
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.methods.prumerge.method import PruMerge, merged, others, outlier_share, spatial, spatial_fixed
-from tests.contract.vlms import images, prompt, vlm
+from tests.contract.kin import filmed, kin
+from tests.contract.vlms import film, images, prompt, vlm
 
 
 def test_outliers_lie_beyond_the_whisker():
@@ -54,6 +55,26 @@ def test_what_a_budget_means(family, crops):
             model.generate(**given, max_new_tokens=2, do_sample=False)
             report = handle.report()
         assert 7 + crops <= report.tokens[0][0] <= 7 + crops * 7 and report.macs < report.dense_macs
+
+
+@pytest.mark.parametrize(("family", "pooling"), [("llava_onevision", "bilinear"), ("pllava", "none")])
+@torch.no_grad()
+def test_frames_of_a_video_are_merged_behind_the_projector(family, pooling):
+    """With a class token and without; one question, as lengths differ."""
+    model = kin(family) if family == "pllava" else vlm(family)
+    given = filmed(family, model, (4,)) if family == "pllava" else film(family, words=(4,))
+    where = {"where": "projected", "pooling": pooling, "attention": "class" if family == "pllava" else "received"}
+    seen = {}
+    for name, method in {
+        "two": PruMerge(adaptive=False, **where),
+        "outliers": PruMerge(whisker=0.1, **where),
+    }.items():
+        with apply(method, model, Budget(2, "count")) as handle:
+            assert torch.isfinite(model(**given).logits).all()
+            seen[name] = handle.report().tokens[0][0]
+            assert model.generate(**given, max_new_tokens=2, do_sample=False).shape[1] > given["input_ids"].shape[1]
+    text = int((given["input_ids"] != given["input_ids"].mode().values.max()).sum())
+    assert seen["two"] - seen["outliers"] <= 8 and seen["two"] <= text + 4 * 3 + 1, seen
 
 
 def test_what_cannot_be_is_said():
