@@ -26,6 +26,7 @@ ON_REQUEST = "--config scale=paper; the data are at hand"
 MISSING = "its record, which snakemake paper_tables makes"
 EXACT = "not needed: what this row runs is exact at paper scale"
 KEPT = Path(__file__).parent / "kept"  # records of runs with the samples that decide a board
+KEPT_SHARE = "kept"  # the metric of tasks that ask a model whose tokens are pruned
 UNKEPT = "its run with all samples (--config samples=full), which no record is kept of"
 FOLDER = "own folder"  # scale of what ran on a folder of the user's in the place of the published files
 UNPUBLISHED = "the published files, which a folder of yours stands in for (--config hub)"
@@ -59,6 +60,7 @@ class Value:
     record: str | None = None
     ours: Count | None = None  # for a cost
     protocol: str = ""  # what the number depends on and papers differ in, in words
+    kept: float | None = None  # percent of the tokens that a layer saw of what was pruned, where the run tells it
 
     @property
     def needs(self) -> str:
@@ -233,7 +235,8 @@ class Records:
         address = f"{record['identity']}-{record['sources']}"
         protocol = result.get("protocol", "")
         status = "stale" if old else status
-        return Value(status, result["value"], result.get("stderr"), result.get("n"), address, self.count(run), protocol)
+        n, error, left = result.get("n"), result.get("stderr"), seen(record, metric)
+        return Value(status, result["value"], error, n, address, self.count(run), protocol, left)
 
 
 def tables(slug: str, plan: Plan, records: Records, outlook: forecast.Outlook | None = None) -> list[PaperTable]:
@@ -281,6 +284,14 @@ def saving(cost: str) -> str:
     return re.sub("g?(macs|parameters|bytes)$", "saving", cost)
 
 
+def seen(record: Mapping[str, Any], metric: str) -> float | None:
+    """What a run of a method really kept, beside another of its metrics: papers' budgets mean different things."""
+    if metric == KEPT_SHARE or record["run"]["method"] is None:
+        return None
+    found: float | None = record["metrics"].get(KEPT_SHARE, {}).get("value")
+    return found
+
+
 def of_kept(record: Mapping[str, Any], note: str, metric: str, status: str) -> Value:
     """The value of a kept record, which says that it is one."""
     result = record["metrics"].get(metric)
@@ -288,7 +299,8 @@ def of_kept(record: Mapping[str, Any], note: str, metric: str, status: str) -> V
         return Value(f"not run: needs {UNKEPT}")
     protocol = "; ".join(part for part in (result.get("protocol", ""), note) if part)
     address = f"{record['identity']}-{record['sources']}"
-    return Value(status, result["value"], result.get("stderr"), result.get("n"), address, None, protocol)
+    n, error, left = result.get("n"), result.get("stderr"), seen(record, metric)
+    return Value(status, result["value"], error, n, address, None, protocol, left)
 
 
 def _board(points: list[planning.BoardPoint], records: Records) -> BoardTable:

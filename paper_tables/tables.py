@@ -25,6 +25,9 @@ WORDS: dict[Outcome, str] = {
     "stand-in": "stand-in only",
     "not run": "not run",
 }
+KEPT = (
+    "Kept is the share of the visual tokens that a layer saw, in the mean over layers, whatever the row's budget means."
+)
 COUNTS = (
     "A cost is reproduced as the paper counts it; our count is in multiply-adds of matrix products alone, of a prompt"
     " those of the decoder, with the method's scoring included and named."
@@ -104,7 +107,8 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def table_csv(table: PaperTable) -> str:
     """One line a reported number; the stand-ins have columns of their own."""
     others = scales(table)
-    protocols = any(v.protocol for line in table.lines for v in (line.reproduced, *line.others.values()))
+    shown_values = [v for line in table.lines for v in (line.reproduced, *line.others.values())]
+    protocols, keeps = any(v.protocol for v in shown_values), any(left(v) for v in shown_values)
 
     def row(line: Line) -> list[object]:
         r, own = line.reported, line.reproduced
@@ -118,11 +122,15 @@ def table_csv(table: PaperTable) -> str:
             cells += [v.value, v.stderr, v.samples, v.record, v.status if v.value is None else STAND_IN]
         if protocols:
             cells += [own.protocol, *(line.others[scale].protocol for scale in others)]
+        if keeps:
+            cells += [own.kept, *(line.others[scale].kept for scale in others)]
         return cells
 
     header = [*_LINE, *_OURS, *(f"{scale}{part}" for scale in others for part in _SCALE)]
     if protocols:
         header += ["protocol", *(f"{scale}_protocol" for scale in others)]
+    if keeps:
+        header += ["kept", *(f"{scale}_kept" for scale in others)]
     return csv_text(header, map(row, table.lines))
 
 
@@ -143,14 +151,14 @@ def _tolerance(line: Line) -> tuple[float | None, str | None]:
 
 def board_csv(board: BoardTable) -> str:
     """One line a point; `interval` is the half width of the paired difference's 95 % interval."""
-    protocols = any(p.value.protocol for p in board.points)
+    protocols, keeps = any(p.value.protocol for p in board.points), any(left(p.value) for p in board.points)
     return csv_text(
-        (*_POINT, "status", "record", *(("protocol",) if protocols else ())),
+        (*_POINT, "status", "record", *(("protocol",) if protocols else ()), *(("kept",) if keeps else ())),
         (
             (
                 p.entry, p.budget or "none", p.scale, p.value.value, p.value.stderr, p.value.samples, p.cost, p.saving,
                 p.difference, p.interval, p.value.status if p.scale == "paper" or p.value.value is None else STAND_IN,
-                p.value.record, *((p.value.protocol,) if protocols else ()),
+                p.value.record, *((p.value.protocol,) if protocols else ()), *((p.value.kept,) if keeps else ()),
             )
             for p in board.points
         ),
@@ -164,6 +172,11 @@ def shown(value: Value, places: int) -> str:
     """A value with the half width of its 95 % interval."""
     assert value.value is not None
     return f"{value.value:.{places}f}" + (f" ± {value.margin:.{places}f}" if value.margin is not None else "")
+
+
+def left(value: Value) -> str:
+    """What a run really kept, to stand behind a number of it; empty where it does not tell."""
+    return "" if value.kept is None else f"kept {value.kept:.1f} %"
 
 
 def counted(value: Value) -> str:
@@ -246,6 +259,7 @@ def table_grid(slug: str, table: PaperTable) -> Grid:
     own_counts = any(line.reproduced.ours for line in table.lines)
 
     def noted(text: str, value: Value) -> str:
+        text += f", {left(value)}" if left(value) else ""
         return f"{text} {notes(value.protocol)}" if value.protocol else text
 
     again = repeats(table)
@@ -279,6 +293,8 @@ def table_grid(slug: str, table: PaperTable) -> Grid:
         legend.append(ASSUMED)
     if own_counts:
         legend.append(COUNTS)
+    if any(left(v) for line in table.lines for v in (line.reproduced, *line.others.values())):
+        legend.append(KEPT)
     rows = [row(number, line) for number, line in enumerate(table.lines)]
     name = f"{slug}: {table.name}"
     return Grid(name, (table.caption, table.note), header, right, rows, [*legend, *tolerances(table)], notes.texts)
@@ -321,6 +337,7 @@ def board_grid(slug: str, board: BoardTable) -> Grid:
     rows, notes = [], Notes()
     for p in board.points:
         value = shown(p.value, 2) if p.value.value is not None else f"– {notes(p.value.status)}"
+        value += f", {left(p.value)}" if left(p.value) else ""
         value += f" {notes(p.value.protocol)}" if p.value.protocol else ""
         saving = "–" if p.saving is None else f"{p.saving:.1f} %"
         spent = ["–" if p.cost is None else cost(p.cost), saving] if board.costed else []
@@ -328,6 +345,8 @@ def board_grid(slug: str, board: BoardTable) -> Grid:
     costs = [board.cost, "saved"] if board.costed else []
     header = ["method", "budget", board.metric, *costs, f"difference to {board.points[0].entry}"]
     legend = ["± is the 95 % half width; differences are paired over the same samples."]
+    if any(left(p.value) for p in board.points):
+        legend.append(KEPT)
     scale = board.scale if board.scale == "analytic" else f"{board.scale} scale"
     right = [False, False] + [True] * (len(header) - 2)
     return Grid(f"{slug}: {board.name}, {scale}", (board.caption,), header, right, rows, legend, notes.texts)

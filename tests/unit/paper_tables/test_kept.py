@@ -213,3 +213,19 @@ def test_every_kept_record_is_whole_and_of_a_board() -> None:
     kept = sorted(join.KEPT.glob("*.json"))
     runs = {provenance.read(path)["run"]["task"] for path in kept}
     assert runs <= {board.task for slug in papers.slugs() for board in papers.load(slug).boards if board.full}
+
+
+def test_what_a_row_really_kept_stands_beside_it(config: dict[str, Any]) -> None:
+    for value, point in enumerate(points(config)):
+        assert isinstance(point.run, Run)
+        n = point.run.settings["samples"]
+        write(point.run, config, 10.0, metrics={
+            "accuracy": {"value": 10.0 + value, "n": n, "stderr": 1.0, "samples": [10.0] * n}, "kept": {"value": 33.3},
+        })  # fmt: skip
+    shown = board(config)
+    assert [p.value.kept for p in shown.points] == [None] + [33.3] * 4, "the unpruned model has no method"
+    assert tables.board_csv(shown).splitlines()[0].endswith(",kept") and tables.board_csv(shown).count(",33.3") == 4
+    assert tables.board_grid(SLUG, shown).rows[1][2].endswith("kept 33.3 %")
+    index, _ = command.build(config)
+    page = (index.parent / SLUG / "index.html").read_text(encoding="utf-8")
+    assert page.count(">kept 33.3 %</span>") == 4
