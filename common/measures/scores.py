@@ -11,6 +11,7 @@ OWN = "common/measures/lmms_tasks"  # definitions of tasks of our own for lmms-e
 
 # lm-evaluation-harness: metrics between 0 and 1, beside LongBench's, which end in `_score`.
 HARNESS_SHARES = frozenset({"acc", "acc_norm", "exact_match", "contains"})
+HARNESS_PLAIN = frozenset({"rouge1", "rouge2", "rougeL"})  # told as they are, between 0 and 1
 
 # lmms-eval 0.7: shares of right answers become percent; what is not named here (MME's points, WUPS, judges' scores,
 # percentages) stays as it is.

@@ -13,7 +13,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import inside
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.language import experts_run, sizes, without_experts
-from prunelab.common.measures.scores import HARNESS_SHARES, average
+from prunelab.common.measures.scores import HARNESS_PLAIN, HARNESS_SHARES, average
 from prunelab.common.metrics import uncertainty
 from prunelab.common.models import devices, loading
 
@@ -158,13 +158,14 @@ def percentages(
     for task, metrics in results.items():
         for key, value in metrics.items():
             metric, _, chosen = key.partition(",")
-            if metric not in HARNESS_SHARES and not metric.endswith("_score"):
+            if metric not in HARNESS_SHARES | HARNESS_PLAIN and not metric.endswith("_score"):
                 continue
+            factor = 1 if metric in HARNESS_PLAIN else 100
             name = f"{task} {metric}" + ("" if chosen in ("", "none") else f",{chosen}")
-            result[name] = {"value": round(100 * float(value), 4)}
+            result[name] = {"value": round(factor * float(value), 4)}
             error = metrics.get(f"{metric}_stderr,{chosen}")
             if isinstance(error, float):  # it is the text N/A where there is none
-                result[name]["stderr"] = round(100 * error, 4)
+                result[name]["stderr"] = round(factor * error, 4)
             noted = [a for a in (answers or {}).get(task, ()) if a.get("filter", chosen) == chosen]
             noted.sort(key=lambda answer: int(answer["doc_id"]))
             if noted and all(isinstance(answer.get(metric), int | float) for answer in noted):

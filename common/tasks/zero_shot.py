@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt
-from prunelab.common.measures.scores import HARNESS_SHARES
+from prunelab.common.measures.scores import HARNESS_PLAIN, HARNESS_SHARES
 from prunelab.common.tasks import base
 from prunelab.common.tasks.base import OF_EXPERTS, SIZES, Metric, Metrics, Reads, Task, Work
 
@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 # Guesses to foretell time by: tokens of a question, its choices, and tokens of an answer where tasks have one written.
 QUESTION, CHOICES = 128, 4
-ANSWERS = {"gsm8k": 256, "minerva_math": 384, "humaneval": 256, "triviaqa": 16, "squad_completion": 16, "longbench": 64}
+ANSWERS = {
+    "gsm8k": 256,
+    "minerva_math": 384,
+    "humaneval": 256,
+    "triviaqa": 16,
+    "squad_completion": 16,
+    "longbench": 64,
+    "cnn_dailymail": 64,
+}
 
 
 class ZeroShot(Task):
@@ -75,4 +83,6 @@ class ZeroShot(Task):
         measure = name.partition(" ")[2].partition(",")[0]
         if measure in HARNESS_SHARES or measure.endswith("_score"):
             return Metric(name, "%", higher_is_better=True)
+        if measure in HARNESS_PLAIN:
+            return Metric(name, higher_is_better=True)
         return super().metric(name)

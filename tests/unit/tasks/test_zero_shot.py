@@ -24,6 +24,7 @@ RESULTS = {  # as the harness gives them: a name of the task among metrics, erro
     "piqa": {"acc,none": 0.5, "acc_stderr,none": "N/A", "acc_norm,none": 0.625, "acc_norm_stderr,none": 0.02},
     "gsm8k": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.012},
     "longbench_trec": {"classification_score,none": 0.5, "classification_score_stderr,none": 0.05},
+    "cnn_dailymail_abisee": {"rouge1,none": 0.4012, "bertscore_f1,none": 0.8},
     "wikitext": {"word_perplexity,none": 9.0, "word_perplexity_stderr,none": "N/A"},
 }
 
@@ -77,6 +78,7 @@ def test_accuracies_come_back_as_percent_with_their_average(harness, tiny):
     assert found["piqa acc_norm"]["value"] == 62.5 and "stderr" not in found["piqa acc"]
     assert found["gsm8k exact_match,strict-match"]["value"] == 25
     assert found["longbench_trec classification_score"]["value"] == 50
+    assert found["cnn_dailymail_abisee rouge1"]["value"] == 0.4012 and "cnn_dailymail_abisee bertscore_f1" not in found
     assert found["average"]["value"] == 68.75
     assert not any("perplexity" in name or "alias" in name for name in found)
     assert all(found[name]["protocol"] == "lm-evaluation-harness 0.4.13" for name in ("boolq acc", "average"))
