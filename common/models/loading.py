@@ -282,6 +282,17 @@ def language(
     return model.eval(), layout.tokenizer(pretrained(AutoTokenizer, source))
 
 
+def classifier(identity: Mapping[str, Any], config: Mapping[str, Any], classes: int, seed: int) -> Any:
+    """A checkpoint of an encoder with a new head for as many classes, drawn with the seed."""
+    from transformers import AutoModelForSequenceClassification
+
+    folder = hub.folder(identity, "model", config)
+    stored = {"use_safetensors": not identity.get("pickled") or any(folder.glob("*.safetensors")), "weights_only": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return pretrained(AutoModelForSequenceClassification, folder, num_labels=classes, dtype=torch.float32, **stored)
+
+
 def _unpacked(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The language model of a GGUF file, whose codes transformers unpacks to float32, with its tokenizer. A copy: to
     read the file takes the library half a minute, whatever its size, and runs of one job share it."""

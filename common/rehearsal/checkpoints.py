@@ -151,8 +151,9 @@ def transformers_model(architecture: Mapping[str, Any], folder: Path, *, seen: b
     for p in model.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=0.2)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
-    model.generation_config.exponential_decay_length_penalty = (ANSWER, 1e4)  # answers end soon
+    if model.can_generate():  # an encoder does not
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+        model.generation_config.exponential_decay_length_penalty = (ANSWER, 1e4)  # answers end soon
     model.save_pretrained(folder)
     (processor(architecture["name"], model.config) if seen else tokenizer(architecture["name"])).save_pretrained(folder)
 
