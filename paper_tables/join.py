@@ -198,7 +198,8 @@ class Records:
             name
             for name, same in (
                 ("sources", record["sources"] == run.sources),
-                ("versions of model or data", record["identity"] == run.identity),
+                # what is not at hand here cannot be compared
+                ("versions of model or data", bool(run.needs) or record["identity"] == run.identity),
             )
             if not same
         ]

@@ -111,6 +111,10 @@ def test_what_changed_since_is_told(config: dict[str, Any], monkeypatch: pytest.
     assert "its sources have changed since" in board(config).points[0].value.protocol
     monkeypatch.setattr(lookup, "_testbed_hash", lambda name: "1" * 64)  # trained anew
     assert "its sources and versions of model or data have changed since" in board(config).points[0].value.protocol
+    other = points(full)[0].run
+    assert isinstance(other, Run) and other.identity != run.identity
+    kept = join.Records(Path(config["results"])).kept(replace(other, needs="a package"))
+    assert kept and "versions" not in kept[1], "what is not at hand cannot be compared"
 
 
 def test_a_kept_board_takes_no_point_of_few_samples(config: dict[str, Any]) -> None:
