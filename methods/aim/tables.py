@@ -90,6 +90,8 @@ def rows() -> dict[str, tuple[Shape, list[int]]]:
         "merge ratio/50% (without pruning)": (q, staged(q, (0, video // 2))),
         "merge ratio/25%": (q, scheduled(quarter, 14, 22)),
     }
+    for share in ("12.5", "6.3", "3.1", "1.6"):  # assumption: the released schedule, which does not give these figures
+        results[f"merge ratio/{share}%"] = q, scheduled(round(video * float(share) / 100), 14, 22)
     # assumption: what each method keeps of an image, and VTW's layers, are those that give both printed digits; the
     # schedule of AIM starts at layer 13 as a comment of the released script has it for this decoder.
     results |= {
