@@ -28,6 +28,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 )
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
+from prunelab.common.backbones.llava_layout import NAMES as NAMES
 from prunelab.common.backbones.llava_layout import load_checkpoint as load_checkpoint
 from prunelab.common.backbones.llava_layout import official_name as official_name
 from prunelab.common.core.errors import PrunelabError

@@ -3,7 +3,10 @@ random weights; with tokenizer and processor files of the same classes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +161,34 @@ def transformers_model(architecture: Mapping[str, Any], folder: Path, *, seen: b
     (processor(architecture["name"], model.config) if seen else tokenizer(architecture["name"])).save_pretrained(folder)
 
 
+def of_layout(layout: str, like: Path, folder: Path) -> None:
+    """A checkpoint whose weights have the names that the module `layout` of common/backbones reads, of the class that
+    it is read into, after the configuration of the look-alike in the folder `like`."""
+    import safetensors.torch
+    import transformers as t
+
+    module = importlib.import_module(f"prunelab.common.backbones.{layout}")
+    config = loading.pretrained(t.AutoConfig, like)
+    torch.manual_seed(0)
+    model = t.AutoModelForImageTextToText.from_config(module.like(config) if hasattr(module, "like") else config)
+    for p in model.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.2)
+    named = {published(name, module.NAMES): weight.contiguous().clone() for name, weight in model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(named, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": layout}), encoding="utf-8")
+
+
+def published(name: str, names: Iterable[tuple[str, str]]) -> str:
+    """The published name of a weight, of pairs of patterns of such names, and of what stands here in their place."""
+    for pattern, here in sorted(names, key=lambda pair: -len(pair[1])):
+        if name.startswith(here):
+            plain = re.sub(r"\(\?(=.*?\)|:.*?\)\?)", "", pattern)  # what lies ahead, and what may be left out
+            return plain.replace("\\", "") + name.removeprefix(here)
+    return name
+
+
 def _join(arguments: dict[str, Any]) -> None:
     """Encoders that end as wide as the decoder."""
     vision, width = arguments["vision_config"], arguments["text_config"]["hidden_size"]
@@ -169,8 +200,6 @@ def _join(arguments: dict[str, Any]) -> None:
 
 def timm_model(name: str, architecture: Mapping[str, Any], folder: Path) -> None:
     """A checkpoint of timm, narrow, in its layout on the hub."""
-    import json
-
     import safetensors.torch
     import timm
 
@@ -192,8 +221,6 @@ def timm_model(name: str, architecture: Mapping[str, Any], folder: Path) -> None
 def official(identity: Mapping[str, Any], path: Path) -> None:
     """A file of one of our own backbones, random, in its real size, with a method's learned parts where it has some.
     Raises PrunelabError for those whose authors name weights in another way than the backbone does."""
-    import importlib
-
     import safetensors.torch
 
     torch.manual_seed(0)

@@ -204,7 +204,11 @@ class LookAlikes:
         if "architecture" not in entry:
             raise PrunelabError(f"no look-alike of {name}, whose architecture configs/models.yaml does not tell")
         architecture = entry["architecture"]
-        if "file" in paper:
+        if "layout" in paper and "vision_config" in lookup.model(paper["processor"])["architecture"]["arguments"]:
+            self.make("model", paper["processor"])
+            like = Path(self.config["hub"]) / lookup.model(paper["processor"])["paper"]["hub"]
+            checkpoints.of_layout(paper["layout"], like, place)
+        elif "file" in paper:
             identity = {"architecture": architecture, **({"parts": paper["parts"]} if "parts" in paper else {})}
             checkpoints.official(identity, place / paper["file"])
         elif architecture["library"] == "timm":

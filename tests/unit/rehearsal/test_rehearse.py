@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tarfile
@@ -153,3 +154,19 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(PrunelabError, match=r"pip install -e .*evaluation"):
         datasets.parts("lmms-lab-encoder/GQA", tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["llava_layout", "pllava"])
+def test_published_names_of_a_layout_are_those_that_it_reads(layout: str) -> None:
+    module = importlib.import_module(f"prunelab.common.backbones.{layout}")
+    names = [
+        "model.vision_tower.encoder.layers.0.mlp.fc1.weight",
+        "model.multi_modal_projector.linear_1.weight",
+        "model.multi_modal_projector.linear_2.bias",
+        "model.language_model.layers.1.self_attn.q_proj.weight",
+        "model.language_model.embed_tokens.weight",
+        "lm_head.weight",
+        *(["model.image_newline"] if layout == "llava_layout" else []),
+    ]
+    told = [checkpoints.published(name, module.NAMES) for name in names]
+    assert [module.official_name(name) for name in told] == names and told[0] != names[0]
