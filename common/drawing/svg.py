@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-STYLES = 8  # series that page.css and `marker` tell apart by colour and shape
+STYLES = 8  # colours of page.css and shapes of `marker`; what comes behind them pairs both anew, on broken lines
 
 WIDTH, HEIGHT = 460.0, 340.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 14.0, 46.0
@@ -74,7 +74,11 @@ class Series:
 
 def styles(names: Iterable[str]) -> dict[str, int]:
     """A style for each name, in order of first appearance."""
-    return {name: i % STYLES for i, name in enumerate(dict.fromkeys(names))}
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}
+
+
+def _colour(style: int) -> str:
+    return f"s{style % STYLES}"
 
 
 def marker(x: float, y: float, style: int, hollow: bool = False, label: str = "") -> str:
@@ -89,10 +93,10 @@ def marker(x: float, y: float, style: int, hollow: bool = False, label: str = ""
         7: [(-5, -4), (0, -1.4), (5, -4), (1.4, 0), (5, 4), (0, 1.4), (-5, 4), (-1.4, 0)],
     }
     tip = element("title", escape(label)) if label else ""
-    css = f"mark s{style}" + (" hollow" if hollow else "")
-    if style not in corners:
+    css, shape = f"mark {_colour(style)}" + (" hollow" if hollow else ""), (style + style // STYLES * 3) % STYLES
+    if shape not in corners:
         return element("circle", tip, class_=css, cx=float(x), cy=float(y), r=4.4)
-    points = " ".join(f"{number(x + dx)},{number(y + dy)}" for dx, dy in corners[style])
+    points = " ".join(f"{number(x + dx)},{number(y + dy)}" for dx, dy in corners[shape])
     return element("polygon", tip, class_=css, points=points)
 
 
@@ -109,6 +113,23 @@ def _span(values: Collection[float], share: float = 0.06) -> tuple[float, float]
     low, high = min(values), max(values)
     margin = (high - low) * share or abs(high) * 0.05 or 1.0
     return low - margin, high + margin
+
+
+def _told(name: str, height: float, marks: Collection[tuple[float, float]]) -> str:
+    """The name of a level at that height, where it covers fewest of the marks: above or below it, at its left or right
+    end."""
+    width = 6.5 * len(name) + 12
+    left, right = (
+        (LEFT, LEFT + width, LEFT + 6, "start"),
+        (WIDTH - RIGHT - width, WIDTH - RIGHT, WIDTH - RIGHT - 6, "end"),
+    )
+    free: list[tuple[int, int, str]] = []
+    for side in (-1, 1):
+        middle = height + side * 10
+        for first, last, x, anchor in (left, right):
+            covered = sum(first - 5 < mx < last + 5 and abs(my - middle) < 13 for mx, my in marks)
+            free.append((covered, len(free), text(x, middle + 4, name, class_="tick", text_anchor=anchor)))
+    return min(free)[2]
 
 
 def chart(
@@ -151,16 +172,18 @@ def chart(
     out.append(text(13, (TOP + base) / 2, y_label, class_="label", text_anchor="middle", transform=turn))
     if level:
         out.append(element("line", class_="level", x1=LEFT, x2=WIDTH - RIGHT, y1=down(level[1]), y2=down(level[1])))
-        out.append(text(LEFT + 6, down(level[1]) - 6, level[0], class_="tick", text_anchor="start"))
+        places = [(across(m.x), down(m.y)) for m in marks]
+        out.append(_told(level[0], down(level[1]), places))
     for s in series:
         style = look[s.name]
         if s.joined and len(s.marks) > 1:
             path = " ".join(f"{number(across(m.x))},{number(down(m.y))}" for m in sorted(s.marks, key=lambda m: m.x))
-            out.append(element("polyline", class_=f"curve s{style}", points=path))
+            broken = {"stroke_dasharray": "5 3"} if style >= STYLES else {}
+            out.append(element("polyline", class_=f"curve {_colour(style)}", points=path, **broken))
         for m in s.marks:
             if m.error:
                 x, high, low = across(m.x), down(m.y + m.error), down(m.y - m.error)
-                out.append(element("line", class_=f"error s{style}", x1=x, x2=x, y1=high, y2=low))
+                out.append(element("line", class_=f"error {_colour(style)}", x1=x, x2=x, y1=high, y2=low))
     for s in series:  # marks last, so that no line covers them
         out += [marker(across(m.x), down(m.y), look[s.name], m.hollow, m.label) for m in s.marks]
     names = list(dict.fromkeys(s.name for s in series))

@@ -770,6 +770,15 @@ def test_charts_escape_and_tell_marks_apart() -> None:
     assert svg.chart([], title="", x_label="", y_label="") == ""
     shapes = [svg.marker(0, 0, style).replace(f"s{style}", "") for style in range(svg.STYLES)]
     assert len(set(shapes)) == svg.STYLES
+    many = svg.styles(map(str, range(3 * svg.STYLES)))
+    assert len({svg.marker(0, 0, style) for style in many.values()}) == len(many), "colour and shape together"
+
+
+def test_a_levels_name_covers_no_mark_where_there_is_room():
+    for side, anchor in ((0.0, "end"), (1.0, "start")):
+        marks = (*(svg.Mark(side, y) for y in (0.9, 1.0, 1.1)), svg.Mark(0.5, 0.0))
+        drawn = svg.chart([svg.Series("a", marks)], title="", x_label="", y_label="", level=("dense", 1.0))
+        assert f'text-anchor="{anchor}">dense<' in drawn
 
 
 def test_patterns_are_points_and_shares_a_curve() -> None:
