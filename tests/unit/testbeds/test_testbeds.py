@@ -105,10 +105,11 @@ def test_middle_budget_discriminates(shipped):
     assert pruned["zero_tprune"] > pruned["random_drop"]
 
 
-def test_seeds_are_recorded():
-    seeds = json.loads((testbeds.SHIPPED / "digits_vit" / "seeds.json").read_text())
-    log = recipe.read_log(testbeds.SHIPPED / "digits_vit")
+@pytest.mark.parametrize("path", sorted(testbeds.SHIPPED.glob("*/seeds.json")), ids=lambda path: path.parent.name)
+def test_seeds_are_recorded(path):
+    seeds, log = json.loads(path.read_text()), recipe.read_log(path.parent)
     assert [run["seed"] for run in seeds["runs"]] == [0, 1, 2]
+    assert len({run["sha256"] for run in seeds["runs"]}) == 3
     assert seeds["recipe"] == log["recipe"] and seeds["runs"][0]["sha256"] == log["sha256"]
 
 
