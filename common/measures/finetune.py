@@ -100,7 +100,13 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
         results["memory_gb"] = {"value": round(torch.cuda.max_memory_allocated(bench.device) / 1e9, 3)}
     for metric, text in held_out.items():
         results[metric] = perplexity.predicted(model, text)["perplexity"]
-    return {**(zero_shot.scored(bench, model, tokenizer, batch=ASKED) if settings.tasks else {}), **results}
+    scored = zero_shot.scored(bench, model, tokenizer, batch=ASKED) if settings.tasks else {}
+    if settings.against is not None and "average" in scored:
+        mean = scored["average"]
+        scored["gain"] = {**mean, "value": round(100 * (mean["value"] / settings.against - 1), 4)}
+        if "stderr" in mean:
+            scored["gain"]["stderr"] = round(100 * mean["stderr"] / settings.against, 4)
+    return {**scored, **results}
 
 
 def _grades(bench: Bench[Finetune.Settings], method: Any, pieces: list[Any]) -> torch.Tensor:

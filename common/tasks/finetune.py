@@ -36,6 +36,7 @@ class Finetune(Task):
     by_role: ClassVar[Mapping[str, str]] = {"training_method": "common/training/engine.py"}
     metrics: ClassVar[Mapping[str, Metric]] = {
         "average": Metric("mean of the scores under `average`", "%", higher_is_better=True),
+        "gain": Metric("by how much that mean exceeds `against`, % of it", higher_is_better=True),
         "perplexity": Metric("perplexity of `text`", higher_is_better=False),
         "second_perplexity": Metric("perplexity of `second_text`", higher_is_better=False),
         "samples": Metric("samples that entered the training", "%", cost="samples"),
@@ -55,7 +56,7 @@ class Finetune(Task):
         instructions for methods that ask for it. order: whether weights are pruned before the
         training or after it. calibration, calibration_data, calibration_length: of the calibration set, as in
         `perplexity`; the data must be named. text, second_text: what perplexity is of, in sequences of `text_length`
-        tokens."""
+        tokens. against: the mean that another training reached, over which this one's is a gain."""
 
         length: PositiveInt = 2048
         epochs: NonNegativeInt = 3
@@ -76,6 +77,7 @@ class Finetune(Task):
         calibration: NonNegativeInt = 32
         calibration_data: str | None = None
         calibration_length: PositiveInt = 2048
+        against: PositiveFloat | None = None
         text: str | None = None
         second_text: str | None = None
         text_length: PositiveInt = 2048

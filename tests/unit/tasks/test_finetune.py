@@ -110,6 +110,17 @@ def test_scores_are_of_the_model_that_was_trained(folder, asked):
     assert all(not model.training for model in asked)
 
 
+def test_a_gain_is_over_the_mean_that_another_training_reached(folder, asked, monkeypatch):
+    monkeypatch.setattr(
+        zero_shot,
+        "scored",
+        lambda *given, **more: {"average": {"value": 52.5, "stderr": 0.4, "protocol": "nine tasks"}},
+    )
+    result = run(folder, epochs=0, against=50.0)
+    assert result["gain"] == {"value": 5.0, "stderr": 0.8, "protocol": "nine tasks"}
+    assert "gain" not in run(folder, epochs=0)
+
+
 def test_what_a_selector_leaves_of_batches_and_of_the_data_set_is_told(folder, asked):
     each = run(folder, "q_tuning", "0.5,0.5", epochs=2)
     assert each["samples"]["value"] == 50 and each["tokens"]["value"] <= 50
