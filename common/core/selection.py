@@ -141,9 +141,19 @@ def scaled_distance(tokens: Tensor) -> Tensor:
 
 
 def cosine_distance(tokens: Tensor) -> Tensor:
-    """One minus the cosine of every pair of tokens [B, M, D]: [B, M, M]."""
+    """One minus the cosine of every pair of tokens [B, M, D]: [B, M, M]. Of two tokens one product serves both ways."""
     unit = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(tokens.dtype).tiny)
-    return 1 - unit @ unit.transpose(1, 2)
+    batch, count, _ = unit.shape
+    size = max(128, -(-count // 8))
+    if count <= size or unit.requires_grad:
+        return 1 - unit @ unit.transpose(1, 2)
+    out = unit.new_empty(batch, count, count)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        part = 1 - unit[:, start:stop] @ unit[:, start:].transpose(1, 2)
+        out[:, start:stop, start:] = part
+        out[:, stop:, start:stop] = part[:, :, stop - start :].transpose(1, 2)
+    return out
 
 
 def max_min_order(distance: Tensor, count: int, real: Tensor | None = None) -> Tensor:

@@ -49,7 +49,11 @@ def dead(diagonal: Tensor) -> Tensor:
 
 
 class Columns(Protocol):
-    """What becomes of the columns of a weight, asked for from left to right."""
+    """What becomes of the columns of a weight, asked for from left to right. ahead: how many columns `settle` looks at,
+    from one of a multiple of this number on; None where it may look at all of the block."""
+
+    @property
+    def ahead(self) -> int | None: ...
 
     def enter(self, columns: slice, weight: Tensor, diagonal: Tensor) -> None:
         """A block of columns is reached. weight [R, C] is as earlier blocks have left it; diagonal [width] is the
@@ -60,26 +64,33 @@ class Columns(Protocol):
         the columns so far have left it."""
 
 
+SMALL = 16  # columns that are at least taken together within a block
+
+
 def sweep(weight: Tensor, factor: Tensor, width: int, columns: Columns, within: bool = True) -> Tensor:
     """The weight [R, C] after every column was settled and those behind it made up for the error (SparseGPT, algorithm
     1; GPTQ, algorithm 1).
 
-    factor: from `inverse_factor`. Columns are updated lazily, in blocks of `width`. Each step is one rank-1 update in
-    place. within: whether columns of a block make up for each other, too, and not for those of earlier blocks alone.
+    factor: from `inverse_factor`. Columns are updated lazily, in blocks of `width`, and within these in small ones as
+    far as `columns` looks: a column is a rank-1 update in place, a small block a product. within: whether columns of a
+    block make up for each other, too, and not for those of earlier blocks alone.
     """
     weight, total = weight.clone(), weight.shape[1]
+    small = width if columns.ahead is None else -(-SMALL // columns.ahead) * columns.ahead
     for start in range(0, total, width):
         stop = min(start + width, total)
         turned, local = weight[:, start:stop].T.contiguous(), factor[start:stop, start:stop]
         block, errors, diagonal = turned.T, torch.empty_like(turned), local.diagonal()  # columns lie in one piece
         columns.enter(slice(start, stop), weight, diagonal)
-        for i in range(stop - start):
+        for i, (now, error, row) in enumerate(zip(turned.unbind(), errors.unbind(), local.unbind())):
             settled = columns.settle(start + i, block, diagonal, i)
-            torch.sub(turned[i], settled, out=errors[i])
-            errors[i] /= diagonal[i]
-            if within and i + 1 < stop - start:
-                turned[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-            turned[i] = settled
+            torch.sub(now, settled, out=error).div_(diagonal[i])
+            first, last = i // small * small, min((i // small + 1) * small, stop - start)
+            if within and i + 1 < last:
+                turned[i + 1 : last].addr_(row[i + 1 : last], error, alpha=-1)
+            now.copy_(settled)
+            if within and i + 1 == last < stop - start:
+                turned[last:].addmm_(local[first:last, last:].T, errors[first:last], alpha=-1)
         weight[:, start:stop] = block
         weight[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
     return weight
@@ -94,16 +105,24 @@ class Pruned:
     budget: Budget
     kept: Tensor
 
+    @property
+    def ahead(self) -> int:
+        return self.budget.every if self.budget.unit == "pattern" else 1
+
     def enter(self, columns: slice, weight: Tensor, diagonal: Tensor) -> None:
         if self.budget.unit == "ratio":
-            self.kept[:, columns] = masks.per_matrix(weight[:, columns].square() / diagonal.square(), self.budget)
+            self._decide(columns, masks.per_matrix(weight[:, columns].square() / diagonal.square(), self.budget))
 
     def settle(self, column: int, block: Tensor, diagonal: Tensor, at: int) -> Tensor:
         if self.budget.unit == "pattern" and at % self.budget.every == 0:
-            group, last = slice(at, at + self.budget.every), column + self.budget.every
+            group = slice(at, at + self.budget.every)
             scores = block[:, group].square() / diagonal[group].square()
-            self.kept[:, column:last] = masks.per_row(scores, self.budget)
-        return block[:, at].masked_fill(~self.kept[:, column], 0)
+            self._decide(slice(column, column + self.budget.every), masks.per_row(scores, self.budget))
+        return block[:, at].masked_fill(self._gone[column - self._first], 0)
+
+    def _decide(self, columns: slice, kept: Tensor) -> None:
+        self.kept[:, columns] = kept
+        self._first, self._gone = columns.start, (~kept).T.contiguous()  # each column in one piece
 
 
 def prune_matrix(weight: Tensor, factor: Tensor, budget: Budget, width: int) -> tuple[Tensor, Tensor]:

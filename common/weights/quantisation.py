@@ -7,6 +7,7 @@ Shapes: weight [R, C]; grids [R, 1] or one a group of columns [R, G].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -134,6 +135,8 @@ class Rounding:
     first column is reached, over the weights as all earlier columns have left them, those of later blocks excepted.
     gone [R, C]: weights that become zero whatever compensation has made of them.
     """
+
+    ahead: ClassVar[int | None] = None
 
     def __init__(
         self,

@@ -34,9 +34,10 @@ PUBLISHED = (
 def expand(table: Tensor, root: Tensor, template: Template) -> Tensor:
     """Draft tokens [T] behind the root [1]: candidates of each node's token in the table [V, k], a gather a level."""
     ids = torch.cat([root, root.new_empty(len(template.parents))])  # [T + 1], the root first
+    parents = template.parents + 1
     for start, end in pairwise(template.bounds):
-        above = ids[template.parents[start:end] + 1]
-        ids[start + 1 : end + 1] = table[above, template.ranks[start:end]]
+        above = ids.index_select(0, parents[start:end])
+        ids[start + 1 : end + 1] = table.take(above * table.shape[1] + template.ranks[start:end])
     return ids[1:]
 
 
@@ -44,8 +45,9 @@ def renew(table: Tensor, tokens: Tensor, logits: Tensor) -> None:
     """Overwrite the rows of the tokens [n] in the table [V, k] with the best k of their logits [n, V]. Of a token that
     stands there more than once the last counts, on every device."""
     best = logits.topk(table.shape[1], dim=-1).indices
-    again = (tokens.unsqueeze(1) == tokens.unsqueeze(0)).triu(1).any(1)
-    table[tokens[~again]] = best[~again]
+    order = torch.arange(len(tokens), device=tokens.device)
+    last = ((tokens.unsqueeze(1) == tokens) * order).amax(1)  # where each token stands for the last time
+    table.index_copy_(0, tokens, best.index_select(0, last))
 
 
 @dataclass
