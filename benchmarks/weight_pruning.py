@@ -44,12 +44,14 @@ from prunelab.methods.amp.method import AMP
 from prunelab.methods.cfsp.method import CFSP
 from prunelab.methods.darex.method import Dare, Darex
 from prunelab.methods.easy_ep.method import EasyEP
+from prunelab.methods.ecoflap.method import ECoFLaP
 from prunelab.methods.flap.method import FLAP, WandaSP, above_common_threshold
 from prunelab.methods.gaprune.method import GAPrune
 from prunelab.methods.gblm.method import GBLM
 from prunelab.methods.gptq.method import Gptq
 from prunelab.methods.llm_pruner.method import LLMPruner
 from prunelab.methods.magnitude.method import Magnitude
+from prunelab.methods.mc_moe.method import MixtureCompressor
 from prunelab.methods.prunenet.method import PruneNet
 from prunelab.methods.random_weights.method import RandomWeights
 from prunelab.methods.rsq.method import RSQ
@@ -289,8 +291,10 @@ CASES = {
     "RSQ": Case(RSQ(), "3bits"),
     "DARE": Case(Dare()),
     "DAREx-q": Case(Darex(), 0.1),
+    "ECoFLaP": Case(ECoFLaP(samples=8)),
     "EASY-EP (MoE)": Case(EasyEP(), experts=4),
     "STUN (MoE)": Case(Stun(), experts=4),
+    "MC-MoE (MoE)": Case(MixtureCompressor(group=32), "2bits", experts=4),
 }
 
 

@@ -25,7 +25,7 @@ def chart(metrics: Mapping[str, Any]) -> str:
     series = []
     for place, (arm, label) in enumerate(ARMS.items(), 1):
         cell = metrics[arm]
-        told = f"{label}: {cell['value']:.1f} %"
-        series.append(svg.Series(label, (svg.Mark(float(place), cell["value"], 1.96 * cell["stderr"], label=told),)))
+        words = f"{label}: {cell['value']:.1f} %"
+        series.append(svg.Series(label, (svg.Mark(float(place), cell["value"], 1.96 * cell["stderr"], label=words),)))
     level = (f"dense {metrics['dense']['value']:.1f}", float(metrics["dense"]["value"]))
     return svg.chart(series, title="Accuracy by arm", x_label="arm", y_label="accuracy, %", level=level)
