@@ -23,7 +23,7 @@ from prunelab.common.weights.checkpoints import Shelf, Work
 from prunelab.common.weights.corpora import Corpus, Labelled, loss_of
 from prunelab.common.weights.plan import packed, unpacked
 from prunelab.common.weights.relevance import Rule, Start, flowed_back
-from prunelab.common.weights.targets import Accumulator, Decision, Flow, Target, Unit, WeightSignals
+from prunelab.common.weights.targets import Accumulator, Decision, Flow, Statistics, Target, Unit, WeightSignals
 
 
 class ModelProbe:
@@ -77,6 +77,13 @@ class ModelProbe:
             for back in reversed(undo):
                 back()
             self._tried = False
+
+    def shelved(self, name: str, results: Iterable[tuple[str, Statistics]]) -> Mapping[str, Statistics]:
+        shelf, kept = self._work.shelf(name), {}
+        for target, tensors in results:
+            shelf.put(target, tensors)
+            kept[target] = shelf.lazily(target, next(self.adapter.model.parameters()).device)
+        return kept
 
     @torch.no_grad()
     def candidates(

@@ -359,6 +359,10 @@ class Probe(Protocol):
         Decisions are taken from the iterator one by one; structures are silenced rather than removed, and experts
         cannot be tried. With a work folder what they change is kept on disk, and memory does not grow with depth."""
 
+    def shelved(self, name: str, results: Iterable[tuple[str, Statistics]]) -> Mapping[str, Statistics]:
+        """Tensors by target that are taken one target after the other: with a work folder they are written there under
+        that name, and each is read when it is asked for."""
+
     def candidates(
         self,
         budgets: Mapping[str, Sequence[Budget]],

@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -82,13 +83,11 @@ class Inverse(Accumulator):
 
 
 def grams(damping: float) -> dict[str, Callable[[Target], Accumulator]]:
-    """The statistics `gram` and `inverse` of a layer's inputs."""
-    made: dict[str, Gram] = {}
+    """The statistics `gram` and `inverse` of a layer's inputs. Both read one accumulator, which leaves with them."""
+    made: WeakValueDictionary[str, Gram] = WeakValueDictionary()
 
     def gram(target: Target) -> Gram:
-        if target.name not in made:
-            made[target.name] = Gram(target)
-        return made[target.name]
+        return made.setdefault(target.name, Gram(target))
 
     return {"gram": gram, "inverse": lambda target: Inverse(gram(target), damping)}
 
@@ -196,9 +195,8 @@ class Tyr(WeightPruner):
             )  # fmt: skip
             chosen = self.search(probe, result, levels, expected)
             gone = {name: levels[name][level] for name, level in chosen.items()}
-        kept = {name: result.decision(name, level) for name, level in chosen.items()}
-        roles = {target.name: ROLES[target.unit] for target in probe.targets}
-        return {name: {"mask": d.mask, "weight": d.values[roles[name]]} for name, d in kept.items()}
+        kept = ((t.name, {"mask": d.mask, "weight": d.values[ROLES[t.unit]]}) for t, d in result.decisions(chosen))
+        return probe.shelved("chosen", kept)
 
     def search(
         self, probe: Probe, result: Candidates, levels: Mapping[str, Sequence[int]], expected: Mapping[str, int]

@@ -243,6 +243,9 @@ class WeightAdapter(ABC):
         readers = {f"reader {i}": r.module.weight.detach() for i, r in enumerate(self.readers(target))}
         touching = {**{role: own[role] for role in touched & own.keys()}, **readers}
         kept = _kept(dense, target.name, touching)
+        biases = (
+            decision.values.keys() - own.keys()
+        )  # by name: the decision itself is large, and `undo` keeps what it reads
         self.write(target, decision)
 
         def undo() -> None:
@@ -252,7 +255,7 @@ class WeightAdapter(ABC):
                         readers[role].copy_(value)
                     else:
                         self.assign(target, role, value)
-            for role in decision.values.keys() - own.keys():
+            for role in biases:
                 self.drop_bias(target, role)
 
         return undo

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,7 +12,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import prune
 from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.targets import Decision, Target
-from prunelab.methods.tyr.method import Tyr, divergence, remaining
+from prunelab.methods.tyr.method import Inverse, Tyr, divergence, grams, remaining
 from prunelab.methods.tyr.surgery import split, surgery
 from tests.contract.references import language_model, token_ids
 
@@ -49,6 +51,26 @@ def test_one_at_a_time_finds_the_cheapest_group_and_inputs_never_used_leave_firs
     assert bool(whole.all()) and torch.equal(same, weight)
     none, empty = surgery(weight, hessian, 3, 0, 1)
     assert not bool(none.any()) and bool((empty == 0).all())
+
+
+def test_nothing_of_a_layer_stays_behind_it():
+    model = language_model()
+    adapter = weight_adapter(model)
+    target = adapter.targets("attention_output")[0]
+    factories = grams(0.01)
+    gram, inverse = factories["gram"](target), factories["inverse"](target)
+    assert isinstance(inverse, Inverse) and inverse.of is gram
+    alive = weakref.ref(gram)
+    del gram, inverse
+    assert alive() is None, "the Gram matrix of a layer that was left"
+    decision = Decision(
+        torch.ones(target.units, dtype=torch.bool), {"o": torch.zeros_like(adapter.weights(target)["o"])}
+    )
+    tried = weakref.ref(decision.values["o"])
+    undo = adapter.attempt(target, decision)
+    del decision
+    assert tried() is None, "the weight of a candidate that the model has by now"
+    undo()
 
 
 def test_groups_are_split_evenly_and_counted_without_float_error():
