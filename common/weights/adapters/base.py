@@ -243,9 +243,7 @@ class WeightAdapter(ABC):
         readers = {f"reader {i}": r.module.weight.detach() for i, r in enumerate(self.readers(target))}
         touching = {**{role: own[role] for role in touched & own.keys()}, **readers}
         kept = _kept(dense, target.name, touching)
-        biases = (
-            decision.values.keys() - own.keys()
-        )  # by name: the decision itself is large, and `undo` keeps what it reads
+        biases = decision.values.keys() - own.keys()  # by name, so that `undo` does not hold what the decision holds
         self.write(target, decision)
 
         def undo() -> None:
