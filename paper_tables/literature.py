@@ -194,7 +194,7 @@ def of(plan: Plan, shown: Iterable[tuple[str, Sequence[tuple[str, PaperTable]]]]
         cells.setdefault(place, []).append((run, quantity))
     results: dict[str, dict[str, list[Quantity]]] = {}
     for found in cells.values():
-        for quantity in _told_apart(found):
+        for quantity in _distinct(found):
             results.setdefault(quantity.model, {}).setdefault(quantity.budget, []).append(quantity)
     shelves = {
         model: [Shelf(model, options, tuple(quantities)) for options, quantities in sorted(by.items(), key=_most)]
@@ -233,18 +233,18 @@ def _options(run: Run) -> str:
     return ", ".join([*options, *(["budget matched in the mean"] if run.settings.get("match") else [])])
 
 
-def _told_apart(found: Sequence[tuple[Run, Quantity]]) -> list[Quantity]:
+def _distinct(found: Sequence[tuple[Run, Quantity]]) -> list[Quantity]:
     """Quantities that would stand in one cell, by runs of other conditions: these join the options, so that each has a
     row."""
     if len(found) == 1:
         return [quantity for _, quantity in found]
     conditions = [_conditions(run) for run, _ in found]
     keys = [key for key in dict.fromkeys(k for c in conditions for k in c) if len({c.get(key) for c in conditions}) > 1]
-    told = [", ".join(f"{key}={c[key]}" if key in c else f"no {key}" for key in keys) for c in conditions]
+    labels = [", ".join(f"{key}={c[key]}" if key in c else f"no {key}" for key in keys) for c in conditions]
     results: list[Quantity] = []
     for place, (_, quantity) in enumerate(found):
-        earlier = told[:place].count(told[place])  # other weights or data behind the same names
-        own = ", ".join(filter(None, [quantity.options, told[place], f"run {earlier + 1}" if earlier else ""]))
+        earlier = labels[:place].count(labels[place])  # other weights or data behind the same names
+        own = ", ".join(filter(None, [quantity.options, labels[place], f"run {earlier + 1}" if earlier else ""]))
         results.append(replace(quantity, options=own))
     return results
 

@@ -70,8 +70,8 @@ def reasons(results: list[comparing.Result]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for r in results:
         if r.refused:
-            said = r.refused.removeprefix(r.method).lstrip(": ")
-            groups.setdefault(said, []).append(r.method)
+            reason = r.refused.removeprefix(r.method).lstrip(": ")
+            groups.setdefault(reason, []).append(r.method)
     return dict(sorted(groups.items(), key=lambda group: -len(group[1])))
 
 

@@ -94,8 +94,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _problem(row: Mapping[str, Any], identity: Mapping[str, Any], rng: random.Random) -> Problem:
-    asked = identity["ask"]
-    text = " ".join(str(row[name]).strip() for name in ([asked] if isinstance(asked, str) else asked))
+    columns = identity["ask"]
+    text = " ".join(str(row[name]).strip() for name in ([columns] if isinstance(columns, str) else columns))
     answer = _answer(str(row[identity["answer"]]), identity) if "answer" in identity else ""
     named = identity.get("choices")
     if identity.get("tests") == "livecodebench":

@@ -102,14 +102,14 @@ def outcome(code: str, given: str = "", seconds: float = SECONDS) -> tuple[str, 
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         try:
-            printed, said = child.communicate(given, timeout=seconds)
+            printed, errors = child.communicate(given, timeout=seconds)
         except subprocess.TimeoutExpired:
             return "", f"TimeoutError: it took more than {seconds:g} seconds"
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.communicate()
-    lines = said.strip().splitlines() or [f"it ended with code {child.returncode}"]
+    lines = errors.strip().splitlines() or [f"it ended with code {child.returncode}"]
     return printed, lines[-1] if child.returncode else ""
 
 

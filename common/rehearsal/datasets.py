@@ -191,8 +191,8 @@ def _problems(path: Path, entry: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(ROWS):
-        asked = [entry["ask"]] if isinstance(entry["ask"], str) else entry["ask"]
-        row: dict[str, Any] = {name: f"{_text(i)}?" for name in asked}
+        columns = [entry["ask"]] if isinstance(entry["ask"], str) else entry["ask"]
+        row: dict[str, Any] = {name: f"{_text(i)}?" for name in columns}
         named = entry.get("choices", ())
         held = {letter: _text(i + k, 2) for k, letter in enumerate("ABCD")}
         row |= {named: held} if isinstance(named, str) else {name: _text(i + k, 2) for k, name in enumerate(named)}
@@ -256,12 +256,12 @@ def films(folder: Path, entry: Mapping[str, Any]) -> None:
             container.mux(stream.encode())
     if "options" in entry:
         orders = (["tree", "sea", "sky", "sun"], ["sun", "sky", "sea", "tree"])
-        asked = [
+        questions = [
             {"video": f"{entry['videos']}/v{i}.mp4", "question": f"{_text(i)}?", "options": order, "gt": "tree",
              "type": "ret_edit1", "try": n}
             for i in range(ROWS) for n, order in enumerate(orders)
         ]  # fmt: skip
-        (folder / entry["options"]).write_text(json.dumps(asked), encoding="utf-8")
+        (folder / entry["options"]).write_text(json.dumps(questions), encoding="utf-8")
         return
     (folder / "test_q.json").write_text(json.dumps(rows), encoding="utf-8")
     (folder / "test_a.json").write_text(json.dumps(answers), encoding="utf-8")

@@ -21,8 +21,8 @@ def question(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, str] | No
 
 def process(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
     """Whether the right letter comes first among those before a full stop, by kind and sample."""
-    said = results[0].split(".")[0]
-    named = next((letter for letter in LETTERS if letter in said), "")
+    answer = results[0].split(".")[0]
+    named = next((letter for letter in LETTERS if letter in answer), "")
     return {"vnbench_score": {"kind": doc["kind"], "sample": doc["sample"], "right": named == doc["answer"]}}
 
 
