@@ -211,7 +211,7 @@ def nowhere_else(file: str, run: Run) -> bool:
         ("common/costs/meter.py", lambda r: r.task == "size" or prunes_tokens(r)),
         ("common/tokens/apply.py", prunes_tokens),
         ("common/kv_cache/apply.py", lambda r: r.task == "cache" or r.method == "dycoke"),
-        ("common/weights/pruning.py", of(*WEIGHTS, "tune", "generate")),
+        ("common/weights/pruning.py", lambda r: of(*WEIGHTS, "tune", "generate")(r) or "cut" in r.settings),
         ("common/speculative/loop.py", of("decode")),
         ("common/constrained/smc.py", of("constrained")),
         ("common/ranking/sentences.py", of("summarise")),
