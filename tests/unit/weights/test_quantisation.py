@@ -71,6 +71,8 @@ def test_compensation_is_nearest_rounding_under_a_diagonal_hessian_and_better_ot
 
 def test_a_sweep_that_settles_nothing_changes_nothing():
     class Same:
+        ahead = None
+
         def enter(self, columns, weight, diagonal): ...
 
         def settle(self, column, block, diagonal, at):
