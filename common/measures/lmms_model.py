@@ -58,7 +58,8 @@ class VisualModel(lmms):
 
     batch: questions of one `generate`. frames: taken of every video, evenly. shown: examples before a question.
     hourly: frames more for every hour of a video. scorer: gives scores [T] of the frames of a video for the question
-    about it; what those of the last batch are, `frame_scores` says to a method that asks for that service.
+    about it; what those of the last batch are, `frame_scores` says to a method that asks for that service. tower: makes
+    of the questions about the pictures of a batch, one each, the service `text_similarity` for that batch.
     pruned: opens the `with` block around each `generate`, such as `lambda: apply(method, model, budget)`; questions
     without image or video are asked outside it, as they hold nothing to prune. kept: counts what a token pruner leaves.
     `seconds` is what answering took, pictures read and answers written.
@@ -75,6 +76,7 @@ class VisualModel(lmms):
         frames: int = 32,
         hourly: float = 0,
         scorer: Callable[[Any, str], Tensor] | None = None,
+        tower: Callable[[Sequence[str]], Callable[[Tensor], Tensor]] | None = None,
         shown: Examples | None = None,
         pruned: Callable[[], AbstractContextManager[Any]] = nullcontext,
         kept: Kept | None = None,
@@ -85,6 +87,8 @@ class VisualModel(lmms):
         self.model, self.processor = model, processor
         self.batch, self.frames, self.pruned = batch, frames, pruned
         self.hourly, self.scorer, self.scores = hourly, scorer, list[Tensor]()
+        self.tower = tower
+        self.likeness: Callable[[Tensor], Tensor] | None = None
         self.shown = shown or Examples()
         self.seconds, self.kept = 0.0, kept
         processor.tokenizer.padding_side = "left"  # answers begin where prompts end
@@ -138,6 +142,11 @@ class VisualModel(lmms):
         """The service of this name: scores [T] of the frames of each video that is being asked about."""
         return self.scores
 
+    def text_similarity(self, hidden: Tensor) -> Tensor:
+        """The service of this name, for the pictures that are being asked about."""
+        assert self.likeness is not None
+        return self.likeness(hidden)
+
     @torch.inference_mode()
     def _generate(self, inputs: Any, settings: Mapping[str, Any]) -> list[str]:
         """The model's answers to inputs, decoded as the task sets: greedily unless it gives a temperature."""
@@ -170,6 +179,9 @@ class VisualModel(lmms):
         films = [videos.frames(path, self._count(path)) for path, _ in shots]
         if self.scorer is not None:
             self.scores = [self.scorer(film, _question(turn)) for film, (_, turn) in zip(films, shots, strict=True)]
+        if self.tower is not None and pictures:
+            pairs = zip(turns, seen, strict=True)
+            self.likeness = self.tower([_question(turn) for turn, (shown, _, _) in pairs for _ in shown])
         media: dict[str, Any] = {"images": pictures} if pictures else {}
         if films:
             if not hasattr(self.processor, "video_processor"):

@@ -26,6 +26,7 @@ from prunelab.common.measures import frame_scoring, oracle
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.examples import Examples
 from prunelab.common.measures.scores import CAPTIONS, COUNTED, OWN, SCALED, SHARES, SUMS, average, relative
+from prunelab.common.measures.text_similarity import TextTower
 from prunelab.common.models import devices, loading
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     if settings.oracle and (method is None or len(settings.average) != 1):
         raise PrunelabError("an oracle chooses a method's budget by one metric; name it under `average`")
     scorer = frame_scorer(bench, model, processor) if "frame_scores" in bench.ids else None
+    tower = text_tower(bench) if "text_tower" in bench.ids else None
     read, groups = definitions(settings.tasks, settings.include, settings.prompts)
     shown = Examples(settings.shots, bench.seed, {e["task"]: e.get("doc_to_target") for e in read})
     used = [value for name, value in bench.ids.items() if name.startswith("data of ")]
@@ -58,11 +60,14 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
             frames=settings.frames,
             hourly=settings.hourly,
             scorer=scorer,
+            tower=tower,
             shown=shown,
             kept=kept,
         )
-        weighed = {"services": {"frame_scores": evaluated.frame_scores}} if scorer is not None else {}
-        evaluated.pruned = partial(bench.at_work, method, model, budget=budget, **weighed)
+        services: dict[str, Any] = {"frame_scores": evaluated.frame_scores} if scorer is not None else {}
+        services |= {"text_similarity": evaluated.text_similarity} if tower is not None else {}
+        given = {"services": services} if services else {}
+        evaluated.pruned = partial(bench.at_work, method, model, budget=budget, **given)
         # Some tasks write their answers to a file when they are scored.
         with at_hand(read, data, bench.config), TemporaryDirectory() as folder:
             made = lmms_eval.api.task.ConfigurableMessagesTask
@@ -91,6 +96,8 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     if scorer is not None:
         things = "the things to look for, which the model asked names" if settings.decouple else "the question itself"
         protocol += f"; frames are weighed by a model of images that is asked for {things}"
+    if tower is not None:
+        protocol += "; patches are compared with the question by CLIP's text tower, as far as its context reaches"
     if own:
         protocol += f"; the budget {own['budget']} gives the layers {bench.budget} of an image's tokens, in the mean"
     if kept is not None and not settings.oracle:
@@ -129,6 +136,12 @@ def frame_scorer(bench: Bench[VisualTasks.Settings], model: Any, processor: Any)
         return score(list(film), question, things)
 
     return scored
+
+
+def text_tower(bench: Bench[VisualTasks.Settings]) -> TextTower:
+    """What compares patches with questions; see the setting `text_tower`."""
+    clip, processor = loading.clip(bench.ids["text_tower"], bench.config)
+    return TextTower(devices.place(clip, bench.device, half=True), processor)
 
 
 def each_question(logged: Sequence[Mapping[str, Any]], metric: str) -> Tensor:

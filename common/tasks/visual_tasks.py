@@ -30,7 +30,7 @@ class VisualTasks(Task):
 
     name: ClassVar[str] = "visual_tasks"
     roles: ClassVar[tuple[str, ...]] = ("token_pruner", "cache_pruner")
-    named: ClassVar[Mapping[str, Catalogue]] = {"frame_scores": "model"}
+    named: ClassVar[Mapping[str, Catalogue]] = {"frame_scores": "model", "text_tower": "model"}
     scales: ClassVar[tuple[str, ...]] = ("paper",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "own data"})
     metrics: ClassVar[Mapping[str, Metric]] = {
@@ -48,22 +48,25 @@ class VisualTasks(Task):
 
     class Settings(base.Settings):
         """tasks: of the library. frames: of a video, evenly sampled. hourly: frames more for every hour of it.
-        frame_scores: the image language model that scores each frame of a video by the question, for a method that
-        asks for the service of this name (`measures/frame_scoring`). decouple: whether the model asked turns the
-        question into things to look for first. limit: questions of each task (all). batch:
-        questions asked together. prompts: changes of what the tasks' definitions let prompts have (`ocr: true` of
-        TextVQA), where they have it. include: a folder with definitions of one's own. average: the metrics whose mean
-        is one. against: a number for each of them, such as the unpruned model's, of which `relative` is the mean share.
-        match: the budget is what a layer of the decoder sees of an image's tokens, in the mean, whatever the method
-        itself means by it; papers that compare at 192 of 576 tokens mean that. shots: examples that stand before each
-        question, with their answers, drawn with the seed from the task's other questions. oracle: budgets that rise to
-        the run's own, all of which are asked; `average` then names the one metric by which an oracle chooses."""
+        frame_scores: the image language model that scores each frame of a video by the question, for a method that asks
+        for the service of this name (`measures/frame_scoring`). decouple: whether the model asked turns the question
+        into things to look for first. text_tower: the CLIP model, trained with the model's encoder, by which a method
+        that asks for the service `text_similarity` compares patches with the question. limit: questions of each task
+        (all). batch: questions asked together. prompts: changes of what the tasks' definitions let prompts have (`ocr:
+        true` of TextVQA), where they have it. include: a folder with definitions of one's own. average: the metrics
+        whose mean is one. against: a number for each of them, such as the unpruned model's, of which `relative` is the
+        mean share. match: the budget is what a layer of the decoder sees of an image's tokens, in the mean, whatever
+        the method itself means by it; papers that compare at 192 of 576 tokens mean that. shots: examples that stand
+        before each question, with their answers, drawn with the seed from the task's other questions. oracle: budgets
+        that rise to the run's own, all of which are asked; `average` then names the one metric by which an oracle
+        chooses."""
 
         tasks: tuple[str, ...]
         frames: PositiveInt = 32
         hourly: NonNegativeFloat = 0
         frame_scores: str | None = None
         decouple: bool = False
+        text_tower: str | None = None
         limit: PositiveInt | None = None
         batch: PositiveInt = 1
         prompts: dict[str, Any] | None = None

@@ -8,6 +8,7 @@ from torch import nn
 
 from prunelab.common.apply import apply
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.measures.text_similarity import text_similarity
 from prunelab.methods.recoverable_compression.method import (
     RecoverableCompression,
     class_interest,
@@ -17,7 +18,6 @@ from prunelab.methods.recoverable_compression.method import (
     together,
 )
 from prunelab.methods.recoverable_compression.tables import costs
-from prunelab.methods.recoverable_compression.text import text_similarity
 from tests.contract.vlms import images, prompt, vlm
 
 

@@ -17,6 +17,7 @@ from prunelab.common.measures import generate
 from prunelab.common.measures.bench import Bench
 from prunelab.common.metrics.generation import frechet_distance, recogniser
 from prunelab.common.models import loading
+from tests.contract.clips import tiny_clip
 
 IDS = {name: {"loader": "digit_captions"} for name in ("data", "calibration")} | {
     "model": {"testbed": "digits_diffusion"}
@@ -133,26 +134,8 @@ def test_images_become_what_inception_reads():
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("clip")
-    words = {word: i for i, word in enumerate(("<pad>", "<start>", "<end>", "a", "dog", "cat"))}
-    plain = Tokenizer(models.WordLevel(words, "<pad>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", eos_token="<end>", model_max_length=8
-    )
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config={**sizes, "vocab_size": 6, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0},
-        vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=8,
-    )  # fmt: skip
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder, tokenizer, CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16), tokenizer)
+    return folder, *tiny_clip(folder, ("a", "dog", "cat"))
 
 
 def test_cosines_are_those_of_clips_features(clip_folder):

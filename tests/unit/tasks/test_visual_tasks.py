@@ -15,11 +15,12 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import papers, provenance, runner
 from prunelab.common.experiments.run import Run
-from prunelab.common.measures import visual_tasks
+from prunelab.common.measures import text_similarity, visual_tasks
 from prunelab.common.measures.lmms_tasks import rules
 from prunelab.common.measures.scores import OWN, SCALED, SUMS, relative
 from prunelab.common.tasks.visual_tasks import VisualTasks
 from prunelab.paper_tables.tolerance import MEANS
+from tests.contract.clips import tiny_clip
 from tests.contract.vlms import IMAGE, VIDEO, VOCABULARY, vlm
 
 TEMPLATE = (
@@ -332,6 +333,29 @@ def test_frames_are_weighed_by_a_model_of_images_for_the_question(llava, onevisi
     more = runner.measure(asked, {})["films score"]
     assert len(told) == 3 and all(question.startswith("w") for question in told)
     assert "which the model asked names" in more["protocol"] and "3600 more an hour" in more["protocol"]
+
+
+def test_patches_are_compared_with_the_question_by_a_text_tower(llava, tasks, tmp_path):
+    questions: list[list[str]] = []
+
+    class Watched(text_similarity.TextTower):
+        def __call__(self, asked):
+            questions.append(list(asked))
+            return super().__call__(asked)
+
+    tiny_clip(tmp_path / "clip", [f"w{n}" for n in range(60)], width=24)
+    method = "recoverable_compression", "1"
+    asked = run(llava, tasks, ["both"], *method, batch=4)
+    asked.ids["text_tower"] = {"folder": str(tmp_path / "clip")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visual_tasks, "TextTower", Watched)
+        together = runner.measure(asked, {})
+    assert "by CLIP's text tower" in together["pictures score"]["protocol"] and 0 < together["kept"]["value"] < 100
+    assert max(map(len, questions)) > 1 and all(text.startswith("w") for texts in questions for text in texts)
+    asked.settings["batch"] = 1
+    assert runner.measure(asked, {})["pictures score"]["value"] == together["pictures score"]["value"]
+    with pytest.raises(PrunelabError, match="text_similarity"):
+        runner.measure(run(llava, tasks, ["pictures"], *method), {})
 
 
 def test_what_cannot_be_asked_is_refused(llava, onevision, tasks):
