@@ -90,7 +90,7 @@ class Tally:
 
     def write(self, adapter: WeightAdapter, target: Target, decision: Decision) -> None:
         """Carry a decision out, and count it."""
-        shrinking = self._within(adapter, target) if decision.remove else []
+        shrinking = self._within(adapter, target) if decision.remove and not target.loose else []
         adapter.write(target, decision)
         gone = target.units - decision.kept
         if not target.loose:

@@ -9,7 +9,6 @@ TEXT = 22  # assumption: tokens of text, with which the formula gives every prin
 VISUAL = {"PLLaVA": 16 * 144, "ST-LLM": 16 * 32, "LLaVA-OneVision": 32 * 196}
 FASTV = 2, 0.3  # whole layers, and the share behind them
 MERGED = {"PLLaVA": 0.557, "LLaVA-OneVision": 0.552}  # what PruMerge leaves, as printed
-RETAINED = {"": 100.0, "FastV": 100 * FASTV[1], "Look-M": 20.0}  # percent
 LEFT, ALPHA, LAYER = {"PLLaVA": 0.162, "ST-LLM": 0.151}, 0.4, 11  # PruneVid's in the end, its alpha, and from where
 
 
@@ -26,8 +25,7 @@ def stages(model: str, method: str) -> list[tuple[int, float]]:
 
 
 def costs() -> dict[str, dict[str, float]]:
-    """`table/row/column` as in reported.csv -> {"value": ...}. LOOK-M prunes the cache behind the prefill. What FastV
-    and LOOK-M retain is what they were set to; what the others do follows from the videos."""
+    """`table/row/column` as in reported.csv -> {"value": ...}. LOOK-M prunes the cache behind the prefill."""
     results = {}
     for model in VISUAL:
         whole = prefill_flops(LLAVA_7B, stages(model, ""))
@@ -40,8 +38,6 @@ def costs() -> dict[str, dict[str, float]]:
         ]
         for method in methods:
             row = f"{model} w/ {method}" if method else model
-            if method in RETAINED:
-                results[f"{TABLE}/{row}/Retained ratio"] = {"value": RETAINED[method]}
             results[f"{TABLE}/{row}/FLOPs"] = {
                 "value": round(prefill_flops(LLAVA_7B, stages(model, method)) / whole, 4)
             }

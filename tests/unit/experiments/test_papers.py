@@ -135,7 +135,8 @@ def test_paper_records_of_older_sources_are_stale_and_not_rerun(tmp_path, monkey
     assert wanted
     job = next(iter(wanted.values()))
     old = tmp_path / "records" / f"{job.identity}-{'0' * 12}.json"
-    provenance.write(old, {"identity": job.identity, "sources": "0" * 12, "metrics": {"top1": {"value": 50.0}}})
+    record = {"identity": job.identity, "sources": "0" * 12, "run": {"method": None}}
+    provenance.write(old, {**record, "metrics": {"top1": {"value": 50.0}}})
     assert job.address not in plans.made(config).jobs()
     from prunelab.paper_tables.join import Records
 

@@ -163,9 +163,13 @@ def test_simulated_costs_are_the_printed_ones():
     found = costs()
     with (papers.METHODS / "aim" / "reported.csv").open() as file:
         printed = {f"{r['table']}/{r['row']}/{r['column']}": float(r["value"]) for r in csv.DictReader(file)}
-    assert set(found) <= set(printed) and len(found) == 52
+    assert set(found) <= set(printed) and len(found) == 60
     off = {name for name, value in found.items() if abs(value["value"] - printed[name]) > 0.006}
-    assert off == {"video/VTW/prefill"}
+    shares, columns = (
+        ("12.5%", "6.3%", "3.1%", "1.6%"),
+        ("FLOPs", "prefill"),
+    )  # by a schedule that the paper does not tell
+    assert off == {"video/VTW/prefill"} | {f"merge ratio/{share}/{column}" for share in shares for column in columns}
     assert found["video/VTW/prefill"]["value"] == pytest.approx(printed["video/VTW/prefill"], rel=0.003)
 
 
