@@ -212,6 +212,11 @@ def test_every_kept_record_can_be_repeated() -> None:
     assert not {path.name: reason for path in kept if (reason := provenance.repeatable(provenance.read(path)))}
 
 
+def test_of_every_run_the_last_record_alone_is_kept() -> None:
+    kept = [path.name.partition("-")[0] for path in join.KEPT.glob("*.json")]
+    assert len(kept) == len({*kept})
+
+
 def test_every_kept_record_is_whole_and_of_a_board() -> None:
     """What is kept under version control is readable, and a board with such a task still decides by it."""
     kept = sorted(join.KEPT.glob("*.json"))
