@@ -27,7 +27,8 @@ def text_similarity(text: Tensor, projection: nn.Module) -> Callable[[Tensor], T
     def service(hidden: Tensor) -> Tensor:
         if text.dim() > 1 and len(text) != len(hidden):
             raise PrunelabError(f"text_similarity has questions about {len(text)} pictures, and {len(hidden)} came")
-        patches = nn.functional.normalize(projection(hidden).float(), dim=-1)
+        precision = next(projection.parameters(), hidden).dtype  # the tower's may be another than the model's
+        patches = nn.functional.normalize(projection(hidden.to(precision)).float(), dim=-1)
         return (patches @ text.to(patches).expand(len(patches), -1).unsqueeze(-1)).squeeze(-1) * text.shape[-1] ** -0.5
 
     return service

@@ -82,7 +82,9 @@ def test_the_question_has_a_say():
     model, given = vlm("llava", tower=4), prompt("llava", images("llava", 2))
     projection = nn.Linear(24, 6, bias=False)
     service = text_similarity(torch.randn(6), projection)
-    assert service(torch.randn(2, 16, 24)).shape == (2, 16)
+    assert service(torch.randn(2, 16, 24)).shape == service(torch.randn(2, 16, 24).bfloat16()).shape == (2, 16)
+    with pytest.raises(PrunelabError, match="questions about 3 pictures, and 2 came"):
+        text_similarity(torch.randn(3, 6), projection)(torch.randn(2, 16, 24))
     with apply(RecoverableCompression(), model, 1.0, services={"text_similarity": service}) as handle:
         logits = model(**given).logits[:, -1]
     assert torch.isfinite(logits).all() and handle.report().tokens[0][0] < 7 + 16
