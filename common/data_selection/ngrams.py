@@ -20,7 +20,7 @@ from prunelab.common.core.errors import PrunelabError
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _WORD = re.compile(r"\w+|[^\w\s]+")  # letters and digits, or signs, in a row
-_REMEMBERED = 1 << 20  # n-grams whose buckets are kept at hand, about 0.2 GB
+_REMEMBERED = 1 << 20  # n-grams whose buckets are kept at hand: pairs in 16 MB, words and longer ones in up to 0.2 GB
 
 
 def tokens(text: str) -> list[str]:
@@ -111,36 +111,47 @@ class HashedNgrams:
 
 
 class _Pairs:
-    """Words by number, and the buckets of words and of pairs of them."""
+    """Words by number, and the buckets of words and of pairs of them. Pairs that were met lie in a table of fixed size,
+    a newer one in place of an older one: on text of many words most of them are seldom."""
 
     def __init__(self, buckets: int) -> None:
         self.buckets = buckets
-        self.words: list[str] = []
+        self.words: list[bytes] = []
         self.number = _Numbers()
         self.word_buckets = np.empty(0, np.int64)
-        self.pairs: dict[int, int] = {}
+        self.bits = _REMEMBERED.bit_length() - 1
+        self.codes, self.places = np.full(1 << self.bits, -1, np.int64), np.zeros(1 << self.bits, np.int64)
 
     def numbers(self, words: Iterable[str], count: int) -> Array:
         """The numbers of words; new ones get the next."""
         result = np.fromiter(map(self.number.__getitem__, words), np.int64, count)
-        new = list(islice(self.number, len(self.words), None))
+        new = [word.encode("utf-8", "surrogatepass") for word in islice(self.number, len(self.words), None)]
         if new:
             self.words += new
-            more = np.fromiter((bucket_of(word, self.buckets) for word in new), np.int64, len(new))
-            self.word_buckets = np.concatenate([self.word_buckets, more])
+            self.word_buckets = np.concatenate([self.word_buckets, self._hashed(new)])
         return result
 
     def of(self, first: Array, second: Array) -> Array:
-        """The buckets of pairs of words, each different pair looked up once."""
-        codes, indices = np.unique(first << 32 | second, return_inverse=True)
-        known, words = self.pairs, self.words
-        each = codes.tolist()
-        for code in each:
-            if code not in known:
-                pair = f"{words[code >> 32]} {words[code & 0xFFFFFFFF]}"
-                digest = sha256(pair.encode("utf-8", "surrogatepass")).digest()
-                known[code] = int.from_bytes(digest, "big") % self.buckets
-        return np.fromiter(map(known.__getitem__, each), np.int64, len(each))[indices]
+        """The buckets of pairs of words, by their numbers."""
+        codes = first << 32 | second
+        rows = self._rows(codes)
+        result, missing = self.places[rows], self.codes[rows] != codes
+        new, indices = np.unique(codes[missing], return_inverse=True)
+        one, other = (map(self.words.__getitem__, part.tolist()) for part in (new >> 32, new & 0xFFFFFFFF))
+        hashed = self._hashed(list(map(b" ".join, zip(one, other))))
+        result[missing] = hashed[indices]
+        rows = self._rows(new)
+        self.codes[rows], self.places[rows] = new, hashed
+        return result
+
+    def _rows(self, codes: Array) -> Array:
+        """Where pairs lie in the table: the upper bits of a product with an odd number near 2^64 / 1.618."""
+        return (codes.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - self.bits)
+
+    def _hashed(self, ngrams: Sequence[bytes]) -> Array:
+        """As `bucket_of`."""
+        number, buckets = int.from_bytes, self.buckets
+        return np.fromiter((number(sha256(ngram).digest(), "big") % buckets for ngram in ngrams), np.int64, len(ngrams))
 
 
 class _Numbers(dict[str, int]):
@@ -156,7 +167,7 @@ _PAIRS: dict[int, _Pairs] = {}
 
 def _remembered_pairs(buckets: int) -> _Pairs:
     known = _PAIRS.get(buckets)
-    if known is None or len(known.pairs) + len(known.words) > _REMEMBERED:
+    if known is None or len(known.words) > _REMEMBERED:
         known = _PAIRS[buckets] = _Pairs(buckets)
     return known
 
