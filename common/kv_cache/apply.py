@@ -28,6 +28,7 @@ from prunelab.common.kv_cache.role import (
     CachePruner,
     CacheSignals,
     Cascades,
+    Merges,
     OwnAttention,
     ReadsAhead,
     ShortensPrompt,
@@ -127,6 +128,15 @@ class CacheHandle:
             sum(layer.dense_bytes() for layer in self.layers),
             self.layers[0].seen + self.layers[0].state.closed_up,
         )
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before an image or video language model: which of its prompt's tokens stand for pictures."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        named = (getattr(module.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        stand = [token for token in named if token is not None]
+        self._thread.visual = None
+        if isinstance(ids, Tensor) and ids.dim() == 2 and stand:
+            self._thread.visual = torch.isin(ids, torch.tensor(stand, device=ids.device))
 
     # -- around the model ------------------------------------------------------------------------------------------
 
@@ -429,7 +439,10 @@ class CacheHandle:
                     if output.requires_grad:  # whose backward pass reads what attention saw
                         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
                     method.thin(site, layer.keys, layer.values, layer.added, budget)
+                merged = method.merge(signals, kept) if isinstance(method, Merges) else None
                 layer.keep(kept)
+                if merged is not None:
+                    layer.keys, layer.values = merged
         if prefill and state.ahead:
             layer.forget(state.ahead)
         if isinstance(method, ThinsVectors):
@@ -472,6 +485,7 @@ class CacheHandle:
             required=self.method.requires(site) - ({"outputs"} - given.keys()),
             services=self.services,
             memory=layer.state.memory,
+            visual=getattr(self._thread, "visual", None) if prefill else None,
         )
         return signals
 
@@ -538,6 +552,8 @@ def applied(
         stack.callback(handle.leave)
         stack.enter_context(seam.replaced(layers, handle.attend))
         removers.append(replaced(model, "generate", handle.generate))
+        if handle.decoder is not model:
+            removers.append(before(model, handle.see, kwargs=True))
         removers.append(before(handle.decoder, handle.begin, kwargs=True))
         removers.append(after(handle.decoder, handle.end))
         if any("hidden" in method.requires(Site(i, index=i)) for i in range(handle.depth)):

@@ -32,7 +32,7 @@ class CacheSignals(Signals):
     entries bring zeros. memory: what the method leaves for all layers while the cache lives. prefill: whether the cache
     was empty before this pass. ahead: entries at the end that a draft wrote, which never stay. asking [B, M]: queries
     that are no padding, None where all count. attention: what `rows` gives of one token's queries, [B, KV, G, N], where
-    it was computed already.
+    it was computed already. visual [B, M]: which of the pass's tokens stand for pictures, None where none was shown.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class CacheSignals(Signals):
         asking: Tensor | None = None,
         valid: Tensor | None = None,
         attention: Tensor | None = None,
+        visual: Tensor | None = None,
         required: frozenset[str] | None = None,
         **rest: Any,
     ) -> None:
@@ -58,7 +59,7 @@ class CacheSignals(Signals):
         del self.prunable  # made when it is read
         self.indices, self.scale, self.prompt, self.seen = indices, scale, prompt, seen
         self.marks, self.prefill, self.ahead = marks, prefill, ahead
-        self.asking, self._attention = asking, attention
+        self.asking, self._attention, self.visual = asking, attention, visual
 
     def __getattr__(self, name: str) -> Tensor:
         # Not looked at: what is not finite here is not finite behind the model, where the handle sees it once a pass.
@@ -204,6 +205,14 @@ class ThinsVectors(CachePruner):
     @abstractmethod
     def frozen(self, entries: int) -> int:
         """How many of the first of so many entries `thin` will never change again."""
+
+
+class Merges(CachePruner):
+    """Lets what stays take in what goes."""
+
+    @abstractmethod
+    def merge(self, signals: CacheSignals, kept: Gather) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, KV, K, d] of the entries that are kept."""
 
 
 class OwnAttention(CachePruner):
