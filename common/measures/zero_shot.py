@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import inside
@@ -38,8 +40,11 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
         shortened = shortening.contexts(bench, model, tokenizer)
     else:
         acting = method
+    dtype = bench.settings.dtype
+    if dtype is not None:
+        model.to(getattr(torch, dtype))
     with bench.at_work(acting, model) as acted, without_experts(bench, model) as handle:
-        measured = scored(bench, model, tokenizer, calibrated, shortened=shortened)
+        measured = scored(bench, model, tokenizer, calibrated, shortened=shortened, dtype=dtype)
     if acting is not None and acting.role == "token_pruner":
         measured["computed"] = {"value": round(100 * acted.computed, 3)}
     if bench.settings.against is not None and "average" in measured:
@@ -55,12 +60,14 @@ def scored(
     besides: str = "",
     batch: int | None = None,
     shortened: Callable[[Any], Any] | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """The model's scores on the run's tasks, each with the protocol it was taken by. shortened: a request with less of
-    its prompt, which is asked instead."""
+    its prompt, which is asked instead. dtype: that the model was given for it, beside which likelihoods are float32."""
     lm_eval, wrapper = harness()
     settings = bench.settings
-    evaluated = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch or settings.batch)
+    summed = {} if dtype is None else {"softmax_dtype": "float32"}
+    evaluated = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch or settings.batch, **summed)
     if shortened is not None:
         importlib.import_module("prunelab.common.measures.shortened").ask_shortened(evaluated, shortened)
     results: dict[str, Any] = {}
@@ -76,7 +83,7 @@ def scored(
         results |= done["results"]
         answers |= done.get("samples", {})
     measured = percentages(results, answers)
-    protocol = "; ".join(part for part in (f"lm-evaluation-harness {lm_eval.__version__}", besides) if part)
+    protocol = "; ".join(part for part in (f"lm-evaluation-harness {lm_eval.__version__}", dtype, besides) if part)
     for metric in measured.values():
         metric["protocol"] = protocol
     if settings.average:

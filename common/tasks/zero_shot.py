@@ -4,7 +4,7 @@ lm-evaluation-harness (the extra `evaluation`)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt
 from prunelab.common.measures.scores import HARNESS_PLAIN, HARNESS_SHARES
@@ -51,11 +51,13 @@ class ZeroShot(Task):
 
     class Settings(base.Questions, base.WithoutExperts):
         """tasks, shots, shots_of, limit, average: see `Questions`. against: the mean that the
-        paper printed of the unpruned model. batch: asked together. length, calibration,
+        paper printed of the unpruned model. batch: asked together. dtype: in which all is asked, once
+        pruned (that of the weights); sums are of float32. length, calibration,
         calibration_data: of the calibration set, as in `perplexity`, and `experts` as there."""
 
         against: PositiveFloat | None = None
         batch: PositiveInt = 8
+        dtype: Literal["bfloat16", "float16"] | None = None
         length: PositiveInt | None = None
         calibration: NonNegativeInt = 32
         calibration_data: str | None = None

@@ -32,8 +32,9 @@ RESULTS = {  # as the harness gives them: a name of the task among metrics, erro
 class HFLM:
     """The parts of the harness's wrapper that are used; it takes no others (lm_eval 0.4.13, models/huggingface.py)."""
 
-    def __init__(self, pretrained, backend="default", tokenizer=None, device="cuda", batch_size=1):
+    def __init__(self, pretrained, backend="default", tokenizer=None, device="cuda", batch_size=1, softmax_dtype=None):
         self.model, self.tokenizer, self.batch_size = pretrained, tokenizer, batch_size
+        self.softmax_dtype = softmax_dtype
 
 
 @pytest.fixture
@@ -114,6 +115,24 @@ def test_questions_of_a_part_pair_up_in_their_order_and_are_behind_the_average(h
     assert gap is not None and gap[0] == 62.5
     whole = runner.measure(run(average=["boolq acc", "piqa acc"]), {})
     assert whole["average"]["value"] == 62.5 and "samples" not in whole["average"] | whole["boolq acc"]
+
+
+def test_a_model_is_pruned_in_its_own_precision_and_asked_in_another(harness, tiny, monkeypatch):
+    pruned, prune = [], perplexity.prune
+
+    def noting(*arguments):
+        result = prune(*arguments)
+        pruned.append(next(tiny.parameters()).dtype)
+        return result
+
+    monkeypatch.setattr(perplexity, "prune", noting)
+    found = runner.measure(run("wanda", "0.5", dtype="bfloat16"), {})
+    assert pruned == [torch.float32] and {p.dtype for p in tiny.parameters()} == {torch.bfloat16}
+    (call,) = harness
+    assert call["model"].softmax_dtype == "float32" and found["sparsity"]["value"] == pytest.approx(50, abs=1)
+    assert found["average"]["protocol"].startswith("lm-evaluation-harness 0.4.13; bfloat16; ")
+    with pytest.raises(PrunelabError, match="dtype"):
+        runner.measure(run(dtype="int8"), {})
 
 
 def test_tasks_with_other_worked_examples_are_asked_by_themselves(harness, tiny):
