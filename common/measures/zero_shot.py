@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ def scored(
             num_fewshot=shots,
             limit=settings.limit,
             log_samples=settings.limit is not None,  # where all are asked, they are too many to hold
+            task_manager=known_tasks(),
         )
         results |= done["results"]
         answers |= done.get("samples", {})
@@ -110,18 +112,28 @@ def by_shots(settings: Questions) -> list[tuple[int | None, list[str]]]:
 
 
 def located(tasks: Sequence[str], ids: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:
-    """Tasks of the harness that read their data from where they were downloaded at their locked revision, as members
-    of a group, which alone may change what a task says; those whose data the run does not name are left as they are."""
-    results: list[Any] = list(tasks)
+    """Tasks of the harness that read their data from where they were downloaded at their locked revision; those whose
+    data the run does not name are left as they are."""
+    given: dict[str, dict[str, Any]] = {}
     for name, data in ids.items():
         if name.startswith("data of "):
             begins = tuple(f"{task}_" for task in data["tasks"])
             place = "" if "folder" in data else str(hub.folder(data, "dataset", config))
-            for i, task in enumerate(tasks):
+            for task in tasks:
                 if f"{task}_".startswith(begins):
-                    given = {"dataset_path": place} if place else of_rows(task, data, config)
-                    results[i] = {"task": task, **given}
-    return results if results == list(tasks) else [{"group": "prunelab", "task": results}]
+                    given[task] = {"dataset_path": place} if place else of_rows(task, data, config)
+    return [changed(task, given[task]) if task in given else task for task in tasks]
+
+
+def changed(task: str, given: Mapping[str, Any]) -> Any:
+    """A task of the harness, or a group with all of its tasks, that is told other things than its file says. Through
+    the harness's loader a group's tasks would get the group's name (0.4.13)."""
+    from lm_eval.tasks._factory import TaskFactory
+
+    known = known_tasks().task_index
+    if task not in known:
+        raise PrunelabError(f"lm-evaluation-harness has no task '{task}'; name one of its own")
+    return TaskFactory(meta={}).build(known[task], overrides=dict(given), registry=known)
 
 
 def of_rows(task: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,6 +153,14 @@ def of_rows(task: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> di
         "test_split": "test",
         **templates,
     }
+
+
+@cache
+def known_tasks() -> Any:
+    """The harness's index of its tasks and groups, which it takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(metadata={})
 
 
 def harness() -> tuple[Any, Any]:

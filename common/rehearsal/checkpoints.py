@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.optional import optional
 from prunelab.common.models import loading
 
 VOCABULARY = 512
@@ -135,6 +136,14 @@ def processor(name: str, config: Any) -> Any:
         pixels = {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}}
         cls = t.Qwen2_5_VLProcessor if "2_5" in name else t.Qwen2VLProcessor
         return cls(t.Qwen2VLImageProcessor(**pixels), words, t.Qwen2VLVideoProcessor(**pixels), **common)
+    if name == "VideoLlavaForConditionalGeneration":
+        sizes = {"size": {"shortest_edge": vision.image_size}}
+        sizes["crop_size"] = {"height": vision.image_size, "width": vision.image_size}
+        films = t.VideoLlavaVideoProcessor(**sizes)
+        return t.VideoLlavaProcessor(t.VideoLlavaImageProcessor(**sizes), films, words, **llava)
+    if name == "CLIPModel":
+        words.model_max_length = config.text_config.max_position_embeddings
+        return t.CLIPProcessor(_clip(t, vision.image_size), words)
     raise PrunelabError(f"there is no look-alike of the processor of {name}")
 
 
@@ -150,7 +159,22 @@ def transformers_model(architecture: Mapping[str, Any], folder: Path, *, seen: b
         arguments |= {"vision_start_token_id": MARKS.index("<begin>"), "vision_end_token_id": MARKS.index("<end>")}
         _join(arguments)
     cls = getattr(transformers, architecture["name"])
-    model: Any = cls(cls.config_class(**arguments)).eval()
+    _save(cls(cls.config_class(**arguments)), folder)
+    own = processor(architecture["name"], cls.config_class(**arguments)) if seen else tokenizer(architecture["name"])
+    own.save_pretrained(folder)
+
+
+def own_model(architecture: Mapping[str, Any], folder: Path) -> None:
+    """A checkpoint of a language model of transformers' kind that one of our own backbones builds."""
+    torch.manual_seed(0)
+    whole: Any = loading.architecture(architecture)
+    _save(type(whole)(type(whole.config)(**narrow(whole.config.to_dict()))), folder)
+    tokenizer(architecture["name"]).save_pretrained(folder)
+
+
+def _save(model: Any, folder: Path) -> None:
+    """A model with random weights, as transformers keeps it."""
+    model.eval()
     for p in model.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=0.2)
@@ -158,7 +182,18 @@ def transformers_model(architecture: Mapping[str, Any], folder: Path, *, seen: b
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
         model.generation_config.exponential_decay_length_penalty = (ANSWER, 1e4)  # answers end soon
     model.save_pretrained(folder)
-    (processor(architecture["name"], model.config) if seen else tokenizer(architecture["name"])).save_pretrained(folder)
+
+
+def learned_parts(method: Any, like: Path, path: Path) -> None:
+    """The file of a decoding method's learned parts for a language model like the one in the folder `like`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(loading.pretrained(AutoConfig, like))
+    parts = method.build(importlib.import_module("prunelab.common.speculative.reader").info(model))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(parts.state_dict(), path)
 
 
 def of_layout(layout: str, like: Path, folder: Path) -> None:
@@ -218,6 +253,15 @@ def timm_model(name: str, architecture: Mapping[str, Any], folder: Path) -> None
     (folder / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
 
 
+def _segmenter(module: Any, model: Any) -> dict[str, Any]:
+    """The weights under their authors' names, who keep a class token and its place."""
+    state = {module.official_name(name, len(model.heads)): weight for name, weight in model.state_dict().items()}
+    place = state["backbone.pos_embed"]
+    state["backbone.cls_token"] = torch.zeros_like(place[:, :1])
+    state["backbone.pos_embed"] = torch.cat([state["backbone.cls_token"], place], 1)
+    return state
+
+
 def official(identity: Mapping[str, Any], path: Path) -> None:
     """A file of one of our own backbones, random, in its real size, with a method's learned parts where it has some.
     Raises PrunelabError for those whose authors name weights in another way than the backbone does."""
@@ -228,13 +272,64 @@ def official(identity: Mapping[str, Any], path: Path) -> None:
     if "parts" in identity:
         importlib.import_module("prunelab.common.tokens.parts").add(model, identity["parts"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-    else:
-        torch.save({"model": model.state_dict()}, path)
     module = importlib.import_module(f"prunelab.common.backbones.{identity['architecture']['name'].partition(':')[0]}")
+    state = _segmenter(module, model) if hasattr(module, "Segmenter") else model.state_dict()
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, path)
+    else:
+        torch.save({"model": state}, path)
     try:
         module.load_checkpoint(model, path)
     except PrunelabError:
         path.unlink()
         raise PrunelabError(f"no look-alike is made of {path.name}, whose authors name its weights otherwise") from None
+
+
+def inception(path: Path) -> None:
+    """Inception v3 with the 1,008 classes of the network that Fréchet distances are told by, in its real size."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    model = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+
+
+def stable_diffusion(folder: Path) -> None:
+    """A pipeline of the parts of Stable Diffusion 2: few channels, two levels, pictures of 64 pixels."""
+    import transformers as t
+
+    library = optional("diffusers", "a text-to-image pipeline")
+    torch.manual_seed(0)
+    text = t.CLIPTextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=77, hidden_act="gelu", projection_dim=32, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    levels = {"block_out_channels": (32, 64), "norm_num_groups": 8}
+    network = library.UNet2DConditionModel(
+        sample_size=32, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=32,
+        attention_head_dim=(2, 4), use_linear_projection=True,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **levels,
+    )  # fmt: skip
+    pictures = library.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
+        sample_size=64, **levels,
+    )  # fmt: skip
+    words = tokenizer("CLIPModel")
+    words.model_max_length = 77
+    sampler = library.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type="v_prediction",
+    )  # fmt: skip
+    library.StableDiffusionPipeline(
+        vae=pictures, text_encoder=t.CLIPTextModel(text), tokenizer=words, unet=network, scheduler=sampler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+# Of those whose architecture configs/models.yaml does not tell.
+WITHOUT_ARCHITECTURE: Mapping[str, Callable[[Path], None]] = {
+    "inception_fid": inception, "stable_diffusion_2": stable_diffusion,
+}  # fmt: skip

@@ -17,7 +17,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ import yaml
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT, read_yaml
 from prunelab.common.core.optional import optional
+from prunelab.common.data import segmentation
+from prunelab.common.data.captions import LINES
 
 ROWS = 6
+CLASSES = [i for i in range(1, 91) if i not in {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}]  # COCO's numbers
 WORDS = [
     "the",
     "of",
@@ -126,7 +129,8 @@ def parts(repository: str, folder: Path) -> None:
             configs.setdefault(config or "default", []).append({"split": split, "path": path})
     card = {"configs": [{"config_name": config, "data_files": result} for config, result in configs.items()]}
     for archive, place in described()[repository].get("films", {}).items():
-        _pack(folder / archive, {f"{place}/{i}.mp4": _film() for i in range(ROWS)})
+        named = place if "{}" in place else f"{place}/{{}}.mp4"
+        _pack(folder / archive, {named.format(i): _film() for i in range(ROWS)})
     for archive, place in described()[repository].get("frames", {}).items():
         _pack(folder / archive, {f"{place}/{i}/{k:05}.jpg": _jpeg(k, 64) for i in range(ROWS) for k in range(12)})
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n", encoding="utf-8")
@@ -275,6 +279,60 @@ def photographs(folder: Path) -> None:
         _picture(label, 32).save(place / f"{label}.JPEG")
 
 
+def segmented(loader: str, folder: Path) -> None:
+    """Pictures with a map of classes each, as `data/segmentation` finds them."""
+    import numpy as np
+    from PIL import Image
+
+    layout = segmentation.LAYOUTS[loader]
+    for name in (layout.images, layout.labels):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    names = [f"picture_{i}" for i in range(ROWS)]
+    for i, name in enumerate(names):
+        _picture(i, 96).save(folder / layout.images / f"{name}.jpg")
+        marks = np.random.default_rng(i).integers(0, 5, (96, 96), dtype=np.uint8)
+        Image.fromarray(marks).save(folder / layout.labels / f"{name}{layout.suffix}")
+    if layout.listing is not None:
+        (folder / layout.listing).parent.mkdir(parents=True, exist_ok=True)
+        (folder / layout.listing).write_text("\n".join(names), encoding="utf-8")
+
+
+def coco(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Pictures in COCO's layout, each with two boxes of its 80 classes and two captions."""
+    images, notes = [], []
+    (folder / entry["images"]).mkdir(parents=True, exist_ok=True)
+    for i in range(32):
+        _picture(i, 96).save(folder / entry["images"] / f"{i:012}.jpg")
+        images.append({"id": i, "file_name": f"{i:012}.jpg", "height": 96, "width": 96})
+        for k in range(2):
+            box = {"bbox": [8 + 30 * k, 8, 40, 60], "area": 2400, "iscrowd": 0, "category_id": CLASSES[i % 80]}
+            notes.append({"id": 2 * i + k, "image_id": i, "caption": _text(i), **box})
+    path = folder / entry["annotations"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    classes = [{"id": number, "name": f"class {number}"} for number in CLASSES]
+    path.write_text(json.dumps({"images": images, "annotations": notes, "categories": classes}), encoding="utf-8")
+
+
+def captions(folder: Path) -> None:
+    """One caption a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LINES).write_text("".join(f"{_text(i)}\n" for i in range(200)), encoding="utf-8")
+
+
+def duc(folder: Path) -> None:
+    """Clusters of news stories in SGML with summaries, named as NIST names them."""
+    for i in range(ROWS):
+        (folder / "docs" / f"d3000{i}t").mkdir(parents=True, exist_ok=True)
+        for k in range(3):
+            story = "".join(f"<P>\n{_text(10 * i + k + n, 14).capitalize()}.\n</P>\n" for n in range(8))
+            path = folder / "docs" / f"d3000{i}t" / f"APW1998{k:04}.000{k}"
+            path.write_text(f"<DOC>\n<DOCNO> {k} </DOCNO>\n<TEXT>\n{story}</TEXT>\n</DOC>\n", encoding="latin-1")
+        (folder / "models").mkdir(exist_ok=True)
+        for author in "AB":
+            summary = folder / "models" / f"D3000{i}.M.100.T.{author}"
+            summary.write_text(f"{_text(i, 40)}.\n", encoding="latin-1")
+
+
 FILES: Mapping[str, Callable[[Path], None]] = {
     "wikitext": wikitext, "c4": c4, "instructions": instructions, "ultrachat": dialogues,
     "parquet_texts": parquet_texts,
@@ -282,7 +340,10 @@ FILES: Mapping[str, Callable[[Path], None]] = {
 ENTRIES: Mapping[str, Callable[[Path, Mapping[str, Any]], None]] = {
     "problems": problems,
     "video_questions": films,
+    "coco": coco,
+    "coco_captions": coco,
 }  # as entries tell
 FOLDERS: Mapping[str, Callable[[Path], None]] = {
-    "imagenet_folder": photographs, "lines": prompts, "questions": questions,
+    "imagenet_folder": photographs, "lines": prompts, "questions": questions, "caption_lines": captions, "duc": duc,
+    **{loader: partial(segmented, loader) for loader in segmentation.LAYOUTS},
 }  # fmt: skip

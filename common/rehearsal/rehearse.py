@@ -26,7 +26,7 @@ from rich.progress import track
 
 from prunelab.common import tasks
 from prunelab.common.catalogue import hub, lookup
-from prunelab.common.core import files
+from prunelab.common.core import files, registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import plans, runner
 from prunelab.common.experiments.run import Run
@@ -168,21 +168,39 @@ class LookAlikes:
         self.config |= {"gpu": "1", "programs": "yes"}
         for name in ("hub", "files"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        self._log: IO[str] | None = None
 
     def log(self) -> IO[str]:
-        """What runs print, and where they failed."""
-        return (self.folder / "rehearsals.log").open("a", encoding="utf-8")
+        """What runs print, and where they failed. It stays open: loggers of libraries keep what they found first."""
+        if self._log is None:
+            self._log = (self.folder / "rehearsals.log").open("a", encoding="utf-8", buffering=1)
+        return self._log
 
     def prepare(self, run: Run) -> Run:
         """A run that reads look-alikes, all of which are there."""
+        parts = run.settings.get("heads")
         for kind, name in run.names:
-            self.make(kind, name)
+            if name != parts:
+                self.make(kind, name)
+        if parts is not None:
+            self._parts(parts, run)
         return replace(run, ids={of: _identity(value, self.config) for of, value in run.ids.items()})
 
     def make(self, kind: hub.Kind, name: str) -> None:
         """That of an entry of the catalogue."""
         entry = (lookup.model if kind == "model" else lookup.dataset)(name)
         (self._model if kind == "model" else self._data)(name, entry)
+
+    def _parts(self, name: str, run: Run) -> None:
+        """The learned parts of the run's method, as large as the look-alike of the model needs them."""
+        paper = lookup.model(name)["paper"]
+        place = Path(self.config["hub"]) / paper["hub"] / paper["file"]
+        done = self._whole(place)
+        if done is not None:
+            assert run.method is not None, "no run without a method has learned parts"
+            method = registry.get(run.method)(**run.options)
+            checkpoints.learned_parts(method, Path(self.config["hub"]) / run.ids["model"]["hub"], place)
+            done.touch()
 
     def _whole(self, place: Path) -> Path | None:
         """A place to write to; None where what is wanted is there."""
@@ -201,6 +219,10 @@ class LookAlikes:
         done = self._whole(place / paper.get("file", ""))
         if done is None:
             return
+        if name in checkpoints.WITHOUT_ARCHITECTURE:
+            checkpoints.WITHOUT_ARCHITECTURE[name](place / paper.get("file", ""))
+            done.touch()
+            return
         if "architecture" not in entry:
             raise PrunelabError(f"no look-alike of {name}, whose architecture configs/models.yaml does not tell")
         architecture = entry["architecture"]
@@ -217,7 +239,7 @@ class LookAlikes:
             seen = "vision_config" in architecture.get("arguments", {})
             checkpoints.transformers_model(architecture, place, seen=seen)
         else:
-            raise PrunelabError(f"no look-alike of {name}, which is a folder in a layout of its own")
+            checkpoints.own_model(architecture, place)
         done.touch()
 
     def _data(self, name: str, entry: Mapping[str, Any]) -> None:
@@ -249,7 +271,7 @@ class LookAlikes:
             raise PrunelabError(f"no look-alike of the data set {name} (--config {paper['setting']}=DIR)")
         place = self.folder / "own" / paper["setting"]
         self.config[paper["setting"]] = str(place)
-        done = self._whole(place / str(paper.get("file", paper.get("files", ""))))
+        done = self._whole(place / name)
         if done is not None:
             path = place / paper.get("file", "")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -323,7 +345,7 @@ def together(group: list[Combination], made: LookAlikes) -> list[Outcome]:
 def _held(combination: Combination, made: LookAlikes) -> bool:
     try:
         made.prepare(cut(combination.run))
-    except PrunelabError:
+    except Exception:  # which the rehearsal of this one alone then names
         return False
     return True
 
@@ -349,8 +371,11 @@ def rehearse(combination: Combination, made: LookAlikes) -> Outcome:
         short = made.prepare(short)
     except PrunelabError as error:
         return outcome(str(error), skipped=True)
+    except Exception as error:
+        return outcome(f"its look-alike: {_line(error)}")
+    log = made.log()
     try:
-        with made.log() as log, redirect_stdout(log), redirect_stderr(log):
+        with redirect_stdout(log), redirect_stderr(log):
             print(f"-- {combination.name}")
             try:
                 runner.measure(short, made.config)
@@ -358,8 +383,12 @@ def rehearse(combination: Combination, made: LookAlikes) -> Outcome:
                 traceback.print_exc()
                 raise
     except (Exception, SystemExit) as error:
-        return outcome(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+        return outcome(_line(error))
     return outcome("")
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _identity(value: Any, config: Mapping[str, Any]) -> Any:

@@ -4,15 +4,18 @@ must be those that the harness finds through its own loader."""
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 
 import numpy as np
 import pytest
+import yaml
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import zero_shot
+from prunelab.common.rehearsal import datasets
 
 WORDS = 64
 
@@ -49,7 +52,7 @@ def folder(tmp_path_factory, harness):
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory, folder):
+def tasks(tmp_path_factory, harness, folder):
     """Two tasks: a choice by likelihood, and an answer that is generated, which is right for every other question."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -81,7 +84,13 @@ def tasks(tmp_path_factory, folder):
         "doc_to_target": "{{choices[0]}}", "generation_kwargs": {"until": ["</s>"], "max_gen_toks": 5},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }  # fmt: skip
-    return [{**shared, **choice}, {**shared, **written}]
+    kept = tmp_path_factory.mktemp("tasks")
+    for task in (choice, written):
+        (kept / f"{task['task']}.yaml").write_text(yaml.safe_dump({**shared, **task}))
+    with pytest.MonkeyPatch.context() as patch:
+        manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path=str(kept))
+        patch.setattr(zero_shot, "known_tasks", lambda: manager)
+        yield [choice["task"], written["task"]]
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +111,7 @@ def test_the_unpruned_model_gets_the_harnesss_own_numbers(harness, folder, tasks
     found = execute(folder, tasks, batch=4)
     own = harness.simple_evaluate(
         model="hf", model_args={"pretrained": str(folder), "dtype": "float32"}, tasks=tasks, device="cpu",
-        batch_size=1, log_samples=False,
+        batch_size=1, log_samples=False, task_manager=zero_shot.known_tasks(),
     )["results"]  # fmt: skip
     for task, metric in (("choices", "acc"), ("choices", "acc_norm"), ("answers", "exact_match")):
         measured = found[f"{task} {metric}"]
@@ -137,6 +146,16 @@ def test_a_task_of_the_harness_reads_the_folder_that_stands_in_for_its_data(fold
     data = {"data of piqa": {"hub": "baber/piqa", "tasks": ["piqa"], "local": "0"}}
     found = execute(folder, ["piqa"], data=data, hub=tmp_path, shots=0)["piqa acc"]
     assert found["value"] == 50 and found["stderr"] > 0
+
+
+def test_a_group_of_the_harness_reads_the_folder_that_stands_in_for_its_data(folder, tmp_path):
+    """MMLU is made of groups, whose 57 tasks keep their names."""
+    place = tmp_path / "cais" / "mmlu"
+    place.mkdir(parents=True)
+    datasets.parts("cais/mmlu", place)
+    data = {"data of mmlu": {"hub": "cais/mmlu", "tasks": ["mmlu"], "local": "0"}}
+    found = execute(folder, ["mmlu"], data=data, hub=tmp_path, shots=0, limit=1)
+    assert {"mmlu acc", "mmlu_stem acc", "mmlu_virology acc"} <= set(found)
 
 
 def test_a_task_of_the_harness_reads_rows_of_an_assets_folder(folder, tmp_path):

@@ -45,6 +45,7 @@ def harness(monkeypatch):
     def simple_evaluate(
         model, model_args=None, tasks=None, num_fewshot=None, batch_size=None, max_batch_size=None, device=None,
         use_cache=None, limit=None, bootstrap_iters=100000, check_integrity=False, write_out=False, log_samples=True,
+        task_manager=None,
     ):  # fmt: skip
         calls.append({"model": model, "tasks": tasks, "num_fewshot": num_fewshot, "limit": limit})
         calls[-1]["at work"] = [method.name for method in at_work(model.model)]
@@ -54,7 +55,18 @@ def harness(monkeypatch):
     stub.simple_evaluate, stub.__version__, wrapper.HFLM = simple_evaluate, "0.4.13", HFLM
     for module in (stub, wrappers, wrapper):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(zero_shot, "known_tasks", lambda: None)
     return calls
+
+
+def test_tasks_are_told_where_their_data_lie(monkeypatch, tmp_path):
+    place = tmp_path / "cais" / "mmlu"
+    place.mkdir(parents=True)
+    monkeypatch.setattr(zero_shot, "changed", lambda task, given: (task, given))
+    data = {"data of mmlu": {"hub": "cais/mmlu", "tasks": ["mmlu", "piqa"], "local": "0"}}
+    found = zero_shot.located(["mmlu", "piqa", "rte"], data, {"hub": str(tmp_path)})
+    told = {"dataset_path": str(place)}
+    assert found == [("mmlu", told), ("piqa", told), "rte"]
 
 
 @pytest.fixture
