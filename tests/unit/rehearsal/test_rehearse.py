@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from prunelab.common.backbones import checkpoint, segvit
 from prunelab.common.catalogue import lookup
+from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.data import videos
+from prunelab.common.data import captions, detection, documents, segmentation, videos
 from prunelab.common.experiments import plans, runner
+from prunelab.common.models import loading
 from prunelab.common.rehearsal import checkpoints, datasets, rehearse
 
 
@@ -143,6 +146,72 @@ def test_archives_hold_a_film_or_pictures_for_each_row(tmp_path: Path, monkeypat
     with tarfile.open(tmp_path / "films.tar.part.aa") as archive:
         assert archive.getnames() == ["videos/0.mp4"]
     assert videos.frames(tmp_path / "own" / "1.mp4", 4).shape == (4, 64, 64, 3)
+
+
+def test_look_alikes_of_folders_are_read_by_their_readers(tmp_path: Path) -> None:
+    for loader, layout in segmentation.LAYOUTS.items():
+        datasets.FOLDERS[loader](tmp_path / loader)
+        image, marks = segmentation.files(tmp_path / loader, layout)[0]
+        assert segmentation.read(image, marks, (2048, 512), "half")[1].max() >= 3
+    for name in ("coco", "coco_captions_train"):
+        entry = lookup.dataset(name)["paper"]
+        datasets.ENTRIES[entry["loader"]](tmp_path / "coco", entry)
+    entry = lookup.dataset("coco")["paper"]
+    collection = detection.coco(entry, {"coco": str(tmp_path / "coco")})
+    assert len(collection.objects) == 32 and len(collection.classes) == 80
+    assert collection.image(0).dim() == 3
+    entry = lookup.dataset("coco_captions_train")["paper"]
+    assert captions.drawn(entry, {"coco": str(tmp_path / "coco")}, 3, 0)[0].of.exists()
+    datasets.captions(tmp_path / "captions")
+    entry = lookup.dataset("laion_coco_captions")["paper"]
+    assert len(captions.drawn(entry, {"captions": str(tmp_path / "captions")}, 100, 0)) == 100
+    datasets.duc(tmp_path / "duc")
+    found = documents.duc(tmp_path / "duc")
+    assert len(found) == datasets.ROWS and len(found[0].references) == 2 and len(found[0].documents[0]) >= 8
+
+
+def test_a_segmenter_is_kept_under_its_authors_names(tmp_path: Path) -> None:
+    tiny = {"classes": 3, "window": 32, "width": 16, "depth": 2, "heads": 2, "stages": [0, 1], "head_width": 12}
+    identity = {"architecture": {"library": "backbones", "name": "segvit:segmenter", "arguments": tiny}}
+    checkpoints.official(identity, tmp_path / "segmenter.safetensors")
+    names = set(segvit.read(tmp_path / "segmenter.safetensors"))
+    assert {"backbone.cls_token", "backbone.layers.1.ln1.weight", "decode_head.q.weight"} <= names
+
+
+def test_learned_parts_fit_the_look_alike_of_their_model(tmp_path: Path) -> None:
+    architecture = lookup.architecture("vicuna_7b")
+    checkpoints.transformers_model(architecture, tmp_path / "like", seen=False)
+    method = registry.get("medusa")(tree=((0,), (0, 0)))
+    checkpoints.learned_parts(method, tmp_path / "like", tmp_path / "heads.pt")
+    width = checkpoints.narrow(architecture["arguments"])["hidden_size"]
+    assert checkpoint.read(tmp_path / "heads.pt")["0.1.weight"].shape == (checkpoints.VOCABULARY, width)
+
+
+def test_a_model_of_a_backbone_of_our_own_is_loaded_by_its_class(tmp_path: Path) -> None:
+    checkpoints.own_model(lookup.architecture("baichuan2_13b"), tmp_path / "baichuan")
+    model, words = loading.language({"folder": str(tmp_path / "baichuan")}, {})
+    assert type(model).__name__ == "BaichuanForCausalLM" and model.config.num_hidden_layers == 40
+    assert model.config.hidden_size == 160 and len(words("the river")["input_ids"]) == 2
+
+
+@pytest.mark.parametrize("name", ["clip_vit_b32", "clip_vit_l_336"])
+def test_a_clip_model_compares_pictures_and_words(name: str, tmp_path: Path) -> None:
+    checkpoints.transformers_model(lookup.architecture(name), tmp_path / "clip", seen=True)
+    model, sees = loading.clip({"folder": str(tmp_path / "clip")}, {})
+    read = sees(text=["river " * 99], images=[datasets._picture(0)], return_tensors="pt", truncation=True)
+    assert read["input_ids"].shape == (1, 77) and model(**read).logits_per_image.isfinite().all()
+
+
+def test_what_a_look_alike_fails_with_is_a_fault(
+    plan: plans.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> Any:
+        raise IsADirectoryError("data")
+
+    monkeypatch.setattr(rehearse.LookAlikes, "prepare", fails)
+    made = rehearse.LookAlikes(tmp_path, plan.config)
+    outcome = rehearse.together([named(plan, "perplexity", "wanda")], made)[0]
+    assert outcome.fault == "its look-alike: IsADirectoryError: data" and not outcome.skipped
 
 
 def test_an_unknown_processor_is_named() -> None:
