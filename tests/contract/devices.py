@@ -3,11 +3,15 @@
 Numbers are computed on the CPU, so that whatever depends on data runs as it does; `tensor.device` says what the label
 says, and what is made with `device=tensor.device` bears it. Stricter than CUDA in one thing: indices on the CPU are
 taken there, by a copy that waits for the device; here they fail.
+
+`python -m tests.contract.devices` runs every method so and prints how that went: which looks of our code at data on the
+device it has to wait for, reports left out. `python -m tests.contract.devices fastv wanda` does so for some.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,6 +33,15 @@ _DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__  #
 _UNSEEN = {Tensor.tolist, Tensor.item, Tensor.numel, Tensor.untyped_storage, Tensor.storage_offset}
 
 
+_LOOKS = {  # operations that a GPU has to be waited for: values, and sizes that depend on data
+    _aten._local_scalar_dense: "value", _aten.nonzero: "nonzero", _aten.masked_select: "masked_select",
+    _aten._unique2: "unique", _aten.unique_dim: "unique", _aten.unique_consecutive: "unique", _aten.equal: "equal",
+    _aten.bincount: "bincount", _aten.repeat_interleave: "repeat_interleave",
+}  # fmt: skip
+_INDEXED = {_aten.index, _aten.index_put, _aten.index_put_}
+_REPORTS = {"report", "kept"}  # functions that tell what happened, once it has
+
+
 class Mixed(AssertionError):
     """An operation met tensors of two devices."""
 
@@ -39,6 +52,7 @@ class Labels:
     def __init__(self) -> None:
         self._known: dict[int, tuple[StorageWeakRef, torch.device]] = {}  # the reference keeps its number
         self.within = HERE  # of the call at hand, for what it makes inside
+        self.looks: Counter[str] = Counter()  # at data there, from our code
 
     def of(self, tensor: Tensor) -> torch.device | None:
         """None where nobody said."""
@@ -52,6 +66,12 @@ class Labels:
 
     def there(self, value: Any) -> bool:
         return any(isinstance(t, Tensor) and self.of(t) == THERE for t in tree_leaves(value))
+
+    def look(self, what: str) -> None:
+        """Note a look, with the function of ours that looks."""
+        place = _looking()
+        if place is not None:
+            self.looks[f"{what} in {place}"] += 1
 
 
 def _storage(tensor: Tensor) -> Any:
@@ -79,6 +99,10 @@ class _Operations(TorchDispatchMode):
                 if here:
                     shapes = [(tuple(t.shape), device.type) for t, device in found]
                     raise Mixed(f"{function} mixes devices: {shapes}")
+                if packet in _LOOKS:
+                    labels.look(_LOOKS[packet])
+                elif packet in _INDEXED and any(t is not None and t.dtype == torch.bool for t in args[1]):
+                    labels.look("mask")
             out = function(*args, **(kwargs or {}))
             first = found[0][1] if found and packet in _MOVES else THERE if there else labels.within
             for tensor in tree_leaves(out):
@@ -100,6 +124,8 @@ class _Calls(TorchFunctionMode):
             real = function(*args)
             place = real if args[0].is_meta else labels.of(args[0]) or HERE
             return place if function == _DEVICE else place.type == "cuda"
+        if function is Tensor.tolist and labels.there(args):
+            labels.look("values")
         if getattr(function, "__name__", "") == "__get__" or function in _UNSEEN:
             return function(*args, **kwargs)
         if function in (Tensor.numpy, Tensor.__array__) and labels.there(args):
@@ -120,6 +146,8 @@ class _Calls(TorchFunctionMode):
             wanted = _place(kwargs["device"])
             if wanted == THERE:
                 kwargs["device"] = HERE
+        if wanted == HERE and function in (Tensor.to, Tensor.cpu) and labels.there(args[0]):
+            labels.look("copy to the CPU")
         indexed = function in (Tensor.__getitem__, Tensor.__setitem__)
         if indexed and labels.there(args[0]) and _of_a_library():  # they may wait for an index
             args = (args[0], tree_map(self._fetched, args[1]), *args[2:])
@@ -157,6 +185,22 @@ def _of_a_library() -> bool:
     while "/torch/" in frame.f_code.co_filename and frame.f_back is not None:
         frame = frame.f_back
     return "site-packages" in frame.f_code.co_filename
+
+
+def _looking() -> str | None:
+    """The function of ours that calls now, as `common/core/selection:keep`; None for a library's, a test's, and where
+    it is to report."""
+    frame, place = sys._getframe(2), None
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in _REPORTS:
+            return None
+        if place is None and "/torch/" not in code.co_filename and code.co_filename != __file__:
+            place = f"{code.co_filename.removesuffix('.py')}:{code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    if place is None or "site-packages" in place or "/prunelab/" not in place:
+        return None
+    return place.rpartition("/prunelab/")[2]
 
 
 def _place(value: Any) -> torch.device | None:
@@ -225,3 +269,10 @@ def moved(labels: Labels, value: Any) -> Any:
         return leaf
 
     return tree_map(copied, value)
+
+
+if __name__ == "__main__":
+    from tests.contract.test_devices import table
+
+    for line in table(sys.argv[1:]):
+        print(line, flush=True)

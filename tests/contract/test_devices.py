@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from prunelab.common.constrained import smc
 from prunelab.common.constrained.constraints import Regular
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
+from prunelab.common.core.selection import keep_first
 from prunelab.common.data_selection import engine as selection
 from prunelab.common.measures.constrained import Prompt, Unconstrained
 from prunelab.common.ranking.attribution import Attribution, Explained, alike
@@ -204,6 +206,56 @@ RUNS: dict[str, Callable[[Labels, Any], None]] = {
 def test_a_method_keeps_to_the_device(method):
     with pretended() as labels:
         RUNS[method.role](labels, method)
+
+
+def table(names: Sequence[str] = ()) -> Iterator[str]:
+    """All methods, or those named, as Markdown: how a run on the device went."""
+    yield from ("| method | role | looks it waits for |", "|---|---|---|")
+    counts: Counter[str] = Counter()
+    for method in METHODS:
+        if names and method.name not in names:
+            continue
+        with pretended() as labels:
+            try:
+                RUNS[method.role](labels, method)
+                kind, told = ("looks", listed(labels)) if labels.looks else ("without a look", "none")
+            except pytest.skip.Exception as skipped:
+                kind, told = "not tried", f"not tried: {skipped}"
+            except Mixed as mixed:
+                kind, told = "mixed", f"mixes devices: {mixed}"
+        counts[kind] += 1
+        yield f"| {method.name} | {method.role} | {told} |"
+    yield ""
+    yield ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items()))
+
+
+def listed(labels: Labels) -> str:
+    return ", ".join(f"{what} ({count})" for what, count in labels.looks.most_common())
+
+
+def test_the_table_tells_pure_methods_from_those_that_look(monkeypatch):
+    def looks(labels: Labels, method: Any) -> None:
+        labels.looks.update({"value in common/x:y": 2} if method.name == "wanda" else {})
+
+    def mixes(labels: Labels, method: Any) -> None:
+        moved(labels, torch.ones(2)) + torch.ones(2)
+
+    monkeypatch.setitem(RUNS, "weight_pruner", looks)
+    monkeypatch.setitem(RUNS, "token_pruner", mixes)
+    lines = list(table(["wanda", "magnitude", "fastv"]))
+    assert "| wanda | weight_pruner | value in common/x:y (2) |" in lines
+    assert "| magnitude | weight_pruner | none |" in lines
+    assert any(line.startswith("| fastv | token_pruner | mixes devices: aten.add") for line in lines)
+    assert lines[-1] == "looks: 1, mixed: 1, without a look: 1"
+
+
+def test_looks_are_counted_where_our_code_looks():
+    with pretended() as labels:
+        order, counts = moved(labels, (torch.tensor([[2, 0, 1]]), torch.tensor([2])))
+        assert bool(counts.sum() == 2) and counts.tolist() == [2]  # a test's own are none
+        assert not labels.looks
+        keep_first(order, counts)
+        assert labels.looks == {"values in common/core/selection:keep_first": 1}
 
 
 REST = [f for f in families.FAMILIES if f not in {f for _, f in FIRST}]
