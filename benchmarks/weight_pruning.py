@@ -45,7 +45,7 @@ from prunelab.methods.cfsp.method import CFSP
 from prunelab.methods.darex.method import Dare, Darex
 from prunelab.methods.easy_ep.method import EasyEP
 from prunelab.methods.ecoflap.method import ECoFLaP
-from prunelab.methods.flap.method import FLAP, WandaSP, above_common_threshold
+from prunelab.methods.flap.method import FLAP, WandaSP, common_threshold
 from prunelab.methods.gaprune.method import GAPrune
 from prunelab.methods.gblm.method import GBLM
 from prunelab.methods.gptq.method import Gptq
@@ -190,9 +190,10 @@ def plain_flap(model: Any, ids: Tensor, budget: Budget, together: bool) -> dict[
             results.append((linear, scores, mean))
     head = (2 * 2 * HEAD + 2 * HEAD) // 3  # neurons of as many parameters: q and o of two heads, k and v of one
     costs = [torch.full_like(s, head if m.in_features > len(s) else 1) for m, s, _ in results]
-    joined = above_common_threshold(torch.cat([s for _, s, _ in results]), torch.cat(costs), budget.amounts[0], False)
+    threshold = common_threshold(torch.cat([s for _, s, _ in results]), torch.cat(costs), budget.amounts[0])
     masks = {}
-    for (linear, scores, mean), mask in zip(results, joined.split([len(s) for _, s, _ in results]), strict=True):
+    for linear, scores, mean in results:
+        mask = scores > threshold
         gone = ~mask.repeat_interleave(linear.in_features // len(scores))
         linear.bias = nn.Parameter((mean * gone) @ linear.weight.T)
         linear.weight[:, gone] = 0

@@ -87,15 +87,16 @@ def standardised(scores: Tensor, name: str) -> Tensor:
     return (scores - scores.mean()) / spread
 
 
-def above_common_threshold(scores: Tensor, costs: Tensor, share: float, inclusive: bool) -> Tensor:
-    """Mask [n] of the units above the threshold that all share (AL-AM).
+def common_threshold(scores: Tensor, costs: Tensor, share: float) -> Tensor:
+    """The score that all units share as their threshold (AL-AM): down the order of the scores [n], that at which the
+    running cost is nearest to `share` of the total cost. Units are those of a whole model: as few tensors as can be."""
+    order = scores.argsort(descending=True, stable=True)
+    running = costs[order].cumsum_(0)  # in float32 as released, which decides where two lie equally near
+    return scores[order[running.sub_(share * running[-1]).abs_().argmin()]]
 
-    Down the order of the scores [n], the threshold is the score at which the running cost is nearest to `share` of
-    the total cost. `inclusive` keeps the unit at the threshold too.
-    """
-    descending, order = scores.sort(descending=True, stable=True)
-    running = costs[order].cumsum(0)  # in float32 as released, which decides where two lie equally near
-    threshold = descending[(running - share * running[-1]).abs().argmin()]
+
+def above(scores: Tensor, threshold: Tensor, inclusive: bool) -> Tensor:
+    """Mask [n] of the units above a threshold; `inclusive` keeps the unit at the threshold too."""
     return scores >= threshold if inclusive else scores > threshold
 
 
@@ -186,8 +187,8 @@ class FLAP(WeightPruner):
             return [torch.ones_like(score, dtype=torch.bool) for score in scores]
         joined = torch.cat(list(scores))
         costs = torch.cat([torch.full(t.shape, cost, device=joined.device) for t, cost in self._costs(targets)])
-        kept = above_common_threshold(joined, costs, budget.amounts[0], inclusive=not self.released)
-        return kept.split([target.units for target in targets])
+        threshold = common_threshold(joined, costs, budget.amounts[0])
+        return [above(score, threshold, inclusive=not self.released) for score in scores]
 
     def _costs(self, targets: Sequence[Target]) -> list[tuple[Target, float]]:
         """What a unit of each target costs, in neurons of the first target: 4 d / 3 for a plain head

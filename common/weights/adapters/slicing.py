@@ -2,7 +2,8 @@
 (SliceGPT, arXiv 2401.15024, sections 3.3 to 3.4).
 
 Norms have no gain and do not centre: both moved into the linears around them. Between two sublayers the stream is
-rotated and cut, so that what passes a sublayer by is multiplied by a small matrix, the shortcut.
+rotated and cut, so that what passes a sublayer by is multiplied by a small matrix, the shortcut. A sublayer gets one
+when the stream in front of it or behind it is turned.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Sliceable:
         return int(self.embeddings[0].weight.shape[1])
 
     def fuse(self, centre: bool, eps: float | None) -> None:
-        """Move gains and means of all norms into the linears around them, and give every sublayer a shortcut. `centre`
-        takes the mean out of the embeddings, which only models with layer norms bear without change."""
+        """Move gains and means of all norms into the linears around them. `centre` takes the mean out of the
+        embeddings, which only models with layer norms bear without change."""
         head = self.model.get_output_embeddings()
         if head.weight is self.model.get_input_embeddings().weight:
             head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
@@ -88,8 +89,6 @@ class Sliceable:
                 _write(part.writer.weight, lambda weight: weight - weight.mean(0))
                 if part.writer.bias is not None:
                     _write(part.writer.bias, lambda bias: bias - bias.mean())
-            shortcut = nn.Parameter(one.to(part.writer.weight.dtype), requires_grad=part.writer.weight.requires_grad)
-            part.block.register_parameter(part.shortcut, shortcut)
 
     def turn(self, place: int, basis: Tensor | None, kept: int) -> None:
         """Bring the stream behind sublayer `place` (-1 is the embedding) into a basis [D, D'], of which the first
@@ -107,15 +106,22 @@ class Sliceable:
             if part.writer.bias is not None:
                 _replace(part.writer, "bias", _apply(part.writer.bias, lambda bias: basis.T @ bias))
             part.writer.out_features = kept
-            shortcut = part.block.get_parameter(part.shortcut)
-            _replace(part.block, part.shortcut, _apply(shortcut, lambda through: through @ basis))
+            self._pass(part, lambda through: through @ basis)
         behind = self.sublayers[place + 1] if place + 1 < len(self.sublayers) else None
         for reader in (head,) if behind is None else behind.readers:
             _replace(reader, "weight", _apply(reader.weight, lambda weight: weight @ basis))
             reader.in_features = kept
         if behind is not None:
-            through = behind.block.get_parameter(behind.shortcut)
-            _replace(behind.block, behind.shortcut, _apply(through, lambda through: basis.T @ through))
+            self._pass(behind, lambda through: basis.T @ through)
+
+    def _pass(self, part: Sublayer, change: Any) -> None:
+        """Change a sublayer's shortcut, which passes all directions on as they are where there is none yet."""
+        weight = part.writer.weight
+        if not hasattr(part.block, part.shortcut):
+            whole = nn.Parameter(torch.eye(self.width).to(weight), requires_grad=weight.requires_grad)
+            part.block.register_parameter(part.shortcut, whole)
+        through = part.block.get_parameter(part.shortcut)
+        _replace(part.block, part.shortcut, _apply(through, change))
 
     def enter(self) -> None:
         """Multiply the first basis into the embeddings."""
@@ -134,10 +140,15 @@ def sliced_forward(block: Any, own: tuple[str, str], hidden_states: Tensor, *arg
         x = (x.double() @ block.entry).to(x.dtype)
     p = getattr(block, "dropout", 0.0) if block.training else 0.0
     added, _ = block.self_attn(getattr(block, own[0])(x), *args, **kwargs)
-    x = x @ block.attention_shortcut + nn.functional.dropout(added, p)
+    x = _passed(block, "attention_shortcut", x) + nn.functional.dropout(added, p)
     normed = getattr(block, own[1])(x)
     added = block.mlp(normed) if hasattr(block, "mlp") else block.fc2(block.activation_fn(block.fc1(normed)))
-    return x @ block.mlp_shortcut + nn.functional.dropout(added, p)
+    return _passed(block, "mlp_shortcut", x) + nn.functional.dropout(added, p)
+
+
+def _passed(block: nn.Module, shortcut: str, x: Tensor) -> Tensor:
+    through = getattr(block, shortcut, None)
+    return x if through is None else x @ through
 
 
 def make_sliced(blocks: list[Any], norms: tuple[str, str]) -> None:

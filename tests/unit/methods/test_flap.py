@@ -14,7 +14,7 @@ from prunelab.common.weights import WeightPlan, load_pruned, prune, save_pruned
 from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Target, WeightSignals
-from prunelab.methods.flap.method import FLAP, MagnitudeSP, Variance, WandaSP, above_common_threshold, importance
+from prunelab.methods.flap.method import FLAP, MagnitudeSP, Variance, WandaSP, above, common_threshold, importance
 from tests.contract.families import WEIGHT_FAMILIES, answer, images
 from tests.contract.references import language_model, token_ids
 
@@ -86,7 +86,8 @@ def test_the_common_threshold_by_trying_all(scores, share, inclusive, data):
         if distance < nearest:
             nearest, threshold = distance, scores[ranked[place]]
     want = [s >= threshold if inclusive else s > threshold for s in scores]
-    got = above_common_threshold(torch.tensor(scores).float(), torch.tensor(costs).float(), share, inclusive)
+    given = torch.tensor(scores).float()
+    got = above(given, common_threshold(given, torch.tensor(costs).float(), share), inclusive)
     assert got.tolist() == want
 
 
@@ -277,4 +278,4 @@ def test_what_flap_prunes_is_channels_with_or_without_heads():
 def test_of_two_places_equally_near_the_share_the_first_is_the_threshold():
     """0.55 of 90 neurons lies halfway between 49 and 50, though not in double precision."""
     scores = torch.arange(90.0, 0.0, -1.0)
-    assert int(above_common_threshold(scores, torch.ones(90), 0.55, inclusive=True).sum()) == 49
+    assert int((scores >= common_threshold(scores, torch.ones(90), 0.55)).sum()) == 49
