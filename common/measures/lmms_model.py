@@ -142,10 +142,10 @@ class VisualModel(lmms):
         """The service of this name: scores [T] of the frames of each video that is being asked about."""
         return self.scores
 
-    def text_similarity(self, hidden: Tensor) -> Tensor:
+    def text_similarity(self, hidden: Tensor, **options: Any) -> Tensor:
         """The service of this name, for the pictures that are being asked about."""
         assert self.likeness is not None
-        return self.likeness(hidden)
+        return self.likeness(hidden, **options)
 
     @torch.inference_mode()
     def _generate(self, inputs: Any, settings: Mapping[str, Any]) -> list[str]:

@@ -43,7 +43,7 @@ def measure(bench: Bench[PromptMacs.Settings]) -> dict[str, Any]:
     held = full = adapter.cache_bytes([example.text + visual] * adapter.info.depth)
     method = bench.method(TokenPruner)
     if method is not None:
-        with applied(method, model, bench.budget, services={"frame_scores": even_scores}) as handle:
+        with applied(method, model, bench.budget, services={"frame_scores": even_scores, "text_similarity": even_likeness}) as handle:
             report = handle.report(example, dense)
         total, scoring, held = report.macs, report.scoring_macs, report.cache_bytes or 0
     figures = {
@@ -71,3 +71,8 @@ def measure(bench: Bench[PromptMacs.Settings]) -> dict[str, Any]:
 def even_scores(videos: int, frames: int) -> Tensor:
     """Scores [V, T] of frames that matter alike."""
     return torch.ones(videos, frames)
+
+
+def even_likeness(patches: Tensor, **_: Any) -> Tensor:
+    """Likeness [B, N] of patches [B, N, C] that are all as like the text."""
+    return torch.zeros_like(patches[..., 0], dtype=torch.float32)

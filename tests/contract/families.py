@@ -131,7 +131,10 @@ def info(family: str) -> ModelInfo:
 
 
 # What methods may ask for besides the model, in its simplest form.
-SERVICES: Mapping[str, Any] = {"frame_scores": torch.ones, "text_similarity": lambda hidden: hidden.float().amax(-1)}
+SERVICES: Mapping[str, Any] = {
+    "frame_scores": torch.ones,
+    "text_similarity": lambda hidden, normed=False: hidden.float().amax(-1),
+}
 
 
 @cache
