@@ -81,7 +81,7 @@ def _lock(path: Path, changed: int) -> Lock:
         return Lock.model_validate(yaml.safe_load(path.read_text(encoding="utf8")) or {})
     except (ValidationError, yaml.YAMLError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
-        raise PrunelabError(f"{path.name} is damaged ({first}); restore it, or delete it and lock anew") from None
+        raise PrunelabError(f"{path.name} is damaged ({first}); restore it, or move it away and lock anew") from None
 
 
 def write_lock(content: Lock) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from prunelab.common.catalogue import lookup
-from prunelab.common.cli.app import Options, Settings, app, console, settings
+from prunelab.common.cli.app import Options, Settings, app, console, settings, short_lived
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 
@@ -24,15 +24,16 @@ def cost(
     """Count what a method costs and saves on a model, on the meta device: no weights are needed."""
     entry, limit = registry.entry(method), Budget.parse(budget)  # their mistakes are told before libraries load
 
-    import torch
+    with short_lived():
+        import torch
 
-    from prunelab.common.apply import apply
-    from prunelab.common.models import loading
+        from prunelab.common.apply import apply
+        from prunelab.common.models import loading
 
-    chosen = registry.create(entry.name, **lookup.pairs(options or []))
-    net = loading.architecture(loading.entry(model))
-    with apply(chosen, net, limit) as handle, torch.no_grad():
-        console.print(str(handle.report()))
+        chosen = registry.create(entry.name, **lookup.pairs(options or []))
+        net = loading.architecture(loading.entry(model))
+        with apply(chosen, net, limit) as handle, torch.no_grad():
+            console.print(str(handle.report()))
 
 
 @app.command()

@@ -229,13 +229,13 @@ def _collection(data: Mapping[str, Any], folder: Path) -> Collection:
         name, image = f"annotation {entry['id']} of {folder}", entry["image_id"]
         if image not in size or entry["category_id"] not in label:
             raise PrunelabError(
-                f"{name} names an image or a category that the file does not list; correct or delete it"
+                f"{name} names an image or a category that the file does not list; correct it or leave it out"
             )
         x, y, width, height = (float(value) for value in entry["bbox"])
         inside = x < size[image][1] and y < size[image][0] and x + width > 0 and y + height > 0
         if not (math.isfinite(x + y + width + height) and width > 0 and height > 0 and inside):
             raise PrunelabError(
-                f"{name} has the box {entry['bbox']}, of which nothing is in the image; correct or delete it"
+                f"{name} has the box {entry['bbox']}, of which nothing is in the image; correct it or leave it out"
             )
         area = float(entry.get("area", width * height))
         box = [x, y, x + width, y + height]

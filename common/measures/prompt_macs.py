@@ -43,7 +43,9 @@ def measure(bench: Bench[PromptMacs.Settings]) -> dict[str, Any]:
     held = full = adapter.cache_bytes([example.text + visual] * adapter.info.depth)
     method = bench.method(TokenPruner)
     if method is not None:
-        with applied(method, model, bench.budget, services={"frame_scores": even_scores, "text_similarity": even_likeness}) as handle:
+        with applied(
+            method, model, bench.budget, services={"frame_scores": even_scores, "text_similarity": even_likeness}
+        ) as handle:
             report = handle.report(example, dense)
         total, scoring, held = report.macs, report.scoring_macs, report.cache_bytes or 0
     figures = {

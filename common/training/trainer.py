@@ -369,7 +369,9 @@ def _read_checkpoint(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] |
         saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         known = saved["run"]
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
-        raise PrunelabError(f"cannot read the checkpoint {path}; delete it to start again") from None
+        raise PrunelabError(
+            f"cannot read the checkpoint {path}; move it away, or choose an empty folder, to start again"
+        ) from None
     if known != identity:
         raise PrunelabError(f"{path} belongs to a training with another recipe or seed; choose an empty folder")
     return saved

@@ -235,7 +235,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _damaged(path: Path, error: Exception) -> PrunelabError:
-    return PrunelabError(f"{path} cannot be read ({error}); delete it, and the run makes it anew")
+    return PrunelabError(f"{path} cannot be read ({error}); move it away, and the run makes it anew")
 
 
 def _run(path: Path) -> dict[str, Any]:

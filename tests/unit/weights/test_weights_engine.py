@@ -341,7 +341,7 @@ def test_damaged_files_of_an_interrupted_run_are_named_and_made_anew(method, tmp
         for pattern in ("block_0002*", "evidence_0002*"):  # so that what was kept is read
             for later in set(tmp_path.glob(pattern)) - {path}:
                 later.unlink()
-        with pytest.raises(PrunelabError, match=f"{path.name} cannot be read .*delete it"):
+        with pytest.raises(PrunelabError, match=f"{path.name} cannot be read .*move it away"):
             prune(method, language_model(), 0.7, token_ids(), folder=tmp_path, progress=False)
         path.unlink()
     model = language_model()
