@@ -1,5 +1,5 @@
-"""Look-alikes of checkpoints: the same class and depth, as many heads and the same places of pictures, but narrow, with
-random weights; with tokenizer and processor files of the same classes."""
+"""Look-alikes of checkpoints: the same class and depth, as many heads (but of image encoders) and the same places of
+pictures, but narrow, with random weights; with tokenizer and processor files of the same classes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from prunelab.common.models import loading
 
 VOCABULARY = 512
 HEAD = 4  # channels of a head
+SEEING = 2  # heads of an image encoder
 ANSWER = 3  # tokens, behind which the end is likely
 MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<begin>", "<end>")
 HEADS = ("num_attention_heads", "num_heads", "n_head")
@@ -35,9 +36,15 @@ TEMPLATE = (
 )
 
 
-def narrow(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's arguments with as many layers and heads, and few channels."""
-    results = {key: narrow(value) if key.endswith("_config") else value for key, value in arguments.items()}
+def narrow(arguments: Mapping[str, Any], most: int | None = None) -> dict[str, Any]:
+    """A configuration's arguments with as many layers, few channels, and as many heads; at the `most` so many, and in
+    image encoders a few, as their attention is nearly all that a rehearsal on videos costs."""
+    results = {
+        key: narrow(value, SEEING if key == "vision_config" else None) if key.endswith("_config") else value
+        for key, value in arguments.items()
+    }
+    if most is not None:
+        results |= {key: min(most, results[key]) for key in HEADS if key in results}
     heads: Any = next((results[key] for key in HEADS if key in results), None)
     head = 2 * HEAD if "mrope_section" in results.get("rope_parameters", {}) else HEAD
     if heads is not None:

@@ -124,6 +124,7 @@ def test_narrow_models_keep_layers_heads_and_pictures() -> None:
     for part in ("vision_config", "text_config"):
         for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "depth", "patch_size"):
             assert found[part].get(key) == whole[part].get(key)
+    assert (found["vision_config"]["num_heads"], whole["vision_config"]["num_heads"]) == (checkpoints.SEEING, 16)
     assert found["text_config"]["hidden_size"] < whole["text_config"]["hidden_size"] / 10
     assert sum(found["text_config"]["rope_parameters"]["mrope_section"]) == 4, "half of a head's eight channels"
 
