@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from markupsafe import Markup
 from prunelab.common.core import files
 from prunelab.common.drawing import svg
 from prunelab.common.drawing.figures import Figure
-from prunelab.common.experiments import forecast, papers
+from prunelab.common.experiments import forecast, papers, workspace
 from prunelab.paper_tables import claims, contrasts, cross, join, literature, tables
 
 HERE = Path(__file__).parent
@@ -309,6 +310,7 @@ class Site:
             lacking=lacking.most_common(12),
             more=max(len(lacking) - 12, 0),
             reasons=[(papers.REASONS[r], n) for r, n in self.reasons().most_common()],
+            rehearsed=self.rehearsed(),
             verdicts=[verdict for section in self.sections for verdict in section.verdicts],
             families=sorted({s.paper.family for s in self.sections}),
             axes={
@@ -324,6 +326,14 @@ class Site:
     def reasons(self) -> Counter[str]:
         """How many numbers nothing here can run, by the reason."""
         return Counter(line.reason for section in self.sections for line in section.lines if line.reason)
+
+    def rehearsed(self) -> tuple[int, int]:
+        """How many combinations of the paper scale passed on look-alikes, of how many that were tried."""
+        try:
+            noted = json.loads((Path(self.config["results"]) / workspace.REHEARSALS).read_text(encoding="utf-8"))
+        except OSError:
+            return 0, 0
+        return sum(not each["fault"] for each in noted), len(noted)
 
     def boards(self) -> str:
         """Methods of all papers side by side."""

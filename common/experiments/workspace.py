@@ -18,6 +18,7 @@ from prunelab.common.core.files import ROOT, digest, unwritable, write_text
 from prunelab.common.experiments import provenance
 
 LOCK = "lock"
+REHEARSALS = "rehearsals.json"  # outcomes of `python -m prunelab rehearse`
 _LEFT = re.compile(r"\..+\.(?P<process>\d+)")  # what `write_text` writes before it is put in place
 
 

@@ -28,11 +28,10 @@ from prunelab.common import tasks
 from prunelab.common.catalogue import hub, lookup
 from prunelab.common.core import files, registry
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import plans, runner
+from prunelab.common.experiments import plans, runner, workspace
 from prunelab.common.experiments.run import Run
 from prunelab.common.rehearsal import checkpoints, datasets
 
-RESULT = "rehearsals.json"  # in the results folder
 # What is left of a run's settings, where its task has them and the run asks for more.
 CUT = {
     "samples": 2, "limit": 2, "calibration": 2, "length": 64, "calibration_length": 64, "text_length": 64, "new": 4,
@@ -288,7 +287,7 @@ def run(
     """Rehearse the chosen papers' combinations, all or the first `sample`, and note how they went. What is noted to
     have passed with the same sources is not run again."""
     wanted = combinations(plans.of({**config, "scale": "paper", "assets": ""}).runs.values())[:sample]
-    path = Path(config["results"]) / RESULT
+    path = Path(config["results"]) / workspace.REHEARSALS
     outcomes = {o.name: o for o in _noted(path) if not o.fault}
     addresses = {each.name: each.run.address for each in wanted}
     outcomes = {name: o for name, o in outcomes.items() if o.address == addresses.get(name)}

@@ -218,7 +218,9 @@ def table(names: Sequence[str] = ()) -> Iterator[str]:
         with pretended() as labels:
             try:
                 RUNS[method.role](labels, method)
-                kind, told = ("looks", listed(labels)) if labels.looks else ("without a look", "none")
+                own = any(" in methods/" in what for what in labels.looks)
+                kind = "looks of their own" if own else "looks of the engine alone" if labels.looks else "no look"
+                told = listed(labels) or "none"
             except pytest.skip.Exception as skipped:
                 kind, told = "not tried", f"not tried: {skipped}"
             except Mixed as mixed:
@@ -246,7 +248,7 @@ def test_the_table_tells_pure_methods_from_those_that_look(monkeypatch):
     assert "| wanda | weight_pruner | value in common/x:y (2) |" in lines
     assert "| magnitude | weight_pruner | none |" in lines
     assert any(line.startswith("| fastv | token_pruner | mixes devices: aten.add") for line in lines)
-    assert lines[-1] == "looks: 1, mixed: 1, without a look: 1"
+    assert lines[-1] == "looks of the engine alone: 1, mixed: 1, no look: 1"
 
 
 def test_looks_are_counted_where_our_code_looks():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.drawing import sheets, svg
-from prunelab.common.experiments import papers, planning, plans, provenance
+from prunelab.common.experiments import papers, planning, plans, provenance, workspace
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
 from prunelab.methods.pruning_by_explaining import figures as explained
@@ -531,6 +532,18 @@ def test_readme_is_rendered_without_markup_of_its_own() -> None:
     assert "<h3>Top</h3>" in shown and '<a href="https://example.org">web</a>' in shown and "<table>" in shown
     assert "<script" not in shown and "<img" not in shown
     assert Links(str(shown)).links == ["https://example.org"]
+
+
+def test_of_rehearsals_the_index_tells_only_how_many_passed(bare: dict[str, Any]) -> None:
+    def shown() -> str:
+        return command.build(bare)[0].read_text(encoding="utf-8")
+
+    assert 'id="rehearsed"' not in shown()
+    noted = [{"name": f"perplexity | {i}", "fault": "" if i else "KeyError: x"} for i in range(3)]
+    Path(bare["results"]).mkdir(parents=True, exist_ok=True)
+    (Path(bare["results"]) / workspace.REHEARSALS).write_text(json.dumps(noted), encoding="utf-8")
+    page = shown()
+    assert "2 of 3 combinations of task, method, model and data" in page and "KeyError" not in page
 
 
 def test_page_without_records_says_so(bare: dict[str, Any]) -> None:

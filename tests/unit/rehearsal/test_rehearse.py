@@ -17,7 +17,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import captions, detection, documents, segmentation, videos
-from prunelab.common.experiments import plans, runner
+from prunelab.common.experiments import plans, runner, workspace
 from prunelab.common.models import loading
 from prunelab.common.rehearsal import checkpoints, datasets, rehearse
 
@@ -112,7 +112,7 @@ def test_what_has_no_look_alike_is_not_held_and_says_so(
 def test_outcomes_are_noted(plan: plans.Plan, tmp_path: Path) -> None:
     config = {**plan.config, "papers": "wanda", "results": str(tmp_path / "results")}
     outcomes = rehearse.run(config, tmp_path / "folder", sample=1)
-    noted = json.loads((tmp_path / "results" / rehearse.RESULT).read_text())
+    noted = json.loads((tmp_path / "results" / workspace.REHEARSALS).read_text())
     assert [o["name"] for o in noted] == [o.name for o in outcomes] and len(outcomes) == 1
     assert not outcomes[0].fault and rehearse.run(config, tmp_path / "other", sample=1) == outcomes
     assert not (tmp_path / "other" / "rehearsals.log").exists(), "what passed is not run again"
