@@ -39,7 +39,7 @@ TEMPLATE = (
 def narrow(arguments: Mapping[str, Any], most: int | None = None) -> dict[str, Any]:
     """A configuration's arguments with as many layers, few channels, and as many heads; at the `most` so many, and in
     image encoders a few, as their attention is nearly all that a rehearsal on videos costs."""
-    results = {
+    results: dict[str, Any] = {
         key: narrow(value, SEEING if key == "vision_config" else None) if key.endswith("_config") else value
         for key, value in arguments.items()
     }
