@@ -107,6 +107,8 @@ class TimmViT(SequenceAdapter[Any]):
             if getattr(self.model, "global_pool", "token") != "token" or getattr(self.model, "attn_pool", None):
                 norm: Any = self.model.norm
                 removers.append(after(norm, self._weigh_for_pooling))
+            elif getattr(self.model, "pools_most", False):
+                removers.append(after(self.model.norm, self._repeat_for_pooling))  # type: ignore[arg-type]
             removers.append(after(self.blocks[-1], self.end))
         except BaseException:
             run_all(removers)
@@ -255,6 +257,14 @@ class TimmViT(SequenceAdapter[Any]):
         pooled = weight[:, 0 if getattr(self.model, "pool_include_prefix", False) else self.info.special :]
         weight = weight * pooled.shape[1] / pooled.sum(1, keepdim=True)
         return x * weight.unsqueeze(-1).to(x.dtype)
+
+    def _repeat_for_pooling(self, module: nn.Module, args: Any, x: Tensor) -> Tensor | None:
+        """Put a patch that counts in place of padding, which then has no say in the best of all patches."""
+        valid = self.running.tokens.valid
+        if valid is None:
+            return None
+        first = valid[:, self.info.special :].int().argmax(1) + self.info.special
+        return torch.where(valid.unsqueeze(-1), x, x[torch.arange(len(x), device=x.device), first].unsqueeze(1))
 
     # -- one site ------------------------------------------------------------------------------------------------
 
