@@ -41,7 +41,7 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for convolution, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = norm(convolution(x)).relu()
-        return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class LVViT(VisionTransformer):

@@ -25,6 +25,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.evolution import Genes, Stage, evolved, exchanged
 from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveShare
 from prunelab.common.weights.role import WeightPruner
+from prunelab.common.weights.surgery import damped, inverted, surgery
 from prunelab.common.weights.targets import (
     Accumulator,
     Candidates,
@@ -36,7 +37,6 @@ from prunelab.common.weights.targets import (
     Unit,
     WeightSignals,
 )
-from prunelab.methods.tyr.surgery import damped, inverted, surgery
 
 
 def remaining(groups: int, sparsity: float) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from prunelab.common.weights.surgery import surgery
 from prunelab.common.weights.targets import Observation, Target
 from prunelab.methods.tyr.method import Gram, Tyr
-from prunelab.methods.tyr.surgery import surgery
 
 TOLERANCE = {"out_hessian": (1e-4, 1e-4), "": (1e-4, 1e-3)}
 

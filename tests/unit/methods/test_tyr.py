@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.weights import prune
 from prunelab.common.weights.adapters import weight_adapter
+from prunelab.common.weights.surgery import split, surgery
 from prunelab.common.weights.targets import Decision, Target
 from prunelab.methods.tyr.method import Inverse, Tyr, divergence, grams, remaining
-from prunelab.methods.tyr.surgery import split, surgery
 from tests.contract.references import language_model, token_ids
 
 SHORT = {"iterations": 2, "generations": 3, "offspring": 5, "tokens": (12, 36), "survivors": (3, 1), "least_neurons": 2}

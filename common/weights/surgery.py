@@ -1,4 +1,5 @@
-"""Týr's local pruning: groups of inputs leave by optimal brain surgery, and the others are solved for exactly."""
+"""Optimal brain surgery on groups of a layer's inputs, as OSSCAR does it and Týr after it: groups leave in rounds, and
+the others are solved for exactly. Shapes: weight [O, I] of O outputs and I inputs, the Hessian [I, I] of the inputs."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def surgery(
     many groups leave as will, the cheapest first; those that are zero already, as the inputs never used, are the first.
     As released, what stays then makes up for these by the inverse as it was with them in it, until others leave.
     """
-    original = weight.float().T.contiguous().clone()
+    original = weight.to(torch.promote_types(weight.dtype, torch.float32)).T.contiguous().clone()
     original[hessian.diagonal() == 0] = 0
     groups = len(original) // size
     if stay >= groups:
@@ -85,11 +86,16 @@ def surgery(
         left.addmm_(columns, taken[:, : left.shape[1]], alpha=-1)
         inverse.addmm_(columns, taken[:, left.shape[1] :], alpha=-1)
         left[out], inverse[out], inverse[:, out] = 0, 0, 0
-    kept = ~gone.repeat_interleave(size)
-    solved = torch.zeros_like(left)
+    return ~gone, solved(hessian, target, ~gone.repeat_interleave(size)).T
+
+
+def solved(hessian: Tensor, target: Tensor, kept: Tensor) -> Tensor:
+    """The weight [I, O] that is best where only the inputs `kept` [I] stay, of the damped Hessian and its product with
+    the dense weight [I, O]."""
+    result = torch.zeros_like(target)
     if bool(kept.any()):
         among = hessian[kept][:, kept]
         factor, failed = torch.linalg.cholesky_ex(among)
         right = target[kept]
-        solved[kept] = torch.linalg.solve(among, right) if bool(failed) else torch.cholesky_solve(right, factor)
-    return ~gone, solved.T
+        result[kept] = torch.linalg.solve(among, right) if bool(failed) else torch.cholesky_solve(right, factor)
+    return result
