@@ -26,6 +26,7 @@ Reduction = Literal["sum", "mean", "max", "prod", "first", "second"]
 MEMBERS: Mapping[Unit, tuple[str, ...]] = {"heads": ("q", "o", "v", "k"), "channels": ("gate", "up", "down")}
 READERS = ("o", "down")  # members whose columns are the group's, not their rows
 SECOND_ORDER = ("param_second", "param_mix")
+PIECE = 2**18  # weights at once
 
 
 def salience(criterion: Criterion, weight: Tensor, gradient: Tensor, squares: Tensor | None = None) -> Tensor:
@@ -37,15 +38,27 @@ def salience(criterion: Criterion, weight: Tensor, gradient: Tensor, squares: Te
     return curvature if criterion == "param_second" else weight * gradient - curvature / 2
 
 
-def member_importance(criterion: Criterion, salience: Tensor, axis: int) -> Tensor:
-    """Importance [C] of a member's rows (axis 0) or columns (1), from the salience of its weights; for the norms that
-    is the weight itself. `vectorize` lets changes of unlike sign cancel."""
-    other = 1 - axis
-    if criterion == "vectorize":
-        return salience.sum(other).abs()
-    if criterion == "l2":
-        return salience.square().sum(other)
-    return torch.linalg.vector_norm(salience, 1, other)  # one pass
+def member_importance(
+    criterion: Criterion, axis: int, weight: Tensor, gradient: Tensor | None = None, squares: Tensor | None = None
+) -> Tensor:
+    """Importance [C] of a member's rows (axis 0) or columns (1), from the salience of its weights; for the norms, which
+    need no gradient, from the weights themselves. `vectorize` lets changes of unlike sign cancel. Rows are taken in
+    pieces that a CPU's cache holds."""
+    rows = max(1, PIECE // weight.shape[1])
+    parts = []
+    for first in range(0, len(weight), rows):
+        piece = weight[first : first + rows].float()
+        if gradient is None:
+            piece = piece.square() if criterion == "l2" else piece.abs()
+        else:
+            known = None if squares is None else squares[first : first + rows]
+            piece = salience(criterion, piece, gradient[first : first + rows].float(), known)
+            piece = piece if criterion == "vectorize" else piece.abs_()
+        parts.append(piece.sum(1 - axis))
+    if len(parts) == 1:
+        return parts[0].abs() if criterion == "vectorize" else parts[0]
+    total = torch.cat(parts) if axis == 0 else torch.stack(parts).sum(0)
+    return total.abs() if criterion == "vectorize" else total
 
 
 def folded(importance: Tensor, channels: int, units: int, released: bool = True) -> Tensor:
@@ -94,8 +107,7 @@ class Importance(Accumulator):
         self.state = torch.zeros(())
 
     def update(self, observed: Tensor) -> None:
-        lost = salience(self.criterion, self.weight.float(), observed.float(), self.squares)
-        self.state = member_importance(self.criterion, lost, self.axis)
+        self.state = member_importance(self.criterion, self.axis, self.weight, observed, self.squares)
 
     def value(self) -> Tensor:
         return self.state
@@ -175,8 +187,8 @@ class LLMPruner(WeightPruner):
         """Importance [C] of each member's channels, in the order in which the authors' graph finds the members."""
         roles = [role for role in MEMBERS.get(target.unit, tuple(signals.weights)) if role in signals.weights]
         if self.criterion in ("l1", "l2"):
-            norms = {role: signals.weights[role].float() for role in roles}
-            results = [member_importance(self.criterion, norms[role], int(role in READERS)) for role in roles]
+            norms = {role: signals.weights[role] for role in roles}
+            results = [member_importance(self.criterion, int(role in READERS), norms[role]) for role in roles]
         else:
             results = [signals[f"importance.{role}"] for role in roles]
         if target.unit == "hidden":

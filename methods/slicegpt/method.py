@@ -45,7 +45,10 @@ def kept_directions(width: int, sparsity: float, interval: int) -> int:
 
 
 class Moment(InputAccumulator):
-    """The sum of x^T x over all tokens [D, D] in float64, of states without their mean where `centre`."""
+    """The sum of x^T x over all tokens [D, D] in float64, of states without their mean where `centre`. It is symmetric:
+    in strips from the diagonal to the right only little more than half of it is computed."""
+
+    STRIPS: ClassVar[int] = 8
 
     def __init__(self, target: Target, centre: bool) -> None:
         super().__init__(target)
@@ -54,7 +57,15 @@ class Moment(InputAccumulator):
     def take(self, x: Tensor) -> None:
         wide = x.double()
         wide = wide - wide.mean(-1, keepdim=True) if self.centre else wide
-        self.state = self.state.to(wide.device) + wide.T @ wide
+        width = wide.shape[1]
+        self.state = self.state.to(wide) if self.state.ndim else wide.new_zeros(width, width)
+        step = -(-width // self.STRIPS)
+        for first in range(0, width, step):
+            strip = slice(first, first + step)
+            self.state[strip, first:].addmm_(wide[:, strip].T, wide[:, first:])
+
+    def value(self) -> Tensor:
+        return self.state.triu() + self.state.triu(1).T
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,8 @@ def test_members_are_put_together_by_the_reduction():
     for reduction, values in want.items():
         assert group_importance(members, reduction).tolist() == values
     weight = torch.tensor([[1.0, -2], [3, 4]])
-    assert member_importance("l1", weight, 0).tolist() == [3, 7]
-    assert member_importance("l2", weight, 1).tolist() == [10, 20]
+    assert member_importance("l1", 0, weight).tolist() == [3, 7]
+    assert member_importance("l2", 1, weight).tolist() == [10, 20]
 
 
 def test_query_heads_are_added_to_their_own_key_value_head_or_as_released():
