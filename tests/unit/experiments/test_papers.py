@@ -260,6 +260,17 @@ def test_a_stand_in_has_settings_of_its_own_and_is_shared(trained):
     assert a.ids["calibration"] == a.ids["data"]
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in papers.BOARDS.glob("*.yaml")))
+def test_no_data_set_takes_over_what_a_board_sets(name):
+    """Stand-ins have settings in place of the paper's. Data that stand for nothing else leave a board its own."""
+    for board, content in papers.suite(name).items():
+        if "data" not in content or "paper" in lookup.dataset(content["data"]):
+            continue
+        for scale in content.get("scales", ()):
+            own = lookup.dataset(content["data"]).get(scale, {}).get("settings", {})
+            assert not {k for k, v in content.get("settings", {}).items() if own.get(k, v) != v}, (board, scale)
+
+
 def test_a_fine_tuned_model_brings_its_base(trained):
     tuned = perplexity(trained, {"method": "dare"}, model="llama_code_tuned", data="source_code_dialect")
     assert tuned.ids["model"]["testbed"] == "code_lm_tuned" and tuned.ids["base"]["testbed"] == "code_lm"
