@@ -1,4 +1,4 @@
-"""Look-alikes of checkpoints: the same class and depth, as many heads (but of image encoders) and the same places of
+"""Look-alikes of checkpoints: the same class and depth, as many heads (but in models that see) and the same places of
 pictures, but narrow, with random weights; with tokenizer and processor files of the same classes."""
 
 from __future__ import annotations
@@ -36,15 +36,13 @@ TEMPLATE = (
 )
 
 
-def narrow(arguments: Mapping[str, Any], most: int | None = None) -> dict[str, Any]:
-    """A configuration's arguments with as many layers, few channels, and as many heads; at the `most` so many, and in
-    image encoders a few, as their attention is nearly all that a rehearsal on videos costs."""
+def narrow(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's arguments with as many layers, few channels, and as many heads; of models that see, whose
+    attention is nearly all that a rehearsal costs, an encoder with few heads and a decoder with a share of its own."""
     results: dict[str, Any] = {
-        key: narrow(value, SEEING if key == "vision_config" else None) if key.endswith("_config") else value
+        key: narrow(fewer(key, value) if "vision_config" in arguments else value) if key.endswith("_config") else value
         for key, value in arguments.items()
     }
-    if most is not None:
-        results |= {key: min(most, results[key]) for key in HEADS if key in results}
     heads: Any = next((results[key] for key in HEADS if key in results), None)
     head = 2 * HEAD if "mrope_section" in results.get("rope_parameters", {}) else HEAD
     if heads is not None:
@@ -66,6 +64,15 @@ def narrow(arguments: Mapping[str, Any], most: int | None = None) -> dict[str, A
         marks = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         results |= {"vocab_size": VOCABULARY, **marks}
     return results
+
+
+def fewer(part: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of a model that sees with fewer heads, whose ratio to those of keys and values stays."""
+    found = {key: int(arguments[key]) for key in (*HEADS, "num_key_value_heads") if arguments.get(key)}
+    if part == "vision_config":
+        return {**arguments, **{key: min(SEEING, count) for key, count in found.items()}}
+    share = next(n for n in (4, 2, 1) if not any(count % n for count in found.values()))
+    return {**arguments, **{key: count // share for key, count in found.items()}}
 
 
 def tokenizer(name: str) -> Any:

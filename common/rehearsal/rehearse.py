@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -201,9 +202,9 @@ class LookAlikes:
             checkpoints.learned_parts(method, Path(self.config["hub"]) / run.ids["model"]["hub"], place)
             done.touch()
 
-    def _whole(self, place: Path) -> Path | None:
-        """A place to write to; None where what is wanted is there."""
-        done = self.folder / "made" / files.digest(str(place))[:16]
+    def _whole(self, place: Path, described: Any = None) -> Path | None:
+        """A place to write to; None where what is wanted, as it is described, is there."""
+        done = self.folder / "made" / files.digest(str(place) if described is None else [str(place), described])[:16]
         if done.exists():
             return None
         done.parent.mkdir(exist_ok=True)
@@ -247,14 +248,19 @@ class LookAlikes:
             self._own(name, paper)
             return
         place = Path(self.config["hub"]) / paper["hub"]
-        done = self._whole(place / paper.get("file", paper.get("files", "")))
+        described = datasets.described().get(paper["hub"])
+        named = paper.get("file", paper.get("files", "")) if described is None else ""
+        done = self._whole(place / named, described)
         if done is None:
             return
+        if described is not None and place.exists():  # of an earlier description, as `datasets` remembers it
+            for stale in (place, self.folder / "cache"):
+                shutil.rmtree(stale, ignore_errors=True)
         path = place / paper.get("file", "")
         path.parent.mkdir(parents=True, exist_ok=True)
         place.mkdir(parents=True, exist_ok=True)
         loader = paper["loader"]
-        if paper["hub"] in datasets.described():
+        if described is not None:
             datasets.parts(paper["hub"], place)
         elif loader in datasets.ENTRIES:
             datasets.ENTRIES[loader](place, paper)

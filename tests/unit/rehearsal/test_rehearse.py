@@ -118,15 +118,38 @@ def test_outcomes_are_noted(plan: plans.Plan, tmp_path: Path) -> None:
     assert not (tmp_path / "other" / "rehearsals.log").exists(), "what passed is not run again"
 
 
-def test_narrow_models_keep_layers_heads_and_pictures() -> None:
+def test_narrow_models_keep_layers_and_pictures_and_their_ratio_of_heads() -> None:
     whole = lookup.architecture("qwen2_5_vl_7b")["arguments"]
     found = checkpoints.narrow(whole)
     for part in ("vision_config", "text_config"):
-        for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "depth", "patch_size"):
+        for key in ("num_hidden_layers", "depth", "patch_size"):
             assert found[part].get(key) == whole[part].get(key)
     assert (found["vision_config"]["num_heads"], whole["vision_config"]["num_heads"]) == (checkpoints.SEEING, 16)
+    heads = ("num_attention_heads", "num_key_value_heads")
+    assert [(whole["text_config"][key], found["text_config"][key]) for key in heads] == [(28, 7), (4, 1)]
+    alone = lookup.architecture("llama2_13b")["arguments"]
+    assert checkpoints.narrow(alone)["num_attention_heads"] == alone["num_attention_heads"] == 40
     assert found["text_config"]["hidden_size"] < whole["text_config"]["hidden_size"] / 10
     assert sum(found["text_config"]["rope_parameters"]["mrope_section"]) == 4, "half of a head's eight channels"
+
+
+def test_a_set_that_is_described_anew_is_made_anew(plan: plans.Plan, tmp_path: Path, monkeypatch: Any) -> None:
+    written: list[str] = []
+
+    def parts(hub: str, folder: Path) -> None:
+        (folder / "told").write_text(str(datasets.described()[hub]))
+        written.append(hub)
+
+    monkeypatch.setattr(datasets, "parts", parts)
+    made = rehearse.LookAlikes(tmp_path, plan.config)
+    (tmp_path / "cache").mkdir()
+    made.make("dataset", "piqa")
+    made.make("dataset", "piqa")
+    assert written == ["baber/piqa"] and (tmp_path / "cache").exists()
+    monkeypatch.setattr(datasets, "described", lambda: {"baber/piqa": {"parts": {}}})
+    made.make("dataset", "piqa")
+    assert len(written) == 2 and not (tmp_path / "cache").exists()
+    assert (tmp_path / "hub" / "baber" / "piqa" / "told").read_text() == "{'parts': {}}"
 
 
 def test_described_sets_have_the_names_the_catalogue_reads() -> None:
