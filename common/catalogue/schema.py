@@ -15,7 +15,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import name_fault
 
 # Keys of a data set whose values are prose or text to join by; every other string may end up in a path.
-_PROSE = ("licence", "needs", "source", "join", "join_train")
+_PROSE = ("licence", "needs", "source", "join", "join_train", "template")
 
 
 def _inside(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import random
@@ -44,6 +45,7 @@ def load(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split = 
         "ultrachat": _ultrachat,
         "parquet_texts": _parquet_texts,
         "lines": _lines,
+        "rated": _rated,
         "own_text": _own_text,
     }
     return loaders[identity["loader"]](identity, config, split)
@@ -204,6 +206,23 @@ def _lines(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split)
     except (OSError, UnicodeDecodeError) as error:
         raise PrunelabError(f"cannot read {path} ({error}); it is to hold one prompt a line") from None
     return tuple(line.strip() if identity.get("strip") else line for line in result if line.strip())
+
+
+def _rated(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:
+    """Sentences that were rated, as `template` words a row of a file of delimited columns, `together` rows a document;
+    the last column's values under the names that `words` gives them. Every other document is to measure on."""
+    path = _asset(identity, config)
+    try:
+        with path.open(encoding="utf8", newline="") as file:
+            plain: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+            rows = list(csv.reader(file, **plain))[identity["skip"] :]
+        words = identity.get("words", {})
+        lines = [identity["template"].format(*row[:-1], words.get(row[-1], row[-1])) for row in rows]
+    except (OSError, UnicodeDecodeError, IndexError, csv.Error) as error:
+        raise PrunelabError(f"cannot read {path} ({error}); restore it") from None
+    size = identity["together"]
+    results = ["\n".join(lines[start : start + size]) for start in range(0, len(lines), size)]
+    return tuple(results[split == "test" :: 2])
 
 
 def _own_text(identity: Mapping[str, Any], config: Mapping[str, Any], split: Split) -> tuple[str, ...]:

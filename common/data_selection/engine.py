@@ -22,6 +22,7 @@ from prunelab.common.core.hooks import after, before, claimed, run_all
 from prunelab.common.core.method import Method
 from prunelab.common.data_selection import reading, signals
 from prunelab.common.data_selection.examples import Examples, JsonLines, Rows, checked_texts, collate
+from prunelab.common.data_selection.gradients import Gradients
 from prunelab.common.data_selection.losses import IGNORED, counted, weighted_loss
 from prunelab.common.data_selection.reading import Look, Lost
 from prunelab.common.data_selection.role import DataPlan, DataSelector
@@ -127,7 +128,7 @@ def select(
     *,
     model: nn.Module | None = None,
     tokenizer: Any = None,
-    target: Iterable[str] | Mapping[str, Iterable[str]] | None = None,
+    target: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
     services: Mapping[str, Any] | None = None,
     forward: Forward = signals.logits_of,
     seed: int = 0,
@@ -145,9 +146,10 @@ def select(
     model, tokenizer
         The model whose signals the method reads, and what turns texts into its tokens.
     target
-        Texts that the data should come to resemble; several corpora by name.
+        Texts that the data should come to resemble, or samples for a method that reads gradients; several corpora by
+        name.
     services
-        Second models: `reference`, `history`.
+        Second models: `reference`, `history`; `checkpoints` of a warm-up (`gradients.Checkpoint`).
     forward
         The logits of a model and a batch, where the model is none of transformers.
 
@@ -165,15 +167,22 @@ def select(
     texts, samples = _texts(data)
     read: dict[str, Any] = {"text": lambda: texts} if texts is not None else {}
     columns: dict[str, Tensor] = {}
+    differentiated = "gradients" in required
+    if differentiated and model is None:
+        raise PrunelabError(f"{selector.name} reads gradients; give model=")
     if texts is None or required - {"text"} or "tokens" in selector.chooses:
         samples = _tokenised(texts, tokenizer, required) if samples is None else samples
+        if differentiated:
+            assert model is not None
+            gradients = Gradients(model, list(samples), forward)
+            samples, read["gradients"] = gradients.samples, lambda: gradients
         columns = _measured(selector, samples, model, services, forward, batch)
         read |= {name: lambda value=columns[name]: value for name in required & columns.keys()}
     size = len(columns["labels" if "labels" in columns else next(iter(columns))]) if columns else _count(texts)
     if not size:
         raise PrunelabError("there is no document to choose from; give at least one")
     corpora = target.values() if isinstance(target, Mapping) else () if target is None else (target,)
-    aims = [_corpus(texts) for texts in corpora]
+    aims = [_aim(each, model, tokenizer, forward) if differentiated else _corpus(each) for each in corpora]
     examples = Examples(
         size, read, required, tokens=columns.get("input_ids"), labels=columns.get("labels"),
         valid=columns.get("attention_mask"), targets=aims, services=services,
@@ -226,6 +235,14 @@ def _corpus(texts: Iterable[str]) -> Examples:
     if not size:
         raise PrunelabError("a target corpus holds no document; give at least one")
     return Examples(size, {"text": lambda: checked}, frozenset(("text",)))
+
+
+def _aim(target: Iterable[Any], model: Any, tokenizer: Any, forward: Forward) -> Examples:
+    """Target samples, of which gradients are read."""
+    texts, samples = _texts(target)
+    samples = list(_tokenised(texts, tokenizer, frozenset({"gradients"})) if samples is None else samples)
+    gradients = Gradients(model, samples, forward)
+    return Examples(len(samples), {"gradients": lambda: gradients}, frozenset({"gradients"}))
 
 
 def _count(texts: Iterable[str] | None) -> int:

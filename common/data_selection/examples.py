@@ -27,7 +27,7 @@ from prunelab.common.data_selection.losses import IGNORED, counted
 
 SIGNALS = (
     "text", "loss", "entropy", "logits", "reference_loss", "history_loss", "prompt_attention", "last_attention",
-    "rater_attention", "embedding", "grades",
+    "rater_attention", "embedding", "grades", "gradients",
 )  # fmt: skip
 
 
@@ -44,8 +44,9 @@ class Examples:
     services `reference` and `history`. In one layer, the mean over heads: `prompt_attention` [n, N], what each token
     pays to the prompt; `rater_attention` [n, N], what it pays to those words of the prompt that the answer is most
     like; `last_attention` [n, N], what the last token pays to each. `embedding` [n, D]: the mean over a sample's tokens
-    of what the model's output layer is given; `grades` [n, G], a column of the data. `text`: the texts, an iterable
-    that can be read again and holds one of them at a time.
+    of what the model's output layer is given; `grades` [n, G], a column of the data. `gradients`: a function of a
+    checkpoint that gives those of every sample, a few samples at a time. `text`: the texts, an iterable that can be
+    read again and holds one of them at a time.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from prunelab.common.data import instructions, texts
 from prunelab.common.data_selection import grades
 from prunelab.common.data_selection.engine import applied
 from prunelab.common.data_selection.role import DataSelector
-from prunelab.common.measures import fitting, perplexity, zero_shot
+from prunelab.common.measures import fitting, perplexity, task_examples, zero_shot
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.language import sizes
 from prunelab.common.models import devices, loading
@@ -37,12 +37,17 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
         zero_shot.harness()  # before anything is loaded
     method: Any = bench.method(DataSelector, WeightPruner, TrainingMethod)
     services = () if method is None else getattr(method, "services", ())
-    if unknown := set(services) - {"history", "teacher", "reference"}:
+    if unknown := set(services) - {"history", "teacher", "reference", "checkpoints"}:
         raise PrunelabError(f"{bench.chosen} asks for a second model, {min(unknown)}, that this task does not train")
     if "reference" in services and settings.reference is None:
         raise PrunelabError(
             f"{bench.chosen} asks for a reference model; say under the setting 'reference' on how many instructions it"
             " is fine-tuned"
+        )
+    if "checkpoints" in services and settings.target is None:
+        raise PrunelabError(
+            f"{bench.chosen} measures the influence of samples; say under the setting 'target' on how many examples of"
+            " each task"
         )
     if isinstance(method, TrainingMethod) and not settings.epochs:
         raise PrunelabError(f"{bench.chosen} prunes while a model trains, and 0 epochs train nothing; give some")
@@ -64,7 +69,7 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
         model = model.to(torch.bfloat16)  # whose range needs no scaling of the loss
     if settings.untie:
         untie(model)
-    seconds = {name: copy.deepcopy(model) for name in services}
+    seconds = {name: copy.deepcopy(model) for name in services if name != "checkpoints"}
     if "reference" in services:
         order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(bench.seed))
         drawn = sorted(order[: settings.reference].tolist())
@@ -87,9 +92,22 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
         results = sizes(model, plan.report)
     elif method is None or not whole:
         model = _trained(bench, model, whole)
+    elif method.when == "before" and "checkpoints" in services:
+        assert settings.target is not None
+        target = task_examples.examples(bench, tokenizer, settings.target, settings.length)
+        block = fitting.warmed(
+            method, model, whole, _recipe(settings, len(whole)), bench.seed, settings.rank, settings.alpha,
+            _accelerator(bench), settings.dropout,
+        )  # fmt: skip
+        with block as (learner, points):
+            seconds["checkpoints"] = points
+            whole, results, _ = fitting.chosen_before(
+                method, pieces, learner, bench.budget, bench.seed, services=seconds, target=target
+            )
+        model = _trained(bench, model, whole)
     elif method.when == "before":
         whole, results, _ = fitting.chosen_before(
-            method, pieces, model, bench.budget, bench.seed, services=seconds, target=(), grades=given
+            method, pieces, model, bench.budget, bench.seed, services=seconds, target={}, grades=given
         )
         model = _trained(bench, model, whole)
     else:

@@ -3,10 +3,14 @@ selector leaves of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
+from math import ceil
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data.tuning import Piece
 from prunelab.common.data_selection.engine import Handle, select
+from prunelab.common.data_selection.gradients import Checkpoint
 from prunelab.common.data_selection.losses import counted
 from prunelab.common.data_selection.role import DataSelector
 from prunelab.common.data_selection.signals import GRADES
@@ -74,6 +79,66 @@ def trained(
     return (learner.merge_and_unload() if rank else learner).eval()
 
 
+@dataclass
+class _Noted(trainer.Observer):
+    """Checkpoints of a training, one after each epoch of so many steps."""
+
+    model: nn.Module
+    recipe: Recipe
+    epoch: int
+    optimizer: Any = None
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+
+    def after_step(self, step: int) -> None:
+        if (step + 1) % self.epoch == 0:
+            rates = [self.recipe.rate * self.recipe.factor(each) for each in range(step + 1 - self.epoch, step + 1)]
+            self.checkpoints.append(Checkpoint.of(self.model, self.optimizer, fmean(rates)))
+
+
+@dataclass
+class _WarmUp(_Job):
+    """A training whose optimiser the observer sees."""
+
+    observer: Any = None
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        self.observer.optimizer = super().optimizer(model)
+        made: torch.optim.Optimizer = self.observer.optimizer
+        return made
+
+
+@contextmanager
+def warmed(
+    method: DataSelector,
+    model: nn.Module,
+    samples: Sequence[Mapping[str, Any]],
+    recipe: Recipe,
+    seed: int,
+    rank: int = 0,
+    alpha: int = 16,
+    accelerator: Any = None,
+    dropout: float = 0.0,
+) -> Iterator[tuple[nn.Module, list[Checkpoint]]]:
+    """A model as it was warmed up on a drawn part of the samples, as the method wants it (`warm_share`, `warm_epochs`),
+    with a checkpoint of every epoch; the model given comes back as it was. `recipe`: all but its length."""
+    wanted: Any = method
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+    drawn = [samples[i] for i in sorted(order[: max(1, round(wanted.warm_share * len(samples)))].tolist())]
+    parts = getattr(accelerator, "gradient_accumulation_steps", 1)
+    epoch = ceil(len(drawn) / (recipe.batch * parts))
+    steps = wanted.warm_epochs * epoch
+    recipe = replace(recipe, steps=steps, check_every=steps)
+    learner: Any = _with_adapters(model, rank, alpha, dropout) if rank else copy.deepcopy(model)
+    observer = _Noted(learner, recipe, epoch)
+    job = _WarmUp(learner, drawn, recipe, seed, "warm-up", observer=observer)
+    try:
+        trainer.run(job, recipe, None, {"seed": seed}, observer=observer, accelerator=accelerator, progress=False)
+        yield learner.eval(), observer.checkpoints
+    finally:
+        if rank:
+            vars(learner.unload()).pop("peft_config", None)  # or else it warns of a second training
+
+
 def _with_adapters(model: nn.Module, rank: int, alpha: int, dropout: float) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
@@ -95,20 +160,24 @@ def chosen_before(
     seed: int,
     *,
     services: Mapping[str, Any],
-    target: Sequence[str],
+    target: Mapping[str, Sequence[Piece]],
     grades: Tensor | None = None,
 ) -> tuple[list[Any], dict[str, Any], Sequence[int] | None]:
     """The samples that a method leaves for the training, what percent of them and of their tokens that is, and which
-    they are, where it leaves whole ones. grades [n, G]: what graders gave them."""
+    they are, where it leaves whole ones. target: what the data should come to resemble, by name. grades [n, G]: what
+    graders gave them."""
     whole: list[Any] = [piece.model_input() for piece in pieces]
     if method.requires() == {"text"}:
-        result = select(method, [piece.text for piece in pieces], budget, target=target, seed=seed)
+        aims = {name: [piece.text for piece in part] for name, part in target.items()}
+        result = select(method, [piece.text for piece in pieces], budget, target=aims, seed=seed)
         left: list[Any] = [whole[i] for i in result.indices]
     else:
         graded = whole
         if grades is not None:
             graded = [{**sample, GRADES: given} for sample, given in zip(whole, grades, strict=True)]
-        result = select(method, graded, budget, model=model, services=services, seed=seed)
+        samples = {name: [piece.model_input() for piece in part] for name, part in target.items()}
+        read = samples if "gradients" in method.requires() else None
+        result = select(method, graded, budget, model=model, target=read, services=services, seed=seed)
         left = [{name: value for name, value in sample.items() if name != GRADES} for sample in result]
     before, after = (sum(int(counted(s["labels"][None]).sum()) for s in samples) for samples in (whole, left))
     kept = {"samples": _percent(len(left), len(whole)), "tokens": _percent(after, before)}

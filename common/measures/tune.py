@@ -90,10 +90,20 @@ def _before(
 ) -> tuple[Sequence[Any], dict[str, Any]]:
     """The samples that the method leaves for the training, what share of them and of their tokens that is, and how much
     nearer to the clean sample they are than a random choice."""
-    services = {} if method.requires() == {"text"} else _services(method, bench, model, data)
-    left, kept, chosen = fitting.chosen_before(
-        method, data.samples, model, bench.budget, bench.seed, services=services, target=[s.text for s in data.clean]
-    )
+    settings, target = bench.settings, {"clean": data.clean}
+    if "checkpoints" in method.services:
+        whole = [sample.model_input() for sample in data.samples]
+        block = fitting.warmed(method, model, whole, _recipe(settings), bench.seed, settings.rank, settings.alpha)
+        with block as (learner, checkpoints):
+            left, kept, chosen = fitting.chosen_before(
+                method, data.samples, learner, bench.budget, bench.seed, services={"checkpoints": checkpoints},
+                target=target,
+            )  # fmt: skip
+    else:
+        services = {} if method.requires() == {"text"} else _services(method, bench, model, data)
+        left, kept, chosen = fitting.chosen_before(
+            method, data.samples, model, bench.budget, bench.seed, services=services, target=target
+        )
     if chosen is not None:
         kept["kl_reduction"] = {"value": _reduction(data, chosen)}
     return left, kept

@@ -52,7 +52,8 @@ class Finetune(Task):
         untie: whether embedding and output layer, where they are one parameter, are first made two. rank, alpha,
         dropout: of low-rank adapters (the extra `training`), which alone learn; rank 0 trains all weights. limited:
         instructions of the data set to choose from (all). reference: how many of them, drawn with the seed, the
-        service `reference` is fine-tuned on before, by the same recipe. grader, second_grader: models that grade the
+        service `reference` is fine-tuned on before, by the same recipe. target: examples of each task that has a
+        training split, to which the influence of instructions is measured. grader, second_grader: models that grade the
         instructions for methods that ask for it. order: whether weights are pruned before the
         training or after it. calibration, calibration_data, calibration_length: of the calibration set, as in
         `perplexity`; the data must be named. text, second_text: what perplexity is of, in sequences of `text_length`
@@ -71,6 +72,7 @@ class Finetune(Task):
         dropout: Share = 0.0
         limited: PositiveInt | None = None
         reference: PositiveInt | None = None
+        target: PositiveInt | None = None
         grader: str | None = None
         second_grader: str | None = None
         order: Literal["prune, train", "train, prune"] = "prune, train"

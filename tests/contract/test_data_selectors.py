@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,19 @@ from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data_selection.engine import applied, select
+from prunelab.common.data_selection.gradients import Checkpoint
 from prunelab.common.data_selection.losses import counted
 from prunelab.common.data_selection.role import DataSelector
 from tests.contract.references import invariant, language_model
 from tests.contract.selector_references import SELECTORS, Occlusion, RewardedWords
 
-METHODS = [c() for c in registry.load().values() if issubclass(c, DataSelector)] + list(SELECTORS)
+
+def small(method: DataSelector) -> DataSelector:
+    """A method that projects to thousands of dimensions, to as few as become a tiny model."""
+    return replace(method, dimensions=64) if hasattr(method, "dimensions") else method  # type: ignore[type-var]
+
+
+METHODS = [small(c()) for c in registry.load().values() if issubclass(c, DataSelector)] + list(SELECTORS)
 BEFORE = [m for m in METHODS if m.when == "before"]
 EACH = [m for m in METHODS if m.when == "each_batch"]
 before = pytest.mark.parametrize("method", BEFORE, ids=lambda m: m.name)
@@ -37,7 +45,21 @@ def classifier() -> torch.nn.Module:
 
 
 def services(method: DataSelector) -> dict[str, Any]:
-    return {name: language_model(seed=7) for name in method.services}
+    return {
+        name: checkpoints(language_model()) if name == "checkpoints" else language_model(seed=7)
+        for name in method.services
+    }
+
+
+def checkpoints(model: torch.nn.Module) -> list[Checkpoint]:
+    """Two of a short training."""
+    optimizer, found = torch.optim.AdamW(model.parameters(), 1e-2), []
+    for step in range(2):
+        optimizer.zero_grad()
+        model(**batch()).loss.backward()
+        optimizer.step()
+        found.append(Checkpoint.of(model, optimizer, 1e-2 / (step + 1)))
+    return found
 
 
 def corpus(method: DataSelector) -> Any:
@@ -57,6 +79,8 @@ def chosen(method: DataSelector, budget: Budget, seed: int = 0) -> Any:
         return select(method, data, budget, model=classifier(), forward=lambda m, b: m(b["x"]), **options)
     if method.requires() - {"text"} or "tokens" in method.chooses:
         options |= {"model": language_model(), "tokenizer": tokenizer}
+        if "gradients" in method.requires():
+            options["target"] = TEXTS[:3]
         return select(method, corpus(method), budget, **options)
     return select(method, LONG, budget, target=LONG[:3], **options)
 

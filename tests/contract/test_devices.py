@@ -131,8 +131,8 @@ def weights(labels: Labels, method: Any) -> None:
 
 
 def selectors(labels: Labels, method: Any) -> None:
-    made = test_data_selectors
-    services = {name: moved(labels, language_model(seed=7)) for name in method.services}
+    made, method = test_data_selectors, test_data_selectors.small(method)
+    services = {name: moved(labels, given) for name, given in made.services(method).items()}
     budget = made.amounts(method, 0.5) if method.chooses else Budget(1.0)
     if method.when == "each_batch":
         model = moved(labels, language_model()).train()
@@ -147,6 +147,8 @@ def selectors(labels: Labels, method: Any) -> None:
         selection.select(method, data, budget, model=model, forward=lambda m, b: m(b["x"]), **options)
     elif method.requires() - {"text"} or "tokens" in method.chooses:
         options |= {"model": moved(labels, language_model()), "tokenizer": made.tokenizer}
+        if "gradients" in method.requires():
+            options["target"] = made.TEXTS[:3]
         selection.select(method, made.corpus(method), budget, **options)
     else:
         selection.select(method, made.LONG, budget, target=made.LONG[:3], **options)

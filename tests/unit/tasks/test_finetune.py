@@ -13,7 +13,7 @@ import torch
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import instructions
 from prunelab.common.data_selection import grades
-from prunelab.common.measures import finetune, perplexity, zero_shot
+from prunelab.common.measures import finetune, perplexity, task_examples, zero_shot
 from prunelab.common.measures.bench import Bench
 from prunelab.common.models import loading
 from prunelab.common.tasks import get
@@ -156,6 +156,52 @@ def test_instructions_are_chosen_by_the_grades_of_other_models(folder, asked, mo
         monkeypatch.setitem(IDS, name, identity)
     found = run(folder, "graded_samples", "0.5,0.5", {"rule": rule, "near": 3}, epochs=1)
     assert found["samples"]["value"] == 50 and 0 < found["tokens"]["value"] < 50
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_instructions_are_chosen_by_their_influence_on_examples_of_the_tasks(folder, asked, monkeypatch, rank):
+    if rank:
+        pytest.importorskip("peft")
+    with pytest.raises(PrunelabError, match="setting 'target'"):
+        run(folder, "less_and_tokens", "0.5,0.5", epochs=1)
+
+    class Questions:
+        config = SimpleNamespace(doc_to_choice=["w30", "w31"], target_delimiter=" ")
+
+        def has_training_docs(self):
+            return True
+
+        def training_docs(self):
+            return [{"asked": f"w{i} w{i + 1}", "right": i % 2} for i in range(6)]
+
+        def doc_to_text(self, row):
+            return row["asked"]
+
+        def doc_to_target(self, row):
+            return row["right"]
+
+        def doc_to_choice(self, row):
+            return self.config.doc_to_choice
+
+    class Untaught(Questions):
+        def has_training_docs(self):
+            return False
+
+    tasks = ModuleType("lm_eval.tasks")
+    tasks.get_task_dict = lambda names: {"group": {"answers": Questions()}, "more": Untaught()}
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
+    options = {"dimensions": 64, "warm_share": 0.5, "warm_epochs": 2}
+    found = run(folder, "less_and_tokens", "0.5,0.5", options, epochs=1, target=3, rank=rank)
+    assert found["samples"]["value"] == 50 and 0 < found["tokens"]["value"] < 50
+    asking = SimpleNamespace(settings=SimpleNamespace(tasks=("answers",)), ids={}, config={}, seed=0)
+    pieces = task_examples.examples(asking, Tokenizer(), 3, 64)
+    assert list(pieces) == ["answers"] and len(pieces["answers"]) == 3
+    first = pieces["answers"][0]
+    assert first.labels.tolist()[:2] == [-100, -100] and WORDS[int(first.labels[2])] == first.text
+    tasks.get_task_dict = lambda names: {"more": Untaught()}
+    with pytest.raises(PrunelabError, match="none of the tasks has a training split"):
+        task_examples.examples(asking, Tokenizer(), 3, 64)
 
 
 def test_a_reference_model_is_trained_where_a_rule_asks_for_it_alone(folder, asked, monkeypatch):
