@@ -6,6 +6,7 @@ call of `generate`. An answer that fails is an error here, where the library's o
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from prunelab.common.data import videos
 from prunelab.common.data.images import rgb
 from prunelab.common.measures.examples import Examples
 
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # worksheets refuse it, to which some tasks write answers
 WORDS = 1024  # new tokens where a task sets no limit, as in the library's wrappers of LLaVA
 Request = tuple[Any, Callable[[Any], list[dict[str, Any]]], dict[str, Any], int, str, str]
 
@@ -165,7 +167,8 @@ class VisualModel(lmms):
             **sampling,
         )
         behind = made[:, given["input_ids"].shape[1] :]
-        return list(self.processor.tokenizer.batch_decode(behind, skip_special_tokens=True))
+        answers = self.processor.tokenizer.batch_decode(behind, skip_special_tokens=True)
+        return [UNPRINTABLE.sub("", answer) for answer in answers]
 
     def _inputs(self, turns: Sequence[ChatMessages]) -> Any:
         """What the processor makes of messages: token ids, padded on the left, and pixels."""

@@ -76,8 +76,8 @@ def _jpeg(seed: int, side: int = 336) -> bytes:
 
 
 @cache
-def _film(frames: int = 12, side: int = 64) -> bytes:
-    """An MP4 file."""
+def _film(frames: int = 12, side: int = 224) -> bytes:
+    """An MP4 file, large enough that a tenth of its tokens are some."""
     av, file = optional("av", "videos"), io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=4)
@@ -132,7 +132,7 @@ def parts(repository: str, folder: Path) -> None:
         named = place if "{}" in place else f"{place}/{{}}.mp4"
         _pack(folder / archive, {named.format(i): _film() for i in range(ROWS)})
     for archive, place in described()[repository].get("frames", {}).items():
-        _pack(folder / archive, {f"{place}/{i}/{k:05}.jpg": _jpeg(k, 64) for i in range(ROWS) for k in range(12)})
+        _pack(folder / archive, {f"{place}/{i}/{k:05}.jpg": _jpeg(k, 224) for i in range(ROWS) for k in range(12)})
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n", encoding="utf-8")
 
 
@@ -253,9 +253,9 @@ def films(folder: Path, entry: Mapping[str, Any]) -> None:
     for i in range(ROWS):
         with videos.library().open(str(folder / entry["videos"] / f"v{i}.mp4"), "w") as container:
             stream = container.add_stream("mpeg4", rate=8)
-            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            stream.width, stream.height, stream.pix_fmt = 224, 224, "yuv420p"
             for shade in range(16):
-                grey = np.full((64, 64, 3), 16 * shade, np.uint8)
+                grey = np.full((224, 224, 3), 16 * shade, np.uint8)
                 container.mux(stream.encode(videos.library().VideoFrame.from_ndarray(grey, format="rgb24")))
             container.mux(stream.encode())
     if "options" in entry:

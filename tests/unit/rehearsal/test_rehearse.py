@@ -169,7 +169,7 @@ def test_archives_hold_a_film_or_pictures_for_each_row(tmp_path: Path, monkeypat
         packed.extractall(tmp_path / "own")
     with tarfile.open(tmp_path / "films.tar.part.aa") as archive:
         assert archive.getnames() == ["videos/0.mp4"]
-    assert videos.frames(tmp_path / "own" / "1.mp4", 4).shape == (4, 64, 64, 3)
+    assert videos.frames(tmp_path / "own" / "1.mp4", 4).shape == (4, 224, 224, 3)
 
 
 def test_look_alikes_of_folders_are_read_by_their_readers(tmp_path: Path) -> None:

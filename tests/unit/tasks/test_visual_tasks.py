@@ -184,6 +184,15 @@ def test_images_give_the_librarys_own_number(llava, tasks):
     assert found["protocol"].startswith("lmms-eval ") and "pictures 1.5" in found["protocol"]
 
 
+def test_answers_hold_nothing_that_a_worksheet_refuses():
+    from prunelab.common.measures.lmms_model import UNPRINTABLE
+
+    openpyxl = pytest.importorskip("openpyxl.cell.cell")
+    for code in range(0x110):
+        kept = UNPRINTABLE.sub("", chr(code))
+        assert (kept == "") == bool(openpyxl.ILLEGAL_CHARACTERS_RE.search(chr(code)))
+
+
 def test_videos_give_the_librarys_own_number(onevision, tasks):
     pytest.importorskip("decord", reason="the library's wrapper decodes with decord")
     found = runner.measure(run(onevision, tasks, ["films"]), {})["films score"]
