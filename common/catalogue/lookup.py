@@ -6,7 +6,9 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -105,12 +107,12 @@ def datasets() -> dict[str, Any]:
 
 def of_tasks(tasks: Iterable[str]) -> list[str]:
     """The data sets that tasks of lm-evaluation-harness read: those whose `tasks` name them, or how they begin."""
-    wanted = list(tasks)
+    wanted = [f"{task}_" for task in tasks]
     return [
         name
         for name, entry in datasets().items()
         for begins in [tuple(f"{task}_" for task in entry.get("paper", {}).get("tasks", ()))]
-        if begins and any(f"{task}_".startswith(begins) for task in wanted)
+        if begins and any(task.startswith(begins) for task in wanted)
     ]
 
 
@@ -154,8 +156,30 @@ class Resolved:
     gpus: int = 1
 
 
+_KNOWN: ContextVar[dict[tuple[str, str, str], Resolved] | None] = ContextVar("_KNOWN", default=None)
+
+
+@contextmanager
+def unchanging() -> Iterator[None]:
+    """Inside the block each name is resolved once a scale: all calls have one configuration, and what is here stays."""
+    token = _KNOWN.set({})
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
 def resolve(kind: hub.Kind, name: str, scale: str, config: Mapping[str, Any]) -> Resolved:
     """What a model or data set is at a scale, and whether it is here."""
+    known = _KNOWN.get()
+    if known is None:
+        return _resolve(kind, name, scale, config)
+    if (kind, name, scale) not in known:
+        known[kind, name, scale] = _resolve(kind, name, scale, config)
+    return known[kind, name, scale]
+
+
+def _resolve(kind: hub.Kind, name: str, scale: str, config: Mapping[str, Any]) -> Resolved:
     scale = "testbed" if scale == "smoke" else scale
     entry = (model(name) if kind == "model" else dataset(name)).get(scale)
     if entry is None:

@@ -18,6 +18,7 @@ from prunelab.common.core import index
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT, read_yaml
 from prunelab.common.core.registry import choose
+from prunelab.common.experiments import lines
 from prunelab.common.tasks.base import nearest
 
 METHODS = ROOT / "methods"
@@ -449,12 +450,18 @@ def suite(name: str) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def place(slug: str, where: str) -> Iterator[None]:
-    """Errors inside the block name the paper's file and the place in it."""
+def place(slug: str, **names: str) -> Iterator[None]:
+    """Errors inside the block name the paper's file, the line, and what stands there: `table="T1", row="dense"`."""
     try:
         yield
     except PrunelabError as error:
-        raise PrunelabError(f"methods/{slug}/paper.yaml, {where}: {error}") from None
+        line = lines.of_names(_text(slug), f"{next(iter(names))}s", tuple(names.values()))
+        where = ", ".join(f"{kind} '{name}'" for kind, name in names.items())
+        raise PrunelabError(f"{_file(slug, line)}, {where}: {error}") from None
+
+
+def _file(slug: str, line: int | None) -> str:
+    return f"methods/{slug}/paper.yaml{'' if line is None else f', line {line}'}"
 
 
 def slugs() -> list[str]:
@@ -481,7 +488,7 @@ def load(slug: str) -> Paper:
                 if columns.get("columns"):
                     columns["columns"] = {name: filled(slug, column) for name, column in columns["columns"].items()}
             if any("mean" in column for column in (table.get("columns") or {}).values()):
-                with place(slug, f"table '{table.get('name')}'"):
+                with place(slug, table=str(table.get("name"))):
                     _average(slug, table)
         content["figures"] = [filled(slug, figure) for figure in content.get("figures") or ()]
         content["boards"] = [
@@ -517,7 +524,11 @@ def _errors(slug: str) -> Iterator[None]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise PrunelabError(f"methods/{slug}/paper.yaml, {where or 'top level'}: {first['msg']}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        path = first["loc"] or message.partition(":")[0].split(", ")  # ours say themselves what they are of
+        path = path[:1] if "boards" in path[:1] else path  # a shared board is several
+        file = _file(slug, lines.of_path(_text(slug), path))
+        raise PrunelabError(f"{file}, {f'{where}: ' if where else ''}{message}") from None
     except yaml.YAMLError as error:
         raise PrunelabError(f"methods/{slug}/paper.yaml is not valid YAML: {str(error).splitlines()[0]}") from None
 
@@ -530,14 +541,14 @@ def reported(slug: str) -> tuple[Reported, ...]:
     if not path.exists():
         raise PrunelabError(f"methods/{slug} has no reported.csv; write the numbers that the paper reports there")
     with path.open(newline="", encoding="utf-8") as file:
-        lines = csv.DictReader(file)
-        for line in lines:
+        reader = csv.DictReader(file)
+        for line in reader:
             try:
                 number = _number(line)
                 if results.setdefault((number.table, number.row, number.column), number) is not number:
                     raise ValueError("an earlier line has the same table, row and column")
             except ValueError as error:
-                raise PrunelabError(f"methods/{slug}/reported.csv, line {lines.line_num}: {error}") from None
+                raise PrunelabError(f"methods/{slug}/reported.csv, line {reader.line_num}: {error}") from None
     return tuple(results.values())
 
 

@@ -215,7 +215,7 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
     """Every reported number of a paper with its runs at the scales asked for; `paper` always has an entry."""
     tables = {table.name: table for table in papers.load(slug).tables}
     for number in papers.reported(slug):
-        with papers.place(slug, f"table '{number.table}', row '{number.row}', column '{number.column}'"):
+        with papers.place(slug, table=number.table, row=number.row, column=number.column):
             if number.table not in tables:
                 raise PrunelabError(
                     "it is reported, and there is no such table; add it" + nearest(number.table, tables)
@@ -282,7 +282,7 @@ class BoardPoint:
 def points(slug: str, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
     """Every point of a paper's boards at the scales asked for."""
     for board in papers.load(slug).boards:
-        with papers.place(slug, f"board '{board.name}'"):
+        with papers.place(slug, board=board.name):
             results = list(_points(slug, board, config))
         yield from results
 
@@ -338,7 +338,7 @@ def figures(slug: str, config: Mapping[str, Any]) -> Iterator[FigureRun]:
     for figure in paper.figures:
         for scale in scales(config):
             if ("testbed" if scale == "smoke" else scale) in figure.scales and (scale != "smoke" or figure.smoke):
-                with papers.place(slug, f"figure '{figure.name}'"):
+                with papers.place(slug, figure=figure.name):
                     run = resolve(
                         figure.task, scale, config, paper.configuration(figure.configuration),
                         model=figure.model, data=figure.data, budget=figure.budget, settings=figure.settings,
@@ -359,7 +359,7 @@ def check(slug: str) -> None:
     known = {key for task in used - {""} for key in tasks.get(task).known()}
     for name, configuration in paper.configurations.items():
         for key in configuration.settings.keys() - known:
-            with papers.place(slug, f"configuration '{name}'"):
+            with papers.place(slug, configuration=name):
                 raise PrunelabError(f"no task of this paper has a setting '{key}'{nearest(key, known)}")
 
 

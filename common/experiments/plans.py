@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 from prunelab.common.experiments import papers, planning
 from prunelab.common.experiments.planning import BoardPoint, Cell, FigureRun
-from prunelab.common.experiments.run import Run
+from prunelab.common.experiments.run import FIELDS, Run
 
 FOLDER = "plans"  # in the results folder
 FORMAT = 3
@@ -157,8 +157,9 @@ def made(config: Mapping[str, Any]) -> Plan:
             "figures": [[paper.figures.index(f.figure), f.scale, named(f.run)] for f in planning.figures(slug, config)],
         }
 
-    content = {"papers": {slug: of_paper(slug) for slug in planning.selected(config)}}
-    stored = {address: asdict(run) for address, run in runs.items()}
+    with lookup.unchanging():
+        content = {"papers": {slug: of_paper(slug) for slug in planning.selected(config)}}
+    stored = {address: {name: getattr(run, name) for name in FIELDS} for address, run in runs.items()}
     return Plan(config, json.loads(json.dumps({**content, "runs": stored, "jobs": list(wanted)})))
 
 

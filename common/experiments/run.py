@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,17 @@ class Run:
     @cached_property
     def identity(self) -> str:
         """Hash of what is run."""
-        return files.digest({k: v for k, v in asdict(self).items() if k not in _TOLD})[:20]
+        return files.digest(self._decisive)[:20]
+
+    @property
+    def _decisive(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k in FIELDS and k not in _TOLD}
 
     @cached_property
     def likeness(self) -> str:
         """Hash of what is run, whatever weights and versions of data answer to the names today."""
         plain = {of: _unversioned(ids) for of, ids in self.ids.items()}
-        return files.digest({k: v for k, v in asdict(self).items() if k not in _TOLD} | {"ids": plain})[:20]
+        return files.digest(self._decisive | {"ids": plain})[:20]
 
     @cached_property
     def sources(self) -> str:
@@ -70,3 +74,6 @@ class Run:
     def path(self, results: Path) -> Path:
         """Where the record lies."""
         return results / "records" / f"{self.address}.json"
+
+
+FIELDS = tuple(field.name for field in fields(Run))

@@ -94,7 +94,7 @@ GOOD = {
     "OPTION": "proportional", "BUDGET": "4removed", "SETTING": "seed", "MODEL": "deit_small", "TASK": "classify",
     "METRIC": "top1", "DATA": "imagenet", "KEY": "against_dense", "BOARD": "top1",
 }  # fmt: skip
-PLACE = "methods/wrong/paper.yaml, table 'T1', row 'r', column 'top-1': "
+PLACE = "methods/wrong/paper.yaml, line 15, table 'T1', row 'r', column 'top-1': "
 
 
 def written(folder: Path, monkeypatch, **changes: str) -> None:
@@ -126,18 +126,30 @@ def written(folder: Path, monkeypatch, **changes: str) -> None:
         ({"BUDGET": "4remove"}, PLACE + "budget unit 'remove' is unknown"),
         (
             {"SETTING": "sead"},
-            "configuration 'half': no task .* has a setting 'sead'; did you mean 'seed'",
+            "paper.yaml, line 10, configuration 'half': no task .* has a setting 'sead'; did you mean 'seed'",
         ),
-        ({"BOARD": "top5"}, "methods/wrong/paper.yaml, board 'b': the task classify gives no metric 'top5'"),
-        ({"family: vit": "family: vti"}, "methods/wrong/paper.yaml, .*family: there is no 'vti'; did you mean 'vit'"),
-        ({"taxonomy: {}": "taxonomy: {targets: [tokens]}"}, "taxonomy: there is no 'targets'; did you mean 'target'"),
+        ({"BOARD": "top5"}, "paper.yaml, line 18, board 'b': the task classify gives no metric 'top5'"),
+        (
+            {"family: vit": "family: vti"},
+            "paper.yaml, line 6, family: there is no 'vti'; did you mean",
+        ),
+        (
+            {"taxonomy: {}": "taxonomy: {targets: [tokens]}"},
+            "line 7, taxonomy: there is no 'targets'; did",
+        ),
         (
             {"taxonomy: {}": "taxonomy: {target: [token]}"},
-            "taxonomy, target: there is no 'token'; did you mean 'tokens'",
+            "line 7, taxonomy, target: there is no 'token'; did you mean 'tokens'",
         ),
-        ({"rows: {r: half}": "needs: {judges: a judge}"}, "tables.0.needs.judges.*: Input should be 'judge', 'server'"),
-        ({"rows: {r: half}": "needs: a judge"}, "methods/wrong/paper.yaml, tables.0.needs: .* valid dictionary"),
-        ({"rows: {r: half}": "needs: {}"}, "methods/wrong/paper.yaml, tables.0.needs: .* at least 1 item"),
+        (
+            {"rows: {r: half}": "needs: {judges: a judge}"},
+            "line 16, tables.0.needs.judges.*: Input should be 'jud",
+        ),
+        (
+            {"rows: {r: half}": "needs: a judge"},
+            "paper.yaml, line 16, tables.0.needs: .* valid dictionary",
+        ),
+        ({"rows: {r: half}": "needs: {}"}, "paper.yaml, line 16, tables.0.needs: .* at least 1 item"),
         ({"method: tome": "method: tom"}, PLACE + "there is no method 'tom'; did you mean"),
         ({"method: tome": "method: wanda"}, PLACE + "wanda has no option|" + PLACE + "the task classify is run under"),
     ],
