@@ -252,19 +252,19 @@ def _distinct(found: Sequence[tuple[Run, Quantity]]) -> list[Quantity]:
 def _conditions(run: Run) -> dict[str, str]:
     """What a run was made under, beside its method and data: settings, the budget as papers write it, and by name what
     else it reads."""
-    read = {of: name for of, (_, name) in zip(run.ids, run.names, strict=True) if not _asked(of)}
+    read = {of: name for of, (_, name) in zip(run.ids, run.names, strict=True) if not _is_data(of)}
     given = {key: str(value) for key, value in run.settings.items()}
     return given | read | ({} if run.budget is None else {"budget": run.budget})
 
 
-def _asked(of: str) -> bool:
+def _is_data(of: str) -> bool:
     """Whether what is read under this name is what the model is measured on."""
     return of == "data" or of.startswith("data of ")
 
 
 def _column(run: Run, metric: str) -> tuple[str, ...]:
     """What makes two metrics one column: the task, what it is measured on, and for a mean the scores behind it."""
-    data = [name for of, (_, name) in zip(run.ids, run.names, strict=True) if _asked(of)]
+    data = [name for of, (_, name) in zip(run.ids, run.names, strict=True) if _is_data(of)]
     part = str(run.settings.get("task") or "")
     members = run.settings.get("average", ()) if metric in MEANS else ()
     return (run.task, metric, *data, part, *map(str, members), str(run.settings.get("frames", "")))

@@ -115,7 +115,7 @@ def _span(values: Collection[float], share: float = 0.06) -> tuple[float, float]
     return low - margin, high + margin
 
 
-def _told(name: str, height: float, marks: Collection[tuple[float, float]]) -> str:
+def _level_name(name: str, height: float, marks: Collection[tuple[float, float]]) -> str:
     """The name of a level at that height, where it covers fewest of the marks: above or below it, at its left or right
     end."""
     width = 6.5 * len(name) + 12
@@ -173,7 +173,7 @@ def chart(
     if level:
         out.append(element("line", class_="level", x1=LEFT, x2=WIDTH - RIGHT, y1=down(level[1]), y2=down(level[1])))
         places = [(across(m.x), down(m.y)) for m in marks]
-        out.append(_told(level[0], down(level[1]), places))
+        out.append(_level_name(level[0], down(level[1]), places))
     for s in series:
         style = look[s.name]
         if s.joined and len(s.marks) > 1:

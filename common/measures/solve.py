@@ -94,7 +94,7 @@ def _calibration(bench: Bench[Solve.Settings], model: Any, tokenizer: Any, ident
             f"there are {len(known)} problems to calibrate on, not {settings.calibration}; ask for fewer"
         )
     chosen = random.Random(bench.seed).sample(known, settings.calibration)
-    asks = [prompt(tokenizer, problem, settings.asked) for problem in chosen]
+    asks = [prompt(tokenizer, problem, settings.template) for problem in chosen]
     if settings.shown == "problem":
         made: list[list[int]] = [[] for _ in chosen]
     elif settings.shown == "reference":
@@ -105,11 +105,11 @@ def _calibration(bench: Bench[Solve.Settings], model: Any, tokenizer: Any, ident
     return [torch.tensor(tokens, device=model.device) for tokens in parts]
 
 
-def prompt(tokenizer: Any, problem: Problem, asked: str = "") -> list[int]:
+def prompt(tokenizer: Any, problem: Problem, template: str = "") -> list[int]:
     """Token ids of the question, as `asked` has it, else as the model's own template does, or as plain text where it
     has none; problems without an answer are asked as they stand."""
-    if asked:
-        return list(tokenizer(asked.replace("{problem}", problem.text))["input_ids"])
+    if template:
+        return list(tokenizer(template.replace("{problem}", problem.text))["input_ids"])
     how = (METHOD if problem.function else PROGRAM) if problem.tests else CHOICE if problem.choice else VALUE
     text = f"{problem.text}\n\n{how}" if problem.graded else problem.text
     if getattr(tokenizer, "chat_template", None):
@@ -124,7 +124,7 @@ def answers(
 ) -> list[tuple[str, int]]:
     """The model's answers in words, what their programs printed included, and how many tokens of each it wrote."""
     settings = bench.settings
-    prompts = [prompt(tokenizer, problem, settings.asked) for problem in exam]
+    prompts = [prompt(tokenizer, problem, settings.template) for problem in exam]
     texts, counts = [""] * len(exam), [0] * len(exam)
     left = list(range(len(exam)))
     for turn in range(settings.calls + 1):

@@ -48,7 +48,7 @@ class Solve(Task):
         data_2, data_3, data_4, data_5, data_6 and data_7: more sets of problems, over whose shares of solved ones the
         mean goes. calls: how often the model may have its last program run (ToRA, arXiv 2309.17452): what the program
         prints is put behind it, up to `shown_most` characters of it, and the model goes on, by up to `new` tokens each
-        time. asked: how a problem is put, with `{problem}` in its place (the model's own template)."""
+        time. template: how a problem is put, with `{problem}` in its place (the model's own template)."""
 
         samples: PositiveInt | None = None
         runs: PositiveInt = 1
@@ -72,7 +72,7 @@ class Solve(Task):
         data_7: str | None = None
         calls: NonNegativeInt = 0
         shown_most: PositiveInt = 100
-        asked: str = Field("", pattern=r"^(?s:.*\{problem\}.*)?$")
+        template: str = Field("", pattern=r"^(?s:.*\{problem\}.*)?$")
 
     @classmethod
     def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:

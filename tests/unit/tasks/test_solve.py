@@ -185,7 +185,7 @@ def spoken(monkeypatch, config, *said, ids=None, **settings):
     monkeypatch.setattr(solve, "sizes", lambda model: {})
     monkeypatch.setattr(solve.devices, "place", lambda model, device, half: model)
     told = {"model": {}, "data": entry("one.jsonl", answer="a"), **(ids or {})}
-    given = get("solve").read({"new": 200, "temperature": 0.0, "asked": "ask {problem} now\n", **settings})
+    given = get("solve").read({"new": 200, "temperature": 0.0, "template": "ask {problem} now\n", **settings})
     return get("solve")().measure(Bench("paper", told, given, config, None, {}, None)), speaker
 
 
