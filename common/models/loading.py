@@ -320,7 +320,7 @@ def vision_language(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    for own in ("llava_video", "openvla", "pllava"):  # makes their classes known
+    for own in ("llava_video", "longva", "openvla", "pllava"):  # makes their classes known
         importlib.import_module(f"prunelab.common.backbones.{own}")
 
     if "testbed" in identity:
