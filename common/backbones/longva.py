@@ -1,10 +1,10 @@
-"""LongVA (Zhang et al., 2024, arXiv 2406.16852), a reconstruction: transformers has no class of its own for it, so it is
-built of LLaVA-OneVision's modules, as LLaVA-Video is, with CLIP in SigLIP's place and videos alone.
+"""LongVA (Zhang et al., 2024, arXiv 2406.16852), a reconstruction: transformers has no class of its own for it, so it
+is built of LLaVA-OneVision's modules, as LLaVA-Video is, with CLIP in SigLIP's place and videos alone.
 
 The patches of frames are pooled two by two by plain averages behind the projector, and no newline stands behind
 anything. Order and pooling follow the authors' llava_arch.py (EvolvingLMMs-Lab/LongVA, Apache-2.0), where a picture is
-cut and pooled as a video is; here pictures are OneVision's, and no table asks of any. Nothing here was compared with the
-checkpoint's own output: it is too large to fetch where this was written.
+cut and pooled as a video is; here pictures are OneVision's, and no table asks of any. Nothing here was compared with
+the checkpoint's own output: it is too large to fetch where this was written.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def like(config: LlavaOnevisionConfig) -> LongvaConfig:
     given = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     vision, text = given["vision_config"], given["text_config"]
     tower = dict(CLIP)
-    if vision["hidden_size"] < CLIP["hidden_size"]:  # type: ignore[operator]
+    if vision["hidden_size"] < CLIP["hidden_size"]:
         heads, head = CLIP["num_attention_heads"], vision["hidden_size"] // vision["num_attention_heads"]
         tower |= {"hidden_size": heads * head, "intermediate_size": 2 * heads * head}  # type: ignore[operator]
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}, "max_position_embeddings": CONTEXT}

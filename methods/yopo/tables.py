@@ -7,6 +7,10 @@ from prunelab.common.costs.formulas import LLAVA_7B, LLAVA_13B, Decoder, prefill
 VISUAL = 576
 MODELS = {"LLaVA-1.5-7B": LLAVA_7B, "LLaVA-1.5-13B": LLAVA_13B}
 TWELVE = 0.12  # of YOPO's second variant, by its name: which heads, neurons and layers make it is not said
+MIXTURES = {  # decoders in every second layer of which a token runs through two MLPs
+    "StableLM MoE-LLaVA-1.6Bx4": Decoder(24, 2048, 5632),
+    "Phi MoE-LLaVA-2.7Bx4": Decoder(32, 2560, 10240),
+}
 OTHERS = ("PruMerge+", "PyramidDrop", "SparseVLM", "FastV")  # set to the FLOPs of the first variant
 
 
@@ -32,4 +36,7 @@ def costs() -> dict[str, dict[str, float]]:
         results["headline/LLaVA-1.5-7B/13B pruned zp25/visual FLOPs left"] = round(100 * half, 3)
         eighth = work(decoder, 0.25, 0.25, decoder.layers // 2)  # assumption
         results["headline/LLaVA-1.5-7B/13B pruned zp12/visual FLOPs left"] = round(100 * eighth, 3)
+    for model, decoder in MIXTURES.items():
+        second = decoder.layers / 2 * 6 * VISUAL * decoder.width * decoder.inner / 1e12
+        results[f"T2/{model}/FLOPs"] = round(dense(decoder) + second, 4)
     return {name: {"value": value} for name, value in results.items()}
