@@ -320,7 +320,7 @@ def vision_language(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    for own in ("llava_video", "longva", "openvla", "pllava"):  # makes their classes known
+    for own in ("llava_video", "longva", "moe_llava", "openvla", "pllava"):  # makes their classes known
         importlib.import_module(f"prunelab.common.backbones.{own}")
 
     if "testbed" in identity:
@@ -356,6 +356,10 @@ def _of_layout(
     made = layout.like(given) if hasattr(layout, "like") else given  # a class of its own has settings of its own
     model = AutoModelForImageTextToText.from_config(made, dtype=given.dtype)
     layout.load_checkpoint(model, folder)
+    if hasattr(layout, "processor"):  # with a tokenizer of its own
+        processor = layout.processor(folder, source)
+        model.config.image_token_id = processor.image_token_id
+        return model.eval(), processor
     return model.eval(), pretrained(getattr(layout, "PROCESSOR", AutoProcessor), source)
 
 

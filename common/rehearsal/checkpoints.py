@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,8 @@ def of_layout(layout: str, like: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(named, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": layout}), encoding="utf-8")
+    if hasattr(module, "processor"):  # which reads a tokenizer of the checkpoint's own
+        shutil.copy(like / "tokenizer.json", folder)
 
 
 def published(name: str, names: Iterable[tuple[str, str]]) -> str:

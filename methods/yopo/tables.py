@@ -8,8 +8,8 @@ VISUAL = 576
 MODELS = {"LLaVA-1.5-7B": LLAVA_7B, "LLaVA-1.5-13B": LLAVA_13B}
 TWELVE = 0.12  # of YOPO's second variant, by its name: which heads, neurons and layers make it is not said
 MIXTURES = {  # decoders in every second layer of which a token runs through two MLPs
-    "StableLM MoE-LLaVA-1.6Bx4": Decoder(24, 2048, 5632),
-    "Phi MoE-LLaVA-2.7Bx4": Decoder(32, 2560, 10240),
+    "StableLM MoE-LLaVA-1.6Bx4": Decoder(2048, 5632, 24),
+    "Phi MoE-LLaVA-2.7Bx4": Decoder(2560, 10240, 32),
 }
 OTHERS = ("PruMerge+", "PyramidDrop", "SparseVLM", "FastV")  # set to the FLOPs of the first variant
 
