@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from typing import Annotated
 
 import typer
@@ -49,7 +51,7 @@ def show(name: str) -> None:
         for label, value in paper.links.items():
             console.print(f"{label}: {value}", markup=False)
         console.print(" ".join(f"{axis}={'/'.join(values)}" for axis, values in paper.taxonomy.items()), markup=False)
-    console.print(f"\n{entry.doc}", style="dim", markup=False)
+    console.print(f"\n{_filled(entry.doc, console.width)}", style="dim", markup=False)
     if entry.options:
         options = Table("option", "is", "default", title="options")
         for option in entry.options:
@@ -60,3 +62,19 @@ def show(name: str) -> None:
         for table in paper.tables:
             tables.add_row(table.name, str(sum(r.table == table.name for r in papers.reported(paper.slug))))
         console.print(tables)
+
+
+def _filled(doc: str, width: int) -> str:
+    """A docstring in lines of that width: paragraphs are filled anew, names of parameters keep their lines."""
+    results: list[str] = []
+    before, _, parameters = doc.partition("Parameters\n----------\n")
+    for paragraph in re.split(r"\n\s*\n", before.strip()):
+        results += [textwrap.fill(" ".join(paragraph.split()), width), ""]
+    if parameters:
+        results += ["Parameters", "----------"]
+        for name, indented in re.findall(r"^(\S.*)((?:\n[ \t]+\S.*)*)", parameters, re.MULTILINE):
+            results += [
+                name,
+                textwrap.fill(" ".join(indented.split()), width, initial_indent="    ", subsequent_indent="    "),
+            ]
+    return "\n".join(results).rstrip()

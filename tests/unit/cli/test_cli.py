@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from prunelab.common.cli import main
+from prunelab.common.cli.methods import _filled
 from prunelab.common.core import index
 from prunelab.common.data import images
 from prunelab.common.experiments import listing, papers
@@ -293,6 +294,7 @@ def test_what_can_be_told_early_is_told_before_libraries_load():
     code = f"""
 import sys
 from prunelab.common.cli import main
+from prunelab.common.cli.methods import _filled
 for arguments in {EARLY!r}:
     sys.argv = ["prunelab", *arguments]
     try:
@@ -312,3 +314,10 @@ def test_the_module_runs_as_a_program():
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no method 'zero_prune'")
+
+
+def test_docstrings_are_filled_anew_and_lose_nothing():
+    entry = index.entries()["fastv"]
+    shown = _filled(entry.doc, 60)
+    assert max(map(len, shown.splitlines())) <= 60 and shown.split() == entry.doc.split()
+    assert "\nlayer : int\n    K, the first layer" in shown
