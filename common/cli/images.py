@@ -38,13 +38,13 @@ def candidates(config: Mapping[str, Any]) -> Iterator[str]:
 
 def reader(method: Method, kinds: Sequence[str]) -> str:
     """The first testbed among `kinds` that the method can prune: it stands for its kind of model. Raises PrunelabError
-    with every reason where none can be."""
+    with every reason where none can be, without the lists of what would do."""
     reasons: dict[str, list[str]] = {}
     for name in kinds:
         why = supports(method, testbeds.get(name)().build())  # type: ignore[call-arg]
         if why:
             return name
-        reasons.setdefault(str(why), []).append(name)
+        reasons.setdefault(str(why).partition("; ")[0], []).append(name)
     refusals = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
     raise PrunelabError(
         f"no model at hand can be pruned by {method.name} ({refusals}); name another with --model, or use the method in"

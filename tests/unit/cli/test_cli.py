@@ -245,6 +245,7 @@ MISTAKES = [
     (("apply", "zero_tprune", "PICTURE", "0.5", "--model", "code_lm"), "reads no images"),
     (("apply", "zero_tprune", "PICTURE", "0.5", "--weights", "none.safetensors"), "none.safetensors does not exist"),
     (("apply", "dtop", "PICTURE", "0.5"), "no model at hand can be pruned by dtop"),
+    (("apply", "zero_tprune", "TEXT", "0.5"), "MixtralForCausalLM); name another with --model"),
     (("apply", "snapkv", "PICTURE", "0.5"), "works while a language model writes"),
     (("apply", "snapkv", "TEXT", "0.5", "--model", "digits_vit"), "reads no text"),
     (("apply", "snapkv", "TEXT", "0.5", "--model", "nobody"), "no language model 'nobody'"),
