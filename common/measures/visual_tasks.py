@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 from argparse import Namespace
@@ -32,11 +33,14 @@ from prunelab.common.models import devices, loading
 if TYPE_CHECKING:
     from prunelab.common.tasks.visual_tasks import VisualTasks
 
+SCORERS = {"nextqa_oe": "pywsd"}  # of the library's tasks, what they score by and it does not bring
+
 
 def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.visual_tasks`."""
     lmms_eval, wrapper, counter = harness()
     settings = bench.settings
+    check_scorers(settings.tasks)
     model, processor = loading.vision_language(bench.ids["model"], bench.config, bench.ids.get("processor"))
     model = devices.place(model, bench.device, half=True)
     method: Any = bench.method()
@@ -169,6 +173,16 @@ def harness() -> tuple[Any, Any, Any]:
     return lmms_eval, VisualModel, Kept
 
 
+def check_scorers(tasks: Sequence[str]) -> None:
+    """Raises PrunelabError where a task scores by a library that is not here, before there are answers to score."""
+    for begins, module in SCORERS.items():
+        if any(task.startswith(begins) for task in tasks) and importlib.util.find_spec(module) is None:
+            raise PrunelabError(
+                f"lmms-eval scores {begins} with {module} and nltk's data; pip install {module}, and fetch"
+                " averaged_perceptron_tagger, wordnet and punkt with python -m nltk.downloader"
+            )
+
+
 @cache
 def index(include: str | None) -> Any:
     """The library's index of its tasks, ours, and those in a folder; it reads some thousand files."""
@@ -211,7 +225,8 @@ def definitions(
         raise PrunelabError(f"prompts of {', '.join(names)} have {known} to change, not {key}")
     for entry, own in zip(results, given, strict=True) if prompts else ():
         changed = {key: value for key, value in (prompts or {}).items() if key in own}
-        entry["lmms_eval_specific_kwargs"] = {"default": {**own, **changed}}
+        if changed:  # questions of tasks that have nothing to change may take no such words at all
+            entry["lmms_eval_specific_kwargs"] = {"default": {**own, **changed}}
     return results, groups
 
 

@@ -184,6 +184,19 @@ def test_images_give_the_librarys_own_number(llava, tasks):
     assert found["protocol"].startswith("lmms-eval ") and "pictures 1.5" in found["protocol"]
 
 
+def test_a_task_that_has_no_words_to_change_is_left_alone():
+    found = {e["task"]: e for e in visual_tasks.definitions(["textvqa_val", "seedbench"], None, {"ocr": True})[0]}
+    assert found["textvqa_val"]["lmms_eval_specific_kwargs"]["default"]["ocr"] is True
+    assert not found["seedbench"].get("lmms_eval_specific_kwargs")
+
+
+def test_what_a_task_scores_by_is_asked_for_before_work_starts(monkeypatch):
+    monkeypatch.setattr(visual_tasks, "SCORERS", {"nextqa_oe": "no_such_library"})
+    visual_tasks.check_scorers(["gqa"])
+    with pytest.raises(PrunelabError, match="pip install no_such_library"):
+        visual_tasks.check_scorers(["gqa", "nextqa_oe_test"])
+
+
 def test_answers_hold_nothing_that_a_worksheet_refuses():
     from prunelab.common.measures.lmms_model import UNPRINTABLE
 
