@@ -108,7 +108,8 @@ def like(config: LlavaOnevisionConfig) -> LongvaConfig:
         heads, head = CLIP["num_attention_heads"], vision["hidden_size"] // vision["num_attention_heads"]
         tower |= {"hidden_size": heads * head, "intermediate_size": 2 * heads * head}  # type: ignore[operator]
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}, "max_position_embeddings": CONTEXT}
-    given |= {"vision_config": tower, "text_config": text}
+    crops = [[size // vision["image_size"] * SIDE for size in pair] for pair in given["image_grid_pinpoints"]]
+    given |= {"vision_config": tower, "text_config": text, "image_grid_pinpoints": crops}
     return LongvaConfig(**given | {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"})
 
 
