@@ -178,12 +178,12 @@ class LookAlikes:
 
     def prepare(self, run: Run) -> Run:
         """A run that reads look-alikes, all of which are there."""
-        parts = run.settings.get("heads")
+        used = dict(zip(run.ids, run.names, strict=False))  # in one order
         for kind, name in run.names:
-            if name != parts:
+            if (kind, name) != used.get("heads"):
                 self.make(kind, name)
-        if parts is not None:
-            self._parts(parts, run)
+        if "heads" in used:
+            self._parts(used["heads"][1], run)
         return replace(run, ids={of: _identity(value, self.config) for of, value in run.ids.items()})
 
     def make(self, kind: hub.Kind, name: str) -> None:
