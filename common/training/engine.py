@@ -287,6 +287,7 @@ def _carried_out(
         if not all(bool(value.isfinite().all()) for value in decision.values.values()):
             raise PrunelabError(f"{method.name} gives {target.name} NaN or infinite values; lower the rate")
         adapter.check(target, decision)
+    decisions = [(target, decision.like(adapter.weights(target))) for target, decision in decisions]
     for target, decision in decisions:
         tensors = {f"{target.name}|{role}": tensor for role, tensor in packed(decision).items()}
         blocks.setdefault(target.block, {}).update(tensors)

@@ -40,9 +40,6 @@ def save_compressed(model: nn.Module, plan: WeightPlan, folder: Path | str) -> N
     `quantization_config=CompressedTensorsConfig(dequantize=True)`: version 0.20 of compressed-tensors expects their
     zeros unpacked otherwise.
 
-    Scales take the model's dtype, so that in half precision weights are read back to its accuracy; in float32 they are
-    read back as they are.
-
     Raises PrunelabError where the format has no place for what the plan holds: experts that are fused, codes of signs,
     groups out of order or that do not divide a row, weights whose inputs have to be rotated, shapes that no config of
     the family describes.

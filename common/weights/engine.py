@@ -252,6 +252,7 @@ class Engine:
         """Prune the target, and return the decision as it is kept."""
         decision = decision if self.final else replace(decision, remove=False)
         self.check(target, decision)
+        decision = decision.like(self.adapter.weights(target))
         kept = packed(decision)
         self.write(target, decision)
         return _flat({target.name: kept})

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -286,6 +286,13 @@ class Decision:
     remove: bool = True
     code: Quantised | None = None
     share: Tensor | None = None
+
+    def like(self, weights: Mapping[str, Tensor]) -> Decision:
+        """The decision for weights by role: the scales of codes are stored in their dtype, and so the model has them."""
+        if self.code is None:
+            return self
+        scale = self.code.scale.to(weights["weight"].dtype).float()
+        return replace(self, code=replace(self.code, scale=scale))
 
     @cached_property
     def kept(self) -> int:

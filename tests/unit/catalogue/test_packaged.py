@@ -97,8 +97,8 @@ def test_which_scales_run():
     assert planning.scales({**SETTINGS, "scale": "paper"}) == ("paper",)
 
 
-def test_the_small_real_model_reads():
-    """The 135-million-parameter Llama knows a capital, as its tokenizer and weights are whole."""
+def test_the_small_real_model_reads(tmp_path):
+    """The 135-million-parameter Llama knows a capital, as its tokenizer and weights are whole, and can be saved."""
     pytest.importorskip("gguf")
     model = lookup.resolve("model", "smollm2_135m", "real", SETTINGS)
     if model.missing:
@@ -109,3 +109,5 @@ def test_the_small_real_model_reads():
     ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
     with torch.inference_mode():
         assert tokenizer.decode(network(ids).logits[0, -1].argmax()) == " Paris"
+    network.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size > 5e8

@@ -79,11 +79,13 @@ def test_what_lies_on_disk_is_what_was_rounded(symmetric, tmp_path):
     ],
 )
 @pytest.mark.parametrize("tied", [False, True])
-def test_transformers_reads_it_back_with_equal_outputs(method, budget, tied, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_transformers_reads_it_back_with_equal_outputs(method, budget, tied, dtype, tmp_path):
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    model, ids = language_model(tie_word_embeddings=tied), token_ids(2, seed=9)
+    language_model(tie_word_embeddings=tied).save_pretrained(tmp_path / "plain")  # .to() would round its rotations too
+    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=dtype), token_ids(2, seed=9)
     plan = prune(method, model, budget, token_ids(), progress=False)
     save_compressed(model, plan, tmp_path)
     loose = {} if method.symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
