@@ -45,7 +45,7 @@ def from_compressed(folder: Path) -> Any:
     import transformers
 
     read = transformers.CompressedTensorsConfig(dequantize=True)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=read)
+    return loading.pretrained(transformers.AutoModelForCausalLM, folder, quantization_config=read)
 
 
 @torch.inference_mode()
@@ -70,7 +70,9 @@ def table(bits: Sequence[int], structured: Sequence[str], dtype: str) -> Table:
     )
     with tempfile.TemporaryDirectory() as name:
         unpacked.to(getattr(torch, dtype)).save_pretrained(name)
-        model = type(unpacked).from_pretrained(name).eval()  # whose rotations are of float32, as `to` leaves none
+        model = loading.pretrained(
+            type(unpacked), Path(name)
+        ).eval()  # whose rotations are of float32, as `to` leaves none
         whole = sum(path.stat().st_size for path in Path(name).glob("*.safetensors")) / MB
     result.add_row("none", "", f"{whole:.1f}", "", "")
     runs: list[tuple[str, WeightPruner, str, Any, Any]]

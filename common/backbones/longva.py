@@ -77,7 +77,8 @@ class LongvaProcessor(LlavaOnevisionProcessor):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """OneVision's, or our own: both say the same but for frames."""
-        made: Any = super().from_pretrained(*args, **kwargs)
+        kwargs.pop("trust_remote_code", None)
+        made: Any = super().from_pretrained(*args, trust_remote_code=False, **kwargs)
         for part in (made.image_processor, made.video_processor):
             part.size = {"height": SIDE, "width": SIDE}
             part.image_mean, part.image_std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD

@@ -171,7 +171,7 @@ def processor(folder: Path, source: Path) -> Any:
     elif (folder / "vocab.json").is_file():
         from transformers import GPT2Tokenizer
 
-        words = GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
+        words = GPT2Tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     else:
         raise PrunelabError(f"{folder} holds no tokenizer that is read here; download it again")
     words.add_special_tokens({"eos_token": END, "pad_token": END, "additional_special_tokens": [IMAGE]})

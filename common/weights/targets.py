@@ -288,7 +288,7 @@ class Decision:
     share: Tensor | None = None
 
     def like(self, weights: Mapping[str, Tensor]) -> Decision:
-        """The decision for weights by role: the scales of codes are stored in their dtype, and so the model has them."""
+        """The decision for weights by role: scales of codes are stored in their dtype, and so the model has them."""
         if self.code is None:
             return self
         scale = self.code.scale.to(weights["weight"].dtype).float()

@@ -68,7 +68,7 @@ def warmed(folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     model(input_ids=samples[0][None], labels=samples[0][None]).loss.backward()
     optimizer.step()
-    return {"model": model, "optimizer": optimizer, "rate": 1e-3, "points": [], "samples": samples, "few": samples[:2]}
+    return {"model": model, "optimizer": optimizer, "samples": samples, "reference": samples[:2]}
 
 
 GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {

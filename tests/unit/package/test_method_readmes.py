@@ -28,6 +28,7 @@ BROUGHT = {
     "documents", "background", "question", "seconds", "video_frames", "frame_at", "samples", "data", "arguments",
     "answers", "embeddings", "class_logits", "rewards", "early", "peft_model", "caption_model", "reference",
     "base_model", "clip", "answer_loss", "captions", "image_logits", "text_logits", "tokens", "policy", "episode",
+    "optimizer",
 }  # fmt: skip
 
 

@@ -185,6 +185,7 @@ def test_images_give_the_librarys_own_number(llava, tasks):
 
 
 def test_a_task_that_has_no_words_to_change_is_left_alone():
+    pytest.importorskip("lmms_eval")
     found = {e["task"]: e for e in visual_tasks.definitions(["textvqa_val", "seedbench"], None, {"ocr": True})[0]}
     assert found["textvqa_val"]["lmms_eval_specific_kwargs"]["default"]["ocr"] is True
     assert not found["seedbench"].get("lmms_eval_specific_kwargs")
@@ -198,9 +199,10 @@ def test_what_a_task_scores_by_is_asked_for_before_work_starts(monkeypatch):
 
 
 def test_answers_hold_nothing_that_a_worksheet_refuses():
+    pytest.importorskip("lmms_eval")
+    openpyxl = pytest.importorskip("openpyxl.cell.cell")
     from prunelab.common.measures.lmms_model import UNPRINTABLE
 
-    openpyxl = pytest.importorskip("openpyxl.cell.cell")
     for code in range(0x110):
         kept = UNPRINTABLE.sub("", chr(code))
         assert (kept == "") == bool(openpyxl.ILLEGAL_CHARACTERS_RE.search(chr(code)))
