@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from prunelab.common.catalogue import lookup
-from prunelab.common.models import loading
+from prunelab.common.models import devices, loading
 from prunelab.common.weights import load_pruned, prune, save_compressed, save_pruned
 from prunelab.common.weights.role import WeightPruner
 from prunelab.methods.cfsp.method import CFSP
@@ -63,16 +63,14 @@ def written(
 
 
 def table(bits: Sequence[int], structured: Sequence[str], dtype: str) -> Table:
-    unpacked, tokenizer = loading.language(lookup.models()["smollm2_135m"]["real"], lookup.settings({}))
+    model, tokenizer = loading.language(lookup.models()["smollm2_135m"]["real"], lookup.settings({}))
+    devices.lowered(model, getattr(torch, dtype))
     ids = torch.randint(len(tokenizer), (8, 128), generator=torch.Generator().manual_seed(0))
     result = Table(
         "method", "budget", "MB on disk", "of the whole", "largest difference", title=f"SmolLM2-135M, {dtype}"
     )
     with tempfile.TemporaryDirectory() as name:
-        unpacked.to(getattr(torch, dtype)).save_pretrained(name)
-        model = loading.pretrained(
-            type(unpacked), Path(name)
-        ).eval()  # whose rotations are of float32, as `to` leaves none
+        model.save_pretrained(name)
         whole = sum(path.stat().st_size for path in Path(name).glob("*.safetensors")) / MB
     result.add_row("none", "", f"{whole:.1f}", "", "")
     runs: list[tuple[str, WeightPruner, str, Any, Any]]

@@ -43,7 +43,7 @@ def measure(bench: Bench[ZeroShot.Settings]) -> dict[str, Any]:
         acting = method
     dtype = bench.settings.dtype
     if dtype is not None:
-        model.to(getattr(torch, dtype))
+        devices.lowered(model, getattr(torch, dtype))
     with bench.at_work(acting, model) as acted, without_experts(bench, model) as handle:
         measured = scored(bench, model, tokenizer, calibrated, shortened=shortened, dtype=dtype)
     if acting is not None and acting.role == "token_pruner":

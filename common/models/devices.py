@@ -152,9 +152,19 @@ def place(model: M, device: torch.device, *, half: bool = False) -> M:
     if getattr(model, "hf_device_map", None) is None:
         model = model.to(device)
     if half and device.type == "cuda" and _dtype(model) == torch.float32:
-        model = model.to(torch.bfloat16)
+        lowered(model, torch.bfloat16)
     note(model)
     return model
+
+
+def lowered(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model a precision, but for the frequencies of its rotary positions: in 16 bits they would turn far tokens
+    by wrong angles, and transformers, too, loads them in float32."""
+    frequencies = {name: buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    model.to(dtype)
+    for name, buffer in frequencies.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, buffer)
 
 
 def note(model: nn.Module) -> None:

@@ -173,3 +173,14 @@ def test_a_model_that_accelerate_has_spread_stays_where_it_is(tmp_path):
     assert placed.hf_device_map == places
     ids = torch.arange(8)[None]
     assert placed(ids).logits.equal(plain(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_lowered_model_is_what_transformers_loads_in_that_precision(dtype, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    model.save_pretrained(tmp_path)
+    devices.lowered(model, dtype)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    ids = torch.randint(64, (2, 48), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(ids).logits, loaded(ids).logits)
+    assert not torch.equal(model(ids).logits, model.to(dtype)(ids).logits)  # which rounds the rotations as well
