@@ -9,6 +9,7 @@ never likelier than the likeliest of the others.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -45,12 +46,16 @@ def padded(weight: Tensor, rows: int) -> Tensor:
     return torch.cat([weight, mean.expand(missing, -1)])
 
 
-def load_checkpoint(model: nn.Module, path: Path | str) -> None:
-    """Load an official checkpoint, a .safetensors file or the folder of all its shards, with every name checked."""
-    results = {official_name(name): weight for name, weight in read_all(path).items()}
-    results = {name: weight for name, weight in results.items() if not name.endswith(COUNTED)}
+def fitted(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the model's names, without tables that it makes itself, and with a vocabulary as long as its own."""
+    results = {name: weight for name, weight in weights.items() if not name.endswith(COUNTED)}
     wanted = model.state_dict()
     for name in VOCABULARY:
         if name in results and name in wanted:
             results[name] = padded(results[name], len(wanted[name]))
-    fill(model, results, path)
+    return results
+
+
+def load_checkpoint(model: nn.Module, path: Path | str) -> None:
+    """Load an official checkpoint, a .safetensors file or the folder of all its shards, with every name checked."""
+    fill(model, fitted(model, {official_name(name): weight for name, weight in read_all(path).items()}), path)

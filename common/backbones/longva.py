@@ -20,8 +20,8 @@ from transformers.models.llava_onevision.configuration_llava_onevision import Ll
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from prunelab.common.backbones.checkpoint import fill, read_all
-from prunelab.common.backbones.llava_layout import COUNTED, VOCABULARY, official_name, padded
 from prunelab.common.backbones.llava_layout import NAMES as NAMES
+from prunelab.common.backbones.llava_layout import fitted, official_name
 from prunelab.common.backbones.llava_video import (
     STRIDE,
     LlavaVideoConfig,
@@ -129,12 +129,7 @@ def longva_7b() -> LongvaForConditionalGeneration:
 
 def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     """Load an official checkpoint, a .safetensors file or the folder of all its shards, with every name checked."""
-    results = {official_name(name): weight for name, weight in read_all(path).items()}
-    results = {name: weight for name, weight in results.items() if not name.endswith(COUNTED)}
-    wanted = model.state_dict()
-    for name in VOCABULARY:
-        if name in results and name in wanted:
-            results[name] = padded(results[name], len(wanted[name]))
+    results = fitted(model, {official_name(name): weight for name, weight in read_all(path).items()})
     newline = "model.image_newline"  # OneVision's pictures have one, LongVA has none
-    results.setdefault(newline, torch.zeros_like(wanted[newline]))
+    results.setdefault(newline, torch.zeros_like(model.state_dict()[newline]))
     fill(model, results, path)

@@ -21,7 +21,7 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from prunelab.common.backbones.checkpoint import fill, read
-from prunelab.common.backbones.llava_layout import COUNTED, VOCABULARY, padded
+from prunelab.common.backbones.llava_layout import fitted
 from prunelab.common.core.errors import PrunelabError
 
 EXPERTS, CHOSEN = 4, 2
@@ -197,13 +197,8 @@ def load_checkpoint(model: nn.Module, path: Path | str) -> None:
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
     if not files:
         raise PrunelabError(f"{path} holds no weights; give the folder of the official checkpoint")
-    results = {official_name(name): weight for file in files for name, weight in read(file).items()}
-    results = {name: weight for name, weight in results.items() if not name.endswith(COUNTED)}
-    wanted = model.state_dict()
-    for name in VOCABULARY:
-        if name in results and name in wanted:
-            results[name] = padded(results[name], len(wanted[name]))
-    fill(model, results, path)
+    weights = {official_name(name): weight for file in files for name, weight in read(file).items()}
+    fill(model, fitted(model, weights), path)
 
 
 def moe_llava(text: dict[str, Any], **settings: Any) -> MoeLlavaForConditionalGeneration:
