@@ -17,6 +17,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import write_text
 from prunelab.common.experiments import forecast, papers, plans, provenance, replay
+from prunelab.common.experiments.derived import behind
 from prunelab.common.experiments.run import Run
 from prunelab.paper_tables import cite, claims, contrasts, cross, figures, grids, join, literature, page, tables
 
@@ -117,10 +118,10 @@ def _section(slug: str, plan: plans.Plan, records: join.Records, outlook: foreca
     lines = [line for table in result for line in table.lines]
     drawn, made = figures.of(slug, plan, lines, boards, records)
     results = list(claims.verdicts(papers.load(slug), boards, records))
-    runs = [cell.runs.get("paper") for cell in plan.cells(slug)]
-    named = [name for run in runs if isinstance(run, Run) for kind, name in run.names if kind == "model"]
+    runs = [run for cell in plan.cells(slug) for run in behind(cell.runs.get("paper"))]
+    named = [name for run in runs for kind, name in run.names if kind == "model"]
     models = tuple(dict.fromkeys(literature.published(name) for name in named))
-    waiting = outlook.total([run for paper, run in outlook.waiting if paper == slug])
+    waiting = outlook.total([lacks for paper, lacks in outlook.waiting if paper == slug])
     hours = page.Hours(waiting["gpu_hours"], waiting["runs"], waiting["hours_unknown"])
     names = tables.file_names(result, boards)
     sides = contrasts.rows(papers.load(slug), boards, plan, records)

@@ -5,6 +5,7 @@ Tables read only reported.csv and run records. Nothing is computed here but diff
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from prunelab.common import tasks
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import forecast, papers, planning, provenance, replay
+from prunelab.common.experiments.derived import Derived
 from prunelab.common.experiments.plans import Plan
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
@@ -222,8 +224,10 @@ class Records:
         held = cache[0]["value"] if cache else None
         return Count(macs["value"], scoring["value"], address, held, macs.get("protocol", ""))
 
-    def value(self, run: Run | str, metric: str, status: str) -> Value:
+    def value(self, run: Run | Derived | str, metric: str, status: str) -> Value:
         """A cell's value, or the reason why there is none."""
+        if isinstance(run, Derived):
+            return self._derived(run, status)
         if isinstance(run, str):
             nothing = run.removeprefix("nothing: ")
             return Value(f"not run: {nothing}" if nothing != run else f"not run: needs {run}")
@@ -238,6 +242,23 @@ class Records:
         status = "stale" if old else status
         n, error, left = result.get("n"), result.get("stderr"), seen(record, metric)
         return Value(status, result["value"], error, n, address, self.count(run), protocol, left)
+
+    def _derived(self, made: Derived, status: str) -> Value:
+        """A value that is made of those of several runs; what one of them lacks, it lacks."""
+        found = {(run.address, metric): self.value(run, metric, status) for run, metric in made.leaves()}
+        if lacking := next((value for value in found.values() if value.value is None), None):
+            return lacking
+
+        def read(run: Run, metric: str) -> tuple[float, float | None]:
+            result = found[run.address, metric]
+            return result.value or 0.0, result.stderr
+
+        value, error = made.value(read)
+        if math.isnan(value):
+            return Value("not run: needs a second result that is not zero")
+        old = any(each.status == "stale" for each in found.values())
+        runs = ", ".join(dict.fromkeys(str(each.record) for each in found.values()))
+        return Value("stale" if old else status, value, error, protocol=f"{made.words}, of the runs {runs}")
 
 
 def tables(slug: str, plan: Plan, records: Records, outlook: forecast.Outlook | None = None) -> list[PaperTable]:
@@ -257,7 +278,7 @@ def tables(slug: str, plan: Plan, records: Records, outlook: forecast.Outlook | 
                 others[scale] = reproduced if isinstance(at_paper_scale, str) else Value(EXACT)
         if config["hub"]:
             others[FOLDER] = Value(EXACT)
-        if isinstance(at_paper_scale, Run) and at_paper_scale.stand_in and reproduced.value is not None:
+        if not isinstance(at_paper_scale, str) and at_paper_scale.stand_in and reproduced.value is not None:
             others[FOLDER], reproduced = reproduced, Value(f"not run: needs {UNPUBLISHED}")
         difference = within = None
         allowed = tolerance.of(cell, reproduced.stderr, reproduced.samples)

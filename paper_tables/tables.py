@@ -325,7 +325,7 @@ def repeats(table: PaperTable) -> dict[tuple[int, str], str]:
     for number, line in enumerate(table.lines):
         name = f"{line.reported.row}, {line.reported.column}"
         for scale, value in line.others.items():
-            if value.value is not None:
+            if value.value is not None and value.record is not None:
                 earlier = first.setdefault((value.record, value.value, scale), name)
                 if earlier != name:
                     results[number, scale] = f"the run of {earlier}, which stands in here as well"

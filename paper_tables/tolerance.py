@@ -58,7 +58,10 @@ def _set(metric: str, data: str | None) -> EvaluationSet | None:
 
 
 def sets(column: papers.Column, metric: str) -> tuple[EvaluationSet, ...]:
-    """The sets behind a column's metric, one for each part of an average; none unless all are shares."""
+    """The sets behind a column's metric, one for each part of an average; none unless all are shares, nor where it is
+    derived of other cells."""
+    if column.derived:
+        return ()
     parts = column.settings.get("average", ()) if metric in MEANS else (metric,)
     results = [_set(part, column.data) for part in parts]
     return tuple(s for s in results if s) if all(results) else ()
@@ -66,6 +69,8 @@ def sets(column: papers.Column, metric: str) -> tuple[EvaluationSet, ...]:
 
 def unsized(column: papers.Column, metric: str) -> list[str]:
     """The evaluation sets that a column's metric is a mean over and that `configs/evaluation_sets.yaml` lacks."""
+    if column.derived:
+        return []
     task = tasks.get(column.task)
     own = "own data" in task.reads
     if not own and ("data" not in task.reads or task.metric(metric).unit != "%"):
@@ -100,5 +105,5 @@ def of(cell: planning.Cell, stderr: float | None = None, samples: int | None = N
         reason += f" and one standard error of a share of {over}"
     elif stderr:
         error = stderr
-        reason += " and one standard error of our run's mean"
+        reason += " and one standard error of " + ("ours" if column.derived else "our run's mean")
     return Tolerance(round(rounding(text) + error, 6), reason)

@@ -82,7 +82,8 @@ def schema() -> str:
     def lines() -> Iterator[str]:
         for name, model in (
             ("paper.yaml", papers.Paper), ("a configuration", papers.Configuration), ("a table", papers.Table),
-            ("a row", papers.Row), ("a column", papers.Column), ("a tolerance", papers.Tolerance),
+            ("a row", papers.Row), ("a column", papers.Column), ("a derivation", papers.Derivation),
+            ("a place", papers.Place), ("a tolerance", papers.Tolerance),
             ("a board", papers.Board), ("shared boards", papers.SharedBoards), ("a figure", papers.FigureTask),
             ("a contrast", papers.Contrast),
         ):  # fmt: skip

@@ -13,6 +13,7 @@ from rich.table import Table
 from prunelab.common.cli.app import Settings, app, console, settings
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import forecast, overview, papers, planning, plans, provenance
+from prunelab.common.experiments.derived import Derived
 from prunelab.common.experiments.run import Run
 
 REASONS = 12  # that `plan` shows unless it is asked for all
@@ -87,8 +88,8 @@ def _tell_outlook(values: dict[str, Any], card: forecast.Gpu, hours: float | Non
     outlook = forecast.Outlook(plans.of(values), card)
     chosen = outlook.waiting if hours is None else outlook.fitting(hours)
     papers_in = dict.fromkeys(slug for slug, _ in chosen)
-    lines = {slug: outlook.total([run for of, run in chosen if of == slug]) for slug in papers_in}
-    total = outlook.total([run for _, run in chosen])
+    lines = {slug: outlook.total([lacks for of, lacks in chosen if of == slug]) for slug in papers_in}
+    total = outlook.total([lacks for _, lacks in chosen])
     if as_json:
         print(json.dumps({"gpu": card.name, "papers": lines, "total": total}, indent=1))
         return
@@ -142,17 +143,22 @@ def run(
             f"no reported row '{row}' in table '{table}' of {paper}; "
             + (f"rows: {rows}" if rows else f"tables: {tables}")
         )
+
+    def made(job: Run, metric: str) -> tuple[float, float | None]:
+        path = job.path(Path(values["results"]))
+        provenance.reject_damaged(path)
+        if not path.exists():
+            runner.execute(job, values)
+        result = provenance.read(path)["metrics"][metric]
+        return result["value"], result.get("stderr")
+
     shown = Table("column", "reported", "scale", "value", "status")
     for cell in wanted:
         for scale, job in cell.runs.items():
             value, status = "", f"needs {job if isinstance(job, str) else job.needs}".removeprefix("needs nothing: ")
-            if isinstance(job, Run) and not job.needs:
-                path = job.path(Path(values["results"]))
-                provenance.reject_damaged(path)
-                if not path.exists():
-                    runner.execute(job, values)
-                metric = provenance.read(path)["metrics"][cell.metric]
-                value = f"{metric['value']:g}" + (f" ± {metric['stderr']:g}" if metric.get("stderr") else "")
+            if not isinstance(job, str) and not job.needs:
+                found, error = job.value(made) if isinstance(job, Derived) else made(job, cell.metric)
+                value = f"{found:g}" + (f" ± {error:g}" if error else "")
                 status = cell.status if scale == "paper" else scale
                 status += f", under an assumption: {cell.assumes}" if cell.assumes else ""
             shown.add_row(

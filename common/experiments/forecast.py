@@ -25,6 +25,7 @@ from prunelab.common.catalogue.evaluation_sets import evaluation_sets
 from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.registry import choose
+from prunelab.common.experiments.derived import Derived, behind
 from prunelab.common.experiments.planning import Cell
 from prunelab.common.experiments.plans import Plan
 from prunelab.common.experiments.run import Run
@@ -195,23 +196,23 @@ class Outlook:
         self._corrections = corrections(plan.runs.values(), results, card)
 
     @cached_property
-    def waiting(self) -> list[tuple[str, Run]]:
-        """Numbers that a run would make, as the paper and the run."""
+    def waiting(self) -> list[tuple[str, tuple[Run, ...]]]:
+        """Numbers that runs would make, as the paper and the runs that it still lacks."""
         cells = ((slug, cell.runs.get("paper")) for slug in self._plan.slugs for cell in self._plan.cells(slug))
-        return [(slug, run) for slug, run in cells if isinstance(run, Run) and waits(run, self._made)]
+        return [(slug, lacks) for slug, entry in cells if (lacks := waiting(entry, self._made))]
 
     def note(self, slug: str, cell: Cell) -> str:
         """How a number that waits is made, and what that takes; '' of one that does not wait."""
-        run = cell.runs.get("paper")
-        if not isinstance(run, Run) or not waits(run, self._made):
+        lacks = waiting(cell.runs.get("paper"), self._made)
+        if not lacks:
             return ""
         number = cell.reported
         names = " ".join(shlex.quote(name) for name in (slug, number.table, number.row))
-        files = _files([run])
+        files = _files(lacks)
         size = sum(entry.get("gb") or 0 for entry in files.values())
         parts = [
             f"ready: python -m prunelab run {names} --column {shlex.quote(number.column)} --config scale=paper",
-            f"takes {self.of(run).note} ({self._card.name})",
+            f"takes {'; '.join(dict.fromkeys(self.of(run).note for run in lacks))} ({self._card.name})",
         ]
         if files:
             licences = "; ".join(f"{name} ({_terms(entry)})" for name, entry in files.items())
@@ -222,10 +223,10 @@ class Outlook:
         """Of one run."""
         return of(run, self._card, self._corrections)
 
-    def fitting(self, hours: float) -> list[tuple[str, Run]]:
+    def fitting(self, hours: float) -> list[tuple[str, tuple[Run, ...]]]:
         """Those that wait and fit into so many hours of one GPU together: runs that make most numbers an hour first."""
-        makes = Counter(run.identity for _, run in self.waiting)
-        foretold = {run.identity: self.of(run) for _, run in self.waiting}
+        makes = Counter(run.identity for _, lacks in self.waiting for run in lacks)
+        foretold = {run.identity: self.of(run) for _, lacks in self.waiting for run in lacks}
         able = {
             name: f.hours
             for name, f in foretold.items()
@@ -236,12 +237,12 @@ class Outlook:
             if able[name] <= left:
                 chosen.add(name)
                 left -= able[name]
-        return [(slug, run) for slug, run in self.waiting if run.identity in chosen]
+        return [(slug, lacks) for slug, lacks in self.waiting if chosen.issuperset(run.identity for run in lacks)]
 
-    def total(self, numbers: Sequence[Run]) -> dict[str, Any]:
+    def total(self, numbers: Sequence[Sequence[Run]]) -> dict[str, Any]:
         """Of the runs behind numbers, each counted once: hours, runs whose hours nothing tells, GB that the largest
         takes of each of its GPUs, GB of files, and the licences and gates to be accepted."""
-        runs = {run.identity: run for run in numbers}.values()
+        runs = {run.identity: run for lacks in numbers for run in lacks}.values()
         foretold = [self.of(run) for run in runs]
         files = _files(runs)
         return {
@@ -258,9 +259,14 @@ class Outlook:
         }
 
 
-def waits(run: Run, made: Container[str]) -> bool:
-    """Whether a run is ready and no more: it has no record of any sources, and is at paper scale or for a GPU."""
-    return run.identity not in made and (run.scale == "paper" or tasks.get(run.task).needs_gpu)
+def waiting(entry: Run | Derived | str | None, made: Container[str]) -> tuple[Run, ...]:
+    """The runs of a number that are ready and no more: those without a record of any sources, at paper scale or for a
+    GPU."""
+    return tuple(
+        run
+        for run in behind(entry)
+        if run.identity not in made and (run.scale == "paper" or tasks.get(run.task).needs_gpu)
+    )
 
 
 def command(slugs: Iterable[str]) -> str:

@@ -37,11 +37,11 @@ def overview(config: Mapping[str, Any]) -> Overview:
     numbers = list(plan.outcomes())
     lacking: Counter[str] = Counter()
     for number in numbers:
-        if jobs.keys().isdisjoint(number.runs.values()):
+        if not any(jobs.keys() >= set(at) for at in number.runs.values()):
             at = number.runs["paper"]
-            needs = plan.runs[at].needs if at in plan.runs else at
+            needs = next((plan.runs[one].needs if one in plan.runs else one for one in at if one not in jobs), "")
             lacking[needs or "its record made anew: only the code has changed since"] += 1
-    ready = [number.runs["paper"] in plan.runs for number in numbers]
+    ready = [plan.runs.keys() >= set(number.runs["paper"]) for number in numbers]
     return Overview(
         {key: (needed[key], made[key]) for key in sorted(needed)},
         len(numbers),

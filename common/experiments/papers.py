@@ -94,11 +94,49 @@ class Tolerance(_Strict):
     because: str = Field(min_length=20)
 
 
+class Place(_Strict):
+    """A cell of a table; what is left out is that of the cell which names it."""
+
+    table: str = ""
+    row: str = ""
+    column: str = ""
+
+
+class Derivation(_Strict):
+    """One of these, of other cells: a column of the same row by its name, `{table, row, column}`, or derived itself; of
+    two, `difference` is the first less the second, `ratio` the first by the second, and `saving` what the second lacks
+    of the first, in percent."""
+
+    mean: tuple[str | Place | Derivation, ...] = ()
+    difference: tuple[str | Place | Derivation, ...] = ()
+    ratio: tuple[str | Place | Derivation, ...] = ()
+    saving: tuple[str | Place | Derivation, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        (how, *more), members = [key for key, given in self if given] or ("", ""), self.members
+        if more or (how != "mean" and len(members) != 2) or len(members) < 2:
+            raise ValueError("write one of mean, of several, or difference, ratio or saving, of two")
+        return self
+
+    @property
+    def how(self) -> str:
+        """Which of them it is."""
+        return next((key for key, given in self if given), "")
+
+    @property
+    def members(self) -> tuple[str | Place | Derivation, ...]:
+        """What it is made of."""
+        return next((given for _, given in self if given), ())
+
+
 class Column(_Strict):
     """How the cells of a column are made: the task, its data set, and the metric to show; `needs` says why nothing
-    here can make them: `{reason: what exactly}`; `assumes` under which assumption they are made."""
+    here can make them: `{reason: what exactly}`; `assumes` under which assumption they are made; `derived` of which
+    other cells they are the mean or difference, where no run of theirs makes them."""
 
     task: str = ""
+    derived: Derivation | None = None
     needs: Needs | None = None
     assumes: Assumption = ""
     metric: str = ""

@@ -7,7 +7,7 @@ different papers are one. Imports no torch, so that a workflow can be planned in
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 from prunelab.common.experiments import papers, provenance
+from prunelab.common.experiments.derived import Derived
 from prunelab.common.experiments.run import Run
 from prunelab.common.tasks.base import Task, nearest
 
@@ -35,7 +36,7 @@ class Cell:
     metric: str
     status: Literal["analytic", "measured"]
     column: papers.Column | None  # how it is made; None where nothing here can make it
-    runs: Mapping[str, Run | str]
+    runs: Mapping[str, Run | Derived | str]
     count: Run | None = None  # our own count of a cost that the paper's formula gives
     reason: str = ""
     assumes: str = ""
@@ -224,13 +225,22 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
         yield cell
 
 
-def _cell(slug: str, table: papers.Table, number: papers.Reported, config: Mapping[str, Any]) -> Cell:
+def _cell(
+    slug: str,
+    table: papers.Table,
+    number: papers.Reported,
+    config: Mapping[str, Any],
+    within: tuple[papers.Reported, ...] = (),
+) -> Cell:
+    """within: the derived numbers of which this is a member."""
     paper, row = papers.load(slug), table.row(number.row)
     column = table.column(number)
     needs = row.needs or (column.needs if column else table.needs)
     if needs is not None:
         ((reason, text),) = needs.items()
         return Cell(number, "", "measured", None, {"paper": text}, reason=reason)
+    if column is not None and column.derived is not None:
+        return _derived(slug, table, number, column, config, within)
     if column is None:
         raise PrunelabError("nothing says how it is run; add it, or say under `needs` what it takes")
     task, chosen = tasks.get(column.task), column.configuration or row.configuration
@@ -239,7 +249,7 @@ def _cell(slug: str, table: papers.Table, number: papers.Reported, config: Mappi
     metric = (column.metric or "{table}/{row}/{column}").format(**vars(number))
     task.metric(metric)
     configuration, model = paper.configuration(chosen or "dense"), column.model or row.model or table.model
-    runs: dict[str, Run | str] = {}
+    runs: dict[str, Run | Derived | str] = {}
     at = column.scales or tuple(scale for scale in ("paper", "testbed") if scale in task.scales)
     for scale in dict.fromkeys(("paper", *scales(config))):
         wanted = "testbed" if scale == "smoke" else scale
@@ -264,6 +274,58 @@ def _cell(slug: str, table: papers.Table, number: papers.Reported, config: Mappi
         dict.fromkeys(assumption for assumption in (table.assumes, row.assumes, own, column.assumes) if assumption)
     )
     return Cell(number, metric, task.status, column, runs, count if isinstance(count, Run) else None, assumes=assumes)
+
+
+def _derived(
+    slug: str,
+    table: papers.Table,
+    number: papers.Reported,
+    column: papers.Column,
+    config: Mapping[str, Any],
+    within: tuple[papers.Reported, ...],
+) -> Cell:
+    """A number made of other cells, at the scales that all of them have; what one of them lacks, it lacks."""
+    tables = {table.name: table for table in papers.load(slug).tables}
+    if number in within:
+        raise PrunelabError(f"'{number.table}', '{number.row}', '{number.column}' is derived of itself")
+    members: dict[papers.Reported, Cell] = {}
+
+    def member(place: str | papers.Place) -> papers.Reported:
+        place = papers.Place(column=place) if isinstance(place, str) else place
+        other = replace(number, **{key: name for key, name in place if name})
+        if other not in members:
+            of = registry.choose(tables, other.table, "table")
+            try:
+                members[other] = _cell(slug, of, other, config, (*within, number))
+            except PrunelabError as error:
+                raise PrunelabError(f"its '{other.table}', '{other.row}', '{other.column}': {error}") from None
+        return other
+
+    def at(scale: str, of: papers.Derivation) -> Derived | str | None:
+        parts: list[Derived | tuple[Run, str]] = []
+        lacking: list[str | None] = []
+        for each in of.members:
+            made: Run | Derived | str | None
+            if isinstance(each, papers.Derivation):
+                made, metric = at(scale, each), ""
+            else:
+                cell = members[member(each)]
+                made, metric = cell.runs.get("paper" if cell.status == "analytic" else scale), cell.metric
+            if made is None or isinstance(made, str):
+                lacking.append(made)
+            else:
+                parts.append((made, metric) if isinstance(made, Run) else made)
+        return lacking[0] if lacking else Derived(of.how, tuple(parts))
+
+    assert column.derived is not None
+    runs = {scale: made for scale in ("paper", *scales(config)) if (made := at(scale, column.derived)) is not None}
+    cells = members.values()
+    if lacking := next((cell for cell in cells if cell.reason), None):
+        return Cell(number, "", "measured", None, {"paper": lacking.runs["paper"]}, reason=lacking.reason)
+    exact = all(cell.status == "analytic" for cell in cells)
+    assumed = (table.assumes, table.row(number.row).assumes, column.assumes, *(cell.assumes for cell in cells))
+    assumes = "; ".join(dict.fromkeys(part for text in assumed for part in text.split("; ") if part))
+    return Cell(number, column.derived.how, "analytic" if exact else "measured", column, runs, assumes=assumes)
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,20 @@ from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
 from prunelab.common.experiments import papers, planning
+from prunelab.common.experiments.derived import Derived, behind
 from prunelab.common.experiments.planning import BoardPoint, Cell, FigureRun
 from prunelab.common.experiments.run import FIELDS, Run
 
 FOLDER = "plans"  # in the results folder
-FORMAT = 3
+FORMAT = 4
 _ELSEWHERE = ("results", "batch")  # settings that decide nothing of a plan
 
 
 class Outcome(NamedTuple):
-    """What becomes of one number: addresses of runs, or what they need in words, by scale; why nothing here can run it
-    (of `papers.REASONS`); under which assumption it runs."""
+    """What becomes of one number: addresses of its runs, or alone what they need in words, by scale; why nothing here
+    can run it (of `papers.REASONS`); under which assumption it runs."""
 
-    runs: Mapping[str, str]
+    runs: Mapping[str, tuple[str, ...]]
     reason: str
     assumes: str
 
@@ -60,7 +61,7 @@ class Plan:
         for number, entry in zip(papers.reported(slug), self.content["papers"][slug]["cells"], strict=True):
             metric, status, runs, count, reason, assumes = entry
             column = None if reason else tables[number.table].column(number)
-            at = {scale: self._named(run) for scale, run in runs.items()}
+            at = {scale: self._made(run) for scale, run in runs.items()}
             own = self.runs[count] if count else None
             results.append(Cell(number, metric, status, column, at, own, reason, assumes))
         return results
@@ -85,7 +86,7 @@ class Plan:
         """What becomes of each number, without reading a paper."""
         for paper in self.content["papers"].values():
             for _, _, runs, _, reason, assumes in paper["cells"]:
-                at = {scale: run if isinstance(run, str) else run[0] for scale, run in runs.items()}
+                at = {scale: tuple(_addresses(run)) for scale, run in runs.items()}
                 yield Outcome(at, reason, assumes)
 
     def jobs(self) -> dict[str, Run]:
@@ -97,6 +98,9 @@ class Plan:
         known = {stem.partition("-")[0] for stem in made}
         old = {a for a, run in wanted.items() if run.scale == "paper" and a not in made and run.identity in known}
         return {address: run for address, run in wanted.items() if address not in old and not run.needs}
+
+    def _made(self, entry: str | Sequence[str] | dict[str, Any]) -> Run | Derived | str:
+        return Derived.read(entry, self.runs.__getitem__) if isinstance(entry, dict) else self._named(entry)
 
     def _named(self, run: str | Sequence[str]) -> Run | str:
         return run if isinstance(run, str) else self.runs[run[0]]
@@ -131,11 +135,13 @@ def made(config: Mapping[str, Any]) -> Plan:
         wanted.update({run.address: None} if job else {})
         return [run.address]
 
+    def made_of(entry: Run | Derived | str, scale: str) -> str | list[str] | dict[str, Any]:
+        for run in behind(entry):
+            named(run, scale in scales or run.scale == "")
+        return entry.stored(lambda run: run.address) if isinstance(entry, Derived) else named(entry, job=False)
+
     def of_cell(cell: Cell) -> list[Any]:
-        at = {
-            scale: named(run, scale in scales or (isinstance(run, Run) and run.scale == ""))
-            for scale, run in cell.runs.items()
-        }
+        at = {scale: made_of(entry, scale) for scale, entry in cell.runs.items()}
         count = named(cell.count)[0] if cell.count else None
         return [cell.metric, cell.status, at, count, cell.reason, cell.assumes]
 
@@ -161,6 +167,17 @@ def made(config: Mapping[str, Any]) -> Plan:
         content = {"papers": {slug: of_paper(slug) for slug in planning.selected(config)}}
     stored = {address: {name: getattr(run, name) for name in FIELDS} for address, run in runs.items()}
     return Plan(config, json.loads(json.dumps({**content, "runs": stored, "jobs": list(wanted)})))
+
+
+def _addresses(entry: str | Sequence[str] | Mapping[str, Any]) -> Iterator[str]:
+    """The addresses in what is stored of a number at a scale, or its words alone."""
+    if isinstance(entry, str):
+        yield entry
+    elif isinstance(entry, Mapping):
+        for part in entry["of"]:
+            yield from _addresses(part) if isinstance(part, Mapping) else part[:1]
+    else:
+        yield from entry
 
 
 def _run(address: str, entry: Mapping[str, Any]) -> Run:

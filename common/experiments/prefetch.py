@@ -25,6 +25,7 @@ from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import file_digest, inside
 from prunelab.common.experiments import plans
+from prunelab.common.experiments.derived import Derived, behind
 from prunelab.common.experiments.run import Run
 
 if TYPE_CHECKING:
@@ -96,13 +97,13 @@ def _paper_runs(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Run]]:
     config = {**config, "scale": "paper", "assets": ""}
     plan = plans.of(config)
     for slug in plan.slugs:
-        shown: list[tuple[str, Run | str | None]] = [
+        shown: list[tuple[str, Run | Derived | str | None]] = [
             *((cell.reported.table, cell.runs.get("paper")) for cell in plan.cells(slug)),
             *((point.board.name, point.run) for point in plan.points(slug)),
             *((figure.figure.name, figure.run) for figure in plan.figures(slug)),
         ]
-        for table, run in shown:
-            if isinstance(run, Run):
+        for table, entry in shown:
+            for run in behind(entry):
                 yield slug, table, run
 
 
