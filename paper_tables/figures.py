@@ -1,4 +1,4 @@
-"""The pictures of a paper's page: its boards as curves, and what its own `figures.py` adds."""
+"""The pictures of a paper's page: its boards as curves, how its trainings went, and what its own `figures.py` adds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def of(
     context = Context(slug, plan.config, lines, boards, runs, record)
     own = hook(slug)
     curves: Mapping[str, Curves] = own.curves(context) if own and hasattr(own, "curves") else {}
-    result = trade_off(boards, curves)
+    result = trade_off(boards, curves) + trainings(boards, records)
     if own and hasattr(own, "figures"):
         result += own.figures(context)
     made = [r for r in map(record, (job.run for job in runs)) if r is not None]
@@ -71,6 +71,44 @@ def trade_off(boards: Sequence[BoardTable], reported: Mapping[str, Curves]) -> l
         if theirs and shown:
             caption += " The panels have different models, data and axes and do not compare."
         results.append(Figure(name, f'<div class="panels">{"".join(panels)}</div>', caption))
+    return results
+
+
+def trainings(boards: Sequence[BoardTable], records: Records) -> list[Figure]:
+    """What the methods of each board that train saw on their way: their own loss, and the parameters that stay."""
+    results = []
+    for name in dict.fromkeys(board.name for board in boards):
+        shown = [(board.scale, logs) for board in boards if board.name == name and (logs := _logs(board, records))]
+        panels = []
+        for scale, logs in shown:
+            look, least = svg.styles(logs), min(point["parameters"] for log in logs.values() for point in log)
+            drawn = [("loss", "loss", 1.0)]
+            if any(
+                log[0]["parameters"] > least or log[-1]["parameters"] < log[0]["parameters"] for log in logs.values()
+            ):
+                drawn.append(("parameters", "parameters that masks leave, M", 1e6))
+            for key, label, unit in drawn:
+                series = [
+                    svg.Series(entry, tuple(svg.Mark(point["step"], point[key] / unit) for point in log))
+                    for entry, log in logs.items()
+                ]
+                panels.append(_panel(f"By steps, {scale}", Curves("step", label, series), None, look))
+        if panels:
+            caption = (
+                "From the training logs of this board's runs, the first seed of each. The loss is a mean over the last"
+                " fifty steps or so, with all that a method adds to it, so that losses of two methods do not compare."
+            )
+            results.append(Figure(f"training: {name}", f'<div class="panels">{"".join(panels)}</div>', caption))
+    return results
+
+
+def _logs(board: BoardTable, records: Records) -> dict[str, list[dict[str, float]]]:
+    """The training logs of a board, by entry and budget."""
+    results = {}
+    for point in board.points:
+        metrics = {} if point.value.record is None else records.at(point.value.record)["metrics"]
+        if log := metrics.get("training_loss", {}).get("log"):
+            results[" at ".join(filter(None, (point.entry, point.budget)))] = log
     return results
 
 

@@ -18,7 +18,7 @@ from prunelab.common.data_selection.engine import applied
 from prunelab.common.data_selection.role import DataSelector
 from prunelab.common.measures import fitting, perplexity, task_examples, zero_shot
 from prunelab.common.measures.bench import Bench
-from prunelab.common.measures.language import sizes
+from prunelab.common.measures.language import sizes, training
 from prunelab.common.models import devices, loading
 from prunelab.common.training.method import TrainingMethod
 from prunelab.common.training.recipe import Recipe
@@ -89,7 +89,7 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
             method, model, bench.budget, whole, _recipe(settings, len(whole)), services=seconds, seed=bench.seed,
             accelerator=_accelerator(bench), progress=False,
         )  # fmt: skip
-        results = sizes(model, plan.report)
+        results = sizes(model, plan.report) | training(plan)
     elif method is None or not whole:
         model = _trained(bench, model, whole)
     elif method.when == "before" and "checkpoints" in services:
@@ -164,7 +164,7 @@ def _recipe(settings: Finetune.Settings, samples: int) -> Recipe:
     steps = max(1, math.ceil(settings.epochs * samples / settings.batch))
     return Recipe(
         steps=steps, batch=settings.together or settings.batch, rate=settings.rate, warmup=settings.warmup, decay=0.0,
-        betas=(0.9, 0.999), clip=settings.clip, check_every=steps,
+        betas=(0.9, 0.999), clip=settings.clip, check_every=max(1, steps // fitting.POINTS),
     )  # fmt: skip
 
 

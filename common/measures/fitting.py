@@ -28,6 +28,8 @@ from prunelab.common.training import trainer
 from prunelab.common.training.batches import Batches
 from prunelab.common.training.recipe import Recipe
 
+POINTS = 24  # of a training log
+
 
 @dataclass
 class _Job:

@@ -13,7 +13,7 @@ from prunelab.common.measures.bench import Bench
 
 if TYPE_CHECKING:
     from prunelab.common.experts.apply import ExpertHandle
-    from prunelab.common.weights import WeightReport
+    from prunelab.common.weights import WeightPlan, WeightReport
 
 
 def without_experts(bench: Bench[Any], model: nn.Module) -> AbstractContextManager[Any]:
@@ -40,6 +40,12 @@ def experts_run(model: nn.Module, handle: ExpertHandle | None) -> dict[str, Any]
     figures = {"experts_run": 100 * report.ratio, "activated_saving": 100 * left / used}
     results = {name: {"value": round(value, 3)} for name, value in figures.items()}
     return results | {"activated_gparameters": {"value": round((used - left) / 1e9, 9)}}
+
+
+def training(plan: WeightPlan) -> dict[str, Any]:
+    """`training_loss`, the smoothed loss of the last step, with the training log behind it."""
+    log = plan.header["log"]
+    return {"training_loss": {"value": log[-1]["loss"], "log": log}}
 
 
 def sizes(model: nn.Module, report: WeightReport | None = None) -> dict[str, Any]:

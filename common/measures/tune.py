@@ -20,7 +20,7 @@ from prunelab.common.data_selection.ngrams import HashedNgrams, kl_reduction
 from prunelab.common.data_selection.role import DataSelector
 from prunelab.common.measures import fitting
 from prunelab.common.measures.bench import Bench, finite
-from prunelab.common.measures.language import sizes
+from prunelab.common.measures.language import sizes, training
 from prunelab.common.metrics.likelihood import exponential, per_token
 from prunelab.common.models import devices, loading
 from prunelab.common.training import engine
@@ -55,7 +55,7 @@ def measure(bench: Bench[Tune.Settings]) -> dict[str, Any]:
         plan = engine.train(
             method, model, bench.budget, whole, _recipe(settings), services=teacher, seed=bench.seed, progress=False
         )
-        kept = sizes(model, plan.report)
+        kept = sizes(model, plan.report) | training(plan)
     elif method.when == "before":
         chosen, kept = _before(method, bench, model, data)
         tuned = _trained(bench, model, chosen)
@@ -127,7 +127,7 @@ def _trained(bench: Bench[Tune.Settings], model: nn.Module, samples: Sequence[Ma
 def _recipe(settings: Tune.Settings) -> LinearRecipe:
     return LinearRecipe(
         steps=settings.steps, batch=settings.batch, rate=settings.rate, warmup=settings.warmup, decay=0.0,
-        betas=(0.9, 0.999), check_every=settings.steps,
+        betas=(0.9, 0.999), check_every=max(1, settings.steps // fitting.POINTS),
     )  # fmt: skip
 
 

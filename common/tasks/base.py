@@ -233,6 +233,10 @@ SIZES: Mapping[str, Metric] = {
     ),
 }
 
+TRAINED: Mapping[str, Metric] = {
+    "training_loss": Metric("loss of the method's own training in its last steps", higher_is_better=False),
+}
+
 OF_EXPERTS: Mapping[str, Metric] = {
     "experts_run": Metric("choices of experts that ran", "%"),
     "activated_gparameters": Metric("parameters that a token uses", "G", cost="parameters a token uses"),

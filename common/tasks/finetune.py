@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt, Share
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import SIZES, Catalogue, Metric, Metrics, Reads, Task, Work
+from prunelab.common.tasks.base import SIZES, TRAINED, Catalogue, Metric, Metrics, Reads, Task, Work
 from prunelab.common.tasks.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Finetune(Task):
         "tokens": Metric("tokens that entered the loss", "%", cost="tokens trained on"),
         "memory_gb": Metric("the most that the allocator held", "GB", higher_is_better=False, timed=True),
         **SIZES,
+        **TRAINED,
     }
 
     class Settings(base.Questions):

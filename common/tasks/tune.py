@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.core.options import NonNegativeInt, PositiveFloat, PositiveInt, Share, Within
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import SIZES, Catalogue, Metric, Metrics, Reads, Task
+from prunelab.common.tasks.base import SIZES, TRAINED, Catalogue, Metric, Metrics, Reads, Task
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -33,6 +33,7 @@ class Tune(Task):
         "samples": Metric("samples that entered the training", "%", cost="samples"),
         "tokens": Metric("tokens that entered the loss", "%", cost="tokens trained on"),
         **SIZES,
+        **TRAINED,
     }
 
     class Settings(base.Settings):

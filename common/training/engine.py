@@ -44,7 +44,8 @@ def train(
     progress: bool = True,
 ) -> WeightPlan:
     """Train a model under `method` until it holds `budget`, in place, and return the plan, which repeats what came of
-    it on the model as it was.
+    it on the model as it was. Its header holds the training log under `log`: by steps the loss (smoothed), the
+    parameters that masks leave, what `evaluate` gives, and seconds.
 
     Parameters
     ----------
@@ -59,7 +60,7 @@ def train(
     services
         Second models that the method names, such as `teacher`.
     evaluate
-        The model's quality on held-out data, for the curve that the terminal shows.
+        The model's quality on held-out data, for the training log.
     folder
         Keeps checkpoints, so that the same call on the untrained model goes on after an interruption, and in the end
         the plan.
@@ -102,7 +103,7 @@ def train(
     job = _Job(method, training, model, recipe, batches, evaluate, before[0], accelerator)
     was_training = model.training
     try:
-        trainer.run(job, recipe, folder, identity, threads, job, accelerator, progress)
+        log = trainer.run(job, recipe, folder, identity, threads, job, accelerator, progress).curve
         training.step = recipe.steps
         model.eval()
         decisions = method.finish(training)
@@ -118,6 +119,7 @@ def train(
     kept = _with_values(decisions, training, job.touched)
     tally = Tally()
     plan = _carried_out(method, adapter, kept, header, tally)
+    plan.header["log"] = log
     plan.header["report"] = asdict(
         replace(report(tally, before, size_of(own), prunable), average_parameters=job.average)
     )
@@ -184,7 +186,8 @@ class _Job(trainer.Observer):
         return _moved(self.batches(number), device)
 
     def evaluate(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
-        return {} if self.held_out is None else self.held_out(model)
+        left = {"parameters": self.dense - float(self.training.removed())}
+        return left if self.held_out is None else left | self.held_out(model)
 
     def take_off(self, keep: bool) -> None:
         self.around.close()

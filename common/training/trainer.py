@@ -213,7 +213,7 @@ class _Loop:
             task = progress.add_task(self.job.name, total=self.recipe.steps, completed=step)
             while step < self.recipe.steps:
                 loss = _step(self, model, optimizer, step, draws)
-                smooth = loss if step == 0 else 0.98 * smooth + 0.02 * loss
+                smooth = loss if step == 0 else smooth + max(0.02, 1 / (step + 1)) * (loss - smooth)  # at first a mean
                 step += 1
                 progress.update(task, completed=step)
                 due = step % self.recipe.check_every == 0 or step == self.recipe.steps

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 from collections import Counter
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
@@ -776,6 +777,21 @@ def test_patterns_are_points_and_shares_a_curve() -> None:
     line = re.search(r'<polyline[^>]*points="([^"]*)"', drawn.html)
     assert line and len(line[1].split()) == 2 and drawn.html.count("<polyline") == 1
     assert drawn.html.count('class="error ') == 3 and drawn.html.count('class="key"') == 1
+
+
+def test_trainings_are_drawn_from_their_logs() -> None:
+    stated = papers.Board(name="b", task="tune", metric="loss", entries={}, budgets=())
+    log = [{"step": s, "loss": 1.0 / s, "parameters": 4e6 - s * 1e6, "seconds": 1.0} for s in (1, 2)]
+    kept = {"a": {"metrics": {"training_loss": {"value": 0.5, "log": log}}}, "d": {"metrics": {"loss": {"value": 1.0}}}}
+    points = [join.Point("dense", None, "testbed", join.Value("testbed", 1.0, record="d"))]
+    points += [join.Point("PST", "0.5", "testbed", join.Value("testbed", 2.0, record="a"))]
+    points += [join.Point("PST", "0.7", "testbed", join.Value("not run: needs a run"))]
+    board = join.BoardTable("b", "", "loss", "testbed", "parameters", tuple(points), stated)
+    records: Any = types.SimpleNamespace(at=kept.__getitem__)
+    (drawn,) = figures.trainings([board], records)
+    assert drawn.html.count("<polyline") == 2, "the loss, and the parameters that stay"
+    assert "PST at 0.5" in drawn.html and "dense" not in drawn.html
+    assert figures.trainings([replace(board, points=board.points[:1])], records) == []
 
 
 def test_stages_show_what_is_removed_when() -> None:

@@ -17,6 +17,7 @@ from prunelab.common.training import engine
 from prunelab.common.training.batches import Batches
 from prunelab.common.training.distillation import distillation, flops
 from prunelab.common.training.recipe import Recipe
+from prunelab.common.weights import WeightPlan
 from tests.contract.references import MagnitudeWeights, language_model, token_ids
 from tests.contract.training_references import DistilledQuantiser, GradualMagnitude, LowRankChannels, RandomMasks
 
@@ -124,6 +125,30 @@ def test_average_parameters_follow_the_masks():
         budget = schedule.budget(step - 1, Budget(0.5)) if step else Budget(1.0)
         gone += sum(t.shape[0] * budget.pruned(t.shape[1]) for t in gradual.targets if t.unit == "linear")
     assert gradual.report.average_parameters == pytest.approx(report.dense_parameters - gone / RECIPE.steps)
+
+
+def test_the_plan_holds_the_training_log(tmp_path):
+    recipe = replace(RECIPE, check_every=2)
+    _, plan = train(
+        GradualMagnitude(), recipe=recipe, folder=tmp_path, evaluate=lambda m: {"mean": m.lm_head.weight.mean().item()}
+    )
+    log = plan.header["log"]
+    assert [point["step"] for point in log] == [2, 4, 6] and all({"loss", "mean", "seconds"} <= p.keys() for p in log)
+    left = [point["parameters"] for point in log]
+    assert left == sorted(left, reverse=True) and left[0] > left[-1]
+    assert left[-1] == plan.report.dense_parameters - plan.report.zeroed
+    assert WeightPlan.load(tmp_path).header["log"] == log
+
+
+def test_a_loss_in_the_log_is_the_mean_of_the_first_steps():
+    losses = iter([4.0, 2.0, 3.0])
+
+    class Given(RandomMasks):
+        def loss(self, batch, outputs, teacher, training):
+            return super().loss(batch, outputs, teacher, training) * 0 + next(losses)
+
+    _, plan = train(Given(), recipe=replace(RECIPE, steps=3, check_every=1))
+    assert [point["loss"] for point in plan.header["log"]] == [4.0, 3.0, 3.0]
 
 
 def test_frozen_weights_stay_and_are_not_in_the_plan():
