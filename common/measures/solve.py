@@ -51,7 +51,8 @@ def measure(bench: Bench[Solve.Settings]) -> dict[str, Any]:
         calibration = None
         if getattr(method, "calibrated", False):
             names = ["calibration", *(name for name in OTHERS if name in ids)]
-            calibration = [s for name in names for s in _calibration(bench, model, tokenizer, ids[name])]
+            count = settings.calibration
+            calibration = [s for name in names for s in demonstrations(bench, model, tokenizer, ids[name], count)]
         plan = pruning.prune(method, model, bench.budget, calibration, seed=bench.seed, progress=False)
         out = sizes(model, plan.report)
     right = [0.0] * len(exam)
@@ -82,18 +83,18 @@ def _protocol(bench: Bench[Solve.Settings]) -> str:
     return f"{settings.runs} runs, {sampled}, {limit}; graded by the last boxed answer, or by tests"
 
 
-def _calibration(bench: Bench[Solve.Settings], model: Any, tokenizer: Any, identity: Mapping[str, Any]) -> list[Tensor]:
-    """Sequences of token ids to calibrate on, of one data set, as the setting `shown` asks."""
+def demonstrations(
+    bench: Bench[Any], model: Any, tokenizer: Any, identity: Mapping[str, Any], count: int
+) -> list[Tensor]:
+    """So many sequences of token ids to calibrate on, of one data set, as the setting `shown` asks."""
     settings = bench.settings
     if identity["loader"] != "problems":
-        drawn = texts.windows(identity, bench.config, tokenizer, settings.length, settings.calibration, bench.seed)
+        drawn = texts.windows(identity, bench.config, tokenizer, settings.length, count, bench.seed)
         return [tokens.to(model.device) for tokens in drawn]
     known = problems.load(identity, bench.config)
-    if len(known) < settings.calibration:
-        raise PrunelabError(
-            f"there are {len(known)} problems to calibrate on, not {settings.calibration}; ask for fewer"
-        )
-    chosen = random.Random(bench.seed).sample(known, settings.calibration)
+    if len(known) < count:
+        raise PrunelabError(f"there are {len(known)} problems to calibrate on, not {count}; ask for fewer")
+    chosen = random.Random(bench.seed).sample(known, count)
     asks = [prompt(tokenizer, problem, settings.template) for problem in chosen]
     if settings.shown == "problem":
         made: list[list[int]] = [[] for _ in chosen]
@@ -169,7 +170,7 @@ class _AtOutput(StoppingCriteria):
 
 @torch.inference_mode()
 def written(
-    bench: Bench[Solve.Settings], model: Any, tokenizer: Any, prompts: Sequence[list[int]], run: int,
+    bench: Bench[Any], model: Any, tokenizer: Any, prompts: Sequence[list[int]], run: int,
     stopping: bool = False,
 ) -> list[list[int]]:  # fmt: skip
     """What the model writes behind prompts as token ids, without what follows its end, or, with `stopping`, the place

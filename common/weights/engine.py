@@ -94,7 +94,9 @@ class Engine:
             for target in self.at(block):
                 signals = self.signals(target, evidence[target.name])
                 mask = unbits(chosen[target.name], target.shape).to(self.device)
-                tensors |= self.carry_out(target, Decision(mask, self.method.update(target, signals, mask)))
+                share = self.method.stand_ins(target, mask)
+                decision = Decision(mask, self.method.update(target, signals, mask), share=share)
+                tensors |= self.carry_out(target, decision)
             self.work.decided(block, tensors)
 
     # -- steps of a run that decides block by block ------------------------------------------------------------------
@@ -164,7 +166,7 @@ class Engine:
         for target, mask in zip(
             self.targets, self.method.select(self.targets, signals, scores, self.budget), strict=True
         ):
-            self.check(target, Decision(mask))
+            self.check(target, Decision(mask, share=self.method.stand_ins(target, mask)))
             chosen[target.name] = bits(mask)
             alive = [alive[0] or target.whole, alive[1] or (target.whole and bool(mask.any()))]
         if alive == [True, False]:

@@ -105,6 +105,11 @@ class WeightPruner(Method):
         """New values by role, for methods that make up for what was taken away."""
         return {}
 
+    def stand_ins(self, target: Target, mask: Tensor) -> Tensor | None:
+        """`Decision.share` of a target of experts that is decided with all others; None where tokens are sent among
+        those that stay."""
+        return None
+
     def solve(self, target: Target, signals: WeightSignals, budget: Budget) -> Decision:
         """A sequential method's decision on one target. Methods that choose and update at once override this."""
         scores = signals.without_gone(self.score(target, signals))

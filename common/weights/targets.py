@@ -277,7 +277,7 @@ class Decision:
         leaves every shape as it is.
     code: the new weight of a linear as whole numbers, in place of a value.
     share: of experts [units], the one that stays which is used in the place of each, for those that stay their own
-        number. The router keeps the rows of all.
+        number, and -1 where none is, so that what the expert gave is left out. The router keeps the rows of all.
     """
 
     mask: Tensor

@@ -103,12 +103,16 @@ class EasyEP(WeightPruner):
         Number of demonstrations of each domain, in order, to prune for several at once.
     longest
         Only so many demonstrations count, the longest of each domain; the release takes 25 by their characters.
+    reroute
+        Tokens are sent among the experts that stay. Otherwise the router chooses among all, and what experts that left
+        would have given is left out (the paper's appendix F.3).
     """
 
     importance: Importance = "output"
     tokens: bool = True
     domains: tuple[PositiveInt, ...] = ()
     longest: NonNegativeInt = 0
+    reroute: bool = True
 
     name: ClassVar[str] = "easy_ep"
 
@@ -139,3 +143,6 @@ class EasyEP(WeightPruner):
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         return mix(signals["scores"])
+
+    def stand_ins(self, target: Target, mask: Tensor) -> Tensor | None:
+        return None if self.reroute else torch.arange(len(mask), device=mask.device).masked_fill(~mask, -1)

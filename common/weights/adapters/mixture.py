@@ -132,7 +132,9 @@ class Mixtures(Pretrained):
         place[kept.cpu()] = torch.arange(len(kept))
         router = self._part(target.block, self.router).weight.device
         device = torch.device("cpu") if router.type == "meta" else router
-        experts.register_buffer(SERVED, place[share.cpu()].to(device), persistent=False)
+        share = share.cpu()
+        served = place[share.clamp_min(0)].masked_fill(share < 0, -1)
+        experts.register_buffer(SERVED, served.to(device), persistent=False)
         experts.register_forward_pre_hook(_redirected)
 
     def lost(self, target: Target, decision: Decision) -> int:
@@ -179,9 +181,10 @@ class Mixtures(Pretrained):
 
 
 def _redirected(experts: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Tokens go to the experts that stand in for those that the router chose."""
+    """Tokens go to the experts that stand in for those that the router chose, or without them where none does."""
     hidden, chosen, weights = args
-    return hidden, getattr(experts, SERVED)[chosen], weights
+    served = getattr(experts, SERVED)[chosen]
+    return hidden, served.clamp_min(0), weights.masked_fill(served < 0, 0)
 
 
 def _inner(experts: Any, index: int, x: Tensor) -> Tensor:

@@ -144,3 +144,25 @@ def test_bad_input_says_what_to_do():
         prune(EasyEP(), language_model("mixtral"), Budget(1, "count"), token_ids(), progress=False)
     with pytest.raises(PrunelabError, match="calibration set"):
         prune(EasyEP(), language_model("mixtral"), 0.5, progress=False)
+
+
+@pytest.mark.parametrize("family", MOE)
+@torch.no_grad()
+def test_without_rerouting_the_router_chooses_among_all_and_what_left_gives_nothing(family, tmp_path):
+    model, silenced = language_model(family), language_model(family)
+    plan = prune(EasyEP(reroute=False), model, Budget(0.5), token_ids(), progress=False)
+    masks = [(target, decision.mask) for target, decision in plan.decisions()]
+    kept = prune(EasyEP(), language_model(family), Budget(0.5), token_ids(), progress=False).decisions()
+    assert [mask.tolist() for _, mask in masks] == [d.mask.tolist() for _, d in kept], "the same experts stay"
+    for target, mask in masks:
+        experts = silenced.get_submodule(target.name)
+        experts.down_proj[~mask] = 0
+        small = model.get_submodule(target.name)
+        assert len(small.down_proj) == int(mask.sum()) < len(mask)
+    ids = token_ids(2, seed=9)
+    wanted = silenced(ids).logits
+    assert torch.allclose(model(ids).logits, wanted, atol=1e-5)
+    save_pruned(model, plan, tmp_path)
+    assert torch.allclose(load_pruned(tmp_path)(ids).logits, wanted, atol=1e-5)
+    one = prune(EasyEP(reroute=False), language_model(family), Budget(1, "count"), token_ids(), progress=False)
+    assert all(decision.kept == 1 for _, decision in one.decisions()), "fewer than a token is sent to"

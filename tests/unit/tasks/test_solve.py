@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from prunelab.common.catalogue import lookup
+from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import problems, programs, prompts, texts
 from prunelab.common.data.problems import Problem, boxed, plain, solved
@@ -21,6 +22,8 @@ from prunelab.common.measures.bench import Bench
 from prunelab.common.models import loading
 from prunelab.common.rehearsal import datasets as look_alikes
 from prunelab.common.tasks import get
+from prunelab.common.weights import prune
+from prunelab.methods.easy_ep.method import EasyEP
 from tests.contract.families import WEIGHT_FAMILIES
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(40))]
@@ -242,8 +245,8 @@ def test_answers_are_sampled_run_by_run_and_come_again_with_the_seed(monkeypatch
     assert set(greedy["solved"]["samples"]) <= {0, 100}, "all runs are one"
 
 
-CHOSEN = ("easy_ep", "without_tokens", "without_norm", "gating", "frequency", "random", "m_smoe", "problems alone",
-          "answers alone", "with references")  # fmt: skip
+CHOSEN = ("easy_ep", "without_tokens", "without_norm", "gating", "frequency", "random", "m_smoe", "no reroute",
+          "problems alone", "answers alone", "with references")  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe_mixed"])
@@ -262,7 +265,8 @@ def test_what_a_method_calibrates_on_is_what_the_setting_says(monkeypatch, confi
     def seen(identity=None, **settings):
         given = get("solve").read({"new": 4, "calibration": 3, **settings})
         asked = identity or entry("two.jsonl", answer="a")
-        return [len(t) for t in solve._calibration(Bench("paper", {}, given, config), model, tokenizer, asked)]
+        bench = Bench("paper", {}, given, config)
+        return [len(t) for t in solve.demonstrations(bench, model, tokenizer, asked, given.calibration)]
 
     alone, both = seen(shown="problem"), seen()
     assert [a + b for a, b in zip(alone, seen(shown="answer"), strict=True)] == both
@@ -279,6 +283,39 @@ def test_demonstrations_of_several_domains_are_scored_apart(monkeypatch, config)
     assert run(monkeypatch, config, "deepseek_v3", "easy_ep", "2count", options, ids=more)["saving"]["value"] > 0
     with pytest.raises(PrunelabError, match="9 demonstrations"):
         run(monkeypatch, config, "deepseek_v3", "easy_ep", "2count", options)
+
+
+def test_what_few_and_many_demonstrations_keep_is_compared(monkeypatch, config):
+    made = []
+    monkeypatch.setattr(
+        loading, "language", lambda *_: (made.append(WEIGHT_FAMILIES["deepseek_v3"]()) or made[-1], Tokenizer())
+    )
+    task, ids = get("agreement"), {"model": {"testbed": "tiny"}, "calibration": entry("two.jsonl", answer="a")}
+
+    def compared(few, many, method="easy_ep", budget="2count"):
+        given = task.read({"calibration": few, "against": many, "new": 4, "length": 16})
+        return task().measure(Bench("paper", ids, given, config, method, {}, budget))
+
+    found = compared(1, 4)
+    assert len(made) == 2, "the second is unpruned"
+    targets = int(found["overlap"]["n"])
+    kept = {name: [WEIGHT_FAMILIES["deepseek_v3"](), count] for name, count in (("few", 1), ("many", 4))}
+    masks = {}
+    for name, (model, count) in kept.items():
+        given = task.read({"calibration": 4, "against": 4, "new": 4})
+        shown = solve.demonstrations(Bench("paper", {}, given, config), model, Tokenizer(), ids["calibration"], 4)
+        plan = prune(EasyEP(), model, Budget(2, "count"), shown[:count], progress=False)
+        masks[name] = [decision.mask for _, decision in plan.decisions()]
+    shares = [100 * float((a & b).sum()) / 2 for a, b in zip(masks["few"], masks["many"], strict=True)]
+    assert len(shares) == targets and found["overlap"]["value"] == pytest.approx(sum(shares) / targets)
+    assert found["least"]["value"] == min(shares) and compared(4, 4)["overlap"]["value"] == 100
+    for given, message in (
+        ((4, 1), "some of 1"),
+        ((1, 4, None, None), "is not calibrated"),
+        ((1, 4, "wanda", "0.5"), "single"),
+    ):
+        with pytest.raises(PrunelabError, match=message):
+            compared(*given)
 
 
 def test_problems_without_answers_are_not_graded(monkeypatch, config, tmp_path):
