@@ -438,7 +438,7 @@ class CacheHandle:
                 if isinstance(method, ThinsVectors):
                     if output.requires_grad:  # whose backward pass reads what attention saw
                         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-                    method.thin(site, layer.keys, layer.values, layer.added, budget)
+                    method.thin(site, layer.keys, layer.values, layer.added, budget, signals)
                 merged = method.merge(signals, kept) if isinstance(method, Merges) else None
                 layer.keep(kept)
                 if merged is not None:

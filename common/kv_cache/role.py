@@ -199,8 +199,11 @@ class ThinsVectors(CachePruner):
     resting: bool
 
     @abstractmethod
-    def thin(self, site: Site, keys: Tensor, values: Tensor, added: int, budget: Budget) -> None:
-        """Put zeros in place of what is pruned of keys and values [B, KV, N, d], to which a pass just added some."""
+    def thin(
+        self, site: Site, keys: Tensor, values: Tensor, added: int, budget: Budget, signals: CacheSignals | None = None
+    ) -> None:
+        """Put zeros in place of what is pruned of keys and values [B, KV, N, d], to which a pass just added some.
+        signals: what was required of the pass; None behind a single token of a cache that rests."""
 
     @abstractmethod
     def frozen(self, entries: int) -> int:

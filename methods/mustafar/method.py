@@ -47,6 +47,18 @@ def per_channel(x: Tensor, sparsity: float, group: int, released: bool = True) -
     return torch.cat([x[:, :, :whole].masked_fill(~kept, 0), x[:, :, whole:]], 2)
 
 
+def output_aware(x: Tensor, received: Tensor, sparsity: float, real: Tensor | None = None) -> Tensor:
+    """Values x [B, H, T, d] with each channel's smallest entries at zero, by magnitude times the attention [B, H,
+    T] that their token received: of T tokens, or of those that are `real` [B, H, T], T (1 - sparsity) stay, rounded
+    down."""
+    worth = x.float().abs() * received.float().unsqueeze(-1)
+    real = torch.ones_like(received, dtype=torch.bool) if real is None else real
+    worth = worth.masked_fill(~real.unsqueeze(-1), -1)
+    stays = (real.sum(-1) * (1 - sparsity) + 1e-6).long()
+    rank = worth.argsort(dim=2, descending=True, stable=True).argsort(2)
+    return x.masked_fill(rank >= stays[..., None, None], 0)
+
+
 @dataclass(frozen=True)
 class Mustafar(ThinsVectors):
     """Magnitude pruning of keys and values, each token once, when it leaves the last ones (arXiv 2505.22913).
@@ -62,6 +74,10 @@ class Mustafar(ThinsVectors):
         Last tokens that stay as they are.
     value_groups : {"token", "channel"}
         Whether the entries of one vector are compared, or those of one channel over `window_size` tokens.
+    value_scores : {"magnitude", "output"}
+        With groups of channels, `output` weighs the prompt's values by the attention that its last `window_size` tokens
+        pay them, and compares each channel over the whole prompt; values of later tokens stay.
+        # assumption: the release scores these with sums that it forgets in every step, so that chance decides.
     released : bool
         Whether one entry less goes, as in the released code; see `largest`.
     resting : bool
@@ -74,6 +90,7 @@ class Mustafar(ThinsVectors):
     values: Share | None = None
     window_size: NonNegativeInt = 32
     value_groups: Literal["token", "channel"] = "token"
+    value_scores: Literal["magnitude", "output"] = "magnitude"
     released: bool = True
     resting: bool = True
 
@@ -85,22 +102,29 @@ class Mustafar(ThinsVectors):
         super().__post_init__()
         if self.value_groups == "channel" and self.window_size < 1:
             raise PrunelabError("mustafar: with groups of channels the window must be at least 1")
+        if self.value_scores == "output" and self.value_groups != "channel":
+            raise PrunelabError("mustafar: values are scored by the output in groups of channels; say value_groups")
 
     def requires(self, site: Site) -> frozenset[str]:
-        return frozenset()
+        return frozenset({"queries", "keys"} if self.value_scores == "output" else ())
 
     def frozen(self, entries: int) -> int:
         done = max(entries - self.window_size, 0)
-        return done if self.value_groups == "token" else done // self.window_size * self.window_size
+        by_token = self.value_groups == "token" or self.value_scores == "output"
+        return done if by_token else done // self.window_size * self.window_size
 
     def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
         return Plan(Gather(torch.arange(signals.units, device=signals.indices.device).expand_as(signals.indices)))
 
-    def thin(self, site: Site, keys: Tensor, values: Tensor, added: int, budget: Budget) -> None:
+    def thin(
+        self, site: Site, keys: Tensor, values: Tensor, added: int, budget: Budget, signals: CacheSignals | None = None
+    ) -> None:
         if budget.unit != "ratio":
             raise PrunelabError(f"mustafar keeps a share of every vector, not {budget}; give a ratio")
         dense = 1 - budget.amounts[0]
         sparse_keys, sparse_values = (dense if given is None else given for given in (self.keys, self.values))
+        if self.value_scores == "output" and signals is not None and signals.prefill:
+            values.copy_(output_aware(values, self.received(signals), sparse_values, signals.valid))
         end = max(keys.shape[2] - self.window_size, 0)
         start = max(end - added, 0)  # what is before it was pruned when it left the window
         if start == end:
@@ -112,6 +136,8 @@ class Mustafar(ThinsVectors):
             values[:, :, start:end].copy_(both[1])
             return
         left.copy_(per_token(left, sparse_keys, self.released))
+        if self.value_scores == "output":
+            return
         if self.value_groups == "token":
             left = values[:, :, start:end]
             left.copy_(per_token(left, sparse_values, self.released))
@@ -119,3 +145,11 @@ class Mustafar(ThinsVectors):
             start = start // self.window_size * self.window_size  # the group that may now be whole
             left = values[:, :, start:end]
             left.copy_(per_channel(left, sparse_values, self.window_size, self.released))
+
+    def received(self, signals: CacheSignals) -> Tensor:
+        """Attention [B, KV, T] that the last tokens of the prompt pay, summed over them and the heads of a group."""
+        last = min(self.window_size, signals.queries.shape[2])
+        rows = signals.rows(last)
+        if signals.asking is not None:
+            rows = rows * signals.asking[:, None, None, -last:, None]
+        return rows.sum((2, 3))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from prunelab.methods.mustafar.method import largest, per_channel, per_token
+from prunelab.methods.mustafar.method import largest, output_aware, per_channel, per_token
 
 TOLERANCE = {"_sum": (1e-4, 1e-5)}
 
@@ -16,6 +16,10 @@ def replay(case: str, inputs: Mapping[str, np.ndarray], wanted: Sequence[str]) -
     def sparsity(name: str) -> float:
         return round(float(inputs[f"in_{name}_sparsity"]), 6)
 
+    if "in_attention" in inputs:
+        value, attention = torch.from_numpy(inputs["in_value"]), torch.from_numpy(inputs["in_attention"])
+        received = attention.unflatten(1, (value.shape[1], -1)).sum((2, 3))
+        return {"out_value": output_aware(value, received, sparsity("v")).numpy()}
     if "in_group_size" in inputs:
         pruned = per_channel(torch.from_numpy(inputs["in_value"]), sparsity("v"), int(inputs["in_group_size"]))
         return {"out_value": pruned.numpy()}

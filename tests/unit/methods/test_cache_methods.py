@@ -20,6 +20,7 @@ from prunelab.methods.mustafar.method import Mustafar, largest, per_token
 from prunelab.methods.spatten.method import SpAtten, fetched, local_values, quantised
 from prunelab.methods.spec_kv.method import SpecKV, SpecKVPC, SpecPC, first_of_each
 from prunelab.methods.streaming_llm.method import StreamingLLM
+from prunelab.methods.think.method import ThinK
 from tests.unit.kv_cache.test_caches import GREEDY, decoder, prompt
 
 
@@ -188,6 +189,75 @@ def test_mustafar_as_the_paper_counts_and_by_channel():
     assert bool((groups == 3).all())  # of 8 tokens, k = 4, so that 3 go from every channel
     assert not bool((layer.values[:, :, 16:] == 0).any())
     with pytest.raises(PrunelabError, match="give a ratio"), applied(Mustafar(), model, Budget(5, "count")):
+        model(tokens)
+
+
+@torch.no_grad()
+def test_mustafar_weighs_the_values_of_a_prompt_by_what_its_last_tokens_read():
+    model, tokens = decoder(), prompt(2, 29)
+    method = Mustafar(window_size=8, value_groups="channel", value_scores="output", keys=0.5, values=0.5)
+    dense = DynamicCache()
+    want = model(tokens[:, :24], past_key_values=dense).logits[:, -1]
+    with applied(method, model, 0.5) as handle:
+        cache = DynamicCache()
+        assert torch.allclose(model(tokens[:, :24], past_key_values=cache).logits[:, -1], want, atol=1e-6)
+        for n in range(24, 29):
+            model(tokens[:, n : n + 1], past_key_values=cache)
+    layer = handle.layers[1]
+    layer.unpack()
+    values = dense.layers[1].values
+    gone = layer.values[:, :, :24] == 0
+    assert bool((gone.sum(2) == 12).all()) and not bool((layer.values[:, :, 24:] == 0).any())
+    assert torch.equal(layer.values[:, :, :24], values.masked_fill(gone, 0))
+    assert not torch.equal(gone, values.abs() <= values.abs().median(2, keepdim=True).values), "not by magnitude alone"
+    assert bool((layer.keys[:, :, :21] == 0).any()) and not bool((layer.keys[:, :, 21:] == 0).any())
+    with pytest.raises(PrunelabError, match="groups of channels"):
+        Mustafar(value_scores="output")
+
+
+# -- ThinK -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_think_lets_the_same_channels_of_all_but_the_last_tokens_of_a_prompt_go(part):
+    model, tokens = decoder(), prompt(2, 30)
+    dense = DynamicCache()
+    want = model(tokens[:, :26], past_key_values=dense).logits[:, -1]
+    with applied(ThinK(part, recent=6), model, 0.5) as handle:
+        cache = DynamicCache()
+        assert torch.allclose(model(tokens[:, :26], past_key_values=cache).logits[:, -1], want, atol=1e-6)
+        found = [model(tokens[:, n : n + 1], past_key_values=cache).logits[:, -1] for n in range(26, 30)]
+    for layer, whole in zip(handle.layers, dense.layers, strict=True):
+        layer.unpack()
+        thin, full = (getattr(x, part)[:, :, :26] for x in (layer, whole))
+        gone = (thin[:, :, :20] == 0).all(2)
+        assert bool((gone.sum(-1) == full.shape[-1] // 2).all())
+        assert torch.equal(thin[:, :, 20:], full[:, :, 20:])
+        assert torch.equal(thin[:, :, :20], full[:, :, :20].masked_fill(gone.unsqueeze(2), 0))
+        other = "values" if part == "keys" else "keys"
+        assert torch.equal(getattr(layer, other)[:, :, :26], getattr(whole, other))
+        full[:, :, :20].masked_fill_(gone.unsqueeze(2), 0)
+    then = [model(tokens[:, n : n + 1], past_key_values=dense).logits[:, -1] for n in range(26, 30)]
+    assert torch.allclose(torch.stack(found), torch.stack(then), atol=1e-5)
+    assert handle.report().entries == (30,) * 3
+
+
+@torch.no_grad()
+def test_think_looks_at_no_padding():
+    model, tokens = decoder(), prompt(1, 20)
+    padded = torch.cat([tokens.new_zeros(1, 7), tokens], 1)
+    seen = torch.ones_like(padded).index_fill(1, torch.arange(7), 0)
+    kept = []
+    for ids, mask in ((tokens, None), (padded, seen)):
+        with applied(ThinK(recent=2), model, 0.5) as handle:
+            places = None if mask is None else (mask.cumsum(1) - 1).clamp_min(0)
+            model(ids, attention_mask=mask, position_ids=places, past_key_values=DynamicCache())
+        layer = handle.layers[1]
+        layer.unpack()
+        kept.append((layer.keys[:, :, -20:-2] == 0).all(2))
+    assert torch.equal(*kept) and bool(kept[0].any())
+    with pytest.raises(PrunelabError, match="give a ratio"), applied(ThinK(), model, Budget(5, "count")):
         model(tokens)
 
 
