@@ -22,7 +22,7 @@ from prunelab.common.weights.adapters.rotation import (
     stream_holders,
     stream_size,
 )
-from prunelab.common.weights.adapters.slicing import Sliceable, Sublayer, make_sliced, sliceable
+from prunelab.common.weights.adapters.slicing import SHORTCUTS, Sliceable, Sublayer, make_sliced, sliceable
 from prunelab.common.weights.targets import Decision, Observation, Target
 
 
@@ -53,7 +53,8 @@ class Decoder(Mixtures):
     sublayers = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
     heads = {role: f"self_attn.{role}_proj" for role in "qkvo"}
     mlp = {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
-    stream_norms: ClassVar[tuple[str, ...]] = NORMS  # before attention and MLP, where nothing else is on the stream
+    # Before attention and MLP, or one before both side by side, where nothing else is on the stream.
+    stream_norms: ClassVar[tuple[str, ...]] = NORMS
     embeddings: ClassVar[tuple[str, ...]] = ("model.embed_tokens",)  # of which the first block reads the sum
 
     def __init__(self, model: nn.Module) -> None:
@@ -108,21 +109,27 @@ class Decoder(Mixtures):
     # -- a stream with a basis of its own behind every sublayer ----------------------------------------------------
 
     def _stream(self, block: int) -> list[Target]:
-        """Behind the embedding, which counts to the first block, and behind attention and MLP of every block."""
+        """Behind the embedding, which counts to the first block, and behind attention and MLP of every block, or once
+        where they stand side by side."""
         held = self._sliceable()
         if held is None:
             return []
         head, parts, results = self.model.get_output_embeddings(), held.sublayers, []
-        roles = [(-1, "input")] if block == 0 else []
-        for place, role in [*roles, (2 * block, "attention"), (2 * block + 1, "mlp")]:
+        roles = ["input"] if block == 0 else []
+        for role in [*roles, *("attention", "mlp")[-len(self.stream_norms) :]]:
+            place = self._place(block, role)
             behind = parts[place + 1].readers if place + 1 < len(parts) else (head,)
             before = [e.weight.shape[0] for e in held.embeddings]
             if place >= 0:
-                writer = parts[place].writer
-                before = [writer.weight.shape[1] + (writer.bias is not None)]
+                before = [writer.weight.shape[1] + (writer.bias is not None) for writer in parts[place].writers]
             size = sum(before) + sum(reader.weight.shape[0] for reader in behind)
             results.append(Target("stream", f"{self.prefix(block)}.{role}", block, role, (held.width,), size))
         return results
+
+    def _place(self, block: int, role: str) -> int:
+        """Of a stream behind the embedding (-1) or a sublayer, among the sublayers of all blocks."""
+        count = len(self.stream_norms)
+        return -1 if role == "input" else count * block + (role == "mlp") * (count - 1)
 
     def _sliceable(self) -> Sliceable | None:
         """What holds the residual stream; None where it cannot be sliced, or was."""
@@ -142,10 +149,14 @@ class Decoder(Mixtures):
             attention, mlp = self._modules(i, self.heads), self._modules(i, self.mlp)
             if not attention or not mlp or not getattr(block, "do_layer_norm_before", True):
                 return None
-            readers = tuple(attention[role] for role in "qkv")
-            results.append(Sublayer(block, names[0], "attention_shortcut", readers, attention["o"]))
-            readers = tuple(module for role, module in mlp.items() if role != "down")
-            results.append(Sublayer(block, names[1], "mlp_shortcut", readers, mlp["down"]))
+            first = tuple(attention[role] for role in "qkv")
+            second = tuple(module for role, module in mlp.items() if role != "down")
+            writers = attention["o"], mlp["down"]
+            if len(names) == 1:
+                results.append(Sublayer(block, names[0], SHORTCUTS[1], first + second, writers))
+                continue
+            results.append(Sublayer(block, names[0], SHORTCUTS[0], first, writers[:1]))
+            results.append(Sublayer(block, names[1], SHORTCUTS[1], second, writers[1:]))
         return Sliceable(self.model, embeddings, tuple(results), final)
 
     def taps(self, target: Target) -> tuple[str, ...]:
@@ -175,11 +186,10 @@ class Decoder(Mixtures):
                 self._own_config()
                 eps = decision.values.get("eps")
                 self.sliced.fuse("centre" in decision.values, None if eps is None else float(eps))
-                make_sliced(list(self.blocks), (self.stream_norms[0], self.stream_norms[1]))
+                make_sliced(list(self.blocks), self.stream_norms)
             if self.sliced is None:
                 raise PrunelabError("the stream is sliced from the embedding on; decide on all of it")
-            place = -1 if target.role == "input" else 2 * target.block + (target.role == "mlp")
-            self.sliced.turn(place, decision.values.get("basis"), decision.kept)
+            self.sliced.turn(self._place(target.block, target.role), decision.values.get("basis"), decision.kept)
 
     def finish(self) -> bool:
         if self.sliced is None:
@@ -283,7 +293,7 @@ class Phi(Decoder):
     """Phi-1, 1.5 and 2: attention and an MLP without gate side by side."""
 
     family = "phi"
-    stream_norms = ()
+    stream_norms = ("input_layernorm",)
     model_classes = _classes(phi="Phi")
     norm = "model.final_layernorm"
     sublayers = {"attention": ("self_attn",), "mlp": ("mlp",)}  # one norm for both, which stays

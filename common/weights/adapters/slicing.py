@@ -37,14 +37,14 @@ class StreamNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Sublayer:
-    """Attention or the MLP of a block: the `norm` in front of it by its name, the linears that read the stream and the
-    one that writes to it."""
+    """Attention or the MLP of a block, or both where they stand side by side: the `norm` in front by its name, and the
+    linears that read the stream and that write to it."""
 
     block: nn.Module
     norm: str
     shortcut: str
     readers: tuple[nn.Linear, ...]
-    writer: nn.Linear
+    writers: tuple[nn.Linear, ...]
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class Sliceable:
         entry = one - 1 / self.width if centre or layer_norms else one
         first.register_buffer(ENTRY, entry, persistent=False)
         for part in self.sublayers:
-            if layer_norms:
-                _write(part.writer.weight, lambda weight: weight - weight.mean(0))
-                if part.writer.bias is not None:
-                    _write(part.writer.bias, lambda bias: bias - bias.mean())
+            for writer in part.writers if layer_norms else ():
+                _write(writer.weight, lambda weight: weight - weight.mean(0))
+                if writer.bias is not None:
+                    _write(writer.bias, lambda bias: bias - bias.mean())
 
     def turn(self, place: int, basis: Tensor | None, kept: int) -> None:
         """Bring the stream behind sublayer `place` (-1 is the embedding) into a basis [D, D'], of which the first
@@ -102,10 +102,11 @@ class Sliceable:
             first.register_buffer(ENTRY, first.get_buffer(ENTRY) @ basis, persistent=False)
         else:
             part = self.sublayers[place]
-            _replace(part.writer, "weight", _apply(part.writer.weight, lambda weight: basis.T @ weight))
-            if part.writer.bias is not None:
-                _replace(part.writer, "bias", _apply(part.writer.bias, lambda bias: basis.T @ bias))
-            part.writer.out_features = kept
+            for writer in part.writers:
+                _replace(writer, "weight", _apply(writer.weight, lambda weight: basis.T @ weight))
+                if writer.bias is not None:
+                    _replace(writer, "bias", _apply(writer.bias, lambda bias: basis.T @ bias))
+                writer.out_features = kept
             self._pass(part, lambda through: through @ basis)
         behind = self.sublayers[place + 1] if place + 1 < len(self.sublayers) else None
         for reader in (head,) if behind is None else behind.readers:
@@ -116,7 +117,7 @@ class Sliceable:
 
     def _pass(self, part: Sublayer, change: Any) -> None:
         """Change a sublayer's shortcut, which passes all directions on as they are where there is none yet."""
-        weight = part.writer.weight
+        weight = part.writers[0].weight
         if not hasattr(part.block, part.shortcut):
             whole = nn.Parameter(torch.eye(self.width).to(weight), requires_grad=weight.requires_grad)
             part.block.register_parameter(part.shortcut, whole)
@@ -133,13 +134,18 @@ class Sliceable:
         del first.entry
 
 
-def sliced_forward(block: Any, own: tuple[str, str], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A block whose sublayers have shortcuts; `own` are the names of its norms."""
+def sliced_forward(block: Any, own: tuple[str, ...], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A block whose sublayers have shortcuts; `own` are the names of its norms: a single one is in front of attention
+    and MLP side by side."""
     x = hidden_states
     if hasattr(block, ENTRY):
         x = (x.double() @ block.entry).to(x.dtype)
     p = getattr(block, "dropout", 0.0) if block.training else 0.0
-    added, _ = block.self_attn(getattr(block, own[0])(x), *args, **kwargs)
+    normed = getattr(block, own[0])(x)
+    added, _ = block.self_attn(normed, *args, **kwargs)
+    if len(own) == 1:
+        drop = getattr(block, "resid_dropout", nn.Identity())
+        return _passed(block, SHORTCUTS[1], x) + drop(added) + drop(block.mlp(normed))
     x = _passed(block, "attention_shortcut", x) + nn.functional.dropout(added, p)
     normed = getattr(block, own[1])(x)
     added = block.mlp(normed) if hasattr(block, "mlp") else block.fc2(block.activation_fn(block.fc1(normed)))
@@ -151,7 +157,7 @@ def _passed(block: nn.Module, shortcut: str, x: Tensor) -> Tensor:
     return x if through is None else x @ through
 
 
-def make_sliced(blocks: list[Any], norms: tuple[str, str]) -> None:
+def make_sliced(blocks: list[Any], norms: tuple[str, ...]) -> None:
     """Let blocks use their shortcuts."""
     for block in blocks:
         block.forward = partial(sliced_forward, block, norms)

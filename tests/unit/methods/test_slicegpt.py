@@ -70,6 +70,30 @@ def test_what_leaves_nothing_and_what_cannot_be_sliced_is_refused():
         prune(SliceGPT(), language_model("llama"), Budget(0.2), token_ids(), progress=False)
     with pytest.raises(PrunelabError, match="keep more"):
         prune(SliceGPT(slope=0.9), language_model("llama"), 0.5, token_ids(), progress=False)
-    for model in (WEIGHT_FAMILIES["phi"](), language_model("mixtral")):
-        with pytest.raises(PrunelabError, match="has none"):
-            prune(SliceGPT(), model, 0.5, token_ids(), progress=False)
+    with pytest.raises(PrunelabError, match="has none"):
+        prune(SliceGPT(), language_model("mixtral"), 0.5, token_ids(), progress=False)
+
+
+@torch.no_grad()
+def test_attention_and_mlp_side_by_side_are_sliced_once_a_block(tmp_path):
+    """Phi: one norm in front of both, one basis behind both, one shortcut."""
+    dense, whole, model = (WEIGHT_FAMILIES["phi"]() for _ in range(3))
+    prune(SliceGPT(eps=None), whole, 1.0, token_ids(), progress=False)
+    assert torch.allclose(answer(whole, "phi"), answer(dense, "phi"), atol=1e-4)
+    plan = prune(SliceGPT(eps=None, orientation="pca"), model, 0.5, token_ids(), progress=False)
+    blocks = model.model.layers
+    assert [target.role for target, _ in plan.decisions()] == ["input", *["mlp"] * len(blocks)]
+    assert [tuple(block.mlp_shortcut.shape) for block in blocks] == [(16, 16)] * (len(blocks) - 1) + [(16, 32)]
+    assert not any(hasattr(block, "attention_shortcut") for block in blocks)
+    assert all(block.self_attn.q_proj.in_features == block.mlp.fc1.in_features == 16 for block in blocks)
+    assert plan.report.parameters == sum(p.numel() for p in model.parameters())
+
+    def behind(basis):  # the dense model, its stream without what is cut
+        return lambda module, args, out: (out - out.mean(-1, keepdim=True)) @ (basis @ basis.T).to(out)
+
+    bases = [decision.values["basis"] for _, decision in plan.decisions()]
+    for module, basis in zip((dense.model.embed_tokens, *dense.model.layers), bases, strict=True):
+        module.register_forward_hook(behind(basis))
+    assert torch.allclose(answer(model, "phi"), answer(dense, "phi"), atol=1e-4)
+    save_pruned(model, plan, tmp_path)
+    assert torch.equal(answer(load_pruned(tmp_path), "phi"), answer(model, "phi"))
