@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ from prunelab.common.weights.calibration import Stream, finite, tapped
 from prunelab.common.weights.checkpoints import Shelf, Work
 from prunelab.common.weights.corpora import Corpus, Labelled, loss_of
 from prunelab.common.weights.plan import packed, unpacked
+from prunelab.common.weights.prefixes import Prefixes
 from prunelab.common.weights.relevance import Rule, Start, flowed_back
 from prunelab.common.weights.targets import Accumulator, Decision, Flow, Statistics, Target, Unit, WeightSignals
+
+_NUMBERS = count()  # tell apart changes that are not compared
 
 
 class ModelProbe:
@@ -53,7 +57,8 @@ class ModelProbe:
         self._signals = signals
         self._loss = loss_of(adapter, None, adapter.model) if objective is None else objective
         self._work = Work(None) if work is None else work
-        self._tried = False
+        self._tried: dict[int, tuple[Hashable, ...]] | None = None  # what a trial changes, by block
+        self._prefixes = Prefixes(adapter, self.samples)
         self._asked = 0  # how often for gradients
 
     def signals(self, target: Target) -> WeightSignals:
@@ -64,19 +69,22 @@ class ModelProbe:
 
     @contextmanager
     def trial(self, decisions: Iterable[tuple[Target, Decision]]) -> Iterator[None]:
-        if self._tried:
+        if self._tried is not None:
             raise PrunelabError("one trial at a time: leave that `with` block first")
         undo: list[Callable[[], None]] = []
         dense = None if self._work.folder is None else self._work.shelf("dense")
-        self._tried = True
+        self._tried = {}
         try:
             for target, decision in decisions:
                 undo.append(self.adapter.attempt(target, decision, dense))
+                change = bool(decision.kept) if target.whole and not decision.values else next(_NUMBERS)
+                if change is not True:
+                    self._tried[target.block] = (*self._tried.get(target.block, ()), (target.name, change))
             yield
         finally:
             for back in reversed(undo):
                 back()
-            self._tried = False
+            self._tried = None
 
     def shelved(self, name: str, results: Iterable[tuple[str, Statistics]]) -> Mapping[str, Statistics]:
         shelf, kept = self._work.shelf(name), {}
@@ -117,8 +125,21 @@ class ModelProbe:
 
     @torch.no_grad()
     def logits(self, sample: Tensor) -> Tensor:
-        logits: Tensor = self.adapter.run(sample).logits
+        with self._run(sample):
+            logits: Tensor = self.adapter.run(sample).logits
         return logits.flatten(0, -2)
+
+    @torch.no_grad()
+    def final_state(self, sample: Tensor) -> Tensor:
+        last = self.adapter.norm or self.adapter.prefix(len(self.adapter.blocks) - 1)
+        with self._run(sample), tapped(self.adapter.model, [last]) as seen:
+            self.adapter.run(sample)
+        state: Tensor = seen[last][1]
+        return state.flatten(0, -2)
+
+    def _run(self, sample: Any) -> AbstractContextManager[None]:
+        """Around one run: under a trial it takes up what an earlier one had in common with it."""
+        return nullcontext() if self._tried is None else self._prefixes.reused(sample, self._tried)
 
     @torch.no_grad()
     def statistics(self, wanted: Mapping[Unit, Factories], corpus: str | None = None) -> dict[str, dict[str, Tensor]]:

@@ -388,6 +388,9 @@ class Probe(Protocol):
     def logits(self, sample: Tensor) -> Tensor:
         """The model's logits [T, V] on one sequence."""
 
+    def final_state(self, sample: Tensor) -> Tensor:
+        """The hidden state [T, D] of one sequence behind the last block and the final norm."""
+
     def hidden_states(self, sample: Tensor, normed: bool = True) -> Sequence[Tensor]:
         """The hidden states [T, D] of one sequence in front of every block, and behind the last one; these where
         `normed` behind the final norm."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.core.options import NonNegativeInt
+from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.targets import Decision, Probe, Statistics, Target, Unit, WeightSignals
 
@@ -56,10 +56,13 @@ class BlockPruner(WeightPruner):
         `mix` removes both, `mha` attention alone, `mlp` MLPs alone.
     padding
         Token id whose predictions do not count.
+    samples
+        Sequences of the calibration set, the first ones, that judge every removal; None takes all.
     """
 
     block_type: BlockType = "mix"
     padding: NonNegativeInt | None = None
+    samples: PositiveInt | None = None
 
     name: ClassVar[str] = "blockpruner"
 
@@ -88,7 +91,9 @@ class BlockPruner(WeightPruner):
     def perplexity(self, probe: Probe, gone: Sequence[Target]) -> float:
         """Perplexity of the calibration set without some blocks: that of the mean of the windows' mean losses."""
         with probe.trial([(target, Decision(torch.zeros(1, dtype=torch.bool))) for target in gone]):
-            losses = [window_loss(probe.logits(sample), sample, self.padding) for sample in probe.samples]
+            losses = [
+                window_loss(probe.logits(sample), sample, self.padding) for sample in probe.samples[: self.samples]
+            ]
         result = float(torch.stack(losses).mean().exp())
         if math.isnan(result):
             raise PrunelabError(

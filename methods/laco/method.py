@@ -253,7 +253,7 @@ class Similarity:
 
     def states(self) -> list[Tensor]:
         """The last hidden states of every sentence, behind the final norm, in one vector."""
-        return [self.probe.hidden_states(sample)[-1].flatten().float() for sample in self.probe.samples]
+        return [self.probe.final_state(sample).flatten().float() for sample in self.probe.samples]
 
     def __call__(self, layers: Layers) -> float:
         if layers not in self.known:

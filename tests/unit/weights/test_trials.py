@@ -9,7 +9,7 @@ import torch
 
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.weights import masks
+from prunelab.common.weights import masks, prefixes
 from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.probe import ModelProbe
 from prunelab.common.weights.targets import Decision
@@ -20,6 +20,9 @@ from tests.contract.references import language_model, token_ids, vit
 def probe(model, unit, samples):
     adapter = weight_adapter(model)
     return ModelProbe(adapter, adapter.targets(unit), samples)
+
+
+GONE = Decision(torch.zeros(1, dtype=torch.bool))
 
 
 def chance(targets, keep, seed=0):
@@ -84,3 +87,39 @@ def test_experts_are_not_tried():
     tried = probe(language_model("mixtral"), "experts", [])
     with pytest.raises(PrunelabError, match=r"cannot be set to zero"), tried.trial(chance(tried.targets, 0.5)):
         pass
+
+
+def test_a_run_takes_up_what_it_has_in_common_with_the_one_before(monkeypatch):
+    monkeypatch.setattr(prefixes, "SHARE", 1e3)  # all states are kept
+    model = language_model(num_hidden_layers=4)
+    whole, kept = probe(model, "sublayers", list(token_ids())), probe(model, "sublayers", list(token_ids()))
+    ran = []
+    for index, block in enumerate(model.model.layers):
+        block.mlp.down_proj.register_forward_hook(lambda *_, index=index: ran.append(index))
+    (sample,) = kept.samples[:1]
+    by_name = {target.name: target for target in kept.targets}
+    tried = [[(2, "mlp")], [(3, "attention")], [(3, "attention"), (1, "mlp")], [(3, "attention"), (1, "mlp")], []]
+    expected = [[0, 1, 3], [2, 3], [2, 3], [3], [1, 2, 3]]
+    for gone, blocks in zip(tried, expected, strict=True):
+        cut = [(next(t for t in by_name.values() if (t.block, t.role) == place), GONE) for place in gone]
+        with torch.no_grad(), kept.trial(cut):
+            ran.clear()
+            again = kept.logits(sample)
+            assert ran == blocks
+            last = kept.final_state(sample)
+        whole._prefixes = prefixes.Prefixes(whole.adapter, ())
+        with torch.no_grad(), whole.trial(cut):
+            assert torch.equal(whole.logits(sample), again) and torch.equal(whole.final_state(sample), last)
+    with torch.no_grad():
+        assert torch.equal(kept.hidden_states(sample)[-1], kept.final_state(sample))
+
+
+def test_states_that_are_kept_take_a_share_of_what_the_weights_take():
+    model = language_model(num_hidden_layers=4)
+    kept = probe(model, "sublayers", list(token_ids()))
+    room = sum(p.numel() * p.element_size() for p in model.parameters()) * prefixes.SHARE
+    for sample in kept.samples:
+        with torch.no_grad(), kept.trial([]):
+            kept.logits(sample)
+    states = [state for of_one in kept._prefixes._states.values() for state in of_one.values()]
+    assert 0 < sum(state.numel() * state.element_size() for state in states) <= room
