@@ -54,7 +54,8 @@ class Checkpoint(Strict):
     gpus: how many of 80 GB hold it in 16 bits. one_view: whether a picture is read whole, where the published processor
     cuts it into tiles. layout: the module of common/backbones that reads it, where it is not as transformers has it;
     processor: the catalogue's model whose configuration and processor, or tokenizer, it then takes. pickled: whether
-    the repository may hold its tensors as pickles alone, of which nothing else is read.
+    the repository may hold its tensors as pickles alone, of which nothing else is read. within: the folder of the
+    repository that holds this model, where it holds several.
     """
 
     licence: str = Field(min_length=1)
@@ -74,6 +75,7 @@ class Checkpoint(Strict):
     windows: dict[str, Any] = Field(default_factory=dict)
     one_view: bool = False
     pickled: bool = False
+    within: Name | None = None
 
     @model_validator(mode="after")
     def _comes_from_somewhere(self) -> Checkpoint:

@@ -26,6 +26,7 @@ from prunelab.common.data import video_questions
 from prunelab.common.measures import frame_scoring, oracle
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.examples import Examples
+from prunelab.common.measures.pooling_head import PoolingHead
 from prunelab.common.measures.scores import CAPTIONS, COUNTED, OWN, SCALED, SHARES, SUMS, average, relative
 from prunelab.common.measures.text_similarity import TextTower
 from prunelab.common.models import devices, loading
@@ -50,6 +51,7 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
         raise PrunelabError("an oracle chooses a method's budget by one metric; name it under `average`")
     scorer = frame_scorer(bench, model, processor) if "frame_scores" in bench.ids else None
     tower = text_tower(bench) if "text_tower" in bench.ids else None
+    lent = {name: make(bench) for name, make in LENT.items() if name in bench.ids}
     read, groups = definitions(settings.tasks, settings.include, settings.prompts)
     shown = Examples(settings.shots, bench.seed, {e["task"]: e.get("doc_to_target") for e in read})
     used = [value for name, value in bench.ids.items() if name.startswith("data of ")]
@@ -68,7 +70,8 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
             shown=shown,
             kept=kept,
         )
-        services: dict[str, Any] = {"frame_scores": evaluated.frame_scores} if scorer is not None else {}
+        services: dict[str, Any] = dict(lent)
+        services |= {"frame_scores": evaluated.frame_scores} if scorer is not None else {}
         services |= {"text_similarity": evaluated.text_similarity} if tower is not None else {}
         given = {"services": services} if services else {}
         evaluated.pruned = partial(bench.at_work, method, model, budget=budget, **given)
@@ -102,6 +105,8 @@ def measure(bench: Bench[VisualTasks.Settings]) -> dict[str, Any]:
         protocol += f"; frames are weighed by a model of images that is asked for {things}"
     if tower is not None:
         protocol += "; patches are compared with the question by CLIP's text tower, as far as its context reaches"
+    if "pooling_head" in lent:
+        protocol += "; frames are described by the pooling head of SigLIP's own repository"
     if own:
         protocol += f"; the budget {own['budget']} gives the layers {bench.budget} of an image's tokens, in the mean"
     if kept is not None and not settings.oracle:
@@ -146,6 +151,15 @@ def text_tower(bench: Bench[VisualTasks.Settings]) -> TextTower:
     """What compares patches with questions; see the setting `text_tower`."""
     clip, processor = loading.clip(bench.ids["text_tower"], bench.config)
     return TextTower(devices.place(clip, bench.device, half=True), processor)
+
+
+def pooling_head(bench: Bench[VisualTasks.Settings]) -> PoolingHead:
+    """What describes pictures by their patches; see the setting `pooling_head`."""
+    return PoolingHead(devices.place(loading.siglip(bench.ids["pooling_head"], bench.config), bench.device, half=True))
+
+
+# Services with weights of a repository that the setting of their name names, whatever the question.
+LENT: Mapping[str, Callable[[Bench[VisualTasks.Settings]], Any]] = {"pooling_head": pooling_head}
 
 
 def each_question(logged: Sequence[Mapping[str, Any]], metric: str) -> Tensor:

@@ -321,7 +321,7 @@ def vision_language(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    for own in ("llava_video", "longva", "moe_llava", "openvla", "pllava"):  # makes their classes known
+    for own in ("llava_video", "longva", "moe_llava", "openvla", "pllava", "stllm"):  # makes their classes known
         importlib.import_module(f"prunelab.common.backbones.{own}")
 
     if "testbed" in identity:
@@ -331,7 +331,7 @@ def vision_language(
     elif "assets" in identity:
         folder = inside(Path(config["assets"]), identity["assets"])
     elif "hub" in identity:
-        folder = hub.folder(identity, "model", config)
+        folder = hub.folder(identity, "model", config) / identity.get("within", "")
     else:
         raise PrunelabError(f"cannot load an image or video model from {dict(identity)}; see configs/models.yaml")
     if not (folder / "config.json").exists():
@@ -359,7 +359,9 @@ def _of_layout(
     layout.load_checkpoint(model, folder)
     if hasattr(layout, "processor"):  # with a tokenizer of its own
         processor = layout.processor(folder, source)
-        model.config.image_token_id = processor.image_token_id
+        for mark in ("image_token_id", "video_token_id"):
+            if hasattr(processor, mark):
+                setattr(model.config, mark, getattr(processor, mark))
         return model.eval(), processor
     return model.eval(), pretrained(getattr(layout, "PROCESSOR", AutoProcessor), source)
 
@@ -390,6 +392,14 @@ def text_to_image(identity: Mapping[str, Any], config: Mapping[str, Any], half: 
     folder = Path(identity["folder"]) if "folder" in identity else hub.folder(identity, "model", config)
     options = {"use_safetensors": True, "torch_dtype": torch.float16 if half else torch.float32}
     return pretrained(DiffusionPipeline, folder, **options)
+
+
+def siglip(identity: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """The encoder of images of a SigLIP of transformers, in eval mode."""
+    from transformers import SiglipVisionModel
+
+    folder = Path(identity["folder"]) if "folder" in identity else hub.folder(identity, "model", config)
+    return pretrained(SiglipVisionModel, folder, use_safetensors=True).eval()
 
 
 def clip(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -156,6 +156,11 @@ def processor(name: str, config: Any) -> Any:
         sizes["crop_size"] = {"height": vision.image_size, "width": vision.image_size}
         films = t.VideoLlavaVideoProcessor(**sizes)
         return t.VideoLlavaProcessor(t.VideoLlavaImageProcessor(**sizes), films, words, **llava)
+    if name == "InstructBlipForConditionalGeneration":
+        asks, count = tokenizer(name), config.num_query_tokens
+        return t.InstructBlipProcessor(t.BlipImageProcessor(**_square(vision.image_size)), words, asks, count)
+    if name == "SiglipModel":
+        return t.SiglipProcessor(t.SiglipImageProcessor(**_square(vision.image_size)), words)
     if name == "CLIPModel":
         words.model_max_length = config.text_config.max_position_embeddings
         return t.CLIPProcessor(_clip(t, vision.image_size), words)
@@ -224,7 +229,12 @@ def of_layout(layout: str, like: Path, folder: Path) -> None:
     for p in model.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=0.2)
-    named = {published(name, module.NAMES): weight.contiguous().clone() for name, weight in model.state_dict().items()}
+    state = model.state_dict()
+    if hasattr(module, "published"):  # where more than beginnings of names differ
+        told = module.published(state)
+    else:
+        told = {published(name, module.NAMES): weight for name, weight in state.items()}
+    named = {name: weight.contiguous().clone() for name, weight in told.items()}
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(named, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": layout}), encoding="utf-8")

@@ -216,6 +216,7 @@ class LookAlikes:
             alike = [e for e in lookup.models().values() if e.get("paper", {}).get("hub") == paper["hub"]]
             entry = next(e for e in alike if not e["paper"].get("one_view"))
         place = Path(self.config["hub"]) / paper["hub"] if "hub" in paper else Path(self.config["checkpoints"])
+        place /= paper.get("within", "")
         done = self._whole(place / paper.get("file", ""))
         if done is None:
             return

@@ -30,7 +30,11 @@ class VisualTasks(Task):
 
     name: ClassVar[str] = "visual_tasks"
     roles: ClassVar[tuple[str, ...]] = ("token_pruner", "cache_pruner")
-    named: ClassVar[Mapping[str, Catalogue]] = {"frame_scores": "model", "text_tower": "model"}
+    named: ClassVar[Mapping[str, Catalogue]] = {
+        "frame_scores": "model",
+        "text_tower": "model",
+        "pooling_head": "model",
+    }
     scales: ClassVar[tuple[str, ...]] = ("paper",)
     reads: ClassVar[frozenset[Reads]] = frozenset({"weights", "own data"})
     metrics: ClassVar[Mapping[str, Metric]] = {
@@ -51,7 +55,8 @@ class VisualTasks(Task):
         frame_scores: the image language model that scores each frame of a video by the question, for a method that asks
         for the service of this name (`measures/frame_scoring`). decouple: whether the model asked turns the question
         into things to look for first. text_tower: the CLIP model, trained with the model's encoder, by which a method
-        that asks for the service `text_similarity` compares patches with the question. limit: questions of each task
+        that asks for the service `text_similarity` compares patches with the question. pooling_head: the SigLIP whose
+        encoder the model has without its head, which is the service of this name. limit: questions of each task
         (all). batch: questions asked together. prompts: changes of what the tasks' definitions let prompts have (`ocr:
         true` of TextVQA), where they have it. include: a folder with definitions of one's own. average: the metrics
         whose mean is one. against: a number for each of them, such as the unpruned model's, of which `relative` is the
@@ -67,6 +72,7 @@ class VisualTasks(Task):
         frame_scores: str | None = None
         decouple: bool = False
         text_tower: str | None = None
+        pooling_head: str | None = None
         limit: PositiveInt | None = None
         batch: PositiveInt = 1
         prompts: dict[str, Any] | None = None

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from prunelab.common.apply import apply
 from prunelab.common.core.errors import PrunelabError
-from prunelab.methods.fastvid.method import FastVID, Kept, by_frame, by_segment, gathered, last_of_groups, segments
+from prunelab.common.measures.pooling_head import PoolingHead
+from prunelab.methods.fastvid.method import (
+    FastVID,
+    Kept,
+    by_frame,
+    by_segment,
+    gathered,
+    last_of_groups,
+    pooling_head,
+    segments,
+)
 from tests.contract.vlms import film, typed, vlm
 
 
@@ -58,6 +69,31 @@ def test_versions_run_on_a_video(rule):
     with apply(FastVID(count=2, rule=rule, pooling=pooling), model, 0.5) as handle:
         assert torch.isfinite(model(**given).logits).all()
         assert handle.report().tokens[0][0] < given["input_ids"].shape[1]
+
+
+@torch.no_grad()
+def test_the_service_is_siglips_own_head():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3}
+    encoder = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=24, patch_size=8)).eval()
+    pixels = torch.randn(2, 3, 24, 24)
+    features = encoder(pixels, output_hidden_states=True).hidden_states[-1]
+    described, attention = PoolingHead(encoder)(features)
+    assert torch.allclose(described, encoder(pixels).pooler_output, atol=1e-5)
+    head = encoder.head
+    weights = {"probe": head.probe, "attention_in_proj_weight": head.attention.in_proj_weight}
+    weights |= {"attention_in_proj_bias": head.attention.in_proj_bias}
+    for name, module in (("attention_out_proj", head.attention.out_proj), ("layernorm", head.layernorm)):
+        weights |= {f"{name}_weight": module.weight, f"{name}_bias": module.bias}
+    for number, module in ((0, head.mlp.fc1), (2, head.mlp.fc2)):
+        weights |= {f"mlp_{number}_weight": module.weight, f"mlp_{number}_bias": module.bias}
+    same = pooling_head(encoder.post_layernorm(features), weights, 3)
+    assert torch.allclose(described, same[0], atol=1e-5) and torch.allclose(attention, same[1], atol=1e-5)
+    with pytest.raises(PrunelabError, match="reads 24 channels"):
+        PoolingHead(encoder)(features[..., :8])
+    headless = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=24, patch_size=8, vision_use_head=False))
+    with pytest.raises(PrunelabError, match="no pooling head"):
+        PoolingHead(headless)
 
 
 @torch.no_grad()

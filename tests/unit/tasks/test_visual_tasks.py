@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import SiglipConfig, SiglipModel
 
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
@@ -380,6 +382,19 @@ def test_patches_are_compared_with_the_question_by_a_text_tower(llava, tasks, tm
     assert runner.measure(asked, {})["pictures score"]["value"] == together["pictures score"]["value"]
     with pytest.raises(PrunelabError, match="text_similarity"):
         runner.measure(run(llava, tasks, ["pictures"], *method), {})
+
+
+def test_frames_are_described_by_a_pooling_head_of_another_repository(onevision, tasks, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3}
+    vision, text = sizes | {"image_size": 24, "patch_size": 8}, sizes | {"vocab_size": 32}
+    SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).save_pretrained(tmp_path)
+    asked = run(onevision, tasks, ["films"], "fastvid", "0.5", {"frames": "head"}, limit=3)
+    asked.ids["pooling_head"] = {"folder": str(tmp_path)}
+    found = runner.measure(asked, {})["films score"]
+    assert found["samples"] == 3 and "pooling head of SigLIP's own repository" in found["protocol"]
+    with pytest.raises(PrunelabError, match="pooling_head"):
+        runner.measure(run(onevision, tasks, ["films"], "fastvid", "0.5", {"frames": "head"}, limit=3), {})
 
 
 def test_what_cannot_be_asked_is_refused(llava, onevision, tasks):
