@@ -96,7 +96,8 @@ class Routing:
 
     residual [T, D] enters the mixture's norm, logits [T, E] are the router's, chosen [T, k] the experts of each token
     and gates [T, k] their final weights, routed [T, D] the weighted sum of what they gave (shared experts apart).
-    computed: what an expert of these weights, [2I, D] and [D, I], gives for tokens [n, D].
+    computed: what an expert of these weights, [2I, D] and [D, I], gives for tokens [n, D]. among: the experts chosen
+    [T, k] and their gates where only those numbered [K] are left.
     """
 
     residual: Tensor
@@ -106,6 +107,7 @@ class Routing:
     routed: Tensor
     expert: Callable[[int, Tensor], Tensor] = field(repr=False)
     computed: Callable[[Tensor, Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
+    among: Callable[[Tensor], tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
 
     def outputs(self, index: int, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [n] sent to an expert, the slot [n] of each among its k choices, and the expert's unweighted outputs

@@ -17,6 +17,7 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveShare
+from prunelab.common.weights.leaving import Losses, all_but_one
 from prunelab.common.weights.role import WeightPruner
 from prunelab.common.weights.statistics import InputNorm
 from prunelab.common.weights.targets import (
@@ -130,6 +131,13 @@ def representatives(experts: Sequence[Tensor], labels: Tensor) -> Tensor:
     return torch.stack(chosen)
 
 
+def most_missed(losses: Tensor, labels: Tensor) -> Tensor:
+    """The expert [K] of every cluster without which alone most is lost [E], the first of equal ones."""
+    losses = losses.cpu()
+    numbers = range(int(labels.max()) + 1)
+    return torch.stack([losses.masked_fill(labels != number, -torch.inf).argmax() for number in numbers])
+
+
 def cluster_means(parameter: Tensor, labels: Tensor) -> Tensor:
     """Mean [K, ...] of an expert parameter [E, ...] over each cluster."""
     numbers = range(int(labels.max()) + 1)
@@ -190,6 +198,10 @@ class Stun(Owl):
         Weight of the counts.
     by_norm
         Router distances over the router's norm, so that layers of unlike norms compare.
+    representative
+        Who stays of a cluster: the `nearest` to its mean, without a forward pass, or the one whose leaving alone costs
+        the mixture's output most (`loss`), for which a pass leaves each expert out once, O(n).
+        # assumption: that this is the paper's O(n), which sources that could be read only name.
     means_up_to
         Layers of at most so many clusters get their experts' means instead of representatives.
     then
@@ -202,6 +214,7 @@ class Stun(Owl):
     similarity: Similarity = "router"
     mix: NonNegativeFloat = 1.0
     by_norm: bool = False
+    representative: Literal["nearest", "loss"] = "nearest"
     means_up_to: NonNegativeInt = 2
     then: Literal["owl", "wanda", "none"] = "owl"
 
@@ -228,6 +241,14 @@ class Stun(Owl):
             )
         threshold = search_threshold(lambda t: sum(int(x.max()) + 1 for x in clusters(t)), wanted)
         results = {t.name: {"clusters": labels} for t, labels in zip(layers, clusters(threshold), strict=True)}
+        if self.representative == "loss":
+            able = {t.name for t in layers if t.units > t.least}  # the others keep all
+
+            def alone(target: Target) -> Accumulator:
+                return Losses(target, all_but_one(target.units) if target.name in able else ())
+
+            found = probe.statistics({"experts": {"alone": alone}})
+            results = {name: {**own, "alone": found[name]["alone"]} for name, own in results.items()}
         if self.then == "owl":
             linears = [target for target in probe.targets if target.unit == "linear"]
             results |= outlier_shares(probe, linears, self.outlier)
@@ -283,8 +304,12 @@ class Stun(Owl):
         labels, weights = signals["clusters"].cpu(), signals.weights
         clusters, mask = int(labels.max()) + 1, torch.zeros(target.units, dtype=torch.bool)
         if clusters > self.means_up_to or clusters == target.units:
+            if clusters == target.units:
+                return Decision(~mask)
             gate, up = weights["gate_up"].chunk(2, 1)
-            mask[representatives([gate, weights["down"], up], labels)] = True
+            dearest = self.representative == "loss"
+            parts = [gate, weights["down"], up]
+            mask[most_missed(signals["alone"], labels) if dearest else representatives(parts, labels)] = True
             return Decision(mask)
         first = torch.stack([(labels == number).nonzero()[0, 0] for number in range(clusters)])
         mask[first] = True

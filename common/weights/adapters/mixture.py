@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -87,6 +88,7 @@ class Mixtures(Pretrained):
             routed,
             lambda e, x: _expert(expert, e, x),
             partial(_computed, expert.act_fn),
+            partial(among, self._part(target.block, self.router), inputs),
         )
         return Observation(inputs, self.weights(target), before, after, tokens, routing)
 
@@ -185,6 +187,19 @@ def _redirected(experts: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     hidden, chosen, weights = args
     served = getattr(experts, SERVED)[chosen]
     return hidden, served.clamp_min(0), weights.masked_fill(served < 0, 0)
+
+
+def among(router: Any, inputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """What a router chooses for inputs [T, D] of the experts [K] that are kept, and their gates."""
+    kept = kept.to(inputs.device)
+    small = copy.copy(router)
+    small._parameters = {name: nn.Parameter(part[kept], False) for name, part in router._parameters.items()}
+    small._buffers = {name: part[kept] for name, part in router._buffers.items()}
+    small.num_experts = len(kept)
+    if (getattr(small, "num_group", None) or 1) > 1:
+        small.num_group = small.topk_group = 1  # as `remove` has it where groups become unlike
+    _, gates, chosen = small.forward(inputs)  # by itself, without hooks of the one that it is made of
+    return kept[chosen], gates
 
 
 def _inner(experts: Any, index: int, x: Tensor) -> Tensor:
