@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from prunelab.common.core.errors import PrunelabError
 ROOTS = ("model", "state_dict")  # where training scripts keep the weights, beside optimiser, epoch and arguments
 AVERAGES = "ema_"  # buffers of mmcv's EMA hook; the plain names hold the averaged weights already
 LISTED = 20
+FUSED = r"(.*)\.qkv_proj\.(weight|bias)"  # one layer for queries, keys and values, where ours has three
+
+# A pattern of their names, and ours for it; None for what is not read. The first match counts.
+Names = Sequence[tuple[str, str | Callable[[re.Match[str]], str] | None]]
 
 
 def load_checkpoint(model: nn.Module, path: Path | str) -> None:
@@ -75,6 +80,33 @@ def read(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise PrunelabError(f"{path} holds no weights at its top or under {' or '.join(ROOTS)}; give an official file")
     return {str(name): value for name, value in content.items() if not str(name).startswith(AVERAGES)}
+
+
+def renamed(state: Mapping[str, Any], names: Names) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights under our names, and the names of theirs that no pattern knows. What we call `qkv_proj` becomes three.
+    Raises PrunelabError where entries that are one tensor in the model differ."""
+    results: dict[str, Tensor] = {}
+    unknown = []
+    for name, value in state.items():
+        pattern, ours = next(((p, to) for p, to in names if re.search(p, name)), (None, None))
+        if pattern is None:
+            unknown.append(name)
+        if pattern is None or ours is None:
+            continue
+        key = re.sub(pattern, ours, name)
+        fused = re.fullmatch(FUSED, key)
+        pieces = (
+            {f"{fused[1]}.{q}_proj.{fused[2]}": part for q, part in zip("qkv", value.chunk(3))}
+            if fused
+            else {key: value}
+        )
+        for key, piece in pieces.items():
+            if key in results and not torch.equal(results[key], piece):
+                raise PrunelabError(
+                    f"the checkpoint is inconsistent: '{name}' differs from another entry for the same tensor"
+                )
+            results[key] = piece
+    return results, unknown
 
 
 def _some(names: Iterable[str]) -> str:

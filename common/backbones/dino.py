@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,12 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
 )
 
-from prunelab.common.backbones import detection
+from prunelab.common.backbones import detection, swin
 from prunelab.common.backbones.checkpoint import load_checkpoint
 from prunelab.common.backbones.detection import Target, logit
 from prunelab.common.backbones.pyramid import ConvPyramid, Neck, ResNet
 from prunelab.common.core.errors import PrunelabError
+from prunelab.common.core.plan import take
 
 __all__ = ["DINO", "Pyramid", "dino_r50", "dino_r101", "dino_small", "load_checkpoint"]
 
@@ -182,6 +183,8 @@ class DINO(nn.Module):
     An input with fewer tokens than `queries` gets one query a token.
     """
 
+    eps: ClassVar[float] = 1e-3  # by which boxes stay off 0 and 1 before the decoder refines them
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -300,14 +303,24 @@ class DINO(nn.Module):
         """[B, N, D] what the first stage's heads read: tokens that may not propose a box are zeroed before."""
         return self.enc_output_norm(self.enc_output(hidden.masked_fill(~usable.unsqueeze(-1), 0.0)))
 
-    def propose(self, hidden: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
-        """The first stage: logits [B, Q, classes] and boxes as logits [B, Q, 4] of the best-scored tokens."""
+    def select(self, hidden: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor, Tensor]:
+        """The first stage: logits [B, Q, classes] and boxes as logits [B, Q, 4] of the best-scored tokens, and their
+        places [B, Q]."""
         anchor, usable = pyramid.anchors()
         memory = self.memory(hidden, usable)
         scores = self.class_embed[-1](memory)
         boxes = self.box_embed[-1](memory) + anchor
-        best = scores.max(-1).values.topk(min(self.queries, scores.shape[1]), dim=1).indices.unsqueeze(-1)
-        return scores.gather(1, best.expand(-1, -1, self.classes)), boxes.gather(1, best.expand(-1, -1, 4))
+        best = scores.max(-1).values.topk(min(self.queries, scores.shape[1]), dim=1).indices
+        return take(scores, best), take(boxes, best), best
+
+    def contents(self, hidden: Tensor, best: Tensor) -> Tensor:
+        """[B, Q, D] what queries start from, for the encoder's tokens [B, N, D] and the places [B, Q] of the best."""
+        return self.query_content.weight[: best.shape[1]].expand(len(best), -1, -1)
+
+    def places(self, sampled: Tensor, before: Tensor | None, reference: Tensor) -> Tensor:
+        """[B, Q, D] positions of queries in a decoder layer, for their references [B, Q, 4] cxcywh as shares of the
+        padded image (`sampled`) and of the image; `before`: the positions in the layer before."""
+        return self.reference_embed(sine(sampled[..., [1, 0, 2, 3]], self.width // 2).to(reference.dtype))
 
     def decode(
         self, content: Tensor, reference: Tensor, hidden: Tensor, pyramid: Pyramid, blocked: Tensor | None = None
@@ -320,11 +333,11 @@ class DINO(nn.Module):
         """
         allowed = None if blocked is None else ~blocked[None, None]
         ratios = pyramid.ratios().repeat(1, 1, 2).unsqueeze(1)  # [B, 1, L, 4]
-        levels, seen = pyramid.spread(), reference
+        levels, seen, places = pyramid.spread(), reference, None
         logits, boxes = [], []
         for i, layer in enumerate(self.decoder):
             sampled = reference.unsqueeze(2) * ratios
-            places = self.reference_embed(sine(sampled[:, :, 0, [1, 0, 2, 3]], self.width // 2).to(content.dtype))
+            places = self.places(sampled[:, :, 0], places, reference)
             content = layer(
                 content,
                 object_queries_position_embeddings=places,
@@ -336,8 +349,8 @@ class DINO(nn.Module):
             )
             state = self.decoder_norm(content)
             logits.append(self.class_embed[i](state))
-            boxes.append((self.box_embed[i](state) + logit(seen)).sigmoid())
-            seen = (self.box_embed[i](content) + logit(reference)).sigmoid()
+            boxes.append((self.box_embed[i](state) + logit(seen, self.eps)).sigmoid())
+            seen = (self.box_embed[i](content) + logit(reference, self.eps)).sigmoid()
             reference = seen.detach()
         return logits, boxes
 
@@ -346,9 +359,8 @@ class DINO(nn.Module):
         and `boxes` [B, Q, 4] cxcywh as shares of each image's valid part."""
         pyramid = self.pyramid(images, mask)
         hidden = self.encoder(pyramid)
-        reference = self.propose(hidden, pyramid)[1].detach().sigmoid()
-        content = self.query_content.weight[: reference.shape[1]].expand(reference.shape[0], -1, -1)
-        logits, boxes = self.decode(content, reference, hidden, pyramid)
+        _, proposed, best = self.select(hidden, pyramid)
+        logits, boxes = self.decode(self.contents(hidden, best), proposed.detach().sigmoid(), hidden, pyramid)
         return {"logits": logits[-1], "boxes": boxes[-1]}
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -369,9 +381,8 @@ class DINO(nn.Module):
         targets = detection.clean_targets(targets, self.classes)
         pyramid = self.pyramid(images, mask)
         hidden = self.encoder(pyramid)
-        first_logits, first_boxes = self.propose(hidden, pyramid)
-        reference = first_boxes.detach().sigmoid()
-        content = self.query_content.weight[: reference.shape[1]].expand(reference.shape[0], -1, -1)
+        first_logits, first_boxes, best = self.select(hidden, pyramid)
+        reference, content = first_boxes.detach().sigmoid(), self.contents(hidden, best)
         copies = detection.noised(targets, self.classes, **self.noise, generator=generator)  # type: ignore[arg-type]
         cut, blocked = 0, None
         if copies is not None:
@@ -409,6 +420,26 @@ def dino_r50(classes: int = 80, **options: Any) -> DINO:
 def dino_r101(classes: int = 80, **options: Any) -> DINO:
     """The same with a ResNet-101."""
     return DINO(ResNet(101), ResNet.channels, classes, **options)
+
+
+def _dino_swin(size: str, classes: int, **options: Any) -> DINO:
+    backbone = swin.Swin(*swin.SIZES[size])
+    return DINO(backbone, backbone.channels, classes, **options)
+
+
+def dino_swin_tiny(classes: int = 80, **options: Any) -> DINO:
+    """The same with a Swin-T."""
+    return _dino_swin("tiny", classes, **options)
+
+
+def dino_swin_base(classes: int = 80, **options: Any) -> DINO:
+    """The same with a Swin-B of pictures of 384 pixels."""
+    return _dino_swin("base", classes, **options)
+
+
+def dino_swin_large(classes: int = 80, **options: Any) -> DINO:
+    """The same with a Swin-L of pictures of 384 pixels."""
+    return _dino_swin("large", classes, **options)
 
 
 def dino_small(classes: int = 10, image_channels: int = 1, **options: Any) -> DINO:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prunelab.common.backbones import swin
+from prunelab.common.backbones.checkpoint import Names, renamed
 from prunelab.common.core.errors import PrunelabError
 
 PARTS = "pruning_parts."  # where a model carries the method's learned parts
 
-# First match counts. What a pattern leaves over is kept.
-NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+FIRST_STAGE = r"^(transformer\.encoder\.enhance_MCSP|enhance_MCSP_layerlist)\.\d+\."  # copies of its class head
+
+NAMES: Names = [
+    *swin.names(r"^backbone\."),
     (r"^backbone\.stem\.conv1\.norm\.", "backbone.bn1."),
     (r"^backbone\.stem\.", "backbone."),
     (r"^backbone\.res(\d)\.(\d+)\.shortcut\.norm\.", lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}.downsample.1."),
@@ -54,21 +58,11 @@ NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^transformer\.decoder\.norm\.", "decoder_norm."),
     (r"^(transformer\.decoder\.)?class_embed\.", "class_embed."),
     (r"^(transformer\.decoder\.)?bbox_embed\.", "box_embed."),
-    (r"^(transformer\.encoder\.enhance_MCSP|enhance_MCSP_layerlist)\.\d+\.", "class_embed.{last}."),
     (r"^transformer\.level_embeds$", "level_embed"),
     (r"^transformer\.tgt_embed\.", "query_content."),
     (r"^transformer\.(enc_output(_norm)?)\.", r"\1."),
     (r"^label_enc\.", "label_content."),
 ]
-
-
-def rename(name: str, last: int) -> str | None:
-    """Our name for one of the authors', or None where it has none. `last` is the index of the first stage's heads."""
-    for pattern, ours in NAMES:
-        renamed, result = re.subn(pattern, ours, name)
-        if result:
-            return renamed.replace("{last}", str(last))
-    return None
 
 
 def convert(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
@@ -79,27 +73,8 @@ def convert(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     """
     state = {name.removeprefix("module."): value for name, value in state.get("model", state).items()}
     heads = [int(m[1]) for name in state if (m := re.match(r"class_embed\.(\d+)\.", name))]
-    last = max(heads, default=0)
-    results: dict[str, Tensor] = {}
-    unknown = []
-    for name, value in state.items():
-        ours = rename(name, last)
-        if ours is None:
-            unknown.append(name)
-            continue
-        split = re.fullmatch(r"(.*)\.qkv_proj\.(weight|bias)", ours)
-        pieces = (
-            {f"{split[1]}.{q}_proj.{split[2]}": part for q, part in zip("qkv", value.chunk(3))}
-            if split
-            else {ours: value}
-        )
-        for key, piece in pieces.items():
-            if key in results and not torch.equal(results[key], piece):
-                raise PrunelabError(
-                    f"the checkpoint is inconsistent: '{name}' differs from another entry for the same tensor"
-                )
-            results[key] = piece
-    return results, unknown
+    first = f"class_embed.{max(heads, default=0)}."  # the last of the list is the first stage's
+    return renamed(state, [(FIRST_STAGE, first), *NAMES])
 
 
 def load(model: nn.Module, parts: nn.Module, state: Mapping[str, Any]) -> None:

@@ -64,7 +64,7 @@ def test_what_lies_in_padding_reaches_no_valid_token():
             spoiled = torch.where(valid.unsqueeze(-1), features, features + noise)
             pyramid = Pyramid(spoiled, positions, valid, shapes)
             hidden = model.encoder(pyramid)
-            outputs.append((hidden[valid], model.propose(hidden, pyramid)[0]))
+            outputs.append((hidden[valid], model.select(hidden, pyramid)[0]))
     for one, other in zip(*outputs):
         assert torch.allclose(one, other, atol=1e-5)
 
