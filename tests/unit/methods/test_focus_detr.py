@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from prunelab.common.apply import apply
-from prunelab.common.backbones.dino import dino_r50, dino_small, load_checkpoint
+from prunelab.common.backbones.dino import dino_r50, dino_small, dino_swin_tiny, load_checkpoint
 from prunelab.common.core import registry
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
@@ -431,6 +431,23 @@ def test_every_official_entry_has_a_place(official, published):
     learned = {id(p): p for p in (*model.parameters(), *parts.parameters())}
     assert sum(p.numel() for p in learned.values()) == 49_339_920
     assert sum(p.numel() for p in learned.values() if p.requires_grad) == 49_330_512
+
+
+def test_every_entry_of_a_swin_has_a_place(official):
+    depths, single = (2, 2, 6, 2), ["patch_embed.proj", "patch_embed.norm", "norm1", "norm2", "norm3"]
+    layers = [f"layers.{i}.blocks.{j}." for i, depth in enumerate(depths) for j in range(depth)]
+    single += [b + n for b in layers for n in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    single += [f"layers.{i}.downsample.norm" for i in range(3)]
+    names = [f"{name}.{kind}" for name in single for kind in ("weight", "bias")]
+    names += [f"layers.{i}.downsample.reduction.weight" for i in range(3)]
+    names += [f"{b}attn.relative_position_{kind}" for b in layers for kind in ("bias_table", "index")]
+    rest = {name: value for name, value in official.items() if not name.startswith("backbone.")}
+    found, unknown = checkpoint.convert({**rest, **{f"backbone.{name}": torch.zeros(3) for name in names}})
+    assert not unknown
+    with torch.device("meta"):
+        model = dino_swin_tiny(value="features")
+        parts = FocusDETR().build(adapter_for(model).info)
+    assert set(found) == set(model.state_dict()) | {checkpoint.PARTS + name for name in parts.state_dict()}
 
 
 @pytest.mark.parametrize(
