@@ -25,6 +25,8 @@ Score = Literal["probability", "log_probability"]
 Rule = Literal["gausslegendre", "riemann_trapezoid", "riemann_left", "riemann_middle", "riemann_right", "average"]
 Rows = Literal["last", "all", "rollout"]
 
+TOGETHER = 1024  # tokens of one forward and backward pass
+
 
 def gradients(model: Explained, points: Tensor, target: int, score: Score = "probability") -> tuple[Tensor, Tensor]:
     """The target's score [S] at embeddings [S, T, D], and its gradient [S, T, D]."""
@@ -58,10 +60,14 @@ def integrated(
     model: Explained, embeddings: Tensor, baseline: Tensor, target: int, places: Tensor, weights: Tensor,
     score: Score = "probability",
 ) -> Tensor:  # fmt: skip
-    """Gradients on the way from the baseline to the embeddings [T, D], weighed [S], times the way: [T, D]."""
-    way = embeddings - baseline
-    _, slopes = gradients(model, baseline + places.to(way)[:, None, None] * way, target, score)
-    return torch.einsum("s,std->td", weights.to(way), slopes) * way
+    """Gradients on the way from the baseline to the embeddings [T, D], weighed [S], times the way: [T, D]. Places are
+    taken together as far as they hold `TOGETHER` tokens, so that memory does not grow with their number."""
+    way, many = embeddings - baseline, max(1, TOGETHER // len(embeddings))
+    total = torch.zeros_like(way)
+    for places_now, weights_now in zip(places.to(way).split(many), weights.to(way).split(many), strict=True):
+        _, slopes = gradients(model, baseline + places_now[:, None, None] * way, target, score)
+        total += torch.einsum("s,std->td", weights_now, slopes)
+    return total * way
 
 
 def by_norm(attribution: Tensor) -> Tensor:
