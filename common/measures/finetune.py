@@ -51,6 +51,8 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
         )
     if isinstance(method, TrainingMethod) and not settings.epochs:
         raise PrunelabError(f"{bench.chosen} prunes while a model trains, and 0 epochs train nothing; give some")
+    if settings.base_bits == 8 and not isinstance(method, TrainingMethod):
+        raise PrunelabError(f"{bench.chosen or 'plain training'} has no factors above weights of eight bits; say 16")
     model, tokenizer = loading.language(bench.ids["model"], bench.config)
     held_out = {  # read before anything is trained, as what follows
         metric: texts.sequences(bench.ids[name], bench.config, tokenizer, settings.text_length)
@@ -87,7 +89,7 @@ def measure(bench: Bench[Finetune.Settings]) -> dict[str, Any]:
         engine = importlib.import_module("prunelab.common.training.engine")  # by name, see `by_role`
         plan = engine.train(
             method, model, bench.budget, whole, _recipe(settings, len(whole)), services=seconds, seed=bench.seed,
-            accelerator=_accelerator(bench), progress=False,
+            accelerator=_accelerator(bench), eight=settings.base_bits == 8, progress=False,
         )  # fmt: skip
         results = sizes(model, plan.report) | training(plan)
     elif method is None or not whole:

@@ -51,7 +51,8 @@ class Finetune(Task):
         epochs: over what is kept, in steps of `batch` samples, of which `together` pass through the model at once
         (all). rate, warmup: of the learning rate, which falls along a cosine. clip: the largest norm of a gradient.
         untie: whether embedding and output layer, where they are one parameter, are first made two. rank, alpha,
-        dropout: of low-rank adapters (the extra `training`), which alone learn; rank 0 trains all weights. limited:
+        dropout: of low-rank adapters (the extra `training`), which alone learn; rank 0 trains all weights. base_bits:
+        of the weights below the factors of a method that trains with such, 8 or as they are (16). limited:
         instructions of the data set to choose from (all). reference: how many of them, drawn with the seed, the
         service `reference` is fine-tuned on before, by the same recipe. target: examples of each task that has a
         training split, to which the influence of instructions is measured. grader, second_grader: models that grade the
@@ -71,6 +72,7 @@ class Finetune(Task):
         rank: NonNegativeInt = 8
         alpha: NonNegativeInt = 16
         dropout: Share = 0.0
+        base_bits: Literal[8, 16] = 16
         limited: PositiveInt | None = None
         reference: PositiveInt | None = None
         target: PositiveInt | None = None

@@ -17,7 +17,7 @@ from prunelab.common.core.method import Method
 from prunelab.common.training import peft, trainer
 from prunelab.common.training.batches import Batches
 from prunelab.common.training.method import Batch, Training, TrainingMethod
-from prunelab.common.training.parametrizations import put_on
+from prunelab.common.training.parametrizations import LowRank, put_on
 from prunelab.common.training.recipe import Recipe, plain
 from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.adapters.base import WeightAdapter
@@ -41,6 +41,7 @@ def train(
     folder: Path | str | None = None,
     threads: int | None = None,
     accelerator: Any = None,
+    eight: bool = False,
     progress: bool = True,
 ) -> WeightPlan:
     """Train a model under `method` until it holds `budget`, in place, and return the plan, which repeats what came of
@@ -66,6 +67,8 @@ def train(
         the plan.
     accelerator
         An `accelerate.Accelerator`, for devices, precision and accumulated gradients.
+    eight
+        Hold the weights on which the method puts low-rank factors in codes of eight bits while it trains.
 
     Raises
     ------
@@ -95,12 +98,13 @@ def train(
     header = {"method": repr(method), "budget": str(budget), "seed": seed, "model": type(own).__qualname__}
     identity = {**header, "recipe": plain(asdict(recipe)), "weights": fingerprint(model, SAMPLED)}
     folder = None if folder is None else Path(folder)
+    identity |= {"eight": True} if eight else {}
     if folder is not None and (folder / PLAN).exists():
         return _repeated(folder, identity, model)
 
     header |= identity | {"config": config}
     names, learns = dict(model.named_parameters()), {n: p.requires_grad for n, p in model.named_parameters()}
-    job = _Job(method, training, model, recipe, batches, evaluate, before[0], accelerator)
+    job = _Job(method, training, model, recipe, batches, evaluate, before[0], accelerator, eight)
     was_training = model.training
     try:
         log = trainer.run(job, recipe, folder, identity, threads, job, accelerator, progress).curve
@@ -141,6 +145,7 @@ class _Job(trainer.Observer):
     held_out: Callable[[nn.Module], dict[str, float]] | None
     dense: int
     accelerator: Any
+    eight: bool = False
     off: Callable[[bool], None] = field(default=lambda keep: None)
     around: ExitStack = field(default_factory=ExitStack)
     touched: set[int] = field(default_factory=set)  # parameters that learn at some step, or had something put on
@@ -154,7 +159,11 @@ class _Job(trainer.Observer):
     def build(self) -> nn.Module:
         self.training.attachments = list(self.method.attach(self.training))
         under = {id(parameter) for parameter in self.training.model.parameters()}
-        self.off = put_on(self.training.adapter, self.training.attachments)
+        if self.eight and not any(isinstance(each.module, LowRank) for each in self.training.attachments):
+            raise PrunelabError(
+                f"{self.name} puts no low-rank factors on plain weights, so that none can be held in eight bits"
+            )
+        self.off = put_on(self.training.adapter, self.training.attachments, self.eight)
         self.learn = {name: p for name, p in self.training.model.named_parameters() if p.requires_grad}
         self.touched = {id(p) for name, p in self.training.model.named_parameters() if name.endswith(".original")}
         self.touched &= under

@@ -14,7 +14,7 @@ from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.method import Method
 from prunelab.common.training import peft
-from prunelab.common.training.parametrizations import Attachment, LowRank, Mask
+from prunelab.common.training.parametrizations import Attachment, EightBit, LowRank, Mask
 from prunelab.common.training.schedule import Constant, Schedule
 from prunelab.common.weights.adapters import weight_adapter
 from prunelab.common.weights.adapters.base import WeightAdapter
@@ -71,8 +71,13 @@ class Training:
         return weight + peft.Factors(owner).delta().detach() if peft.has_factors(owner) else weight
 
     def parameter(self, target: Target) -> Tensor:
-        """The parameter underneath `weight`, on which the method put something or not."""
-        return self._seen(target, self.original(target).detach())
+        """The parameter underneath `weight`, on which the method put something or not; where it is held in codes of
+        eight bits, what these stand for."""
+        owner, name = self._owner(target)
+        mapped = getattr(owner, "parametrizations", {})
+        lowest = mapped[name][0] if name in mapped else None
+        held = self.original(target).detach()
+        return self._seen(target, lowest(held) if isinstance(lowest, EightBit) else held)
 
     def gradient(self, target: Target) -> Tensor:
         """The gradient of that parameter."""

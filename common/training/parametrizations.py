@@ -144,6 +144,26 @@ class FakeQuantised(nn.Module):
         return Quantised(numbers.to(torch.uint8), scale, zero, self.high.bit_length() + 1, weight.shape[1])
 
 
+class EightBit(nn.Module):
+    """Under all else on a weight [out, in]: codes of eight bits for it, each row by its largest magnitude over 127
+    (LLM.int8, arXiv 2208.07339, without what that does to activations)."""
+
+    scale: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        largest = weight.detach().flatten(1).abs().amax(1).float().clamp_min(torch.finfo(torch.float32).tiny)
+        self.register_buffer("scale", (largest / 127).view(-1, *[1] * (weight.dim() - 1)))
+        self.dtype = weight.dtype
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """The codes of the weight, in int8."""
+        return (weight.float() / self.scale).round().to(torch.int8)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return (codes.float() * self.scale).to(self.dtype)
+
+
 # -- putting on and taking off ---------------------------------------------------------------------------------------
 
 Where = Literal["weight", "units", "input", "output", "held"]
@@ -208,9 +228,10 @@ class _Bypass(nn.Module):
         return torch.lerp(before, after, self.gate.factors()[0].to(after.dtype))  # exact at 0 and 1
 
 
-def put_on(adapter: WeightAdapter, attachments: Sequence[Attachment]) -> Callable[[bool], None]:
+def put_on(adapter: WeightAdapter, attachments: Sequence[Attachment], eight: bool = False) -> Callable[[bool], None]:
     """Put modules on the model. Gives the function that takes them off again: with True the weights stay as they were
-    used last, with False they are what lay underneath."""
+    used last, with False they are what lay underneath. eight: weights that get low-rank factors are held in codes of
+    eight bits below them, so that what lay underneath comes back rounded."""
     removers: list[Callable[[bool], None]] = []
 
     def take_off(keep: bool) -> None:
@@ -220,7 +241,7 @@ def put_on(adapter: WeightAdapter, attachments: Sequence[Attachment]) -> Callabl
     try:
         for attachment in attachments:
             attachment.module.to(next(adapter.model.parameters()).device)
-            _put_on(adapter, attachment, removers)
+            _put_on(adapter, attachment, removers, eight and isinstance(attachment.module, LowRank))
     except BaseException:
         take_off(False)
         raise
@@ -250,7 +271,9 @@ def parametrized(adapter: WeightAdapter, attachment: Attachment) -> list[tuple[n
     return owners
 
 
-def _put_on(adapter: WeightAdapter, attachment: Attachment, removers: list[Callable[[bool], None]]) -> None:
+def _put_on(
+    adapter: WeightAdapter, attachment: Attachment, removers: list[Callable[[bool], None]], eight: bool = False
+) -> None:
     target, module = attachment.target, attachment.module
     if isinstance(module, peft.Factors):
         return  # they are there already
@@ -271,7 +294,8 @@ def _put_on(adapter: WeightAdapter, attachment: Attachment, removers: list[Calla
                     raise PrunelabError(f"{target.name} has factors of peft; merge them first, or leave the layer out")
                 removers.append(_at_inputs(owner, mapping))  # type: ignore[arg-type]
                 continue
-            removers.append(_off(owner, name))
+            if eight or not parametrize.is_parametrized(owner, name):  # the first to go on takes all off
+                removers.append(_in_codes(owner, name) if eight else _off(owner, name))
             parametrize.register_parametrization(owner, name, mapping)
 
 
@@ -324,6 +348,26 @@ def _at_inputs(owner: Any, gate: _Readers) -> Callable[[bool], None]:
             with torch.no_grad():
                 for layer in (owner.base_layer, owner.lora_A[peft.adapter(owner)]):
                     layer.weight.copy_(gate(layer.weight))
+
+    return remove
+
+
+def _in_codes(owner: nn.Module, name: str) -> Callable[[bool], None]:
+    """Hold a parameter in codes of eight bits; what takes them off again. It stays the same object throughout."""
+    parameter = owner._parameters[name]
+    if parameter is None or parametrize.is_parametrized(owner, name):
+        raise PrunelabError("only plain weights can be held in eight bits; merge what was put on them first")
+    eight, learns, off = EightBit(parameter), parameter.requires_grad, _off(owner, name)
+    parameter.requires_grad_(False)
+    parameter.data = eight.codes(parameter)
+    parametrize.register_parametrization(owner, name, eight, unsafe=True)  # unsafe: of another data type
+
+    def remove(keep: bool) -> None:
+        with torch.no_grad():
+            value = getattr(owner, name) if keep else eight(parameter)
+        off(False)
+        parameter.data = value.detach()
+        parameter.requires_grad_(learns)
 
     return remove
 

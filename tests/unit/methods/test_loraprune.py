@@ -7,8 +7,10 @@ import torch
 
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.training import engine
+from prunelab.common.training.parametrizations import EightBit
 from prunelab.common.training.recipe import Recipe
 from prunelab.methods.loraprune.method import LoRAPrune, averaged, by_unit, estimated_gradient, importance
+from prunelab.methods.random_pruning.method import RandomPruning
 from tests.contract.families import WEIGHT_FAMILIES
 from tests.contract.references import language_model, token_ids
 
@@ -57,6 +59,43 @@ def test_a_model_of_peft_is_pruned_by_its_own_factors():
     assert {d.kept for t, d in plan.decisions() if t.unit == "channels"} == {20}
     assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 20)
     assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_above_weights_of_eight_bits_the_factors_train_and_the_pruned_model_holds_both():
+    rounded, model, plain = language_model(), language_model(), language_model()
+    linears = [m for m in rounded.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    with torch.no_grad():
+        for linear in linears[: 2 * 7]:  # of the first two layers, as the last one loses nothing
+            eight = EightBit(linear.weight)
+            error = (linear.weight - eight(eight.codes(linear.weight))).abs()
+            assert bool((error <= eight.scale / 2 + 1e-7).all()) and bool(error.any())
+            linear.weight.copy_(eight(eight.codes(linear.weight)))
+    seen = {}
+
+    class Watched(LoRAPrune):
+        def after_step(self, training):
+            weight = training.original(training.linears[0])
+            seen["dtype"], seen["held"] = weight.dtype, training.parameter(training.linears[0]).dtype
+            super().after_step(training)
+
+    plan = train(model, Watched(rank=2, every=2), eight=True)
+    assert seen == {"dtype": torch.int8, "held": torch.float32}
+    train(rounded)
+    for (name, ours), theirs in zip(model.named_parameters(), rounded.parameters(), strict=True):
+        assert ours.dtype == torch.float32 and torch.allclose(ours, theirs, atol=1e-5), name
+    plan.apply(plain)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+    with pytest.raises(PrunelabError, match="puts no low-rank factors"):
+        train(language_model(), RandomPruning(), eight=True)
+
+
+def test_eight_bits_come_off_when_training_fails():
+    model, before = language_model(), language_model()
+    with pytest.raises(ZeroDivisionError):
+        train(model, objective=lambda *_: 1 / 0, eight=True)
+    for (name, ours), theirs in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert ours.dtype == torch.float32 and ours.requires_grad == theirs.requires_grad, name
+        assert torch.allclose(ours, theirs, atol=float(theirs.detach().abs().max()) / 200), name
 
 
 def test_what_has_fused_projections_or_too_few_layers_is_refused():

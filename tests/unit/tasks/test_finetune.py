@@ -235,6 +235,10 @@ def test_weights_are_pruned_before_the_training_or_after_it_or_while_it_lasts(fo
     assert trained["saving"]["value"] > 5
     assert run(folder, "pat", "0.75", epochs=4)["saving"]["value"] > 5
     assert run(folder, "vtrans", "0.75", epochs=3)["answers acc"]["value"] < 0  # with the model as it was for a teacher
+    rounded = run(folder, "loraprune", "0.5", {"every": 1}, epochs=3, together=2, base_bits=8)
+    assert rounded["saving"] == trained["saving"] and rounded["answers acc"] != trained["answers acc"]
+    with pytest.raises(PrunelabError, match="plain training has no factors above weights of eight bits"):
+        run(folder, base_bits=8)
     with pytest.raises(PrunelabError, match="0 epochs"):
         run(folder, "loraprune", "0.5", epochs=0)
 
