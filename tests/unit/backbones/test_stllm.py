@@ -16,6 +16,7 @@ from prunelab.common.rehearsal import checkpoints
 from prunelab.common.tokens.adapters import adapter_for
 from prunelab.methods.fastv.method import FastV
 from prunelab.methods.prunevid.method import PruneVid
+from tests.contract.devices import moved, pretended
 
 VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
 QFORMER = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -198,6 +199,39 @@ def test_methods_prune_its_tokens(settings):
         assert answer.shape[1] == tokens + 6 + 3 and tokens + 6 > seen[0] > seen[-1]
     with apply(FastV(2), model, 0.5), pytest.raises(PrunelabError, match="placeholders"):
         model(**given | asked(frames, tokens - 1) | {"attention_mask": None})
+
+
+@torch.no_grad()
+def test_padded_prompts_are_answered_as_alone():
+    model, single = tiny(branch=0), asked(3, 12)
+    other = single | {"pixel_values_videos": single["pixel_values_videos"].flip(1)}
+    other |= {"qformer_input_ids": torch.tensor([[9, 8, 7, 6, 5]])}
+    words = torch.cat([torch.full((1, 12), 61), torch.tensor([[8, 9, 10]])], 1)
+    other |= {"input_ids": words, "attention_mask": torch.ones_like(words)}
+    pad, seen = torch.zeros(1, 3, dtype=torch.long), torch.tensor([[1, 1, 1, 0, 0]])
+    both = {
+        "input_ids": torch.cat([single["input_ids"], torch.cat([pad, words], 1)]),
+        "attention_mask": torch.cat([single["attention_mask"], torch.cat([pad, torch.ones_like(words)], 1)]),
+        "pixel_values_videos": torch.cat([single["pixel_values_videos"], other["pixel_values_videos"]]),
+        "qformer_input_ids": torch.cat(
+            [torch.cat([single["qformer_input_ids"], seen[:, 3:]], 1), other["qformer_input_ids"]]
+        ),
+        "qformer_attention_mask": torch.cat([seen, torch.ones_like(seen)]),
+    }
+    for cut in (1.0, 0.5):
+        with apply(FastV(2), model, cut):
+            alone = [model(**given).logits[:, -1] for given in (single, other)]
+            assert torch.allclose(model(**both).logits[:, -1], torch.cat(alone), atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [FastV(2), PruneVid(pooling="none", whole=1)])
+def test_nothing_mixes_devices(method):
+    with pretended() as labels:
+        model, given = moved(labels, tiny(mixed=2)), moved(labels, asked(4, 8))
+        with apply(method, model, 0.5) as handle:
+            model.generate(**given, max_new_tokens=3, do_sample=False, pad_token_id=0)
+            handle.report()
 
 
 def test_the_published_sizes():
