@@ -16,8 +16,8 @@ Read = Callable[[Run, str], tuple[float, float | None]]  # a run's metric: its v
 class Derived:
     """What is made of several results, each a run with its metric, or derived itself.
 
-    how: `mean`, or of two `difference` (the first less the second), `ratio` (the first by the second) or `saving` (what
-    the second lacks of the first, in percent)."""
+    how: `mean`, or of two `difference` (the first less the second), `ratio` (the first by the second), `share` (that in
+    percent) or `saving` (what the second lacks of the first, in percent)."""
 
     how: str
     of: tuple[Derived | tuple[Run, str], ...]
@@ -41,7 +41,8 @@ class Derived:
     @property
     def words(self) -> str:
         """What it is, in words."""
-        names = {"difference": "the difference", "ratio": "the ratio", "saving": "the saving in percent"}
+        names = {"difference": "the difference", "ratio": "the ratio", "share": "the share in percent"}
+        names |= {"saving": "the saving in percent"}
         return f"{names.get(self.how, 'the mean')} of {len(self.leaves())} results"
 
     def leaves(self) -> list[tuple[Run, str]]:
@@ -78,13 +79,14 @@ def combined(how: str, values: Sequence[float]) -> tuple[float, list[float]]:
     first, second = values
     if how == "difference":
         return first - second, [1.0, -1.0]
-    above, by = (first, second) if how == "ratio" else (second, first)
+    above, by = (second, first) if how == "saving" else (first, second)
     if by == 0:
         return math.nan, [math.nan, math.nan]
-    share, slopes = above / by, (1 / by, -above / by**2)
-    if how == "ratio":
-        return share, [*slopes]
-    return 100 * (1 - share), [-100 * slopes[1], -100 * slopes[0]]
+    ratio, slopes = above / by, (1 / by, -above / by**2)
+    if how == "saving":
+        return 100 * (1 - ratio), [-100 * slopes[1], -100 * slopes[0]]
+    scale = 100 if how == "share" else 1
+    return scale * ratio, [scale * slope for slope in slopes]
 
 
 def behind(entry: Run | Derived | str | None) -> Iterator[Run]:

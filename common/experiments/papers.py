@@ -104,19 +104,20 @@ class Place(_Strict):
 
 class Derivation(_Strict):
     """One of these, of other cells: a column of the same row by its name, `{table, row, column}`, or derived itself; of
-    two, `difference` is the first less the second, `ratio` the first by the second, and `saving` what the second lacks
-    of the first, in percent."""
+    two, `difference` is the first less the second, `ratio` the first by the second, `share` that in percent, and
+    `saving` what the second lacks of the first, in percent."""
 
     mean: tuple[str | Place | Derivation, ...] = ()
     difference: tuple[str | Place | Derivation, ...] = ()
     ratio: tuple[str | Place | Derivation, ...] = ()
+    share: tuple[str | Place | Derivation, ...] = ()
     saving: tuple[str | Place | Derivation, ...] = ()
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         (how, *more), members = [key for key, given in self if given] or ("", ""), self.members
         if more or (how != "mean" and len(members) != 2) or len(members) < 2:
-            raise ValueError("write one of mean, of several, or difference, ratio or saving, of two")
+            raise ValueError("write one of mean, of several, or difference, ratio, share or saving, of two")
         return self
 
     @property

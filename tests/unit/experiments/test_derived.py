@@ -61,6 +61,7 @@ def write(folder: Path, monkeypatch: pytest.MonkeyPatch, made: str = "{mean: [to
         ("mean", (1.0, 2.0, 6.0), 3.0, math.hypot(0.1, 0.2, 0.2) / 3),
         ("difference", (5.0, 2.0), 3.0, math.hypot(0.1, 0.2)),
         ("ratio", (6.0, 2.0), 3.0, math.hypot(0.1 / 2, 0.2 * 6 / 4)),
+        ("share", (6.0, 2.0), 300.0, 100 * math.hypot(0.1 / 2, 0.2 * 6 / 4)),
         ("saving", (40.0, 30.0), 25.0, 100 * math.hypot(0.1 * 30 / 1600, 0.2 / 40)),
     ],
 )  # fmt: skip
