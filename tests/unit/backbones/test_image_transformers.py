@@ -93,6 +93,14 @@ def test_swag_is_torchvisions_network(tmp_path):
     swag.load_checkpoint(model, tmp_path / "x.pth")
     images = torch.randn(2, 3, 64, 64)
     assert torch.allclose(model(images), published(images), atol=1e-5)
+    for method, budget in (
+        (ToMe(), "4removed"),
+        (ZeroTPrune(layers=(0, 1)), 0.5),
+        (AdaptiveTokenSampling(layers=(1,)), 0.5),
+    ):
+        with apply(method, model, budget) as handle:
+            model(images)
+        assert handle.report().saving > 0, method.name
     for made, parameters in ((swag.vit_b_16, 86.9), (swag.vit_l_16, 305.2), (swag.vit_h_14, 633.5)):
         with torch.device("meta"):
             assert round(sum(p.numel() for p in made().parameters()) / 1e6, 1) == parameters

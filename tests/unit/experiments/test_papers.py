@@ -14,6 +14,7 @@ from prunelab.common.catalogue import hub, lookup
 from prunelab.common.core import files, registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import papers, planning, plans, provenance
+from prunelab.common.experiments.derived import behind
 from prunelab.common.experiments.run import Run
 
 SETTINGS = lookup.settings({})
@@ -25,7 +26,7 @@ def test_every_reported_number_has_a_run_or_a_reason(slug):
     assert [c.reported for c in found] == list(papers.reported(slug))
     for cell in found:
         assert "paper" in cell.runs
-        assert all(run if isinstance(run, str) else run.task for run in cell.runs.values())
+        assert all(run if isinstance(run, str) else list(behind(run)) for run in cell.runs.values())
         assert cell.reported.source
 
 
