@@ -105,16 +105,30 @@ def walk(
 
 
 def collapse(steps: Callable[[float], Iterator[Step]], wanted: int) -> Layers | None:
-    """The layers after the walk under the highest threshold that leaves `wanted` of them, None if there is none:
-    threshold after threshold is lowered to let in the most similar of the candidates it refused."""
-    threshold = 1.0
-    while math.isfinite(threshold):
-        refused, last = -math.inf, None
-        for last in steps(threshold):
-            refused = refused if last.accepted else max(refused, last.similarity)
-        if last is None or len(last.after) == wanted:
-            return None if last is None else last.after
-        threshold = math.nextafter(refused, -math.inf)
+    """The layers after the walk under the highest threshold that leaves `wanted` of them, None if there is none. It is
+    found by halving, between thresholds at which walks change, as if a lower one never left more layers."""
+
+    def tried(threshold: float) -> tuple[Layers | None, float, float]:
+        """What is left; below which threshold the walk changes, and from which one upwards."""
+        made = list(steps(threshold))
+        refused = max((step.similarity for step in made if not step.accepted), default=-math.inf)
+        accepted = min((step.similarity for step in made if step.accepted), default=math.inf)
+        return made[-1].after if made else None, math.nextafter(refused, -math.inf), accepted
+
+    after, upper, _ = tried(1.0)
+    if after is None or len(after) == wanted:
+        return after
+    found, _, accepted = tried(-2.0)  # below every cosine
+    while found is not None and len(found) == wanted:
+        lower = math.nextafter(accepted, -math.inf)  # the highest that gives the same walk
+        if upper <= lower:
+            return found
+        middle = (upper + lower) / 2
+        after, changed, least = tried(middle if lower < middle < upper else upper)
+        if after is not None and len(after) == wanted:
+            found, accepted = after, least
+        else:
+            upper = changed
     return None
 
 
@@ -144,7 +158,7 @@ class LaCo(WeightPruner):
     Parameters
     ----------
     threshold
-        Similarity above which a merge is kept; None is the highest under which the budget is met.
+        Similarity above which a merge is kept; None is the highest under which the budget is met, found by halving.
     merge_layers
         Layers that become one (C).
     interval
