@@ -393,9 +393,10 @@ def question(prompt: str) -> str:
 def processor(folder: Path, source: Path, mixed: int = 0) -> StllmProcessor:
     """The processor of the model in `folder`, of the tokenizers of InstructBLIP in the folder `source`: the short side
     of frames is brought to 224 pixels, of which the middle is seen."""
-    given = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(source, **given)
-    asks = AutoTokenizer.from_pretrained(source / "qformer_tokenizer", **given)
+    tokenizer, asks = (
+        AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+        for place in (source, source / "qformer_tokenizer")
+    )
     asks.truncation_side = "left"
     frames = LlavaNextVideoVideoProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
     return StllmProcessor(frames, tokenizer, asks, mixed=mixed)

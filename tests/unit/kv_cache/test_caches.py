@@ -417,4 +417,5 @@ def test_every_cache_method_is_registered_and_runs_with_its_defaults():
             with applied(cls(), model, 0.5, services=services) as handle:
                 said = torch.stack(model.generate(prompt(2, 160), **GREEDY, **steps).logits)
             hides = issubclass(cls, OwnAttention) and not torch.allclose(said, whole)  # from attention alone
-            assert handle.report().ratio < 0.8 or hides, cls.name
+            most = 0.85 if cls.name == "think" else 0.8  # which thins keys alone
+            assert handle.report().ratio < most or hides, cls.name
