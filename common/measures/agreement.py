@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def measure(bench: Bench[Agreement.Settings]) -> dict[str, Any]:
     """What the task gives, see `tasks.agreement`."""
-    method, few, many = bench.method(WeightPruner), bench.settings.calibration, bench.settings.against
+    method, few, many = bench.method(WeightPruner), bench.settings.calibration, bench.settings.many
     if method is None or not method.calibrated:
         raise PrunelabError(f"{bench.chosen or 'the unpruned model'} is not calibrated; choose a method that is")
     if few > many:

@@ -35,8 +35,8 @@ from prunelab.common.rehearsal import checkpoints, datasets
 
 # What is left of a run's settings, where its task has them and the run asks for more.
 CUT = {
-    "samples": 2, "limit": 2, "calibration": 2, "length": 64, "calibration_length": 64, "text_length": 64, "new": 4,
-    "draws": 1, "runs": 2, "limited": 8, "epochs": 1, "frames": 4, "warmup": 1, "batch": 4,
+    "samples": 2, "limit": 2, "calibration": 2, "many": 3, "length": 64, "calibration_length": 64, "text_length": 64,
+    "new": 4, "draws": 1, "runs": 2, "limited": 8, "epochs": 1, "frames": 4, "warmup": 1, "batch": 4,
 }  # fmt: skip
 # What runs of one method on one class of models that an evaluation library makes may differ in, and be one rehearsal.
 JOINED = ("tasks", "average", "against", "shots_of")

@@ -30,11 +30,11 @@ class Agreement(Task):
     }
 
     class Settings(base.Settings):
-        """calibration: the few samples, against: the many, drawn of calibration_data. shown, length, new, temperature,
+        """calibration: the few samples, many: the many, drawn of calibration_data. shown, length, new, temperature,
         top_p, batch, template: how they are made, as in `solve`."""
 
         calibration: PositiveInt
-        against: PositiveInt
+        many: PositiveInt
         calibration_data: str | None = None
         shown: Literal["both", "problem", "answer", "reference"] = "both"
         length: PositiveInt = 4096
@@ -47,8 +47,8 @@ class Agreement(Task):
     @classmethod
     def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
         """The many are written once; both are read."""
-        read = (QUESTION + min(ANSWER, settings.new)) * (settings.calibration + settings.against)
-        return Work(read=read, written=min(ANSWER, settings.new) * settings.against, together=settings.batch)
+        read = (QUESTION + min(ANSWER, settings.new)) * (settings.calibration + settings.many)
+        return Work(read=read, written=min(ANSWER, settings.new) * settings.many, together=settings.batch)
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import agreement

@@ -293,7 +293,7 @@ def test_what_few_and_many_demonstrations_keep_is_compared(monkeypatch, config):
     task, ids = get("agreement"), {"model": {"testbed": "tiny"}, "calibration": entry("two.jsonl", answer="a")}
 
     def compared(few, many, method="easy_ep", budget="2count"):
-        given = task.read({"calibration": few, "against": many, "new": 4, "length": 16})
+        given = task.read({"calibration": few, "many": many, "new": 4, "length": 16})
         return task().measure(Bench("paper", ids, given, config, method, {}, budget))
 
     found = compared(1, 4)
@@ -302,7 +302,7 @@ def test_what_few_and_many_demonstrations_keep_is_compared(monkeypatch, config):
     kept = {name: [WEIGHT_FAMILIES["deepseek_v3"](), count] for name, count in (("few", 1), ("many", 4))}
     masks = {}
     for name, (model, count) in kept.items():
-        given = task.read({"calibration": 4, "against": 4, "new": 4})
+        given = task.read({"calibration": 4, "many": 4, "new": 4})
         shown = solve.demonstrations(Bench("paper", {}, given, config), model, Tokenizer(), ids["calibration"], 4)
         plan = prune(EasyEP(), model, Budget(2, "count"), shown[:count], progress=False)
         masks[name] = [decision.mask for _, decision in plan.decisions()]
