@@ -64,10 +64,15 @@ def batches(
             end = min(start + batch, count)
             yield torch.stack([transform(_jpeg(p)) for p in pictures[start:end]]), torch.tensor(names[start:end])
         return
-    files = {"imagenet_sample": _sample, "imagenet_folder": _folder}[loader](identity, config)[:samples]
-    for start in range(0, len(files), batch):
-        part = files[start : start + batch]
+    found = files(identity, config)[:samples]
+    for start in range(0, len(found), batch):
+        part = found[start : start + batch]
         yield torch.stack([read(path, transform) for path, _ in part]), torch.tensor([label for _, label in part])
+
+
+def files(identity: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[Path, int]]:
+    """The image files of a catalogue entry of ImageNet with their labels, in order."""
+    return {"imagenet_sample": _sample, "imagenet_folder": _folder}[identity["loader"]](identity, config)
 
 
 def drawn(

@@ -408,3 +408,32 @@ def clip(identity: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, A
 
     folder = Path(identity["folder"]) if "folder" in identity else hub.folder(identity, "model", config)
     return pretrained(CLIPModel, folder, use_safetensors=True).eval(), pretrained(CLIPProcessor, folder)
+
+
+def image_text(
+    identity: Mapping[str, Any], config: Mapping[str, Any], reader: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """A model of images and texts that is tuned for one task, BLIP's or CLIP, in eval mode, and the processor of its
+    own repository or of that which `reader` names: one of transformers by the `class` of its identity, or of our own.
+    """
+    import transformers
+
+    def place(of: Mapping[str, Any]) -> Path:
+        return Path(of["folder"]) if "folder" in of else hub.folder(of, "model", config)
+
+    if "file" in identity:
+        if reader is None:
+            raise PrunelabError(
+                "this checkpoint brings no tokenizer; name a model that does under the setting 'reader'"
+            )
+        model = load(identity, config)[0]
+    else:
+        folder = place(identity)
+        stored = {
+            "use_safetensors": not identity.get("pickled") or any(folder.glob("*.safetensors")),
+            "weights_only": True,
+        }
+        cls = getattr(transformers, identity["class"])
+        model = pretrained(cls, folder, dtype=torch.float32, **stored).eval()
+    processor = transformers.CLIPProcessor if isinstance(model, transformers.CLIPModel) else transformers.BlipProcessor
+    return model, pretrained(processor, place(reader or identity))

@@ -161,6 +161,8 @@ def processor(name: str, config: Any) -> Any:
         return t.InstructBlipProcessor(t.BlipImageProcessor(**_square(vision.image_size)), words, asks, count)
     if name == "SiglipModel":
         return t.SiglipProcessor(t.SiglipImageProcessor(**_square(vision.image_size)), words)
+    if name.startswith("BlipFor"):
+        return t.BlipProcessor(t.BlipImageProcessor(size=_square(vision.image_size)["size"]), words)
     if name == "CLIPModel":
         words.model_max_length = config.text_config.max_position_embeddings
         return t.CLIPProcessor(_clip(t, vision.image_size), words)
@@ -289,9 +291,19 @@ def _segmenter(module: Any, model: Any) -> dict[str, Any]:
     return state
 
 
+def small(identity: Any) -> Any:
+    """An identity whose look-alike is narrow: of a backbone that says, as `NARROW`, which arguments make it so."""
+    built = identity.get("architecture", {}) if isinstance(identity, Mapping) else {}
+    if built.get("library") != "backbones":
+        return identity
+    module = importlib.import_module(f"prunelab.common.backbones.{built['name'].partition(':')[0]}")
+    narrowed = {**built.get("arguments", {}), **getattr(module, "NARROW", {})}
+    return {**identity, "architecture": {**built, "arguments": narrowed}} if hasattr(module, "NARROW") else identity
+
+
 def official(identity: Mapping[str, Any], path: Path) -> None:
-    """A file of one of our own backbones, random, in its real size, with a method's learned parts where it has some.
-    Raises PrunelabError for those whose authors name weights in another way than the backbone does."""
+    """A file of one of our own backbones, random, in its real size (but see `small`), with a method's learned parts
+    where it has some. Raises PrunelabError for those whose authors name weights in another way than it does."""
     import safetensors.torch
 
     torch.manual_seed(0)

@@ -313,6 +313,30 @@ def coco(folder: Path, entry: Mapping[str, Any]) -> None:
     path.write_text(json.dumps({"images": images, "annotations": notes, "categories": classes}), encoding="utf-8")
 
 
+def image_text(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Pictures with annotations in the form of BLIP's: captions, or sentences about two pictures."""
+    for i in range(24):
+        path = folder / entry["images"] / "some" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _picture(i, 96).save(path)
+    for split in ("train", "test"):
+        rows: list[dict[str, Any]] = []
+        for i in range(24):
+            name, other = f"some/{i}.jpg", f"some/{(i + 1) % 24}.jpg"
+            texts = [_text(5 * i + k, 6) for k in range(5)]
+            if split == "train" and i == 8:
+                break
+            if entry["kind"] == "pairs":
+                rows.append({"images": [name, other], "sentence": _text(i, 8), "label": ["True", "False"][i % 2]})
+            elif split == "train":
+                rows.append({"image": name, "caption": texts[0], "image_id": str(i)})
+            else:
+                rows.append({"image": name, "caption": texts})
+        path = folder / entry[split]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows), encoding="utf-8")
+
+
 def captions(folder: Path) -> None:
     """One caption a line."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -342,6 +366,7 @@ ENTRIES: Mapping[str, Callable[[Path, Mapping[str, Any]], None]] = {
     "video_questions": films,
     "coco": coco,
     "coco_captions": coco,
+    "image_text": image_text,
 }  # as entries tell
 FOLDERS: Mapping[str, Callable[[Path], None]] = {
     "imagenet_folder": photographs, "lines": prompts, "questions": questions, "caption_lines": captions, "duc": duc,

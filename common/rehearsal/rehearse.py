@@ -37,6 +37,7 @@ from prunelab.common.rehearsal import checkpoints, datasets
 CUT = {
     "samples": 2, "limit": 2, "calibration": 2, "many": 3, "length": 64, "calibration_length": 64, "text_length": 64,
     "new": 4, "draws": 1, "runs": 2, "limited": 8, "epochs": 1, "frames": 4, "warmup": 1, "batch": 4,
+    "tuned": 4, "queue": 64, "templates": 1,
 }  # fmt: skip
 # What runs of one method on one class of models that an evaluation library makes may differ in, and be one rehearsal.
 JOINED = ("tasks", "average", "against", "shots_of")
@@ -184,7 +185,7 @@ class LookAlikes:
                 self.make(kind, name)
         if "heads" in used:
             self._parts(used["heads"][1], run)
-        return replace(run, ids={of: _identity(value, self.config) for of, value in run.ids.items()})
+        return replace(run, ids={of: checkpoints.small(_identity(v, self.config)) for of, v in run.ids.items()})
 
     def make(self, kind: hub.Kind, name: str) -> None:
         """That of an entry of the catalogue."""
@@ -233,7 +234,7 @@ class LookAlikes:
             checkpoints.of_layout(paper["layout"], like, place)
         elif "file" in paper:
             identity = {"architecture": architecture, **({"parts": paper["parts"]} if "parts" in paper else {})}
-            checkpoints.official(identity, place / paper["file"])
+            checkpoints.official(checkpoints.small(identity), place / paper["file"])
         elif architecture["library"] == "timm":
             checkpoints.timm_model(architecture["name"], architecture, place)
         elif architecture["library"] == "transformers":

@@ -17,7 +17,6 @@ from prunelab.common.core.hooks import at_work
 from prunelab.common.core.method import Method
 from prunelab.common.weights.adapters import Model, weight_adapter
 from prunelab.common.weights.adapters.base import WeightAdapter
-from prunelab.common.weights.adapters.components import Linears
 from prunelab.common.weights.checkpoints import Work, fingerprint
 from prunelab.common.weights.corpora import Corpus, Objective, calls, corpus, loss_of, named
 from prunelab.common.weights.engine import Engine, check_budgets
@@ -285,7 +284,7 @@ def _calibration(
             f"'{min(strange)}' is no component to prune; give calibration sets for {', '.join(chains)} by name"
         )
     results = {
-        name: (calls if isinstance(chains.get(name), Linears) else corpus)(part).to(device)
+        name: (calls if name in chains and chains[name].by_call else corpus)(part).to(device)
         for name, part in parts.items()
     }
     needs_calibration = any(method.statistics(unit) for unit in method.units)

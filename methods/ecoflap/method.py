@@ -118,6 +118,9 @@ class ECoFLaP(WeightPruner):
         samples, as released.
     epsilon
         Step along a direction.
+    pooled
+        Beginnings of names of matrices in which Wanda compares all weights instead of those of a row, as the released
+        code does in BLIP's image encoder.
     damping, width
         Of SparseGPT.
     """
@@ -132,6 +135,7 @@ class ECoFLaP(WeightPruner):
     batch: PositiveInt = 8
     draws: PositiveInt = 1
     epsilon: PositiveFloat = 1e-3
+    pooled: tuple[str, ...] = ()
     damping: NonNegativeFloat = 0.01
     width: PositiveInt = 128
 
@@ -197,12 +201,18 @@ class ECoFLaP(WeightPruner):
 
     def amount(self, sparsity: float, target: Target) -> Budget:
         """The budget of a matrix: for Wanda so many of each row, rounded down as released."""
-        return Budget(1 - sparsity) if self.fine == "sparsegpt" else Budget(gone(target.shape[-1], sparsity), "removed")
+        whole = self.fine == "sparsegpt" or target.name.startswith(self.pooled)
+        return Budget(1 - sparsity) if whole else Budget(gone(target.shape[-1], sparsity), "removed")
 
     # -- fine --------------------------------------------------------------------------------------------------------
 
     def score(self, target: Target, signals: WeightSignals) -> Tensor:
         return signals.weight.abs().float() * signals["input_norm"].sqrt()
+
+    def mask(self, target: Target, scores: Tensor, budget: Budget) -> Tensor:
+        return (
+            masks.per_matrix(scores, budget) if target.name.startswith(self.pooled) else masks.per_row(scores, budget)
+        )
 
     def solve(self, target: Target, signals: WeightSignals, budget: Budget) -> Decision:
         if self.fine == "wanda":

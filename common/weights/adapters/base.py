@@ -39,6 +39,7 @@ class WeightAdapter(ABC):
     skip: ClassVar[tuple[str, ...]] = ()  # names of linears that are not weights to prune, such as gates
     part_depth: ClassVar[int] = 1  # names from a block down to its attention and MLP
     norm: ClassVar[str] = ""  # path of the norm behind the last block, empty where there is none
+    by_call: ClassVar[bool] = False  # whether a calibration sample is a call, its arguments by name
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model

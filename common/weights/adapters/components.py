@@ -21,6 +21,7 @@ class Linears(WeightAdapter):
     sample holds the arguments of one call by name, or is the first of them."""
 
     family = "linears"
+    by_call = True
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
