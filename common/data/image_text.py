@@ -18,6 +18,10 @@ from prunelab.common.data import captions, images
 
 Kind = Literal["retrieval", "captions", "pairs", "classes"]
 WORDS: Mapping[str, int] = {"retrieval": 30, "captions": 30, "pairs": 40}  # of a text, at most
+PROMPTS = (  # of a class's name, seven of those that CLIP's authors published
+    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",
+    "art of the {}.", "a photo of the small {}.",
+)  # fmt: skip
 DROPPED = '.!"()*#:;~'  # marks that texts lose
 
 

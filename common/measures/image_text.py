@@ -21,7 +21,6 @@ from prunelab.common.measures.bench import Bench, finite
 from prunelab.common.measures.language import sizes
 from prunelab.common.metrics import uncertainty
 from prunelab.common.models import devices, loading
-from prunelab.common.tasks.image_text import PROMPTS
 from prunelab.common.weights.role import WeightPruner
 
 if TYPE_CHECKING:
@@ -320,6 +319,13 @@ class Classes(Asked):
 
     classes = ("CLIPModel",)
 
+    def check(self, examples: Sequence[Example]) -> None:
+        super().check(examples)
+        if self.settings.templates > len(image_text.PROMPTS):
+            raise PrunelabError(
+                f"there are {len(image_text.PROMPTS)} prompts, not {self.settings.templates}; ask for fewer"
+            )
+
     def call(self, examples: Sequence[Example], augment: Any = None) -> Call:
         read = self.read([e.texts[0] for e in examples], padding="max_length", max_length=self._longest())
         return {"pixel_values": self.seen([e.pictures[0] for e in examples], augment), **read}
@@ -337,7 +343,7 @@ class Classes(Asked):
         """Features [C, D] of the classes, of length 1."""
         results = []
         for part in self.parts(image_text.class_names(), "reading names"):
-            texts = [prompt.format(name) for name in part for prompt in PROMPTS[: self.settings.templates]]
+            texts = [prompt.format(name) for name in part for prompt in image_text.PROMPTS[: self.settings.templates]]
             read = self.read(texts, padding="max_length", max_length=self._longest())
             each = F.normalize(self._feature(self.model.get_text_features(**read)), dim=-1)
             results.append(F.normalize(each.unflatten(0, (len(part), -1)).mean(1), dim=-1))

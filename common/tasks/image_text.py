@@ -12,10 +12,6 @@ from prunelab.common.tasks.base import SIZES, Catalogue, Metric, Metrics, Reads,
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
 
-PROMPTS = (
-    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",
-    "art of the {}.", "a photo of the small {}.",
-)  # fmt: skip
 TEXT = 35  # tokens of a text, to foretell time by
 LINES = {"cider": "CIDEr", "spice": "SPICE", "bleu4": "BLEU-4"}
 _FOUND = {f"{what}_recall_{n}": Metric(f"{what}s found among the first {n}", "%", higher_is_better=True)
@@ -59,7 +55,7 @@ class ImageText(Task):
         longest: PositiveInt = 20
         shortest: NonNegativeInt = 5
         spice: bool = False
-        templates: PositiveInt = len(PROMPTS)
+        templates: PositiveInt = 7
         reader: str | None = None
         calibration: NonNegativeInt = 128
         calibration_data: str | None = None

@@ -251,6 +251,8 @@ def test_classes_are_named_by_the_nearest_mean_of_prompts(config, monkeypatch):
         seen = task._feature(task.model.get_image_features(pixel_values=task.seen([e.pictures[0] for e in examples])))
     right = (seen @ heads.T).argmax(-1) == torch.tensor([e.label for e in examples])
     assert task.scores(examples)["top1"]["value"] == pytest.approx(100 * float(right.float().mean()), abs=1e-3)
+    with pytest.raises(PrunelabError, match="7 prompts, not 8"):
+        asked("classes", templates=8).check(examples)
     with pytest.raises(PrunelabError, match="no texts to calibrate with"):
         image_text.drawn({"loader": "imagenet_folder"}, config, 1, 0)
 
