@@ -98,7 +98,8 @@ class Session:
         logits, hidden = read[:count], reader.hidden
         accepted = self.method.accept(tree, logits if process is None else process(tree, logits), self.rng)
         reader.keep(accepted.nodes)
-        return Step(tokens[-1:], tree, logits, accepted, read[count:], None if hidden is None else hidden[:count])
+        hidden = None if hidden is None else hidden[:count]
+        return Step(tokens[-1:], tree, logits, accepted, read[count:], hidden, reader.earlier)
 
     def learn(self, step: Step) -> None:
         """Let the method see what its tree was answered with."""

@@ -25,8 +25,8 @@ class Reader:
     The cache holds the entries of the sequence `held` [n] and, until the next call, of the tree read last. Tree entries
     are told apart by a 4-D attention mask and by position ids, which transformers passes on to any model. `cache` may
     hold the first tokens already, `held` says which. With `watch` the last read leaves in `hidden` [rows, D] what the
-    model's output layer made its logits of. With `whole` a prompt is read in one pass and by itself, for models that
-    prune what it leaves.
+    model's output layer made its logits of, and in `earlier` [M, D] the like of the tokens that it read before those.
+    With `whole` a prompt is read in one pass and by itself, for models that prune what it leaves.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Reader:
         self.device = working_device(model)
         self.held = torch.empty(0, dtype=torch.long, device=self.device) if held is None else held
         self.hidden: Tensor | None = None
+        self.earlier: Tensor | None = None
         self._watch, self._context = watch, getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._whole = whole
         self._tree: DraftTree | None = None
@@ -72,9 +73,10 @@ class Reader:
         not read again, and the logits are those of the other nodes [T - known, V]. `aside`: S tokens more, which share
         the pass alone; their logits follow, and where the context ends they take its last place.
         """
+        self.earlier = None
         if self.prompting:
             self.held, self._tree = tokens, tree
-            return self._forward(tokens, None, 0, 1, self._watch)
+            return self._forward(tokens, None, 0, 1)
         drafts, tree = len(tree.tokens), tree if aside is None else tree.beside(aside)
         if known:
             unread = tokens[:0]
@@ -100,7 +102,7 @@ class Reader:
         if self._context is not None:  # what a draft model guesses of tokens behind its context comes to nothing
             positions.clamp_(max=self._context - 1)
         self.held, self._tree = tokens, tree
-        return self._forward(fed, seen, positions, new + (not known), self._watch)
+        return self._forward(fed, seen, positions, new + (not known))
 
     def keep(self, nodes: Tensor) -> None:
         """Of the tree read last keep the path of nodes [A], as part of the sequence. Caches shrink in place."""
@@ -130,9 +132,7 @@ class Reader:
         short = min(len(tokens), len(self.held))
         self.crop(int((tokens[:short] == self.held[:short]).long().cumprod(0).sum()))
 
-    def _forward(
-        self, fed: Tensor, seen: Tensor | None, positions: Tensor | int, keep: int, watch: bool = False
-    ) -> Tensor:
+    def _forward(self, fed: Tensor, seen: Tensor | None, positions: Tensor | int, keep: int) -> Tensor:
         """Logits [keep, V] of the last tokens fed [M]; seen: [M, N] bool of the entries each may attend to."""
         mask = None
         if seen is not None:  # additive: the one form that both sdpa and eager attention take
@@ -145,11 +145,14 @@ class Reader:
             input_ids=fed.unsqueeze(0),
             attention_mask=mask,
             position_ids=positions.unsqueeze(0),
-            output_hidden_states=watch,
+            output_hidden_states=self._watch,
             **seam.with_cache({"use_cache": True}, self.cache),
             **options,
         )
-        self.hidden = out.hidden_states[-1][0, -keep:] if watch else None
+        if self._watch:
+            states = out.hidden_states[-1][0]
+            held = [] if self.earlier is None or self.hidden is None else [self.earlier, self.hidden]
+            self.hidden, self.earlier = states[-keep:], torch.cat([*held, states[:-keep]])
         return out.logits[0, -keep:]
 
 

@@ -21,7 +21,8 @@ class Step:
 
     root: the last token [1]. tree: the T drafts behind it. logits: [T + 1, V] of the target, row 0 behind the root.
     accepted: what they confirm. aside: [S, V] logits behind the tokens of `DraftDecoder.aside`. hidden: [T + 1, D] what
-    the target's output layer made the logits of, for methods that ask for it.
+    the target's output layer made the logits of, for methods that ask for it; earlier: [M, D] the like of the M tokens
+    before the root that were read with it, such as a prompt's.
     """
 
     root: Tensor
@@ -30,6 +31,7 @@ class Step:
     accepted: Accepted
     aside: Tensor | None = None
     hidden: Tensor | None = None
+    earlier: Tensor | None = None
 
     @property
     def tokens(self) -> Tensor:

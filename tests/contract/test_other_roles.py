@@ -41,11 +41,12 @@ class Table:
 
     def __init__(self, seed: int, vocabulary: int = 11) -> None:
         self.logits = torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(seed))
-        self.hidden = self.logits
+        self.hidden = self.earlier = self.logits
 
     def read(self, tokens, tree, known=0, aside=None):
         read = [tokens[-1:], tree.tokens] if aside is None else [tokens[-1:], tree.tokens, aside.tokens]
         self.hidden = out = self.logits[torch.cat(read)]
+        self.earlier = self.logits[tokens[:-1]]
         return out[known + 1 :] if known else out
 
     def keep(self, nodes):
@@ -56,7 +57,8 @@ def session(method, budget, prompt):
     """The method at work behind a prompt, with what it asks for: random parts, a draft model, a store to search."""
     torch.manual_seed(0)
     parts = method.build(ModelInfo("table", depth=1, heads=1, width=11, tokens=99, vocabulary=11))
-    asked = {name: SERVICES[name] for name in method.services} | ({"parts": parts} if parts is not None else {})
+    learned = {} if parts is None else {"parts": parts.requires_grad_(False)}
+    asked = {name: SERVICES[name] for name in method.services} | learned
     if method.reads_hidden:
         asked["output"] = torch.nn.Identity()
     started = Session(method, budget, method.start(11, **asked))

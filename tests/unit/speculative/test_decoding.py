@@ -278,7 +278,20 @@ def test_what_is_read_aside_is_answered_but_never_accepted(family):
         head = model.get_output_embeddings()
         torch.testing.assert_close(head(step.hidden), step.logits, atol=1e-5, rtol=1e-5)
         assert len(step.hidden) == len(step.tree.tokens) + 1
+        before = len(PROMPT) - 1 if not written else 0
+        assert len(step.earlier) == before, "each token is read once, and the prompt with the first draft"
         written += len(step.accepted.tokens)
+
+
+def test_long_prompts_are_read_first_and_seen_whole():
+    model = model_of(max_position_embeddings=90)
+    prompt = torch.randint(61, (70,), generator=torch.Generator().manual_seed(5))
+    state: dict[Any, Any] = {}
+    speculative.generate(Watchful(), model, prompt, max_new_tokens=2, state=state, budget=Budget(2, "count"))
+    step = state["steps"][0]
+    with torch.no_grad():
+        wanted = model(prompt[None], output_hidden_states=True).hidden_states[-1][0]
+    torch.testing.assert_close(torch.cat([step.earlier, step.hidden[:1]]), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_places_aside_stay_within_a_table_of_positions():
