@@ -61,7 +61,9 @@ def plan(
     if result.reasons:
         console.print(f"{result.reasons.total()} have none; they take")
         for reason, count in result.reasons.most_common():
-            console.print(f"{count:5d}  {papers.REASONS[reason]}", markup=False)
+            console.print(
+                f"{count:5d}  {papers.REASONS.get(reason, 'a reason that paper.yaml does not say')}", markup=False
+            )
     if result.lacking:
         shown = result.lacking.most_common(None if everything else REASONS)
         console.print(f"{result.lacking.total()} lack something; what most of them lack:")

@@ -10,12 +10,15 @@ from typing import Any
 
 from prunelab.common.experiments import plans
 
+UNSAID = "unsaid"
+
 
 @dataclass(frozen=True)
 class Overview:
     """runs: by kind and scale, how many are needed and how many have a record. reported: how many numbers the papers
     report, executable: how many of them have a run at paper scale or one that needs no scale, whatever it lacks here,
-    assumed: how many of those run under an assumption; reasons: why the others have none, of `papers.REASONS`. made:
+    assumed: how many of those run under an assumption; reasons: why the others have none, of `papers.REASONS`, or
+    `unsaid`, which is a mistake in a paper.yaml. made:
     how many the runs make. lacking: what the others need, with how many numbers need it."""
 
     runs: Mapping[tuple[str, str], tuple[int, int]]
@@ -49,5 +52,5 @@ def overview(config: Mapping[str, Any]) -> Overview:
         sum(bool(number.assumes) for number, there in zip(numbers, ready, strict=True) if there),
         len(numbers) - lacking.total(),
         lacking,
-        Counter(number.reason or "unbuilt" for number, there in zip(numbers, ready, strict=True) if not there),
+        Counter(number.reason or UNSAID for number, there in zip(numbers, ready, strict=True) if not there),
     )

@@ -62,10 +62,9 @@ REASONS: Mapping[str, str] = {
     "setting": "a setting, checkpoint or text that no public source gives",
     "hardware": "hardware that is not a common GPU, or the authors' own",
     "robot": "a robot",
-    "unbuilt": "what could be built here and is not",
 }
 Needs = Annotated[  # one reason, with what exactly
-    dict[Literal["judge", "server", "licence", "setting", "hardware", "robot", "unbuilt"], str],
+    dict[Literal["judge", "server", "licence", "setting", "hardware", "robot"], str],
     Field(min_length=1, max_length=1),
 ]
 Assumption = Annotated[str, Field(pattern=r"^(\S.{8,})?$")]  # what decides a run and the source does not say, in words

@@ -27,6 +27,7 @@ def test_every_reported_number_has_a_run_or_a_reason(slug):
     for cell in found:
         assert "paper" in cell.runs
         assert all(run if isinstance(run, str) else list(behind(run)) for run in cell.runs.values())
+        assert cell.reason or not isinstance(cell.runs["paper"], str), "what has no run says why"
         assert cell.reported.source
 
 
