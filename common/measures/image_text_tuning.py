@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TEMPERATURES = (0.001, 0.5)  # between which the learned one stays
 PARTS = ("vision_model", "vision_proj", "text_encoder", "text_proj")  # of which the momentum model has copies
-STRENGTH = 5  # of the two random changes that a picture goes through, of 10
+STRENGTH = 15  # of the two random changes that a picture goes through, of torchvision's 30: a half
 
 
 def augmented() -> Any:
@@ -32,7 +32,7 @@ def augmented() -> Any:
     shape at half strength."""
     from torchvision.transforms import v2
 
-    changes = v2.RandAugment(num_ops=2, magnitude=2 * STRENGTH, interpolation=v2.InterpolationMode.BILINEAR)
+    changes = v2.RandAugment(num_ops=2, magnitude=STRENGTH, interpolation=v2.InterpolationMode.BILINEAR)
     cut = v2.RandomResizedCrop(384, scale=(0.5, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
     return v2.Compose([cut, v2.RandomHorizontalFlip(), changes])
 

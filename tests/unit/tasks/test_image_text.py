@@ -284,6 +284,13 @@ def test_what_was_pruned_stays_so_while_the_model_learns(kind, config, monkeypat
     assert zeros / sum(x.units for x in targets) == pytest.approx(0.5, abs=0.02)
 
 
+def test_a_training_picture_is_cut_and_changed():
+    torch.manual_seed(0)
+    picture = Image.linear_gradient("L").convert("RGB")
+    one, other = (tuning.augmented()(picture) for _ in range(2))
+    assert one.size == other.size == (384, 384) and one.tobytes() != other.tobytes()
+
+
 def test_the_queue_knows_features_by_their_pictures_and_the_slow_model_follows(config):
     task = asked("retrieval", momentum=0.5, queue=4)
     contrast = tuning.Contrast(task, task.settings)
