@@ -12,6 +12,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import derived, forecast, overview, papers, planning, plans, prefetch, provenance
 from prunelab.common.experiments.derived import Derived
+from prunelab.paper_tables import __main__ as command
 from prunelab.paper_tables import join, tolerance
 
 SOURCE = """
@@ -125,6 +126,9 @@ def test_the_value_is_there_when_all_records_are_and_goes_stale_with_them(config
     assert held is not None and held.value == pytest.approx(0.05 + math.hypot(0.3, 0.3), abs=1e-6)
     (_, (line,)) = (table.lines for table in join.tables("made", plan, join.Records(Path(config["results"]))))
     assert line.outcome == "ready" and line.others["testbed"].value == pytest.approx(2.0)
+    index, found = command.build(config)
+    text = (index.parent / "made" / "index.html").read_text(encoding="utf-8")
+    assert len(found) == 2 and "2.00 ± 0.83" in text and "the difference of 2 results, of the runs" in text
 
 
 def test_what_a_member_lacks_is_what_it_lacks(config, tmp_path, monkeypatch):
