@@ -408,5 +408,5 @@ def test_every_cache_pruner_but_those_that_choose_the_prompt_runs_beside_a_token
             with stacked(model, ((NormTokens(), 0.8), (method, 0.6)), services) as (_, handle):
                 said = torch.stack(model.generate(tokens, **GREEDY, **steps).logits)
             hides = issubclass(cls, OwnAttention) and not torch.allclose(said, whole)  # from attention alone
-            assert handle.report().ratio < 0.9 or hides, cls.name
+            assert handle.report().ratio < 0.95 or hides, cls.name
     assert alone == {"spec_kv", "spec_pc", "spec_kv_pc"}
