@@ -81,11 +81,9 @@ def trainings(boards: Sequence[BoardTable], records: Records) -> list[Figure]:
         shown = [(board.scale, logs) for board in boards if board.name == name and (logs := _logs(board, records))]
         panels = []
         for scale, logs in shown:
-            look, least = svg.styles(logs), min(point["parameters"] for log in logs.values() for point in log)
+            look, points = svg.styles(logs), [point for log in logs.values() for point in log]
             drawn = [("loss", "loss", 1.0)]
-            if any(
-                log[0]["parameters"] > least or log[-1]["parameters"] < log[0]["parameters"] for log in logs.values()
-            ):
+            if all("parameters" in p for p in points) and len({p["parameters"] for p in points}) > 1:
                 drawn.append(("parameters", "parameters that masks leave, M", 1e6))
             for key, label, unit in drawn:
                 series = [

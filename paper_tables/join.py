@@ -17,7 +17,7 @@ from typing import Any, Literal
 from prunelab.common import tasks
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import forecast, papers, planning, provenance, replay
-from prunelab.common.experiments.derived import Derived
+from prunelab.common.experiments.derived import FINITE, Derived
 from prunelab.common.experiments.plans import Plan
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
@@ -251,11 +251,12 @@ class Records:
 
         def read(run: Run, metric: str) -> tuple[float, float | None]:
             result = found[run.address, metric]
-            return result.value or 0.0, result.stderr
+            assert result.value is not None
+            return result.value, result.stderr
 
         value, error = made.value(read)
-        if math.isnan(value):
-            return Value("not run: needs a second result that is not zero")
+        if not math.isfinite(value):
+            return Value(f"not run: needs {FINITE}")
         old = any(each.status == "stale" for each in found.values())
         runs = ", ".join(dict.fromkeys(str(each.record) for each in found.values()))
         return Value("stale" if old else status, value, error, protocol=f"{made.words}, of the runs {runs}")

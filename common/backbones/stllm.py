@@ -19,6 +19,7 @@ too large to fetch where this was written.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'video' %}<video>{% endif %}{% endfor %}{% endif %}"
     "###Human: {% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}{% else %} ###Assistant: {{ message['content'] if message['content'] is string else"
+    "{% endif %}{% elif message['role'] != 'assistant' %}"
+    "{{ raise_exception('ST-LLM has no place for messages of the role ' + message['role']) }}"
+    "{% else %} ###Assistant: {{ message['content'] if message['content'] is string else"
     " message['content'][0]['text'] }}{% endif %}{% endfor %}{% if add_generation_prompt %} ###Assistant: {% endif %}"
 )
 # Where the published files keep each part, and where the class has it; the first that fits counts.
@@ -174,13 +177,12 @@ class FrameEncoder(InstructBlipVisionModel):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features [B, T, 1 + P, D] of videos [B, T, 3, H, W]."""
         hidden = self.embeddings(pixel_values.flatten(0, 1))
-        outputs = []
+        last = deque[Tensor](maxlen=len(self.branch.spatial) if self.branch is not None else 1)
         for layer in self.encoder.layers:
             hidden = layer(hidden)
-            outputs.append(hidden.unflatten(0, pixel_values.shape[:2]))
-        result = outputs[-1]
+            last.append(hidden.unflatten(0, pixel_values.shape[:2]))
+        result = last[-1]
         if self.branch is not None:
-            last = outputs[-len(self.branch.spatial) :]
             result = (result + self.branch(last, self.embeddings.position_embedding)) / 2
         normed: Tensor = self.post_layernorm(result)
         return normed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from rich.table import Table
 from prunelab.common.cli.app import Settings, app, console, settings
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import forecast, overview, papers, planning, plans, provenance
-from prunelab.common.experiments.derived import Derived
+from prunelab.common.experiments.derived import FINITE, Derived
 from prunelab.common.experiments.run import Run
 
 REASONS = 12  # that `plan` shows unless it is asked for all
@@ -162,6 +163,7 @@ def run(
                 found, error = job.value(made) if isinstance(job, Derived) else made(job, cell.metric)
                 value = f"{found:g}" + (f" ± {error:g}" if error else "")
                 status = cell.status if scale == "paper" else scale
+                status = status if math.isfinite(found) else f"needs {FINITE}"
                 status += f", under an assumption: {cell.assumes}" if cell.assumes else ""
             shown.add_row(
                 cell.reported.column, f"{cell.reported.text} {cell.reported.unit}", scale if job else "", value, status

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prunelab.common.experiments.run import Run
 
+FINITE = "results that are finite, and to divide by one that is not zero"
 Read = Callable[[Run, str], tuple[float, float | None]]  # a run's metric: its value and standard error
 
 
@@ -50,13 +51,29 @@ class Derived:
         return [leaf for part in self.of for leaf in (part.leaves() if isinstance(part, Derived) else [part])]
 
     def value(self, read: Read) -> tuple[float, float | None]:
-        """The value, and its standard error where each result has one. The runs are taken to be independent, which
-        makes the error of a difference over the same samples too large rather than too small."""
-        values, errors = zip(*(part.value(read) if isinstance(part, Derived) else read(*part) for part in self.of))
-        result, slopes = combined(self.how, values)
-        if None in errors:
-            return result, None
-        return result, math.hypot(*(slope * error for slope, error in zip(slopes, errors, strict=True)))
+        """The value, and its standard error where each result has one. Runs are taken to be independent, which makes
+        the error of a difference over the same samples too large; metrics of one run as if they erred together."""
+        leaves = {(run.address, metric): read(run, metric) for run, metric in self.leaves()}
+        result, slopes = self._slopes({leaf: value for leaf, (value, _) in leaves.items()})
+        by_run: dict[str, float] = {}
+        for leaf, (_, error) in leaves.items():
+            if error is None:
+                return result, None
+            by_run[leaf[0]] = by_run.get(leaf[0], 0.0) + abs(slopes[leaf]) * error
+        return result, math.hypot(*by_run.values())
+
+    def _slopes(self, values: Mapping[tuple[str, str], float]) -> tuple[float, dict[tuple[str, str], float]]:
+        """The value, and how much it changes with each result, by address and metric."""
+        made = []
+        for part in self.of:
+            leaf = ("", "") if isinstance(part, Derived) else (part[0].address, part[1])
+            made.append(part._slopes(values) if isinstance(part, Derived) else (values[leaf], {leaf: 1.0}))
+        value, outer = combined(self.how, [part for part, _ in made])
+        slopes: dict[tuple[str, str], float] = {}
+        for weight, (_, inner) in zip(outer, made, strict=True):
+            for leaf, slope in inner.items():
+                slopes[leaf] = slopes.get(leaf, 0.0) + weight * slope
+        return value, slopes
 
     def stored(self, name: Callable[[Run], str]) -> dict[str, Any]:
         """In plain values, runs by what `name` calls them."""

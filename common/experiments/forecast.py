@@ -232,12 +232,15 @@ class Outlook:
             for name, f in foretold.items()
             if f.hours is not None and f.gpus <= 1 and f.memory <= self._card.gb
         }
-        chosen, left = set(), hours
-        for name in sorted(able, key=lambda name: able[name] / makes[name]):
-            if able[name] <= left:
-                chosen.add(name)
-                left -= able[name]
-        return [(slug, lacks) for slug, lacks in self.waiting if chosen.issuperset(run.identity for run in lacks)]
+        needed = [frozenset(run.identity for run in lacks) for _, lacks in self.waiting]
+        possible = {names for names in needed if names <= able.keys()}
+        chosen, left = set[str](), hours
+        for names in sorted(possible, key=lambda n: (max(able[name] / makes[name] for name in n), sorted(n))):
+            more = sum(able[name] for name in names - chosen)
+            if more <= left:
+                chosen |= names
+                left -= more
+        return [number for number, names in zip(self.waiting, needed, strict=True) if names <= chosen]
 
     def total(self, numbers: Sequence[Sequence[Run]]) -> dict[str, Any]:
         """Of the runs behind numbers, each counted once: hours, runs whose hours nothing tells, GB that the largest

@@ -295,6 +295,12 @@ def _derived(
         other = replace(number, **{key: name for key, name in place if name})
         if other not in members:
             of = registry.choose(tables, other.table, "table")
+            beside = [
+                n for n in papers.reported(slug) if n.table == other.table
+            ]  # what `*` stands for is written there
+            registry.choose({**of.rows, **{n.row: n for n in beside}}, other.row, "row")
+            columns = {**of.columns, **of.row(other.row).columns, **{n.column: n for n in beside}}
+            registry.choose(columns, other.column, "column")
             try:
                 members[other] = _cell(slug, of, other, config, (*within, number))
             except PrunelabError as error:

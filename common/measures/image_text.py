@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -136,6 +137,10 @@ class Captions(Asked):
     def check(self, examples: Sequence[Example]) -> None:
         super().check(examples)
         optional("pycocoevalcap", "the score of captions")
+        if shutil.which("java") is None:
+            raise PrunelabError("pycocoevalcap splits captions into words by a program in Java; install a Java runtime")
+        if self.settings.spice:
+            spice()
 
     @torch.inference_mode()
     def written(self, examples: Sequence[Example]) -> list[str]:
@@ -155,7 +160,7 @@ class Captions(Asked):
         return caption_scores(self.written(examples), [e.texts for e in examples], self.settings.spice)
 
 
-def caption_scores(written: Sequence[str], references: Sequence[Sequence[str]], spice: bool) -> dict[str, Any]:
+def caption_scores(written: Sequence[str], references: Sequence[Sequence[str]], with_spice: bool) -> dict[str, Any]:
     """CIDEr, BLEU-4 and perhaps SPICE, a hundredfold, as pycocoevalcap tells them."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -169,17 +174,18 @@ def caption_scores(written: Sequence[str], references: Sequence[Sequence[str]], 
     results: dict[str, Any] = {"cider": uncertainty.mean([100 * float(score) for score in each])}
     results["cider"]["value"] = round(100 * float(cider), 4)
     results["bleu4"] = {"value": round(100 * float(bleu[3]), 4)}
-    if spice:
-        results["spice"] = {"value": round(100 * _spice(wanted, given), 4)}
+    if with_spice:
+        results["spice"] = {"value": round(100 * float(spice().compute_score(wanted, given)[0]), 4)}
     return results
 
 
-def _spice(wanted: Any, given: Any) -> float:
+def spice() -> Any:
+    """SPICE's scorer, which has its parser at hand."""
     from pycocoevalcap.spice.spice import Spice
 
     try:
-        return float(Spice().compute_score(wanted, given)[0])
-    except Exception as error:  # no Java, or no parser that the library could fetch
+        return Spice()
+    except Exception as error:  # no parser that the library could fetch
         raise PrunelabError(
             f"SPICE needs Java and Stanford CoreNLP, which {SPICE} fetches when it is first made"
             f" ({type(error).__name__}); run `from {SPICE}.spice import Spice; Spice()` where there is a network"
@@ -321,6 +327,8 @@ class Classes(Asked):
 
     def check(self, examples: Sequence[Example]) -> None:
         super().check(examples)
+        if self.settings.epochs:
+            raise PrunelabError("classes have no texts to fine-tune with; leave `epochs` out")
         if self.settings.templates > len(image_text.PROMPTS):
             raise PrunelabError(
                 f"there are {len(image_text.PROMPTS)} prompts, not {self.settings.templates}; ask for fewer"

@@ -201,7 +201,8 @@ class Task(ABC):
                 ) from None
             if first["type"] == "missing":
                 raise PrunelabError(f"the task {cls.name} needs the setting '{name}'") from None
-            raise PrunelabError(f"the setting '{name}' of the task {cls.name}: {first['msg'].lower()}") from None
+            what = f"the setting '{name}'" if name else "the settings"
+            raise PrunelabError(f"{what} of the task {cls.name}: {first['msg'].lower()}") from None
 
     @classmethod
     def admit(cls, method: str | None, budget: str | None) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import model_validator
+
+from prunelab.common.core.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import SIZES, Catalogue, Metric, Metrics, Reads, Task, Work
+from prunelab.common.tasks.base import SIZES, Catalogue, Metric, Metrics, Reads, Task
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
 
-TEXT = 35  # tokens of a text, to foretell time by
 LINES = {"cider": "CIDEr", "spice": "SPICE", "bleu4": "BLEU-4"}
 _FOUND = {f"{what}_recall_{n}": Metric(f"{what}s found among the first {n}", "%", higher_is_better=True)
           for what in ("text", "image") for n in (1, 5, 10)}  # fmt: skip
@@ -20,8 +21,8 @@ _FOUND = {f"{what}_recall_{n}": Metric(f"{what}s found among the first {n}", "%"
 
 class ImageText(Task):
     """What is asked follows from the data: BLIP finds texts by images and images by texts, writes captions (scored by
-    pycocoevalcap, times a hundred), or says whether a sentence is true of two pictures; CLIP names classes, whose
-    prompts are the means of their features."""
+    pycocoevalcap, times a hundred, which takes a Java runtime), or says whether a sentence is true of two pictures;
+    CLIP names classes, whose prompts are the means of their features."""
 
     name: ClassVar[str] = "image_text"
     roles: ClassVar[tuple[str, ...]] = ("weight_pruner",)
@@ -40,7 +41,7 @@ class ImageText(Task):
     class Settings(base.Settings):
         """samples: pictures, or pairs of them, of the test split (all). batch: that pass together. shortlist: of each
         search how many are compared one by one. beams, longest, shortest: of captions, in tokens. spice: whether their
-        SPICE is told (a program in Java, which pycocoevalcap fetches at its first use). templates: how many of those
+        SPICE is told (whose parser pycocoevalcap fetches when it is first made). templates: how many of those
         published a class's name is put into. reader: a model of the catalogue whose tokenizer and image processor are
         used (the model's own). calibration: training pictures with a text each of `calibration_data` (the same data)
         to calibrate with, in calls of `together`. epochs, tuned, rate, decay: of a fine-tuning after pruning, by
@@ -65,16 +66,14 @@ class ImageText(Task):
         rate: PositiveFloat = 1e-5
         decay: NonNegativeFloat = 0.05
         queue: PositiveInt = 57600
-        momentum: PositiveFloat = 0.995
-        soft: NonNegativeFloat = 0.4
+        momentum: Share = 0.995
+        soft: Share = 0.4
 
-    @classmethod
-    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
-        """Every picture once, with a caption written to it."""
-        samples = settings.samples or held
-        if samples is None or settings.epochs:
-            return None
-        return Work(inputs=samples, written=samples * TEXT, together=settings.batch)
+        @model_validator(mode="after")
+        def _lengths(self) -> Self:
+            if self.longest < self.shortest:
+                raise ValueError(f"captions of at least {self.shortest} tokens are not of {self.longest} at most")
+            return self
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import image_text

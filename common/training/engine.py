@@ -68,7 +68,8 @@ def train(
     accelerator
         An `accelerate.Accelerator`, for devices, precision and accumulated gradients.
     eight
-        Hold the weights on which the method puts low-rank factors in codes of eight bits while it trains.
+        Hold the weights on which the method puts low-rank factors in codes of eight bits while it trains. They come
+        back rounded, also where the training fails: start again from the model as it was.
 
     Raises
     ------
@@ -195,8 +196,8 @@ class _Job(trainer.Observer):
         return _moved(self.batches(number), device)
 
     def evaluate(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
-        left = {"parameters": self.dense - float(self.training.removed())}
-        return left if self.held_out is None else left | self.held_out(model)
+        told = {} if self.held_out is None else self.held_out(model)
+        return told | {"parameters": self.dense - float(self.training.removed())}
 
     def take_off(self, keep: bool) -> None:
         self.around.close()

@@ -29,8 +29,9 @@ class Prefixes:
         self._states: dict[int, dict[int, Tensor]] = {}  # by block
 
     @contextmanager
-    def reused(self, sample: Any, changes: Mapping[int, Hashable]) -> Iterator[None]:
-        """One run of the model on one of the samples inside the `with` block."""
+    def reused(self, sample: Any, changes: Mapping[int, Hashable], until: int | None = None) -> Iterator[None]:
+        """One run of the model on one of the samples inside the `with` block. until: the first block, if any, whose
+        changes will not be made again, so that no state behind it is of use."""
         if len(self.adapter.chains) > 1 or not any(sample is known for known in self.samples):
             yield
             return
@@ -44,7 +45,7 @@ class Prefixes:
             for block in range(start):
                 following = states[start] if block == start - 1 else None
                 stack.enter_context(_forward(self.adapter.blocks[block], _giving(following)))
-            for block in range(start + 1, len(self.adapter.blocks)):
+            for block in range(len(self.adapter.blocks))[start + 1 : None if until is None else until + 1]:
                 hook = self._note(states, block)
                 stack.callback(self.adapter.blocks[block].register_forward_pre_hook(hook).remove)
             yield

@@ -58,6 +58,7 @@ class ModelProbe:
         self._loss = loss_of(adapter, None, adapter.model) if objective is None else objective
         self._work = Work(None) if work is None else work
         self._tried: dict[int, tuple[Hashable, ...]] | None = None  # what a trial changes, by block
+        self._once: int | None = None  # the first block that a trial changes as no other will
         self._prefixes = Prefixes(adapter, self.samples)
         self._asked = 0  # how often for gradients
 
@@ -73,11 +74,13 @@ class ModelProbe:
             raise PrunelabError("one trial at a time: leave that `with` block first")
         undo: list[Callable[[], None]] = []
         dense = None if self._work.folder is None else self._work.shelf("dense")
-        self._tried = {}
+        self._tried, self._once = {}, None
         try:
             for target, decision in decisions:
                 undo.append(self.adapter.attempt(target, decision, dense))
                 change = bool(decision.kept) if target.whole and not decision.values else next(_NUMBERS)
+                if not isinstance(change, bool):
+                    self._once = target.block if self._once is None else min(self._once, target.block)
                 if change is not True:
                     self._tried[target.block] = (*self._tried.get(target.block, ()), (target.name, change))
             yield
@@ -139,7 +142,7 @@ class ModelProbe:
 
     def _run(self, sample: Any) -> AbstractContextManager[None]:
         """Around one run: under a trial it takes up what an earlier one had in common with it."""
-        return nullcontext() if self._tried is None else self._prefixes.reused(sample, self._tried)
+        return nullcontext() if self._tried is None else self._prefixes.reused(sample, self._tried, self._once)
 
     @torch.no_grad()
     def statistics(self, wanted: Mapping[Unit, Factories], corpus: str | None = None) -> dict[str, dict[str, Tensor]]:

@@ -198,7 +198,7 @@ def among(router: Any, inputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     small.num_experts = len(kept)
     if (getattr(small, "num_group", None) or 1) > 1:
         small.num_group = small.topk_group = 1  # as `remove` has it where groups become unlike
-    _, gates, chosen = small.forward(inputs)  # by itself, without hooks of the one that it is made of
+    _, gates, chosen = type(small).forward(small, inputs)  # without what hooks of the other wrap around its own
     return kept[chosen], gates
 
 

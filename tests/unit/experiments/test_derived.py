@@ -35,6 +35,10 @@ tables:
   - name: T2
     columns:
       gap: {derived: {difference: [{table: T1, row: b, column: top-1}, {table: T1, row: a, column: top-1}]}}
+  - name: T3
+    model: deit_small
+    columns: {top-1: *top}
+    rows: {"*": half}
 """
 
 
@@ -76,6 +80,33 @@ def test_values_and_the_errors_that_follow_from_their_results(how, values, wante
         assert (derived.combined(how, moved)[0] - value) / 1e-6 == pytest.approx(slope, rel=1e-4)
 
 
+def test_results_of_one_run_err_together_and_those_of_several_do_not(config):
+    first, second = plans.made(config).cells("made")[1].runs["testbed"].runs
+    errors = {"top1": 0.3, "gmacs": 0.1}
+
+    def error(how, *of):
+        return Derived(how, of).value(lambda run, metric: (2.0, errors[metric]))[1]
+
+    one, same, other = (first, "top1"), (first, "gmacs"), (second, "top1")
+    assert error("mean", one, one) == pytest.approx(0.3) and error("difference", one, one) == 0
+    assert error("mean", one, same) == pytest.approx(0.2)
+    assert error("mean", one, other) == pytest.approx(math.hypot(0.15, 0.15))
+    assert error("mean", Derived("mean", (one, other)), one) == pytest.approx(math.hypot(0.75 * 0.3, 0.25 * 0.3))
+
+
+def test_what_is_not_finite_says_so_in_place_of_a_value(config):
+    plan = plans.made(config)
+    cell = plan.cells("made")[1]
+    for run in cell.runs["testbed"].runs:
+        record = {"identity": run.identity, "sources": run.sources, "run": {"method": run.method}}
+        provenance.write(
+            run.path(Path(config["results"])),
+            {**record, "timing": {}, "environment": {}, "metrics": {"top1": {"value": math.inf, "stderr": 0.1}}},
+        )
+    found = join.Records(Path(config["results"])).value(cell.runs["testbed"], cell.metric, "testbed")
+    assert found.value is None and found.needs == derived.FINITE
+
+
 def test_nothing_is_a_share_of_zero():
     assert math.isnan(derived.combined("ratio", (1.0, 0.0))[0]) and math.isnan(
         derived.combined("saving", (0.0, 1.0))[0]
@@ -100,6 +131,10 @@ def test_a_plan_holds_the_runs_of_what_is_derived_and_every_reader_finds_them(co
     outlook = forecast.Outlook(plan, forecast.gpu("h200"))
     assert [len(lacks) for _, lacks in outlook.waiting] == [1, 2]
     assert outlook.note("made", gap).count("--column gap") == 1 and len(outlook.fitting(1e6)) == 2
+    each = {run.identity: outlook.of(run).hours for _, lacks in outlook.waiting for run in lacks}
+    assert all(hours is not None for hours in each.values())
+    (one,) = outlook.waiting[0][1]
+    assert outlook.fitting(each[one.identity] * 1.001) == outlook.waiting[:1], "no hours go to half of a difference"
     assert outlook.total([lacks for _, lacks in outlook.waiting])["runs"] == 2, "each counts once"
 
 
@@ -152,10 +187,11 @@ def test_derivations_may_stand_in_each_other(config, tmp_path, monkeypatch):
         ("{mean: [top-1]}", r"columns\.both\.derived.*write one of mean"),
         ("{difference: [top-1, again, again]}", "write one of mean"),
         ("{mean: [top-1, again], ratio: [top-1, again]}", "write one of mean"),
-        ("{mean: [top-1, top-2]}", "its 'T1', 'a', 'top-2': nothing says how it is run"),
-        ("{mean: [top-1, {table: T3, column: gap}]}", "there is no table 'T3'; known: T1, T2"),
+        ("{mean: [top-1, top-2]}", "there is no column 'top-2'"),
+        ("{mean: [top-1, {table: T4, column: gap}]}", "there is no table 'T4'; known: T1, T2, T3"),
         ("{mean: [top-1, both]}", "derived of itself"),
-        ("{mean: [top-1, {row: d, column: top-1}]}", "its 'T1', 'd', 'top-1': nothing says which configuration"),
+        ("{mean: [top-1, {row: d, column: top-1}]}", "there is no row 'd'"),
+        ("{mean: [top-1, {table: T3, row: a, column: top-1}]}", "there is no row 'a'"),
     ],
 )
 def test_a_mistake_names_the_place(config, tmp_path, monkeypatch, made, message):

@@ -82,3 +82,15 @@ def test_stun_keeps_of_a_cluster_the_expert_that_is_missed_most():
     everything = torch.arange(target.units)
     alone = [really_lost("mixtral", samples, target, everything[everything != gone]) for gone in range(target.units)]
     assert bool(mask[int(torch.tensor(alone).argmax())]), "who is missed most of all is missed most of its cluster"
+
+
+def test_hooks_around_a_router_are_not_asked_for_the_experts_that_stay():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    plain, hooked = model_of("mixtral"), model_of("mixtral")
+    for layer in hooked.model.layers:
+        add_hook_to_module(layer.mlp.gate, AlignDevicesHook("cpu"))
+    samples = list(token_ids())
+    plans = [prune(ExpertSparsity(), model, 0.5, samples, progress=False) for model in (plain, hooked)]
+    masks = [[decision.mask for _, decision in plan.decisions()] for plan in plans]
+    assert masks[0] and all(torch.equal(a, b) for a, b in zip(*masks, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -236,6 +237,13 @@ def test_captions_begin_behind_the_prompt_and_only_they_are_learned(config, monk
         measured, "caption_scores", lambda a, b, spice: {"cider": {"value": len(a) + len(b), "spice": spice}}
     )
     assert task.scores(examples) == {"cider": {"value": 6, "spice": False}}
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(measured, "optional", lambda *_: None)
+    with pytest.raises(PrunelabError, match="install a Java runtime"):
+        task.check(examples)
+    for wrong in ({"longest": 4, "shortest": 5}, {"momentum": 3.0}, {"soft": 2.0}):
+        with pytest.raises(PrunelabError, match="of the task image_text: "):
+            settings(**wrong)
 
 
 def test_classes_are_named_by_the_nearest_mean_of_prompts(config, monkeypatch):
@@ -253,6 +261,8 @@ def test_classes_are_named_by_the_nearest_mean_of_prompts(config, monkeypatch):
     assert task.scores(examples)["top1"]["value"] == pytest.approx(100 * float(right.float().mean()), abs=1e-3)
     with pytest.raises(PrunelabError, match="7 prompts, not 8"):
         asked("classes", templates=8).check(examples)
+    with pytest.raises(PrunelabError, match="no texts to fine-tune with"):
+        asked("classes", epochs=1).check(examples)
     with pytest.raises(PrunelabError, match="no texts to calibrate with"):
         image_text.drawn({"loader": "imagenet_folder"}, config, 1, 0)
 

@@ -123,3 +123,13 @@ def test_states_that_are_kept_take_a_share_of_what_the_weights_take():
             kept.logits(sample)
     states = [state for of_one in kept._prefixes._states.values() for state in of_one.values()]
     assert 0 < sum(state.numel() * state.element_size() for state in states) <= room
+
+
+def test_no_state_is_kept_behind_a_change_that_no_other_trial_makes(monkeypatch):
+    monkeypatch.setattr(prefixes, "SHARE", 1e3)
+    tried = probe(language_model(num_hidden_layers=4), "linear", list(token_ids()))
+    last = [target for target in tried.targets if target.block == 2]
+    for targets, kept in ((tried.targets, set()), (last, {1, 2})):
+        with torch.no_grad(), tried.trial(chance(targets, 0.5)):
+            tried.logits(tried.samples[0])
+        assert set(tried._prefixes._states[id(tried.samples[0])]) == kept
