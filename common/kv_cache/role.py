@@ -198,6 +198,10 @@ class ThinsVectors(CachePruner):
 
     resting: bool
 
+    def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
+        """Every entry stays."""
+        return Plan(Gather(torch.arange(signals.units, device=signals.indices.device).expand_as(signals.indices)))
+
     @abstractmethod
     def thin(
         self, site: Site, keys: Tensor, values: Tensor, added: int, budget: Budget, signals: CacheSignals | None = None

@@ -7,7 +7,7 @@ weights, one state a token of the calibration set, and the activations of one bl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any
@@ -152,6 +152,19 @@ def tapped(block: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tap]]:
             handle.remove()
 
 
+@contextmanager
+def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A function in place of a module's forward, and of what wraps it: accelerate's hooks, or a trial's."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        vars(module).pop("forward", None)
+        if own is not None:
+            module.forward = own
+
+
 class _Recorded(Exception):
     """The last wanted block was reached."""
 
@@ -169,17 +182,11 @@ def _record(adapter: WeightAdapter, sample: Tensor, blocks: int) -> tuple[Tensor
             raise _Recorded
         return hidden
 
-    replaced = adapter.blocks[:blocks]
-    own = [vars(block).get("forward") for block in replaced]  # what wraps them: accelerate's hooks, say
-    for block in replaced:
-        block.forward = forward
-    try:
-        adapter.run(sample)
-    except _Recorded:
-        return states[0], calls
-    finally:
-        for block, before in zip(replaced, own, strict=True):
-            vars(block).pop("forward", None)
-            if before is not None:
-                block.forward = before
+    with ExitStack() as stack:
+        for block in adapter.blocks[:blocks]:
+            stack.enter_context(standing_in(block, forward))
+        try:
+            adapter.run(sample)
+        except _Recorded:
+            return states[0], calls
     raise PrunelabError("the model's forward did not reach its blocks; this adapter does not fit the model")

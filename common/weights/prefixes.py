@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunelab.common.weights.adapters.base import WeightAdapter
+from prunelab.common.weights.calibration import standing_in
 
 SHARE = 1 / 4  # of the bytes of the weights, that the states which are kept may take
 
@@ -44,7 +45,7 @@ class Prefixes:
         with ExitStack() as stack:
             for block in range(start):
                 following = states[start] if block == start - 1 else None
-                stack.enter_context(_forward(self.adapter.blocks[block], _giving(following)))
+                stack.enter_context(standing_in(self.adapter.blocks[block], _giving(following)))
             for block in range(len(self.adapter.blocks))[start + 1 : None if until is None else until + 1]:
                 hook = self._note(states, block)
                 stack.callback(self.adapter.blocks[block].register_forward_pre_hook(hook).remove)
@@ -76,15 +77,3 @@ def _first_difference(one: Mapping[int, Hashable], other: Mapping[int, Hashable]
 def _giving(state: Tensor | None) -> Callable[..., Tensor]:
     """What stands for a block that is passed over: a state in front of the next, or what it is given."""
     return lambda hidden, *args, **kwargs: hidden if state is None else state
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")  # what wraps it: accelerate's hooks, or a trial's
-    module.forward = forward
-    try:
-        yield
-    finally:
-        vars(module).pop("forward", None)
-        if own is not None:
-            module.forward = own

@@ -15,7 +15,7 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.options import NonNegativeInt, Share
-from prunelab.common.core.plan import Gather, Plan, Site
+from prunelab.common.core.plan import Site
 from prunelab.common.kv_cache.role import CacheSignals, ThinsVectors
 
 
@@ -112,9 +112,6 @@ class Mustafar(ThinsVectors):
         done = max(entries - self.window_size, 0)
         by_token = self.value_groups == "token" or self.value_scores == "output"
         return done if by_token else done // self.window_size * self.window_size
-
-    def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
-        return Plan(Gather(torch.arange(signals.units, device=signals.indices.device).expand_as(signals.indices)))
 
     def thin(
         self, site: Site, keys: Tensor, values: Tensor, added: int, budget: Budget, signals: CacheSignals | None = None

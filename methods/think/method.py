@@ -15,7 +15,7 @@ from torch import Tensor
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.options import NonNegativeInt, PositiveInt
-from prunelab.common.core.plan import Gather, Plan, Site
+from prunelab.common.core.plan import Site
 from prunelab.common.kv_cache.role import CacheSignals, ThinsVectors
 
 
@@ -74,9 +74,6 @@ class ThinK(ThinsVectors):
 
     def frozen(self, entries: int) -> int:
         return max(entries - self.recent, 0)
-
-    def plan(self, site: Site, signals: CacheSignals, budget: Budget) -> Plan:
-        return Plan(Gather(torch.arange(signals.units, device=signals.indices.device).expand_as(signals.indices)))
 
     def thin(
         self, site: Site, keys: Tensor, values: Tensor, added: int, budget: Budget, signals: CacheSignals | None = None
