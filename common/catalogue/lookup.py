@@ -106,24 +106,31 @@ def datasets() -> dict[str, Any]:
 
 
 def of_tasks(tasks: Iterable[str]) -> list[str]:
-    """The data sets that tasks of lm-evaluation-harness read: those whose `tasks` name them, or how they begin."""
-    wanted = [f"{task}_" for task in tasks]
+    """The data sets that tasks of lm-evaluation-harness read: those whose `tasks` name them, or how they begin, and
+    those of their `group`."""
+    asked = list(tasks)
+    wanted = [f"{task}_" for task in asked]
     return [
         name
         for name, entry in datasets().items()
         for begins in [tuple(f"{task}_" for task in entry.get("paper", {}).get("tasks", ()))]
-        if begins and any(task.startswith(begins) for task in wanted)
+        if begins and (any(task.startswith(begins) for task in wanted) or entry["paper"].get("group") in asked)
     ]
 
 
 def _data_missing(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if "setting" in entry and not config.get(entry["setting"]):
         return str(entry["needs"])
-    if "folder" in entry and entry["loader"] == "lm_eval" and importlib.util.find_spec("lm_eval") is None:
+    if "folder" in entry and entry["loader"] == "lm_eval" and not _harness():
         return 'lm-evaluation-harness (pip install -e ".[evaluation]")'
     if "folder" in entry and not (Path(config["assets"] or "/nonexistent") / entry["folder"]).exists():
         return f"the assets folder with {entry['folder']} (--config assets=DIR)"
     return _hub_missing(entry, "dataset", config) if "hub" in entry else ""
+
+
+def _harness() -> bool:
+    """Whether lm-evaluation-harness is installed."""
+    return importlib.util.find_spec("lm_eval") is not None
 
 
 def _hub_missing(entry: Mapping[str, Any], kind: hub.Kind, config: Mapping[str, Any]) -> str:
@@ -218,12 +225,13 @@ def _data(entry: Mapping[str, Any], scale: str, config: Mapping[str, Any]) -> di
 
 def surroundings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What lies outside this project and decides what is here or what it is: repositories of the hub, files of the
-    user's folders, and versions of the packages that data are cut from."""
+    user's folders, versions of the packages that data are cut from, and whether a package is there that asks them."""
     entries = [entry for name in datasets() for entry in dataset(name).values()]
     packages = {model(name)["real"]["package"] for name in models() if "real" in model(name)}
     return {
         "hub": hub.surroundings(config),
         "folders": {key: hub.listing(Path(config[key])) for key in ("assets", "checkpoints") if config[key]},
+        "harness": _harness(),
         "versions": {package: _version(package) for entry in entries for package in entry.get("packages", ())}
         | {package: packaged.version(package) for package in sorted(packages)},
     }

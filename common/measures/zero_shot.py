@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 from prunelab.common.catalogue import hub
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import inside
+from prunelab.common.data import logiqa
 from prunelab.common.measures.bench import Bench
 from prunelab.common.measures.language import experts_run, sizes, without_experts
 from prunelab.common.measures.scores import HARNESS_PLAIN, HARNESS_SHARES, average
@@ -114,26 +116,39 @@ def by_shots(settings: Questions) -> list[tuple[int | None, list[str]]]:
 def located(tasks: Sequence[str], ids: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:
     """Tasks of the harness that read their data from where they were downloaded at their locked revision; those whose
     data the run does not name are left as they are."""
-    given: dict[str, dict[str, Any]] = {}
-    for name, data in ids.items():
-        if name.startswith("data of "):
-            begins = tuple(f"{task}_" for task in data["tasks"])
-            place = "" if "folder" in data else str(hub.folder(data, "dataset", config))
-            for task in tasks:
-                if f"{task}_".startswith(begins):
-                    given[task] = {"dataset_path": place} if place else of_rows(task, data, config)
+    given: dict[str, dict[str, dict[str, Any]]] = {}
+    for data in (data for name, data in ids.items() if name.startswith("data of ")):
+        begins = tuple(f"{task}_" for task in data["tasks"])
+        for task in tasks:
+            if f"{task}_".startswith(begins):
+                given.setdefault(task, {})[task] = told(task, data, config)
+            elif task == data.get("group"):
+                given.setdefault(task, {}).update({each: told(each, data, config) for each in data["tasks"]})
     return [changed(task, given[task]) if task in given else task for task in tasks]
 
 
-def changed(task: str, given: Mapping[str, Any]) -> Any:
-    """A task of the harness, or a group with all of its tasks, that is told other things than its file says. Through
-    the harness's loader a group's tasks would get the group's name (0.4.13)."""
+def told(task: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a task of the harness is told of where its data lie."""
+    if "folder" in data:
+        return of_rows(task, data, config)
+    if "setting" in data:
+        return of_files(Path(config[data["setting"]]))
+    return {"dataset_path": str(hub.folder(data, "dataset", config))}
+
+
+def changed(task: str, given: Mapping[str, Mapping[str, Any]]) -> Any:
+    """A task of the harness, or a group with all of its tasks, that is told other things than its file says, by name:
+    itself, or single ones of its group. Through the harness's loader a group's tasks would get the group's name
+    (0.4.13)."""
     from lm_eval.tasks._factory import TaskFactory
 
-    known = known_tasks().task_index
-    if task not in known:
-        raise PrunelabError(f"lm-evaluation-harness has no task '{task}'; name one of its own")
-    return TaskFactory(meta={}).build(known[task], overrides=dict(given), registry=known)
+    factory, known = TaskFactory(meta={}), dict(known_tasks().task_index)
+    for name in (task, *given):
+        if name not in known:
+            raise PrunelabError(f"lm-evaluation-harness has no task '{name}'; name one of its own")
+    for name, parts in given.items():
+        known[name] = replace(known[name], cfg=factory._load_full_config(known[name], dict(parts)), yaml_path=None)
+    return factory.build(known[task], registry=known)
 
 
 def of_rows(task: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,6 +168,14 @@ def of_rows(task: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> di
         "test_split": "test",
         **templates,
     }
+
+
+def of_files(folder: Path) -> dict[str, Any]:
+    """What the harness's task on LogiQA is told to read its questions from its authors' files in a folder."""
+    from datasets import Dataset, DatasetDict
+
+    splits = DatasetDict({split: Dataset.from_list(logiqa.rows(folder / name)) for split, name in logiqa.FILES.items()})
+    return {"custom_dataset": lambda **metadata: splits}
 
 
 @cache

@@ -26,7 +26,7 @@ import yaml
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT, read_yaml
 from prunelab.common.core.optional import optional
-from prunelab.common.data import segmentation
+from prunelab.common.data import logiqa, segmentation
 from prunelab.common.data.captions import LINES
 
 ROWS = 6
@@ -337,6 +337,15 @@ def image_text(folder: Path, entry: Mapping[str, Any]) -> None:
         path.write_text(json.dumps(rows), encoding="utf-8")
 
 
+def logic(folder: Path) -> None:
+    """Questions with four choices, in blocks of lines behind an empty one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    choices = "\n".join(f"{letter}.the {word}" for letter, word in zip("ABCD", ("river", "city", "house", "tree")))
+    blocks = [f"\n{letter}\n{_text(i, 40)}.\n{_text(i)}?\n{choices}\n" for i, letter in enumerate(logiqa.LETTERS)]
+    for name in logiqa.FILES.values():
+        (folder / name).write_text("".join(blocks), encoding="utf-8")
+
+
 def captions(folder: Path) -> None:
     """One caption a line."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -370,5 +379,6 @@ ENTRIES: Mapping[str, Callable[[Path, Mapping[str, Any]], None]] = {
 }  # as entries tell
 FOLDERS: Mapping[str, Callable[[Path], None]] = {
     "imagenet_folder": photographs, "lines": prompts, "questions": questions, "caption_lines": captions, "duc": duc,
+    "logiqa": logic,
     **{loader: partial(segmented, loader) for loader in segmentation.LAYOUTS},
 }  # fmt: skip

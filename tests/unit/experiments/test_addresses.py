@@ -133,13 +133,16 @@ def test_a_plan_is_made_once_and_anew_where_something_changed(tmp_path, monkeypa
     assert plans.of({**config, "papers": "lexrank"}).slugs == ["lexrank"] and plans.of(config).runs == first.runs
 
 
-def test_what_is_at_hand_enters_the_plan(tmp_path):
+def test_what_is_at_hand_enters_the_plan(tmp_path, monkeypatch):
     config = {**lookup.settings({}), "hub": str(tmp_path), "assets": str(tmp_path)}
     known = [lookup.surroundings(config)]
     for name in ("acme/model/weights.safetensors", "catalogue.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("[]")
         known.append(lookup.surroundings(config))
+    there = lookup.importlib.util.find_spec("lm_eval")
+    monkeypatch.setattr(lookup.importlib.util, "find_spec", lambda name: None if there else object())
+    known.append(lookup.surroundings(config))  # as the extra `evaluation` comes or goes
     assert all(a != b for a, b in pairwise(known))
 
 

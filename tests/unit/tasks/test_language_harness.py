@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import runner
 from prunelab.common.experiments.run import Run
@@ -156,6 +157,28 @@ def test_a_group_of_the_harness_reads_the_folder_that_stands_in_for_its_data(fol
     data = {"data of mmlu": {"hub": "cais/mmlu", "tasks": ["mmlu"], "local": "0"}}
     found = execute(folder, ["mmlu"], data=data, hub=tmp_path, shots=0, limit=1)
     assert {"mmlu acc", "mmlu_stem acc", "mmlu_virology acc"} <= set(found)
+
+
+def test_each_task_of_a_group_of_the_harness_reads_a_folder_of_its_own(folder, tmp_path):
+    """AGIEval's tasks lie in a repository each."""
+    names = lookup.of_tasks(["agieval_en"])
+    data = {f"data of {name}": {**lookup.datasets()[name]["paper"], "local": "0"} for name in names}
+    for each in data.values():
+        (tmp_path / each["hub"]).mkdir(parents=True)
+        datasets.parts(each["hub"], tmp_path / each["hub"])
+    found = execute(folder, ["agieval_en"], data=data, hub=tmp_path, shots=0, limit=1)
+    assert {f"{each['tasks'][0]} acc" for each in data.values()} | {"agieval_en acc"} <= set(found) and len(names) == 10
+
+
+def test_a_task_of_the_harness_reads_the_files_of_its_authors(folder, tmp_path):
+    """LogiQA, whose files on the hub are made by a program that no current `datasets` runs."""
+    datasets.logic(tmp_path)
+    data = {"data of logiqa": {"loader": "logiqa", "setting": "logiqa", "tasks": ["logiqa"]}}
+    found = runner.measure(
+        run(folder, ["logiqa"], data=data, shots=1, limit=4),
+        {"assets": str(folder.parent), "hub": "", "logiqa": str(tmp_path)},
+    )
+    assert found["logiqa acc"]["value"] == 25, "each letter is right once, and all four questions offer the same"
 
 
 def test_a_task_of_the_harness_reads_rows_of_an_assets_folder(folder, tmp_path):

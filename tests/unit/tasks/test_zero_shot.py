@@ -66,7 +66,18 @@ def test_tasks_are_told_where_their_data_lie(monkeypatch, tmp_path):
     data = {"data of mmlu": {"hub": "cais/mmlu", "tasks": ["mmlu", "piqa"], "local": "0"}}
     found = zero_shot.located(["mmlu", "piqa", "rte"], data, {"hub": str(tmp_path)})
     told = {"dataset_path": str(place)}
-    assert found == [("mmlu", told), ("piqa", told), "rte"]
+    assert found == [("mmlu", {"mmlu": told}), ("piqa", {"piqa": told}), "rte"]
+
+
+def test_tasks_of_a_group_are_told_each_where_its_data_lie(monkeypatch, tmp_path):
+    monkeypatch.setattr(zero_shot, "changed", lambda task, given: (task, given))
+    data = {}
+    for part in ("x_en", "x_math"):
+        (tmp_path / "hails" / part).mkdir(parents=True)
+        data[f"data of {part}"] = {"hub": f"hails/{part}", "tasks": [part], "group": "all", "local": "0"}
+    en, mathematics = ({"dataset_path": str(tmp_path / "hails" / part)} for part in ("x_en", "x_math"))
+    found = zero_shot.located(["all", "x_math"], data, {"hub": str(tmp_path)})
+    assert found == [("all", {"x_en": en, "x_math": mathematics}), ("x_math", {"x_math": mathematics})]
 
 
 @pytest.fixture
