@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from prunelab.common.core import files
-from prunelab.common.experiments import papers
+from prunelab.common.experiments import schema
 
 FILE = files.ROOT / "CITATION.cff"
 
@@ -60,13 +60,13 @@ def prunelab(commit: str | None, *, key: str = "prunelab", of: str = "", scale: 
     return f"@software{{{key},\n" + ",\n".join(lines) + "\n}\n"
 
 
-def entries(paper: papers.Paper, commit: str | None, scale: str) -> str:
+def entries(paper: schema.Paper, commit: str | None, scale: str) -> str:
     """A paper's own entry, then that of its reproduction."""
     own = prunelab(commit, key=f"prunelab_{paper.slug}", of=paper.title, scale=scale)
     return f"{bibtex(paper)}\n\n{own}"
 
 
-def bibtex(paper: papers.Paper) -> str:
+def bibtex(paper: schema.Paper) -> str:
     """A paper's own entry, from its title, authors, venue, year and links."""
     last = paper.authors[0].split()[-1] if paper.authors else paper.slug
     key = re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKD", last).lower()) + f"{paper.year}{paper.slug}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prunelab.common import tasks
-from prunelab.common.experiments import papers
+from prunelab.common.experiments import schema
 from prunelab.common.metrics import uncertainty
 from prunelab.paper_tables.join import BoardTable, Point, Records
 
@@ -47,10 +47,10 @@ class Verdict:
         return "; ".join([*parts, *([f"within chance at {left} of {self.compared} budgets"] if left else [])])
 
 
-def verdicts(paper: papers.Paper, boards: Sequence[BoardTable], records: Records) -> Iterator[Verdict]:
+def verdicts(paper: schema.Paper, boards: Sequence[BoardTable], records: Records) -> Iterator[Verdict]:
     """Every claim of a paper on every board that judges quality and holds both sides with records."""
     for claim in paper.claims:
-        better, worse = papers.sides(claim)
+        better, worse = schema.sides(claim)
         for board in boards:
             task = tasks.get(board.board.task)
             upward = task.metric(board.board.metric).higher_is_better

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunelab.common import tasks
-from prunelab.common.experiments import papers
+from prunelab.common.experiments import schema
 from prunelab.common.experiments.plans import Plan
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
@@ -35,7 +35,7 @@ class Row:
     better: str = ""
 
 
-def rows(paper: papers.Paper, boards: Sequence[BoardTable], plan: Plan, records: Records) -> list[Row]:
+def rows(paper: schema.Paper, boards: Sequence[BoardTable], plan: Plan, records: Records) -> list[Row]:
     """Every contrast where both choices have records; one that has none anywhere stands with the reason."""
     results = []
     for contrast in paper.contrasts:
@@ -47,7 +47,7 @@ def rows(paper: papers.Paper, boards: Sequence[BoardTable], plan: Plan, records:
 Found = tuple[str, str, bool | None, tuple[Value, Value], tuple[str, str]]  # place, label, more is better, metric names
 
 
-def _of_boards(contrast: papers.Contrast, boards: Iterable[BoardTable]) -> Iterator[Found]:
+def _of_boards(contrast: schema.Contrast, boards: Iterable[BoardTable]) -> Iterator[Found]:
     for board in boards:
         upward = tasks.get(board.board.task).metric(board.board.metric).higher_is_better
         for left, right in claims.pairs(board.points, *contrast.choices):
@@ -56,7 +56,7 @@ def _of_boards(contrast: papers.Contrast, boards: Iterable[BoardTable]) -> Itera
             yield place, board.metric, upward, (left.value, right.value), (board.board.metric,) * 2
 
 
-def _of_figure(contrast: papers.Contrast, slug: str, plan: Plan, records: Records) -> Iterator[Found]:
+def _of_figure(contrast: schema.Contrast, slug: str, plan: Plan, records: Records) -> Iterator[Found]:
     for job in plan.figures(slug):
         if job.figure.name != contrast.figure:
             continue
@@ -76,7 +76,7 @@ def _value(run: Run | str, record: Mapping[str, Any] | None, choice: str) -> Val
     )
 
 
-def _judged(contrast: papers.Contrast, found: Iterable[Found], records: Records) -> Iterator[Row]:
+def _judged(contrast: schema.Contrast, found: Iterable[Found], records: Records) -> Iterator[Row]:
     for place, label, upward, values, names in found:
         row = Row(contrast.name, contrast.choices, place, label, values)
         if None in (values[0].record, values[1].record):

@@ -15,7 +15,7 @@ from typing import Any
 
 from prunelab.common import tasks
 from prunelab.common.core import files
-from prunelab.common.experiments import papers
+from prunelab.common.experiments import schema
 from prunelab.common.metrics import uncertainty
 from prunelab.paper_tables import tables
 from prunelab.paper_tables.grids import Grid, Notes
@@ -185,7 +185,7 @@ def _distinct(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _entry(
-    slug: str, label: str, budget: str | None, record: Mapping[str, Any], stated: papers.Board, base: Any
+    slug: str, label: str, budget: str | None, record: Mapping[str, Any], stated: schema.Board, base: Any
 ) -> Entry:
     run, figures = record["run"], record["metrics"]
     result = figures[stated.metric]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from prunelab.common import tasks
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import forecast, papers, planning, provenance, replay
+from prunelab.common.experiments import forecast, papers, planning, provenance, replay, schema
 from prunelab.common.experiments.derived import FINITE, Derived
 from prunelab.common.experiments.plans import Plan
 from prunelab.common.experiments.run import Run
@@ -79,13 +79,13 @@ class Value:
 class Line:
     """A reported number with its reproduction at paper scale and its stand-ins, by scale."""
 
-    reported: papers.Reported
+    reported: schema.Reported
     reproduced: Value
     difference: float | None
     within: bool | None  # inside the tolerance; None where nothing was reproduced, or under an assumption
     tolerance: Tolerance | None  # None where nothing here can make the number
     others: Mapping[str, Value]  # one entry for every other scale asked for
-    reason: str = ""  # why nothing here can run it, of `papers.REASONS`
+    reason: str = ""  # why nothing here can run it, of `schema.REASONS`
     assumes: str = ""  # under which assumption it runs
     ready: str = ""  # the command that makes it and what that takes, where a run waits for a GPU or a download
 
@@ -137,7 +137,7 @@ class BoardTable:
     scale: str  # or "analytic", for what follows from shapes
     cost: str  # in words
     points: tuple[Point, ...]
-    board: papers.Board  # as paper.yaml states it
+    board: schema.Board  # as paper.yaml states it
 
     @property
     def costed(self) -> bool:

@@ -25,7 +25,7 @@ from markupsafe import Markup
 from prunelab.common.core import files
 from prunelab.common.drawing import svg
 from prunelab.common.drawing.figures import Figure
-from prunelab.common.experiments import forecast, papers, workspace
+from prunelab.common.experiments import forecast, papers, schema, workspace
 from prunelab.paper_tables import claims, contrasts, cross, join, literature, tables
 
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ class Hours:
 class Section:
     """A paper with everything that is shown of it."""
 
-    paper: papers.Paper
+    paper: schema.Paper
     tables: Sequence[join.PaperTable]
     boards: Sequence[join.BoardTable]
     files: Sequence[str]  # names without suffix: tables first, then boards
@@ -309,13 +309,13 @@ class Site:
             total=total,
             lacking=lacking.most_common(12),
             more=max(len(lacking) - 12, 0),
-            reasons=[(papers.REASONS[r], n) for r, n in self.reasons().most_common()],
+            reasons=[(schema.REASONS[r], n) for r, n in self.reasons().most_common()],
             rehearsed=self.rehearsed(),
             verdicts=[verdict for section in self.sections for verdict in section.verdicts],
             families=sorted({s.paper.family for s in self.sections}),
             axes={
                 axis: tags
-                for axis in papers.AXES
+                for axis in schema.AXES
                 if (tags := sorted({tag for s in self.sections for tag in s.paper.taxonomy.get(axis, [])}))
             },
             models=sorted({model for s in self.sections for model in s.models}, key=str.lower),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from prunelab.common import tasks
 from prunelab.common.catalogue.evaluation_sets import EvaluationSet, evaluation_sets
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers, planning
+from prunelab.common.experiments import planning, schema
 
 SLACK = 1e-9  # differences are sums of floats
 MEANS = ("average", "relative")  # metrics that are means of several
@@ -57,7 +57,7 @@ def _set(metric: str, data: str | None) -> EvaluationSet | None:
     return result if result and measured in result.shares else None
 
 
-def sets(column: papers.Column, metric: str) -> tuple[EvaluationSet, ...]:
+def sets(column: schema.Column, metric: str) -> tuple[EvaluationSet, ...]:
     """The sets behind a column's metric, one for each part of an average; none unless all are shares, nor where it is
     derived of other cells."""
     if column.derived:
@@ -67,7 +67,7 @@ def sets(column: papers.Column, metric: str) -> tuple[EvaluationSet, ...]:
     return tuple(s for s in results if s) if all(results) else ()
 
 
-def unsized(column: papers.Column, metric: str) -> list[str]:
+def unsized(column: schema.Column, metric: str) -> list[str]:
     """The evaluation sets that a column's metric is a mean over and that `configs/evaluation_sets.yaml` lacks."""
     if column.derived:
         return []

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from prunelab.common import tasks
 from prunelab.common.core import index
 from prunelab.common.core.files import ROOT
-from prunelab.common.experiments import papers, planning, provenance
+from prunelab.common.experiments import planning, provenance, schema
 
 PAGE = ROOT / "CONTRIBUTING.md"
 ROOMS = sorted(p.parent.name for p in (ROOT / "common").glob("*/__init__.py"))
@@ -76,16 +76,16 @@ def _rooms(task: str) -> Iterator[tuple[str, set[str]]]:
             yield role, {file.split("/")[1] for file in provenance.reached(tuple(own))}
 
 
-def schema() -> str:
+def form() -> str:
     """What paper.yaml may say, model by model."""
 
     def lines() -> Iterator[str]:
         for name, model in (
-            ("paper.yaml", papers.Paper), ("a configuration", papers.Configuration), ("a table", papers.Table),
-            ("a row", papers.Row), ("a column", papers.Column), ("a derivation", papers.Derivation),
-            ("a place", papers.Place), ("a tolerance", papers.Tolerance),
-            ("a board", papers.Board), ("shared boards", papers.SharedBoards), ("a figure", papers.FigureTask),
-            ("a contrast", papers.Contrast),
+            ("paper.yaml", schema.Paper), ("a configuration", schema.Configuration), ("a table", schema.Table),
+            ("a row", schema.Row), ("a column", schema.Column), ("a derivation", schema.Derivation),
+            ("a place", schema.Place), ("a tolerance", schema.Tolerance),
+            ("a board", schema.Board), ("shared boards", schema.SharedBoards), ("a figure", schema.FigureTask),
+            ("a contrast", schema.Contrast),
         ):  # fmt: skip
             fields = ", ".join(_field(model, key) for key in model.model_fields if key != "slug")
             about = _first(model.__doc__).removesuffix(".")
@@ -102,7 +102,7 @@ def _field(model: type[BaseModel], name: str) -> str:
     return f"`{name}`" + ("" if model.model_fields[name].is_required() else "?")
 
 
-BLOCKS = {"tasks": task_table, "rooms": room_table, "schema": schema}
+BLOCKS = {"tasks": task_table, "rooms": room_table, "schema": form}
 
 
 def written(text: str) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from prunelab.common.cli.app import Settings, app, console, settings
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import forecast, overview, papers, planning, plans, provenance
+from prunelab.common.experiments import forecast, overview, papers, planning, plans, provenance, schema
 from prunelab.common.experiments.derived import FINITE, Derived
 from prunelab.common.experiments.run import Run
 
@@ -63,7 +63,7 @@ def plan(
         console.print(f"{result.reasons.total()} have none; they take")
         for reason, count in result.reasons.most_common():
             console.print(
-                f"{count:5d}  {papers.REASONS.get(reason, 'a reason that paper.yaml does not say')}", markup=False
+                f"{count:5d}  {schema.REASONS.get(reason, 'a reason that paper.yaml does not say')}", markup=False
             )
     if result.lacking:
         shown = result.lacking.most_common(None if everything else REASONS)

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from prunelab.common.core import index
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers
+from prunelab.common.experiments import papers, schema
 
 
 def methods(pattern: str = "*", *, role: str = "", family: str = "", tag: str = "") -> list[index.Entry]:
@@ -32,12 +32,12 @@ def methods(pattern: str = "*", *, role: str = "", family: str = "", tag: str = 
     ]
 
 
-def paper(slug: str) -> papers.About | None:
+def paper(slug: str) -> schema.About | None:
     """The head of a folder's paper; None while it has no paper.yaml yet."""
     return papers.about(slug) if (papers.METHODS / slug / "paper.yaml").is_file() else None
 
 
-def _tags(paper: papers.About | None) -> list[str]:
+def _tags(paper: schema.About | None) -> list[str]:
     return [f"{axis}={v}" for axis, values in paper.taxonomy.items() for v in values] if paper else []
 
 

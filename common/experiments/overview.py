@@ -17,7 +17,7 @@ UNSAID = "unsaid"
 class Overview:
     """runs: by kind and scale, how many are needed and how many have a record. reported: how many numbers the papers
     report, executable: how many of them have a run at paper scale or one that needs no scale, whatever it lacks here,
-    assumed: how many of those run under an assumption; reasons: why the others have none, of `papers.REASONS`, or
+    assumed: how many of those run under an assumption; reasons: why the others have none, of `schema.REASONS`, or
     `unsaid`, which is a mistake in a paper.yaml. made:
     how many the runs make. lacking: what the others need, with how many numbers need it."""
 

@@ -17,7 +17,7 @@ from prunelab.common.catalogue import hub, lookup
 from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
-from prunelab.common.experiments import papers, provenance
+from prunelab.common.experiments import papers, provenance, schema
 from prunelab.common.experiments.derived import Derived
 from prunelab.common.experiments.run import Run
 from prunelab.common.tasks.base import Task, nearest
@@ -29,13 +29,13 @@ SMOKE_SAMPLES = 32
 @dataclass(frozen=True)
 class Cell:
     """A reported number and, per scale, the run that reproduces it, or what that run would need. reason: one of
-    `papers.REASONS` where nothing here can run it. assumes: what the run takes for granted that the source does not
+    `schema.REASONS` where nothing here can run it. assumes: what the run takes for granted that the source does not
     say, so that its number neither confirms nor refutes the reported one."""
 
-    reported: papers.Reported
+    reported: schema.Reported
     metric: str
     status: Literal["analytic", "measured"]
-    column: papers.Column | None  # how it is made; None where nothing here can make it
+    column: schema.Column | None  # how it is made; None where nothing here can make it
     runs: Mapping[str, Run | Derived | str]
     count: Run | None = None  # our own count of a cost that the paper's formula gives
     reason: str = ""
@@ -97,7 +97,7 @@ def resolve(
     name: str,
     scale: str,
     config: Mapping[str, Any],
-    configuration: papers.Configuration,
+    configuration: schema.Configuration,
     *,
     model: str | None = None,
     data: str | None = None,
@@ -109,7 +109,7 @@ def resolve(
     others. Raises PrunelabError where the task, a name or a setting is unknown."""
     task = tasks.get(name)
     if not task.roles:
-        configuration = papers.Configuration()
+        configuration = schema.Configuration()
     method = configuration.method
     settings = {**merged(task, scale, data, settings or {}, configuration), **(full or {})}
     task.read(settings)
@@ -143,7 +143,7 @@ def resolve(
 
 
 def merged(
-    task: type[Task], scale: str, data: str | None, given: Mapping[str, Any], configuration: papers.Configuration
+    task: type[Task], scale: str, data: str | None, given: Mapping[str, Any], configuration: schema.Configuration
 ) -> dict[str, Any]:
     """Settings at a scale: a configuration may have some of its own that go before those of a column or board, and so
     has a stand-in for the paper's data, as its texts are of another length."""
@@ -227,10 +227,10 @@ def cells(slug: str, config: Mapping[str, Any]) -> Iterator[Cell]:
 
 def _cell(
     slug: str,
-    table: papers.Table,
-    number: papers.Reported,
+    table: schema.Table,
+    number: schema.Reported,
     config: Mapping[str, Any],
-    within: tuple[papers.Reported, ...] = (),
+    within: tuple[schema.Reported, ...] = (),
 ) -> Cell:
     """within: the derived numbers of which this is a member."""
     paper, row = papers.load(slug), table.row(number.row)
@@ -278,20 +278,20 @@ def _cell(
 
 def _derived(
     slug: str,
-    table: papers.Table,
-    number: papers.Reported,
-    column: papers.Column,
+    table: schema.Table,
+    number: schema.Reported,
+    column: schema.Column,
     config: Mapping[str, Any],
-    within: tuple[papers.Reported, ...],
+    within: tuple[schema.Reported, ...],
 ) -> Cell:
     """A number made of other cells, at the scales that all of them have; what one of them lacks, it lacks."""
     tables = {table.name: table for table in papers.load(slug).tables}
     if number in within:
         raise PrunelabError(f"'{number.table}', '{number.row}', '{number.column}' is derived of itself")
-    members: dict[papers.Reported, Cell] = {}
+    members: dict[schema.Reported, Cell] = {}
 
-    def member(place: str | papers.Place) -> papers.Reported:
-        place = papers.Place(column=place) if isinstance(place, str) else place
+    def member(place: str | schema.Place) -> schema.Reported:
+        place = schema.Place(column=place) if isinstance(place, str) else place
         other = replace(number, **{key: name for key, name in place if name})
         if other not in members:
             of = registry.choose(tables, other.table, "table")
@@ -307,12 +307,12 @@ def _derived(
                 raise PrunelabError(f"its '{other.table}', '{other.row}', '{other.column}': {error}") from None
         return other
 
-    def at(scale: str, of: papers.Derivation) -> Derived | str | None:
+    def at(scale: str, of: schema.Derivation) -> Derived | str | None:
         parts: list[Derived | tuple[Run, str]] = []
         lacking: list[str | None] = []
         for each in of.members:
             made: Run | Derived | str | None
-            if isinstance(each, papers.Derivation):
+            if isinstance(each, schema.Derivation):
                 made, metric = at(scale, each), ""
             else:
                 cell = members[member(each)]
@@ -339,7 +339,7 @@ class BoardPoint:
     """One entry of a board under one budget (None: unpruned) at one scale; the first of a board is its baseline.
     full: the run with the samples that decide, of which a record may be kept, where `run` has fewer."""
 
-    board: papers.Board
+    board: schema.Board
     entry: str
     budget: str | None
     scale: str
@@ -355,7 +355,7 @@ def points(slug: str, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
         yield from results
 
 
-def _points(slug: str, board: papers.Board, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
+def _points(slug: str, board: schema.Board, config: Mapping[str, Any]) -> Iterator[BoardPoint]:
     paper, task = papers.load(slug), tasks.get(board.task)
     task.metric(board.metric)
     if "cost" in board.model_fields_set and board.cost not in ("", "none"):
@@ -395,7 +395,7 @@ def _points(slug: str, board: papers.Board, config: Mapping[str, Any]) -> Iterat
 class FigureRun:
     """A figure's run at one scale, or what it needs in words."""
 
-    figure: papers.FigureTask
+    figure: schema.FigureTask
     scale: str
     run: Run | str
 

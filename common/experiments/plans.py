@@ -30,7 +30,7 @@ _ELSEWHERE = ("results", "batch")  # settings that decide nothing of a plan
 
 class Outcome(NamedTuple):
     """What becomes of one number: addresses of its runs, or alone what they need in words, by scale; why nothing here
-    can run it (of `papers.REASONS`); under which assumption it runs."""
+    can run it (of `schema.REASONS`); under which assumption it runs."""
 
     runs: Mapping[str, tuple[str, ...]]
     reason: str

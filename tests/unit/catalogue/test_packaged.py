@@ -9,7 +9,7 @@ import torch
 from prunelab.common.catalogue import lookup, packaged
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import planning
-from prunelab.common.experiments.papers import Board, Configuration
+from prunelab.common.experiments.schema import Board, Configuration
 from prunelab.common.models import loading
 
 CONTENT = b"weights of some kind"

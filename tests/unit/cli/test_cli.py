@@ -19,7 +19,7 @@ from prunelab.common.cli import main
 from prunelab.common.cli.methods import _filled
 from prunelab.common.core import index
 from prunelab.common.data import images
-from prunelab.common.experiments import listing, papers
+from prunelab.common.experiments import listing, papers, schema
 
 ROOT = Path(__file__).resolve().parents[3]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -107,7 +107,7 @@ def test_plan_counts_runs_and_what_is_lacking(cli, tmp_path):
     assert needed and 0 < int(needed[1]) < int(needed[2])
     told = json.loads(cli("plan", "--json", "--papers", "lexrank,wanda", "--config", f"results={tmp_path}")[1])
     assert told["numbers"] == int(needed[2]) == told["executable"] + sum(told["reasons"].values())
-    assert told["executable"] > 0 and told["reasons"].keys() <= papers.REASONS.keys() and told["reasons"]["licence"]
+    assert told["executable"] > 0 and told["reasons"].keys() <= schema.REASONS.keys() and told["reasons"]["licence"]
     outlook = ("plan", "--papers", "wanda,lexrank", "--config", f"results={tmp_path}")
     shown = cli(*outlook, "--gpu", "h200")[1]
     assert re.search(r"in all +\d+ +\d+", shown) and "foretold for H200" in shown and "snakemake paper_tables" in shown

@@ -12,7 +12,7 @@ import pytest
 from prunelab.common.catalogue import lookup, sizes
 from prunelab.common.core import registry
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import forecast, papers, planning, plans
+from prunelab.common.experiments import forecast, planning, plans, schema
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import sizing
 
@@ -27,7 +27,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> plans.Plan:
 
 def run(model: str, task: str = "perplexity", data: str = "wikitext2", **settings: Any) -> Run:
     found = planning.resolve(
-        task, "paper", lookup.settings({"scale": "paper"}), papers.Configuration(), model=model, data=data,
+        task, "paper", lookup.settings({"scale": "paper"}), schema.Configuration(), model=model, data=data,
         settings=settings,
     )  # fmt: skip
     assert isinstance(found, Run)

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from prunelab.common.catalogue import hub, lookup
 from prunelab.common.core import files, registry
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers, planning, plans, provenance
+from prunelab.common.experiments import papers, planning, plans, provenance, schema
 from prunelab.common.experiments.derived import behind
 from prunelab.common.experiments.run import Run
 
@@ -34,9 +34,9 @@ def test_every_reported_number_has_a_run_or_a_reason(slug):
 @pytest.mark.parametrize("slug", papers.slugs())
 def test_taxonomy_uses_the_surveys_terms(slug):
     taxonomy = papers.load(slug).taxonomy
-    assert set(taxonomy) == set(papers.AXES)
+    assert set(taxonomy) == set(schema.AXES)
     for axis, values in taxonomy.items():
-        assert values and set(values) <= set(papers.AXES[axis]), axis
+        assert values and set(values) <= set(schema.AXES[axis]), axis
 
 
 def test_every_folder_is_complete_and_every_method_has_a_paper():
@@ -228,7 +228,7 @@ def perplexity(config, configuration, scale="testbed", **given):
     settings = {"length": 4096, "calibration": 128, "calibration_data": "c4", **given.pop("settings", {})}
     given = {"model": "llama_7b", "data": "wikitext2", "budget": "0.5", **given}
     return planning.resolve(
-        "perplexity", scale, config, papers.Configuration(**configuration), settings=settings, **given
+        "perplexity", scale, config, schema.Configuration(**configuration), settings=settings, **given
     )
 
 
@@ -286,7 +286,7 @@ def test_what_is_missing_is_named_all_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(lookup, "_training", lambda testbed: tmp_path / "nothing")
     assert "the trained weights of the testbed code_lm " in perplexity(SETTINGS, {"method": "wanda"})
     assert planning.resolve(
-        "zero_shot", "paper", SETTINGS, papers.Configuration(), model="mixtral_8x7b", settings={"tasks": ["boolq"]}
+        "zero_shot", "paper", SETTINGS, schema.Configuration(), model="mixtral_8x7b", settings={"tasks": ["boolq"]}
     ).needs.startswith("a pinned revision of mistralai")
 
 
@@ -320,9 +320,9 @@ def test_columns_may_be_settings_of_a_method():
 
 
 def test_an_asterisk_in_a_row_stands_for_any_text_and_a_table_knows_models_and_budgets_of_its_rows():
-    table = papers.Table(
+    table = schema.Table(
         name="t", models={"A-7B": "a", "B": "b"}, budget="0.5",
-        rows={"*": "dense", "*Random": "random", "B-[1] Random": papers.Row(configuration="own", budget="0.2")},
+        rows={"*": "dense", "*Random": "random", "B-[1] Random": schema.Row(configuration="own", budget="0.2")},
     )  # fmt: skip
     found = [table.row(name) for name in ("A-7B Random", "B Full", "B-[1] Random", "C")]
     assert [row.configuration for row in found] == ["random", "dense", "own", "dense"]

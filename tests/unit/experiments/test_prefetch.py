@@ -13,7 +13,7 @@ from rich.console import Console
 from prunelab.common import cli
 from prunelab.common.catalogue import hub, lookup
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers, planning, prefetch, runner
+from prunelab.common.experiments import planning, prefetch, runner, schema
 from prunelab.common.experiments.run import Run
 from prunelab.common.models import loading
 from tests.unit.experiments.hub_server import COMMIT, serving
@@ -327,7 +327,7 @@ def test_a_row_of_the_paper_scale_runs_on_a_local_checkpoint(tmp_path, config, m
 
     own = {**config, "hub": str(tmp_path / "hub")}
     run = planning.resolve(
-        "perplexity", "paper", own, papers.Configuration(method="wanda", budget="0.5"), model="llama2_7b",
+        "perplexity", "paper", own, schema.Configuration(method="wanda", budget="0.5"), model="llama2_7b",
         data="wikitext2", settings={"length": 64, "calibration": 2, "calibration_data": "c4"},
     )  # fmt: skip
     assert isinstance(run, Run) and not run.needs
@@ -362,7 +362,7 @@ def test_tasks_of_the_harness_name_their_data(config):
     assert lookup.of_tasks(["boolq", "arc_easy", "longbench_trec"]) == ["boolq", "arc", "longbench"]
     assert lookup.of_tasks(["boolq2", "mine"]) == []
     run = planning.resolve(
-        "zero_shot", "paper", config, papers.Configuration(), model="llama_7b", settings={"tasks": ["piqa", "gsm8k"]}
+        "zero_shot", "paper", config, schema.Configuration(), model="llama_7b", settings={"tasks": ["piqa", "gsm8k"]}
     )
     assert isinstance(run, Run)
     assert run.names == (("model", "llama_7b"), ("dataset", "piqa"), ("dataset", "gsm8k"))
@@ -403,7 +403,7 @@ def test_the_harness_reads_its_data_from_the_folder_that_stands_in(tmp_path, con
     )
     own = {**config, "hub": str(tmp_path / "hub")}
     run = planning.resolve(
-        "zero_shot", "paper", own, papers.Configuration(), model="llama_7b", settings={"tasks": ["boolq"]}
+        "zero_shot", "paper", own, schema.Configuration(), model="llama_7b", settings={"tasks": ["boolq"]}
     )
     assert isinstance(run, Run) and not run.needs
 

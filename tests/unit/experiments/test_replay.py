@@ -10,7 +10,7 @@ from rich.console import Console
 
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers, planning, provenance, replay, runner
+from prunelab.common.experiments import planning, provenance, replay, runner, schema
 from prunelab.common.experiments.run import Run
 
 QUIET = Console(quiet=True)
@@ -24,7 +24,7 @@ def made(tmp_path_factory):
         "summarise",
         "smoke",
         config,
-        papers.Configuration(method="lexrank", budget="2count"),
+        schema.Configuration(method="lexrank", budget="2count"),
         data="documentation",
         settings={"samples": 4},
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import listing, papers
+from prunelab.common.experiments import listing, papers, schema
 from prunelab.methods.pruning_survey import tables
 from prunelab.methods.pruning_survey.tables import CONTRASTS, contrasts
 
@@ -40,7 +40,7 @@ def test_what_went_stays_away_while_a_network_trains(monkeypatch):
 
 
 def test_axes_filter_the_list():
-    for axis, values in papers.AXES.items():
+    for axis, values in schema.AXES.items():
         for value in values:
             if any(value in papers.load(slug).taxonomy[axis] for slug in papers.slugs()):
                 try:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from prunelab.common.experiments import papers
+from prunelab.common.experiments import papers, schema
 from prunelab.paper_tables import claims, contrasts, grids
 from prunelab.paper_tables.join import Point, Value
 
@@ -66,7 +66,7 @@ def test_what_has_no_record_or_judges_no_quality_gets_no_verdict() -> None:
 def test_a_claim_names_entries_of_a_board(claim: str, said: str) -> None:
     paper = papers.load("amp")
     with pytest.raises(ValidationError, match=said):
-        papers.Paper.model_validate({**paper.model_dump(), "claims": (claim,)})
+        schema.Paper.model_validate({**paper.model_dump(), "claims": (claim,)})
 
 
 def test_claims_of_papers_stand_on_their_boards() -> None:
@@ -98,7 +98,7 @@ def contrasted(*choices: str, figure: str = "", job: Any = "run") -> list[contra
     points.append(Point("missing", "0.5", "testbed", Value("not run: needs time")))
     stated = SimpleNamespace(task="perplexity", metric="perplexity")
     board: Any = SimpleNamespace(name="b", scale="testbed", metric="perplexity", points=points, board=stated)
-    named = papers.Contrast(name="pair", choices=(choices[0], choices[1]), figure=figure, metric="accuracy, %")
+    named = schema.Contrast(name="pair", choices=(choices[0], choices[1]), figure=figure, metric="accuracy, %")
     paper: Any = SimpleNamespace(slug="p", contrasts=(named,))
     plan: Any = SimpleNamespace(figures=lambda slug: [SimpleNamespace(figure=SimpleNamespace(name="f"), run=job)])
     records: Any = Losses()
@@ -135,4 +135,4 @@ def test_contrasts_of_a_figure_are_of_its_run() -> None:
 def test_a_contrast_names_entries_or_a_figure(contrast: dict[str, Any], said: str) -> None:
     paper = papers.load("pruning_survey")
     with pytest.raises(ValidationError, match=said):
-        papers.Paper.model_validate({**paper.model_dump(), "contrasts": ({"name": "x", **contrast},)})
+        schema.Paper.model_validate({**paper.model_dump(), "contrasts": ({"name": "x", **contrast},)})

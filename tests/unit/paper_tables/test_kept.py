@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers, planning, plans, provenance
+from prunelab.common.experiments import papers, planning, plans, provenance, schema
 from prunelab.common.experiments.run import Run
 from prunelab.paper_tables import __main__ as command
 from prunelab.paper_tables import cross, join, tables
@@ -34,7 +34,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.delenv("PRUNELAB_ASSETS", raising=False)
     monkeypatch.setattr(join, "KEPT", tmp_path / "kept")
     monkeypatch.setattr(provenance, "in_history", lambda commit: True)
-    board = papers.Board(
+    board = schema.Board(
         name="one", task="cache", model="llama_code", data="source_code", metric="accuracy",
         entries={"H2O": "h2o", "sums": "observed"},
         budgets=("0.5", "0.25"), settings={"length": 64, "samples": 2}, full={"testbed": {"samples": 9}},
@@ -154,7 +154,7 @@ def test_samples_are_all_or_those_of_a_default_run() -> None:
 
 def test_a_board_decides_at_scales_that_exist() -> None:
     with pytest.raises(ValidationError, match="full"):
-        papers.Board(name="b", task="cache", metric="loss", entries={}, budgets=(), full={"everywhere": {}})  # type: ignore[dict-item]
+        schema.Board(name="b", task="cache", metric="loss", entries={}, budgets=(), full={"everywhere": {}})  # type: ignore[dict-item]
 
 
 def test_likeness_forgets_versions_alone(config: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core import files
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.drawing import sheets
-from prunelab.common.experiments import papers, planning, plans, provenance, workspace
+from prunelab.common.experiments import papers, planning, plans, provenance, schema, workspace
 from prunelab.common.experiments.run import Run
 from prunelab.common.metrics import uncertainty
 from prunelab.methods.pruning_by_explaining import figures as explained
@@ -397,7 +397,7 @@ def test_the_index_tells_the_status_of_every_paper(config: dict[str, Any]) -> No
     assert said in text and f'href="{SLUG}/index.html"' in text and f'id="{SLUG}"' in text
     reasons = Counter(p for line in found if line.within is None for p in set(line.reproduced.needs.split("; ")))
     assert len(reasons) > 3
-    kinds = Counter(papers.REASONS[line.reason] for line in found if line.reason)
+    kinds = Counter(schema.REASONS[line.reason] for line in found if line.reason)
     assert f"can run {kinds.total()} of {len(found)} numbers" in text
     for reason, number in (*reasons.most_common(3), *kinds.items()):
         assert f'<span class="count">{number} ×</span> {Markup.escape(reason)}</li>' in text
@@ -435,7 +435,7 @@ def test_hours_keep_to_the_limits_that_readers_choose(given: Any, limits: list[s
 
 def test_one_run_that_stands_in_for_several_models_shows_its_number_once(config: dict[str, Any]) -> None:
     def line(row: str, record: str, value: float = 5.0) -> join.Line:
-        number = papers.Reported("T", row, "c", 1.0, "1.0", "", "here", "primary")
+        number = schema.Reported("T", row, "c", 1.0, "1.0", "", "here", "primary")
         stood = join.Value("testbed", value, record=record)
         return join.Line(number, join.Value("not run: needs x"), None, None, None, {"testbed": stood})
 
@@ -559,8 +559,8 @@ def test_page_without_records_says_so(bare: dict[str, Any]) -> None:
 
 
 def cell(text: str, metric: str, **column: Any) -> planning.Cell:
-    number = papers.Reported("T", "r", "c", float(text), text, "%", "s", "primary")
-    return planning.Cell(number, metric, "measured", papers.Column(**column), {"paper": ""})
+    number = schema.Reported("T", "r", "c", float(text), text, "%", "s", "primary")
+    return planning.Cell(number, metric, "measured", schema.Column(**column), {"paper": ""})
 
 
 def test_rounding_is_half_a_unit_of_the_last_printed_digit() -> None:
@@ -602,7 +602,7 @@ def test_a_tolerance_by_hand_needs_its_reason() -> None:
     assert found and (found.value, found.reason) == (0.02, stated["because"])
     for wrong in (0.02, {"value": 0.02}, {"value": 0.02, "because": "so"}, {**stated, "value": 0}):
         with pytest.raises(ValidationError):
-            papers.Column(tolerance=wrong)  # type: ignore[arg-type]
+            schema.Column(tolerance=wrong)  # type: ignore[arg-type]
 
 
 def test_what_nothing_here_can_make_is_held_to_nothing(config: dict[str, Any]) -> None:
@@ -769,7 +769,7 @@ def test_error_bars_are_drawn_where_records_have_errors(config: dict[str, Any]) 
 
 
 def test_patterns_are_points_and_shares_a_curve() -> None:
-    stated = papers.Board(name="b", task="perplexity", metric="perplexity", entries={}, budgets=())
+    stated = schema.Board(name="b", task="perplexity", metric="perplexity", entries={}, budgets=())
     points = [join.Point("dense", None, "testbed", join.Value("testbed", 1.0, 0.1), 0.9)]
     points += [join.Point("Wanda", b, "testbed", join.Value("testbed", 2.0, 0.1), 0.5) for b in ("0.7", "0.5", "2:4")]
     board = join.BoardTable("b", "", "perplexity", "testbed", "parameters", tuple(points), stated)
@@ -780,7 +780,7 @@ def test_patterns_are_points_and_shares_a_curve() -> None:
 
 
 def test_trainings_are_drawn_from_their_logs() -> None:
-    stated = papers.Board(name="b", task="tune", metric="loss", entries={}, budgets=())
+    stated = schema.Board(name="b", task="tune", metric="loss", entries={}, budgets=())
     log = [{"step": s, "loss": 1.0 / s, "parameters": 4e6 - s * 1e6, "seconds": 1.0} for s in (1, 2)]
     kept = {"a": {"metrics": {"training_loss": {"value": 0.5, "log": log}}}, "d": {"metrics": {"loss": {"value": 1.0}}}}
     points = [join.Point("dense", None, "testbed", join.Value("testbed", 1.0, record="d"))]

@@ -18,7 +18,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import images
-from prunelab.common.experiments import papers, planning, runner
+from prunelab.common.experiments import planning, runner, schema
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import classify_weights
 from prunelab.common.models import loading
@@ -57,7 +57,7 @@ def run(config, method=None, budget=None, **settings):
         "classify_weights",
         "assets",
         config,
-        papers.Configuration(method=method, budget=budget),
+        schema.Configuration(method=method, budget=budget),
         model="resnet56_cifar10",
         data="cifar10",
         settings=settings,

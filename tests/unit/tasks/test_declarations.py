@@ -14,7 +14,7 @@ from prunelab.common.catalogue import lookup
 from prunelab.common.core import index, options, registry
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.core.files import ROOT
-from prunelab.common.experiments import papers, planning, plans
+from prunelab.common.experiments import papers, planning, plans, schema
 from tests import guide
 
 ROLES = {entry.role for entry in index.entries().values()}
@@ -169,7 +169,7 @@ def test_what_nothing_here_can_run_says_so_by_one_of_a_few_reasons(tmp_path, mon
     written(tmp_path, monkeypatch, **{"rows: {r: half}": "needs: {judge: a judge of answers}"})
     (cell,) = planning.cells("wrong", lookup.settings({}))
     assert cell.reason == "judge" and cell.runs == {"paper": "a judge of answers"}
-    assert set(papers.REASONS) == set(get_args(get_args(get_args(papers.Needs)[0])[0]))
+    assert set(schema.REASONS) == set(get_args(get_args(get_args(schema.Needs)[0])[0]))
 
 
 def test_what_runs_under_an_assumption_says_so_wherever_it_is_said(tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_an_assumption_has_words(tmp_path, monkeypatch):
 def test_every_paper_passes(slug):
     planning.check(slug)
     paper = papers.load(slug)
-    assert papers.about(slug).model_dump() == paper.model_dump(include=set(papers.About.model_fields)), (
+    assert papers.about(slug).model_dump() == paper.model_dump(include=set(schema.About.model_fields)), (
         "the head is first"
     )
     for configuration in papers.load(slug).configurations.values():

@@ -9,7 +9,7 @@ import pytest
 from prunelab.common import tasks
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers, planning, runner
+from prunelab.common.experiments import planning, runner, schema
 from prunelab.common.experiments.run import Run
 
 CUT = {"method": "shortgpt", "budget": "0.5"}
@@ -18,7 +18,7 @@ CUT = {"method": "shortgpt", "budget": "0.5"}
 def run(**settings: Any) -> Run:
     config = lookup.settings({"papers": "token_recycling"})
     made = planning.resolve(
-        "decode", "testbed", config, papers.Configuration(options={"decoding": "assistant"}),
+        "decode", "testbed", config, schema.Configuration(options={"decoding": "assistant"}),
         model="llama_code", data="source_code",
         settings={"new": 12, "prompt": 32, "samples": 2, "warmup": 0} | settings,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from transformers import SiglipConfig, SiglipModel
 
 from prunelab.common.catalogue import lookup
 from prunelab.common.core.errors import PrunelabError
-from prunelab.common.experiments import papers, provenance, runner
+from prunelab.common.experiments import papers, provenance, runner, schema
 from prunelab.common.experiments.run import Run
 from prunelab.common.measures import text_similarity, visual_tasks
 from prunelab.common.measures.lmms_tasks import rules
@@ -515,7 +515,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 def columns():
     """Every column of every paper that this kind makes."""
     tables = [table for slug in papers.slugs() for table in papers.load(slug).tables]
-    rows = [row for table in tables for row in table.rows.values() if isinstance(row, papers.Row)]
+    rows = [row for table in tables for row in table.rows.values() if isinstance(row, schema.Row)]
     found = [column for owner in (*tables, *rows) for column in owner.columns.values()]
     return [column for column in found if column.task == "visual_tasks"]
 
