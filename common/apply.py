@@ -66,6 +66,8 @@ def apply(
     Raises PrunelabError, before any work, where the model has no adapter, a site or signal cannot be had there, a
     service or learned part is missing, or the model runs a method already that this one has no meaning beside.
     """
+    if not isinstance(model, nn.Module):
+        raise PrunelabError(f"{model!r} is no model; give a torch.nn.Module")
     if isinstance(method, type):
         raise PrunelabError(f"{method.__name__} is a class; give a method with its options: {method.__name__}()")
     budget, model = Budget.of(budget), plain(model) if method.role == "data_selector" else bare(model)

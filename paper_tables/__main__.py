@@ -121,7 +121,7 @@ def _section(slug: str, plan: plans.Plan, records: join.Records, outlook: foreca
     runs = [run for cell in plan.cells(slug) for run in behind(cell.runs.get("paper"))]
     named = [name for run in runs for kind, name in run.names if kind == "model"]
     models = tuple(dict.fromkeys(literature.published(name) for name in named))
-    waiting = outlook.total([lacks for paper, lacks in outlook.waiting if paper == slug])
+    waiting = outlook.total([lacks for paper, lacks, _ in outlook.waiting if paper == slug])
     hours = page.Hours(waiting["gpu_hours"], waiting["runs"], waiting["hours_unknown"])
     names = tables.file_names(result, boards)
     sides = contrasts.rows(papers.load(slug), boards, plan, records)

@@ -43,6 +43,16 @@ def short_lived() -> Iterator[None]:
         gc.enable()
 
 
+@contextmanager
+def resumable(work: str) -> Iterator[None]:
+    """Stopped by Ctrl-C, it says that the work goes on with the same command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with {work}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 def main() -> None:
     """Entry point: a mistake in the input is one line and exit code 2, never a traceback."""
     try:

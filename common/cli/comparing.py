@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,8 @@ from rich.table import Table
 from prunelab.common.cli.app import Settings, app, console, settings
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.experiments import comparing, listing
+
+ALIKE = 1.0  # percentage points: methods that save as much as another
 
 
 @app.command()
@@ -29,7 +32,7 @@ def board(
     config: Settings = None,
 ) -> None:
     """Compare all methods of a role on a language model of one's own, under one budget and on one text. Stopped by
-    Ctrl-C, it shows what it has measured."""
+    Ctrl-C, it shows what it has measured, and what it has not."""
     values = settings(config)
     question = comparing.Question(model, role, budget, text, samples, length)
     comparing.check(question)
@@ -41,12 +44,16 @@ def board(
 
     logging.disable_progress_bar()
     rich.reconfigure(quiet=True)  # one line tells of progress, and not one for every text of every method
-    results = []
+    results: list[comparing.Result] = []
     with console.status("unpruned") as status, suppress(KeyboardInterrupt):  # what is there by then is shown
         for number, result in enumerate(comparing.compare(question, entries, values)):
             results.append(result)
+            if out is not None:
+                _write(out, results)
             following = entries[number].name if number < len(entries) else ""
             status.update(f"{number} of {len(entries)}: {following}")
+            if following and not console.is_terminal:
+                print(f"{number} of {len(entries)}: {following}", file=sys.stderr, flush=True)
     made = [r for r in results if r.value is not None]
     sign = -1 if question.higher_is_better else 1
     made.sort(key=lambda r: sign * (r.value or 0.0))
@@ -61,8 +68,12 @@ def board(
         console.print(f"\n{sum(map(len, refused.values()))} methods were not measured:")
         for reason, names in refused.items():
             console.print(f"{', '.join(names)}: {reason}", markup=False, soft_wrap=True)
-    if out is not None:
-        _write(out, results)
+    saved = [r.cost for r in made if r.cost is not None and r.method != "unpruned"]
+    if saved and max(saved) - min(saved) > ALIKE:
+        console.print("\nThey save unlike amounts under this budget: compare the last column, too.")
+    if left := [entry.name for entry in entries[max(len(results) - 1, 0) :]]:
+        console.print(f"\nstopped; {len(left)} methods were not reached: {', '.join(left)}", soft_wrap=True)
+        raise typer.Exit(130)
 
 
 def reasons(results: list[comparing.Result]) -> dict[str, list[str]]:

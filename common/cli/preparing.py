@@ -7,14 +7,17 @@ from typing import Annotated
 
 import typer
 
-from prunelab.common.cli.app import Settings, app, console, settings
+from prunelab.common.cli.app import Settings, app, console, resumable, settings
 from prunelab.common.core.errors import PrunelabError
 
 
 @app.command()
 def train(
     testbed: str,
-    out: Annotated[Path, typer.Option(help="folder for weights, log and checkpoint")] = Path("results/training"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder for weights, log and checkpoint", show_default="results/training/TESTBED"),
+    ] = None,
     seed: int = 0,
     threads: int = 2,
 ) -> None:
@@ -22,7 +25,10 @@ def train(
     from prunelab.common import testbeds
     from prunelab.common.training.trainer import fit
 
-    fit(testbeds.get(testbed)(), out, seed, threads)  # type: ignore[call-arg]
+    made = testbeds.get(testbed)()  # type: ignore[call-arg]
+    place = out or Path("results/training") / testbed
+    with resumable(f"the training, of which {place} has the last checkpoint"):
+        fit(made, place, seed, threads)
 
 
 @app.command()

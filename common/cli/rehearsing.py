@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from prunelab.common.cli.app import Settings, app, console, settings
+from prunelab.common.cli.app import Settings, app, console, resumable, settings
+from prunelab.common.core.registry import choose
+from prunelab.common.experiments import papers
 
 
 @app.command()
 def rehearse(
     only: Annotated[str, typer.Option("--papers", help="of these alone, such as fastv,tome")] = "",
-    sample: Annotated[int | None, typer.Option(help="the first so many, which differ most")] = None,
+    sample: Annotated[int | None, typer.Option(help="the first so many, which differ most", min=1)] = None,
     folder: Annotated[
         Path | None, typer.Option("--folder", help="where look-alikes are kept for the next time")
     ] = None,
@@ -25,8 +27,10 @@ def rehearse(
 
     values = settings(config)
     if only:
+        for slug in only.split(","):
+            choose(dict.fromkeys(papers.slugs()), slug.strip(), "paper")
         values["papers"] = only
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, resumable("what has not passed yet"):
         outcomes = rehearsal.run(values, folder or Path(temporary), sample=sample, console=console)
     for line in rehearsal.summary(outcomes):
         console.print(line, markup=False, soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,9 @@ REASONS = 12  # that `plan` shows unless it is asked for all
 
 @app.command()
 def plan(
-    everything: Annotated[bool, typer.Option("--all", help="every reason, in full")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="every reason, in full; of --gpu and --fit every number")
+    ] = False,
     only: Annotated[str, typer.Option("--papers", help="of these alone, such as fastv,tome")] = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="how many numbers there are, how many a run can make, and why not the others")
@@ -38,7 +41,7 @@ def plan(
     if only:
         values["papers"] = only
     if gpu or fit:
-        _tell_outlook(values, forecast.gpu(gpu or "h200"), _hours(fit) if fit else None, as_json)
+        _tell_outlook(values, forecast.gpu(gpu or "h200"), _hours(fit) if fit else None, as_json, everything)
         return
     result = overview.overview(values)
     if as_json:
@@ -86,16 +89,22 @@ def _hours(text: str) -> float:
     return float(result[1]) * {"m": 1 / 60, "h": 1.0, "d": 24.0}[result[2]]
 
 
-def _tell_outlook(values: dict[str, Any], card: forecast.Gpu, hours: float | None, as_json: bool) -> None:
-    """What waits for a GPU, by paper and in all; with `hours` what of it fits into them on one GPU."""
+def _tell_outlook(values: dict[str, Any], card: forecast.Gpu, hours: float | None, as_json: bool, named: bool) -> None:
+    """What waits for a GPU, by paper and in all; with `hours` what of it fits into them on one GPU. named: each number,
+    too."""
     outlook = forecast.Outlook(plans.of(values), card)
     chosen = outlook.waiting if hours is None else outlook.fitting(hours)
-    papers_in = dict.fromkeys(slug for slug, _ in chosen)
-    lines = {slug: outlook.total([lacks for of, lacks in chosen if of == slug]) for slug in papers_in}
-    total = outlook.total([lacks for _, lacks in chosen])
+    papers_in = dict.fromkeys(each.slug for each in chosen)
+    lines = {slug: outlook.total([each.lacks for each in chosen if each.slug == slug]) for slug in papers_in}
+    total = outlook.total([each.lacks for each in chosen])
+    places = [(each.slug, each.number.table, each.number.row, each.number.column) for each in chosen]
     if as_json:
-        print(json.dumps({"gpu": card.name, "papers": lines, "total": total}, indent=1))
+        print(json.dumps({"gpu": card.name, "papers": lines, "total": total, "numbers": places}, indent=1))
         return
+    if named:
+        for slug, entry, row, column in places:
+            shown = " ".join(shlex.quote(name) for name in (slug, entry, row))
+            console.print(f"{shown} --column {shlex.quote(column)}", markup=False, soft_wrap=True)
     columns = ("paper", "numbers", "runs", "GPU hours", "GPUs", "GB each", "GB to download", "gated")
     table = Table(*columns, box=None, pad_edge=False)
     for name, line in [*lines.items(), ("in all", total)]:
@@ -114,7 +123,9 @@ def _tell_outlook(values: dict[str, Any], card: forecast.Gpu, hours: float | Non
         notes.append(f"gated: {', '.join(total['gated'])}")
     if lines:
         notes.append(f"download: python -m prunelab prefetch --lock --config papers={','.join(lines)}")
-        single = "python -m prunelab run PAPER TABLE ROW --config scale=paper"
+        single = "python -m prunelab run PAPER TABLE ROW --config scale=paper" + (
+            "" if named else " (--all names them)"
+        )
         notes.append(f"run: {forecast.command(lines) if hours is None else single}")
     for line_of_text in notes:
         console.print(line_of_text, markup=False, soft_wrap=True)

@@ -33,6 +33,8 @@ def defined(module: ModuleType, base: type[T]) -> Iterator[type[T]]:
 
 def choose(known: Mapping[str, T], name: str, what: str) -> T:
     """The entry of that name, or an error that suggests the nearest names."""
+    if not isinstance(name, str):
+        raise PrunelabError(f"a {what} has a name, and {name!r} is none")
     if name not in known:
         near = get_close_matches(name, known, 3)
         hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"

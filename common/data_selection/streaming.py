@@ -89,7 +89,7 @@ class StreamSelector(DataSelector, Generic[F]):
     def check_targets(self, number: int) -> None:
         """Refuse to choose without what to compare with."""
         if not number:
-            raise PrunelabError(f"{self.name} compares with a target corpus; give target=")
+            raise PrunelabError(f"{self.name} compares with a target corpus; give its texts as target (--target FILE)")
 
     def total(self, texts: Iterable[str]) -> Array:
         """Statistics [S] of a whole corpus."""

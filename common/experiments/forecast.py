@@ -17,7 +17,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prunelab.common import tasks
 from prunelab.common.catalogue import lookup, sizes
@@ -29,6 +29,7 @@ from prunelab.common.experiments.derived import Derived, behind
 from prunelab.common.experiments.planning import Cell
 from prunelab.common.experiments.plans import Plan
 from prunelab.common.experiments.run import Run
+from prunelab.common.experiments.schema import Reported
 from prunelab.common.tasks.base import Work
 
 COMPUTED, READ = 0.35, 0.6  # shares of peak operations and of peak bandwidth that runs like these reach
@@ -186,6 +187,14 @@ def corrections(runs: Iterable[Run], results: Path, card: Gpu) -> dict[str, floa
     return {task: statistics.median(values) for task, values in ratios.items()}
 
 
+class Waiting(NamedTuple):
+    """A number that runs would make, with those that it still lacks."""
+
+    slug: str
+    lacks: tuple[Run, ...]
+    number: Reported
+
+
 class Outlook:
     """What a plan still lacks at paper scale, and what it takes on GPUs of a kind."""
 
@@ -196,10 +205,14 @@ class Outlook:
         self._corrections = corrections(plan.runs.values(), results, card)
 
     @cached_property
-    def waiting(self) -> list[tuple[str, tuple[Run, ...]]]:
-        """Numbers that runs would make, as the paper and the runs that it still lacks."""
-        cells = ((slug, cell.runs.get("paper")) for slug in self._plan.slugs for cell in self._plan.cells(slug))
-        return [(slug, lacks) for slug, entry in cells if (lacks := waiting(entry, self._made))]
+    def waiting(self) -> list[Waiting]:
+        """Numbers that runs would make."""
+        cells = ((slug, cell) for slug in self._plan.slugs for cell in self._plan.cells(slug))
+        return [
+            Waiting(slug, lacks, cell.reported)
+            for slug, cell in cells
+            if (lacks := waiting(cell.runs.get("paper"), self._made))
+        ]
 
     def note(self, slug: str, cell: Cell) -> str:
         """How a number that waits is made, and what that takes; '' of one that does not wait."""
@@ -223,16 +236,16 @@ class Outlook:
         """Of one run."""
         return of(run, self._card, self._corrections)
 
-    def fitting(self, hours: float) -> list[tuple[str, tuple[Run, ...]]]:
+    def fitting(self, hours: float) -> list[Waiting]:
         """Those that wait and fit into so many hours of one GPU together: runs that make most numbers an hour first."""
-        makes = Counter(run.identity for _, lacks in self.waiting for run in lacks)
-        foretold = {run.identity: self.of(run) for _, lacks in self.waiting for run in lacks}
+        makes = Counter(run.identity for _, lacks, _ in self.waiting for run in lacks)
+        foretold = {run.identity: self.of(run) for _, lacks, _ in self.waiting for run in lacks}
         able = {
             name: f.hours
             for name, f in foretold.items()
             if f.hours is not None and f.gpus <= 1 and f.memory <= self._card.gb
         }
-        needed = [frozenset(run.identity for run in lacks) for _, lacks in self.waiting]
+        needed = [frozenset(run.identity for run in lacks) for _, lacks, _ in self.waiting]
         possible = {names for names in needed if names <= able.keys()}
         chosen, left = set[str](), hours
         for names in sorted(possible, key=lambda n: (max(able[name] / makes[name] for name in n), sorted(n))):

@@ -204,7 +204,8 @@ def pretrained(cls: Any, folder: Path, **options: Any) -> Any:
                 f"the model {folder} asks to run code that comes with it, which is never done; use a model of a class"
                 " that transformers has"
             ) from None
-        raise PrunelabError(f"{folder} cannot be had ({_first_line(error)}); download it first") from None
+        mend = "give a folder of such a model" if (Path(folder) / "config.json").exists() else "download it first"
+        raise PrunelabError(f"{folder} cannot be had ({_first_line(error)}); {mend}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -293,19 +293,21 @@ def run(
     config: Mapping[str, Any], folder: Path, *, sample: int | None = None, console: Console | None = None
 ) -> list[Outcome]:
     """Rehearse the chosen papers' combinations, all or the first `sample`, and note how they went. What is noted to
-    have passed with the same sources is not run again."""
+    have passed with the same sources is not run again, and what is noted of other combinations stays."""
     wanted = combinations(plans.of({**config, "scale": "paper", "assets": ""}).runs.values())[:sample]
     path = Path(config["results"]) / workspace.REHEARSALS
-    outcomes = {o.name: o for o in _noted(path) if not o.fault}
+    noted = {o.name: o for o in _noted(path)}
     addresses = {each.name: each.run.address for each in wanted}
-    outcomes = {name: o for name, o in outcomes.items() if o.address == addresses.get(name)}
+    outcomes = {name: o for name, o in noted.items() if not o.fault and o.address == addresses.get(name)}
+    if sample is None and config["papers"] == "all":
+        noted.clear()  # whatever is not among all of them is no combination any more
     pending = groups(each for each in wanted if each.name not in outcomes)
     with _offline(folder):
         made = LookAlikes(folder, config)
         for group in track(pending, "rehearsing", console=console, transient=True, disable=console is None):
             outcomes |= {o.name: o for o in together(group, made)}
-            summary = [vars(outcomes[name]) for name in addresses if name in outcomes]
-            files.write_text(path, json.dumps(summary, indent=1) + "\n")
+            noted |= outcomes
+            files.write_text(path, json.dumps([vars(o) for o in noted.values()], indent=1) + "\n")
     return [outcomes[name] for name in addresses]
 
 
@@ -407,7 +409,8 @@ def _identity(value: Any, config: Mapping[str, Any]) -> Any:
 
 
 def summary(outcomes: Iterable[Outcome]) -> Iterator[str]:
-    """How rehearsals went, in lines: how many passed, then each fault with how many runs it stops."""
+    """How rehearsals went, in lines: how many passed, then each fault with how many it ended, and how many runs of the
+    papers they stand for."""
     every = list(outcomes)
     passed = [o for o in every if not o.fault]
     skipped = [o for o in every if o.skipped]
@@ -419,4 +422,4 @@ def summary(outcomes: Iterable[Outcome]) -> Iterator[str]:
             reasons.setdefault(each.fault, []).append(each)
         for reason, alike in sorted(reasons.items(), key=lambda pair: -sum(o.runs for o in pair[1])):
             example = alike[0].name + (", …" if len(alike) > 1 else "")
-            yield f"{what}, {sum(o.runs for o in alike)} runs: {reason} ({example})"
+            yield f"{what}, {len(alike)} (of {sum(o.runs for o in alike)} runs): {reason} ({example})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,20 @@ def test_methods_are_ranked_with_their_difference_and_what_refuses_says_why(fold
     lines = [line.split()[0] for line in told.splitlines() if line.split() and line.split()[0] in rows]
     values = [float(rows[name]["value"]) for name in lines if rows[name]["value"]]
     assert values == sorted(values) and len(values) > 2
+
+
+def test_a_board_that_is_stopped_says_what_it_lacks_and_keeps_the_rest(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*given: object) -> Iterator[comparing.Result]:
+        yield comparing.Result("unpruned", 1.0)
+        yield comparing.Result("wanda_sp", 2.0, 50.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparing, "compare", stops)
+    code, told = ask(folder, "--methods", "[mw]a*", "--out", str(tmp_path / "board.csv"))
+    assert code == 130 and "3 methods were not reached: magnitude_sp, magnitude, wanda" in told
+    assert len((tmp_path / "board.csv").read_text().splitlines()) == 3
 
 
 def test_a_reason_is_told_once() -> None:

@@ -116,6 +116,7 @@ def test_plan_counts_runs_and_what_is_lacking(cli, tmp_path):
     )
     assert 0 < part["gpu_hours"] <= 0.51 < whole["gpu_hours"] and part["numbers"] < whole["numbers"]
     assert "write it as 48h" in cli(*outlook, "--fit", "soon")[2]
+    assert cli(*outlook, "--fit", "30m", "--all")[1].count("--column") == part["numbers"], "each is named"
     cli("run", "lexrank", "T1", "d4s1", "--config", f"results={tmp_path}")
     assert re.search(r"function +any +\d+ +1 *\n", cli(*arguments)[1])
     shown, everything = (
@@ -262,6 +263,8 @@ MISTAKES = [
     (("run", "zero_tprune", "DeiT-S main", "nobody"), "no reported row 'nobody'"),
     (("run", "nobody", "x", "y"), "no paper 'nobody'"),
     (("train", "nobody"), "nobody"),
+    (("rehearse", "--papers", "hiprun"), "did you mean hiprune"),
+    (("rehearse", "--sample", "0"), "greater than or equal to 1"),
     (("search", "tome", "deit_small", "3.0"), "no search space"),
     (("nonsense",), "nonsense"),
 ]

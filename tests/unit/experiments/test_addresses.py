@@ -66,8 +66,9 @@ def edited(monkeypatch, runs) -> Callable[[str], list[Run]]:
 
 @pytest.mark.parametrize(
     "silent",
-    ["common/experiments/planning.py", "common/experiments/papers.py", "common/experiments/schema.py", "common/catalogue/schema.py",
-     "common/catalogue/lookup.py", "common/cli/__init__.py", "common/core/errors.py", "common/core/registry.py",
+    ["common/experiments/planning.py", "common/experiments/papers.py", "common/experiments/schema.py",
+     "common/catalogue/schema.py", "common/catalogue/lookup.py", "common/cli/__init__.py", "common/core/errors.py",
+     "common/core/registry.py",
      "prunelab/__init__.py", "common/drawing/svg.py", "paper_tables/join.py"],
 )  # fmt: skip
 def test_what_decides_nothing_changes_no_address(edited, silent):

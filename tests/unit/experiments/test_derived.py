@@ -129,13 +129,13 @@ def test_a_plan_holds_the_runs_of_what_is_derived_and_every_reader_finds_them(co
     assert (counted.reported, counted.executable, counted.assumed, counted.made) == (2, 2, 1, 2)
     assert {("model", "deit_small"), ("dataset", "imagenet")} <= {(i.kind, i.name) for i in prefetch.items(config)}
     outlook = forecast.Outlook(plan, forecast.gpu("h200"))
-    assert [len(lacks) for _, lacks in outlook.waiting] == [1, 2]
+    assert [len(lacks) for _, lacks, _ in outlook.waiting] == [1, 2]
     assert outlook.note("made", gap).count("--column gap") == 1 and len(outlook.fitting(1e6)) == 2
-    each = {run.identity: outlook.of(run).hours for _, lacks in outlook.waiting for run in lacks}
+    each = {run.identity: outlook.of(run).hours for _, lacks, _ in outlook.waiting for run in lacks}
     assert all(hours is not None for hours in each.values())
     (one,) = outlook.waiting[0][1]
     assert outlook.fitting(each[one.identity] * 1.001) == outlook.waiting[:1], "no hours go to half of a difference"
-    assert outlook.total([lacks for _, lacks in outlook.waiting])["runs"] == 2, "each counts once"
+    assert outlook.total([lacks for _, lacks, _ in outlook.waiting])["runs"] == 2, "each counts once"
 
 
 def test_the_value_is_there_when_all_records_are_and_goes_stale_with_them(config):

@@ -73,7 +73,7 @@ def test_weights_are_pruned_on_one_gpu_which_must_hold_them_all() -> None:
 
 
 def test_no_run_that_prunes_weights_takes_several_gpus(plan: plans.Plan) -> None:
-    waiting = [run for _, lacks in forecast.Outlook(plan, H200).waiting for run in lacks]
+    waiting = [run for _, lacks, _ in forecast.Outlook(plan, H200).waiting for run in lacks]
     gpus = {made.gpus for made in waiting if made.method and registry.entry(made.method).role == "weight_pruner"}
     assert gpus <= {1}
 
@@ -95,17 +95,17 @@ def test_records_of_such_a_gpu_correct_what_is_foretold(tmp_path: Path) -> None:
 
 def test_an_outlook_counts_each_run_once_and_fills_a_time_with_cheap_numbers(plan: plans.Plan) -> None:
     outlook = forecast.Outlook(plan, H200)
-    whole = outlook.total([lacks for _, lacks in outlook.waiting])
+    whole = outlook.total([lacks for _, lacks, _ in outlook.waiting])
     assert (
-        whole["runs"] == len({run.identity for _, lacks in outlook.waiting for run in lacks}) < whole["numbers"]
+        whole["runs"] == len({run.identity for _, lacks, _ in outlook.waiting for run in lacks}) < whole["numbers"]
         and whole["gated"]
     )
     hours = whole["gpu_hours"] / 4
     fits = outlook.fitting(hours)
-    part = outlook.total([lacks for _, lacks in fits])
+    part = outlook.total([lacks for _, lacks, _ in fits])
     assert 0 < part["gpu_hours"] <= hours + 0.01 and part["gpus"] == 1
     assert part["numbers"] > whole["numbers"] / 4, "cheap numbers come first"
-    assert not outlook.total([lacks for _, lacks in outlook.fitting(0)])["gpu_hours"]
+    assert not outlook.total([lacks for _, lacks, _ in outlook.fitting(0)])["gpu_hours"]
 
 
 def test_a_number_that_waits_tells_its_command_and_one_that_is_exact_does_not(plan: plans.Plan) -> None:

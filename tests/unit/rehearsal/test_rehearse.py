@@ -116,6 +116,9 @@ def test_outcomes_are_noted(plan: plans.Plan, tmp_path: Path) -> None:
     assert [o["name"] for o in noted] == [o.name for o in outcomes] and len(outcomes) == 1
     assert not outcomes[0].fault and rehearse.run(config, tmp_path / "other", sample=1) == outcomes
     assert not (tmp_path / "other" / "rehearsals.log").exists(), "what passed is not run again"
+    rehearse.run({**config, "papers": "lexrank"}, tmp_path / "folder", sample=1)
+    noted = json.loads((tmp_path / "results" / workspace.REHEARSALS).read_text())
+    assert outcomes[0].name in [o["name"] for o in noted] and len(noted) == 2, "what other papers passed stays"
 
 
 def test_narrow_models_keep_layers_and_pictures_and_their_ratio_of_heads() -> None:
