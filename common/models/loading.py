@@ -272,8 +272,17 @@ def language(
     packed = sorted(folder.glob("*.gguf"))
     if len(packed) == 1 and not (folder / "config.json").exists():
         return _unpacked(packed[0])
-    stored = {"use_safetensors": not identity.get("pickled") or any(folder.glob("*.safetensors")), "weights_only": True}
-    model = pretrained(AutoModelForCausalLM, folder, dtype="auto", **stored, **devices.spread())
+    stored: dict[str, Any] = {
+        "use_safetensors": not identity.get("pickled") or any(folder.glob("*.safetensors")),
+        "weights_only": True,
+    }
+    stored |= {"dtype": "auto", "output_loading_info": True, **devices.spread()}
+    model, told = pretrained(AutoModelForCausalLM, folder, **stored)
+    lacking = sorted(told["missing_keys"])
+    if lacking:  # an encoder of texts, to which transformers gave a head drawn at random
+        raise PrunelabError(
+            f"{folder} lacks {lacking[0]} and is no whole {type(model).__name__}; give a folder of a language model"
+        )
     if "layout" not in identity:
         return model.eval(), pretrained(AutoTokenizer, folder)
     if like is None:

@@ -41,8 +41,8 @@ def weight_adapter(model: Model, names: Sequence[str] = ()) -> WeightAdapter:
     adapter = resolve(weight_adapters().values(), model)
     if adapter is not None:
         return adapter(model)
-    supported = ", ".join(c.rpartition(".")[2] for a in weight_adapters().values() for c in a.model_classes)
-    raise PrunelabError(f"no weight adapter for {type(model).__qualname__}; supported: {supported}")
+    supported = dict.fromkeys(c.rpartition(".")[2] for a in weight_adapters().values() for c in a.model_classes)
+    raise PrunelabError(f"no weight adapter for {type(model).__qualname__}; supported: {', '.join(supported)}")
 
 
 def _components(model: Any, names: Sequence[str]) -> Components:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from prunelab.common.catalogue import lookup
@@ -90,6 +91,15 @@ def test_caches_tokens_and_drafts_have_boards_as_well(role: str, folder: Path) -
 def test_mistakes_are_told_before_anything_is_loaded(more: tuple[str, ...], told: str, folder: Path) -> None:
     code, said = ask(folder, *more)
     assert code == 2 and told in said
+
+
+def test_an_encoder_is_no_language_model(folder: Path, tmp_path: Path) -> None:
+    small = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    BertModel(BertConfig(**small, num_attention_heads=2)).save_pretrained(tmp_path)
+    for file in folder.glob("*token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    result = CliRunner().invoke(app, ["board", "--model", str(tmp_path)])
+    assert "is no whole BertLMHeadModel" in str(result.exception)
 
 
 def test_a_missing_model_or_text_is_named(folder: Path) -> None:
