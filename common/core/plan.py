@@ -156,8 +156,9 @@ class Mix:
         return torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
 
     def _product(self, x: Tensor) -> Tensor:
-        """The same as one sparse product over the whole batch. It adds up in the same order, to the same bits, without
-        moving every entry twice; there is none for half precision, and other devices move memory fast enough."""
+        """The same as one sparse product over the whole batch. It adds up in the same order, to the same bits where the
+        processor does not fuse products and sums, without moving every entry twice; there is none for half precision,
+        and other devices move memory fast enough."""
         _warm()
         batch, units, width = x.shape
         number = torch.arange(batch).unsqueeze(1)

@@ -279,7 +279,7 @@ def batch_equals_single(method: TokenPruner, family: str) -> bool:
         for i in range(3):
             with applied(method, model, 0.5):
                 alone.append(output(model, x[i : i + 1]))
-    return torch.allclose(together, torch.cat(alone), atol=1e-4)
+    return torch.allclose(together, torch.cat(alone), atol=5e-4)
 
 
 @each_pair

@@ -47,7 +47,7 @@ def test_keep_all_is_the_identity(family, ask):
     dense, mask = model(**given).logits, given["attention_mask"].bool()
     for method in KEEPERS:
         with apply(method, model, 1.0):
-            assert torch.allclose(model(**given).logits[mask], dense[mask], atol=5e-5), method
+            assert torch.allclose(model(**given).logits[mask], dense[mask], atol=2e-4), method
         assert torch.equal(model(**given).logits, dense), "and everything is as before"
 
 
@@ -64,7 +64,7 @@ def test_what_happens_before_the_projector(family, ask):
                 pass
             continue
         with apply(method, model, 1.0):
-            assert torch.allclose(model(**given).logits[mask], dense[mask], atol=5e-5), method
+            assert torch.allclose(model(**given).logits[mask], dense[mask], atol=2e-4), method
         with apply(method, model, 0.5):
             assert model(**given).logits.shape[1] < dense.shape[1]
 

@@ -157,7 +157,7 @@ def test_the_command(folder, monkeypatch, capsys):
     assert "kept 5 of 30" in capsys.readouterr().out and len(lines(folder / "chosen.jsonl")) == 5
     for wrong, message in (
         (["dsir", *files_, "--keep", "5", *out], "may choose among 0 of 30"),
-        (["dsir", *files_[:2], "--keep", "5", *out], "give target="),
+        (["dsir", *files_[:2], "--keep", "5", *out], "give its texts as target"),
         (["dsir", *files_, "--keep", "0", *out, "--set", "min_length=4"], "would keep nothing"),
         (["dsir", *files_, "--keep", "5", "--out", files_[1], "--set", "min_length=4"], "name another file"),
         (["dsir", *files_, "--keep", "5", *out, "--workers", "0"], "at least one process"),

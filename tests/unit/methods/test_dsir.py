@@ -77,7 +77,7 @@ def test_the_quality_filter_keeps_text_and_drops_lists_and_numbers():
         ({}, "2count", NEWS[:2], "may choose among 0 of 12 documents"),
         ({"min_length": 5}, "2count", ["völlig andere wörter"], "shares no n-gram"),
         ({"min_length": 5}, "2count", [], "a target corpus holds no document"),
-        ({"min_length": 5}, "2count", None, "give target="),
+        ({"min_length": 5}, "2count", None, "give its texts as target"),
         ({"min_length": 5, "separate": True, "proportions": (0.5,)}, "2count", NEWS[:2], "one proportion for each"),
         ({"min_length": 5, "ngrams": 0}, "2count", NEWS[:2], "ngrams must be"),
     ],

@@ -267,7 +267,7 @@ def test_the_coming_row_is_what_the_layer_then_attends_to(family):
                 output = model(**given)
             normed = model.model.language_model.norm(reader.read["hidden"])
             assert torch.equal(reader.read["normed"], normed)
-            assert torch.allclose(reader.read["coming_row"], want.attentions[layer][:, :, -1], atol=1e-5)
+            assert torch.allclose(reader.read["coming_row"], want.attentions[layer][:, :, -1], atol=5e-5)
             assert torch.allclose(output.logits[mask], want.logits[mask], atol=1e-4), "the cache and the pass are whole"
 
 
