@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -83,11 +84,11 @@ def model(name: str) -> dict[str, Any]:
 
 
 def architecture(name: str) -> dict[str, Any]:
-    """The architecture of a model, which costs are counted on."""
+    """A copy of the architecture of a model, which costs are counted on."""
     entry = model(name)
     if "architecture" not in entry:
         raise PrunelabError(f"the model {name} has no architecture in configs/models.yaml; give it one to count on")
-    return dict(entry["architecture"])
+    return copy.deepcopy(dict(entry["architecture"]))
 
 
 def dataset(name: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def initialised(entry: Mapping[str, Any], device: str) -> nn.Module:
 def _create(entry: Mapping[str, Any]) -> nn.Module:
     """A timm model by name, a transformers model by its class with the arguments of its configuration, or one of our
     own: `library: backbones, name: vim:vim_tiny` is `prunelab.common.backbones.vim.vim_tiny()`."""
-    arguments = copy.deepcopy(entry.get("arguments", {}))  # some classes write into what they are given
+    arguments = entry.get("arguments", {})
     if entry["library"] == "backbones":
         module, _, function = entry["name"].partition(":")
         return getattr(importlib.import_module(f"prunelab.common.backbones.{module}"), function)(**arguments)

@@ -81,6 +81,14 @@ def test_a_broken_catalogue_is_named(file, content, message):
     assert len(str(told.value).splitlines()) == 1 and str(told.value).startswith(f"configs/{file}, ")
 
 
+def test_who_changes_an_architecture_changes_a_copy():
+    """Anchors of the file make models share parts."""
+    before = lookup.architecture("llava_1_5_7b")
+    lookup.architecture("instructblip_vicuna_7b")["arguments"]["text_config"]["num_hidden_layers"] = 1
+    lookup.architecture("llava_1_5_7b")["arguments"]["text_config"]["num_hidden_layers"] = 1
+    assert lookup.architecture("llava_1_5_7b") == before
+
+
 def test_a_catalogue_that_is_no_yaml_is_named(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "models.yaml").write_text("a: [")
