@@ -27,7 +27,7 @@ def train(
 
     made = testbeds.get(testbed)()  # type: ignore[call-arg]
     place = out or Path("results/training") / testbed
-    with resumable(f"the training, of which {place} has the last checkpoint"):
+    with resumable(f"the training, from the last checkpoint that {place} has"):
         fit(made, place, seed, threads)
 
 

@@ -99,7 +99,7 @@ def _tell_outlook(values: dict[str, Any], card: forecast.Gpu, hours: float | Non
     total = outlook.total([each.lacks for each in chosen])
     places = [(each.slug, each.number.table, each.number.row, each.number.column) for each in chosen]
     if as_json:
-        print(json.dumps({"gpu": card.name, "papers": lines, "total": total, "numbers": places}, indent=1))
+        print(json.dumps({"gpu": card.name, "papers": lines, "total": total, "cells": places}, indent=1))
         return
     if named:
         for slug, entry, row, column in places:
