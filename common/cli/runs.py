@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,8 +74,8 @@ def plan(
         console.print(f"{result.lacking.total()} lack something; what most of them lack:")
         for reason, count in shown:
             line = f"{count:5d}  {reason}"
-            fits = everything or len(line) <= console.width
-            console.print(line if fits else line[: console.width - 1] + "…", markup=False, soft_wrap=True)
+            told = textwrap.fill(line, console.width, subsequent_indent=7 * " ", break_on_hyphens=False)
+            console.print(told, markup=False, soft_wrap=True)
         if len(shown) < len(result.lacking):
             console.print(f"and {len(result.lacking) - len(shown)} further reasons; --all shows all of them")
     if totals[1] < totals[0]:

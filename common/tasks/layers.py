@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunelab.common.core.options import NonNegativeInt, PositiveInt
 from prunelab.common.tasks import base
-from prunelab.common.tasks.base import Metric, Metrics, Reads, Task
+from prunelab.common.tasks.base import Metric, Metrics, Reads, Task, Work
 
 if TYPE_CHECKING:
     from prunelab.common.measures.bench import Bench
@@ -30,6 +30,10 @@ class Layers(Task):
         length: PositiveInt
         calibration: NonNegativeInt = 32
         calibration_data: str | None = None
+
+    @classmethod
+    def work(cls, settings: Any, sizes: Mapping[str, int | None], held: int | None) -> Work | None:
+        return Work(read=settings.calibration * settings.length)
 
     def measure(self, bench: Bench[Any]) -> Metrics:
         from prunelab.common.measures import layers
