@@ -15,6 +15,7 @@ STYLES = 8  # colours of page.css and shapes of `marker`; what comes behind them
 
 WIDTH, HEIGHT = 460.0, 340.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 14.0, 46.0
+STEEP = 100.0  # from this ratio of the greatest to the least height on, they are drawn by their logarithms
 LEGEND_ROW, LEGEND_COLUMNS = 20.0, 2
 
 
@@ -109,6 +110,20 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def decades(low: float, high: float, wanted: int = 6) -> list[float]:
+    """Powers of ten between two exponents, at most as many as wanted."""
+    first, last = math.ceil(low), math.floor(high)
+    return [10.0**power for power in range(first, last + 1, -((first - last - 1) // wanted))]
+
+
+def _tick(value: float) -> str:
+    """A number as short as the room beside the axis asks for."""
+    if abs(value) < 1e4:
+        return f"{value:g}"
+    mantissa, power = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(power)}"
+
+
 def _span(values: Collection[float], share: float = 0.06) -> tuple[float, float]:
     low, high = min(values), max(values)
     margin = (high - low) * share or abs(high) * 0.05 or 1.0
@@ -142,31 +157,35 @@ def chart(
     look: Mapping[str, int] | None = None,
 ) -> str:
     """A chart of curves and points with its legend; `level` draws a named horizontal line. `look` fixes the style of
-    each name, so that two charts agree."""
+    each name, so that two charts agree. Heights that are all positive and more than a hundred times apart are drawn by
+    their logarithms, with bars cut where they would leave the chart."""
     series = [s for s in series if s.marks]
     if not series:
         return ""
     look = look or styles(s.name for s in series)
     marks = [m for s in series for m in s.marks]
     x0, x1 = _span([m.x for m in marks])
-    reach = [m.y + sign * (m.error or 0.0) for m in marks for sign in (-1, 1)] + ([level[1]] if level else [])
-    y0, y1 = _span(reach)
+    heights = [m.y for m in marks] + ([level[1]] if level else [])
+    steep = min(heights) > 0 and max(heights) / min(heights) > STEEP
+    scale, floor = (math.log10, min(heights) / 1.5) if steep else (float, -math.inf)
+    reach = heights + [m.y + sign * (m.error or 0.0) for m in marks for sign in (-1, 1)]
+    y0, y1 = _span([scale(max(y, floor)) for y in reach])
 
     def across(x: float) -> float:
         return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
 
     def down(y: float) -> float:
-        return HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - (scale(max(y, floor)) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
 
     out: list[str] = []
-    for y in ticks(y0, y1):
+    for y in decades(y0, y1) if steep else ticks(y0, y1):
         out.append(element("line", class_="rule", x1=LEFT, x2=WIDTH - RIGHT, y1=down(y), y2=down(y)))
-        out.append(text(LEFT - 8, down(y) + 4, f"{y:g}", class_="tick", text_anchor="end"))
+        out.append(text(LEFT - 8, down(y) + 4, _tick(y), class_="tick", text_anchor="end"))
     base = HEIGHT - BOTTOM
     out.append(element("line", class_="axis", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base))
     for x in ticks(x0, x1):
         out.append(element("line", class_="axis", x1=across(x), x2=across(x), y1=base, y2=base + 4))
-        out.append(text(across(x), base + 17, f"{x:g}", class_="tick", text_anchor="middle"))
+        out.append(text(across(x), base + 17, _tick(x), class_="tick", text_anchor="middle"))
     out.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, class_="label", text_anchor="middle"))
     turn = f"rotate(-90 13 {number((TOP + base) / 2)})"
     out.append(text(13, (TOP + base) / 2, y_label, class_="label", text_anchor="middle", transform=turn))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from prunelab.common.drawing import svg
@@ -34,3 +36,19 @@ def test_a_levels_name_covers_no_mark_where_there_is_room():
         marks = (*(svg.Mark(side, y) for y in (0.9, 1.0, 1.1)), svg.Mark(0.5, 0.0))
         drawn = svg.chart([svg.Series("a", marks)], title="", x_label="", y_label="", level=("dense", 1.0))
         assert f'text-anchor="{anchor}">dense<' in drawn
+
+
+def test_heights_far_apart_are_drawn_by_their_logarithms():
+    def heights(*values: float, error: float = 0.0) -> tuple[str, list[float]]:
+        marks = tuple(svg.Mark(float(i), value, error) for i, value in enumerate(values))
+        drawn = svg.chart([svg.Series("a", marks)], title="t", x_label="x", y_label="y")
+        curve = re.search(r'points="([^"]+)"', drawn)
+        assert curve
+        return drawn, [float(point.split(",")[1]) for point in curve[1].split()]
+
+    drawn, (low, middle, high) = heights(10, 1e3, 1e5, error=20.0)
+    assert low - middle == pytest.approx(middle - high, abs=0.1) and ">1e5<" in drawn
+    assert all(0 <= float(y) <= svg.HEIGHT for y in re.findall(r'y[12]="([^"]+)"', drawn)), "bars stay inside"
+    _, (low, middle, high) = heights(10, 20, 30)
+    assert low - middle == pytest.approx(middle - high, abs=0.1)
+    assert heights(-1, 1e4, 2e4)[1][1] < heights(1, 1e4, 2e6)[1][0], "what is not positive has no logarithm"
