@@ -30,7 +30,7 @@ _POOL_CALLS: set[Any] = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, torc
 _POOL_CALLS |= {operator.add, operator.iadd, torch.add, "add", "add_"}
 _SHAPES: tuple[type[nn.Module], ...] = (nn.Flatten, nn.Unflatten)
 _SHAPE_CALLS: set[Any] = {torch.flatten, "flatten", "view", "reshape", "contiguous", torch.cat, torch.concat, "size"}
-_SHAPE_CALLS |= {operator.getitem, getattr}
+_SHAPE_CALLS |= {operator.getitem, getattr, F.pad}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,10 @@ class _Layer(torch.autograd.Function):
 class _Entrywise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        return call(x.clone())  # some work in place
+        result = call(x.clone())  # some work in place
+        if result.shape != x.shape:
+            raise PrunelabError(f"relevance has no rule for what makes {list(result.shape)} of {list(x.shape)}")
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

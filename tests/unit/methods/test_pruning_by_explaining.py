@@ -7,10 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from prunelab.common import testbeds
+from prunelab.common.backbones import cifar_resnet
 from prunelab.common.core.budget import Budget
 from prunelab.common.core.errors import PrunelabError
 from prunelab.common.data import points
@@ -49,6 +50,14 @@ def test_relevance_is_conserved_from_layer_to_layer():
         assert float(found["head"][1].sum()) == pytest.approx(whole, rel=1e-5)
         both = found["first"][1].sum() + 0  # the second layer's share comes back through it
         assert float(both) == pytest.approx(whole, rel=1e-3)
+
+
+def test_relevance_passes_shortcuts_that_pad_channels():
+    torch.manual_seed(0)
+    model, x = cifar_resnet.resnet20().eval(), torch.randn(4, 3, 32, 32)
+    found = flowed_back(model, fx.Tracer().trace(model), x, torch.arange(4), Rule("z+"))
+    total = found["conv1"][1].flatten(1).sum(1)
+    assert torch.allclose(total, torch.ones(4), atol=1e-4), "all of it arrives, whichever way it took"
 
 
 def test_without_a_rule_gradients_are_those_of_autograd():
